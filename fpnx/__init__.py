@@ -1,0 +1,63 @@
+"""fpnx: feature pyramids from a folder of images, on disk, in one command.
+
+Names are loaded when they are first used, so that importing fpnx loads neither torch nor h5py.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fpnx._version import __version__
+
+if TYPE_CHECKING:
+    from fpnx.config import ExtractConfig
+    from fpnx.dataset import PyramidDataset
+    from fpnx.errors import FpnxError, Interrupted
+    from fpnx.extraction import Result, extract
+    from fpnx.model import PyramidModel, create_model, save_weights
+    from fpnx.store import Item, Store
+    from fpnx.store import open_store as open
+
+__all__ = [
+    "ExtractConfig",
+    "FpnxError",
+    "Interrupted",
+    "Item",
+    "PyramidDataset",
+    "PyramidModel",
+    "Result",
+    "Store",
+    "__version__",
+    "create_model",
+    "extract",
+    "open",
+    "save_weights",
+]
+
+_HOMES = {
+    "ExtractConfig": ("config", "ExtractConfig"),
+    "FpnxError": ("errors", "FpnxError"),
+    "Interrupted": ("errors", "Interrupted"),
+    "Item": ("store", "Item"),
+    "PyramidDataset": ("dataset", "PyramidDataset"),
+    "PyramidModel": ("model", "PyramidModel"),
+    "Result": ("extraction", "Result"),
+    "Store": ("store", "Store"),
+    "create_model": ("model", "create_model"),
+    "extract": ("extraction", "extract"),
+    "open": ("store", "open_store"),
+    "save_weights": ("model", "save_weights"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fpnx' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = globals()[name] = getattr(import_module(f"fpnx.{module}"), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,3 @@
+from fpnx.cli import main
+
+raise SystemExit(main())

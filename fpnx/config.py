@@ -1,0 +1,219 @@
+"""What can be asked for: every default once, validated, frozen; and the fingerprint of what changes numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fpnx.errors import FpnxError, nearest
+
+__all__ = [
+    "ExtractConfig",
+    "InputConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "RunConfig",
+    "fingerprint",
+    "level_number",
+    "ordered_levels",
+    "parse_extent",
+    "parse_levels",
+]
+
+DTYPES = ("float32", "float16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+TOP_BLOCKS = ("pool", "c5", "p5")
+SIZES = ("recipe", "native")
+POOLS = ("none", "avg", "max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which backbone, pyramid and parameters. `None` means: what the weights or the backbone say.
+
+    `levels` takes `"P2-P5"`, `"C3,P3"` or a sequence of names, and is kept as a tuple, fine to coarse.
+    """
+
+    backbone: str | None = None
+    weights: str = "default"
+    seed: int = 0
+    levels: str | Iterable[str] | None = None
+    channels: int | None = None
+    top_block: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.levels is not None:
+            _freeze(self, "levels", parse_levels(self.levels))
+        _check_whole("seed", self.seed, 0, 2**63 - 1)
+        if self.channels is not None:
+            _check_whole("channels", self.channels, 1, 65536)
+        if self.top_block is not None:
+            _check_choice("top block", self.top_block, TOP_BLOCKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """To which size images are brought before the network sees them.
+
+    `size`: `"recipe"` (the weights' own), `"native"`, `224` (stretched to a square), `"480x640"` or
+    `(480, 640)` (stretched to height × width). `short_side` and `long_side` keep the aspect instead.
+    `max_pixels` bounds both the source image and the network input.
+    """
+
+    size: str | int | tuple[int, int] = "recipe"
+    short_side: int | None = None
+    long_side: int | None = None
+    max_pixels: int = 178_956_970  # where Pillow, too, refuses: 2 × 1 GiB of 24-bit pixels / 4 / 3
+
+    def __post_init__(self) -> None:
+        _freeze(self, "size", _size_text(self.size))
+        for name in ("short_side", "long_side"):
+            if getattr(self, name) is not None:
+                _check_whole(name.replace("_", " "), getattr(self, name), 1, 65536)
+        _check_whole("max pixels", self.max_pixels, 1, 2**40)
+        if self.short_side is not None and self.size != "recipe":
+            raise FpnxError(f"size {self.size} and short side {self.short_side} contradict each other: give one")
+        if self.long_side is not None and self.short_side is None:
+            raise FpnxError("long side needs short side beside it")
+        if self.short_side is not None and self.long_side is not None and self.long_side < self.short_side:
+            raise FpnxError(f"long side {self.long_side} is less than short side {self.short_side}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What is stored, and how a run treats what is there and what fails."""
+
+    dtype: str = "float32"
+    pool: str = "none"
+    resume: bool = False
+    overwrite: bool = False
+    commit_every: float = 5.0
+    max_failed: str | int = "0"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, DTYPES)
+        if self.pool not in POOLS and parse_extent(self.pool) is None:
+            raise FpnxError(f"pool {self.pool!r}: take none, avg, max, or a grid such as 7x7")
+        if self.resume and self.overwrite:
+            raise FpnxError("resume continues a file and overwrite replaces it: give one of them")
+        if not 0 <= self.commit_every < math.inf:
+            raise FpnxError(f"commit every {self.commit_every} seconds: take 0 (every batch) or more")
+        _freeze(self, "max_failed", str(self.max_failed))
+        self.allowed_failures(100)
+
+    def allowed_failures(self, images: int) -> int:
+        """How many of `images` may fail before the run counts as failed (exit code 1)."""
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", str(self.max_failed))
+        if match is None or (match[2] and float(match[2]) > 100):
+            raise FpnxError(f"max failed {self.max_failed!r}: take a number of images or a share such as 1%")
+        return int(match[1]) if match[1] else math.floor(images * float(match[2]) / 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how it is computed. Only `precision` changes the numbers."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: str | int = "auto"
+    workers: str | int = "auto"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
+            raise FpnxError(f"device {self.device!r}: take auto, cpu, cuda, cuda:1 or mps")
+        _check_choice("precision", self.precision, PRECISIONS)
+        for name, limit in (("batch_size", 65536), ("workers", 1024)):
+            value = getattr(self, name)
+            if value != "auto":
+                if isinstance(value, str) and value.isascii() and value.isdigit():
+                    value = int(value)
+                _check_whole(name.replace("_", " "), value, 1, limit, "auto or ")
+                _freeze(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig):
+    """Everything that `fpnx extract` can be asked for."""
+
+    limit: int | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for part in (ModelConfig, InputConfig, OutputConfig, RunConfig):
+            part.__post_init__(self)
+        if self.limit is not None:
+            _check_whole("limit", self.limit, 1, 2**63 - 1)
+
+
+def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
+    """`"P3-P7"`, `"C3,P3"` or a sequence of names → names, fine to coarse, C before P.
+
+    Raises:
+        FpnxError: for a name that is no level, an empty or reversed range, a level named twice.
+    """
+    names: list[str] = []
+    for part in levels.split(",") if isinstance(levels, str) else levels:
+        match = re.fullmatch(r"([CP])([2-7])(?:-(?:([CP]))?([2-7]))?", str(part).strip().upper())
+        if match is None or (match[3] or match[1]) != match[1] or int(match[4] or match[2]) < int(match[2]):
+            raise FpnxError(f"level {part!r}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
+        names += [f"{match[1]}{n}" for n in range(int(match[2]), int(match[4] or match[2]) + 1)]
+    if not names:
+        raise FpnxError("no levels: take names and ranges such as P2-P5, P3-P7 or C3,P3")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise FpnxError(f"level {twice} is named twice")
+    return ordered_levels(names)
+
+
+def ordered_levels(names: Iterable[str]) -> tuple[str, ...]:
+    """Level names from fine to coarse, C before P of the same stride."""
+    return tuple(sorted(names, key=lambda name: (level_number(name), name[0])))
+
+
+def level_number(name: str) -> int:
+    """k of `"Pk"` or `"Ck"`: the level of stride 2^k."""
+    return int(name[1:])
+
+
+def parse_extent(text: str) -> tuple[int, int] | None:
+    """`"480x640"` → (480, 640), height × width; None for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """sha256 (hex) of the canonical JSON of `identity`, the facts that change the stored numbers."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _size_text(size: str | int | tuple[int, int]) -> str:
+    text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
+    if text.isascii() and text.isdigit():
+        text = f"{text}x{text}"
+    if text in SIZES:
+        return text
+    extent = parse_extent(text)
+    if extent is None:
+        raise FpnxError(f"size {size!r}: take recipe, native, a side such as 224, or height x width such as 480x640")
+    return f"{extent[0]}x{extent[1]}"
+
+
+def _freeze(config: object, name: str, value: object) -> None:
+    object.__setattr__(config, name, value)
+
+
+def _check_whole(what: str, value: object, least: int, most: int, before: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise FpnxError(f"{what} {value!r}: take {before}a whole number from {least} to {most}")
+
+
+def _check_choice(what: str, value: object, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise FpnxError(f"{what} {value!r}: take one of {', '.join(choices)}{nearest(str(value), choices)}")

@@ -1,0 +1,45 @@
+"""What can go wrong, as facts. One place (`fpnx.cli.main`) turns them into a line for the user."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+
+__all__ = ["FpnxError", "ImageError", "Interrupted", "NotDoneError", "StoreError", "nearest", "shown"]
+
+
+class FpnxError(Exception):
+    """A request that cannot be carried out: says what, why, and what to do. Exit code 2."""
+
+
+class ImageError(FpnxError):
+    """One image that cannot be read or resized; the message is its reason. It never stops a run."""
+
+
+class StoreError(FpnxError):
+    """A file that is not a whole fpnx store: truncated, foreign, of a future version, or locked."""
+
+
+class NotDoneError(FpnxError, LookupError):
+    """An image that a store does not know, has not computed yet, or that failed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that SIGINT or SIGTERM ended; what was done is kept. `signum` is the signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def shown(name: str | bytes | os.PathLike[str]) -> str:
+    """A file name as a terminal may see it: control characters and undecodable bytes are escaped."""
+    text = os.fsdecode(name)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`" (did you mean resnet50?)"`, or nothing where no choice is near."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -1,0 +1,287 @@
+"""Find image files, and turn one into upright 8-bit RGB, or say why not."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fpnx.errors import FpnxError, ImageError, shown
+
+__all__ = [
+    "EXTENSIONS",
+    "Listing",
+    "Source",
+    "as_rgb",
+    "decode",
+    "find",
+    "pillow_within_limits",
+    "upright_size",
+]
+
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+EXTENSIONS = frozenset(
+    b".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)
+BACKGROUND = (255, 255, 255)  # what shows through transparency, as on a page
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+NOT_IMAGES = (  # how files that pretend to be images begin
+    (b"version https://git-lfs", "a git-lfs pointer, not the image itself: run `git lfs pull`"),
+    (b"<svg", "an SVG drawing, not pixels"),
+    (b"<!doctype html", "an HTML page, not an image"),
+    (b"<html", "an HTML page, not an image"),
+    (b"%!PS", "PostScript, which fpnx does not run"),
+    (b"%PDF", "a PDF document, not an image"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image file: `name` as stored, `path` to open, size in bytes and mtime (ns) when it was listed."""
+
+    name: bytes
+    path: bytes
+    bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a run in their order, the folder that names are relative to, and what was passed over."""
+
+    root: bytes
+    sources: tuple[Source, ...]
+    skipped: int
+
+
+def find(images: Sequence[str | os.PathLike[str]]) -> Listing:
+    """Files, folders (recursive; known extensions; hidden files left out) and `@lists` → a listing.
+
+    Names are relative to the one folder given, else to the common parent of all. They are in byte order; a list
+    keeps its own. A list has a path a line (or NUL-separated), relative to the current directory. A named file
+    is always listed, whatever its extension.
+
+    Raises:
+        FpnxError: a missing input, the same path twice, or no image at all.
+    """
+    if isinstance(images, (str, bytes, os.PathLike)):
+        images = [images]
+    if not images:
+        raise FpnxError("no images given: name files, folders or @list.txt")
+    found: list[tuple[bytes, os.stat_result]] = []
+    roots: list[bytes] = []
+    skipped, listed = 0, False
+    for argument in map(os.fsencode, images):
+        named = argument
+        if argument.startswith(b"@") and not os.path.lexists(argument):
+            listed = True
+            for path in _read_list(argument[1:]):
+                found.append((path, _stat(path, b"in " + argument[1:] + b": ")))
+                roots.append(os.path.dirname(path))
+            continue
+        path, about = os.path.abspath(named), _stat(named)
+        if stat.S_ISDIR(about.st_mode):
+            roots.append(path)
+            inside, passed = _walk(path)
+            found += inside
+            skipped += passed
+        else:
+            roots.append(os.path.dirname(path))
+            found.append((path, about))
+    if not found:
+        more = f" ({skipped} other files)" if skipped else ""
+        raise FpnxError(f"no images in {', '.join(map(shown, images))}{more}: known extensions are {_extensions()}")
+    root = os.path.commonpath(roots)
+    sources = [Source(os.path.relpath(p, root), p, s.st_size, s.st_mtime_ns) for p, s in found]
+    if not listed:
+        sources.sort(key=lambda source: source.name)
+    _refuse_twice(sources)
+    return Listing(root, tuple(sources), skipped)
+
+
+def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, from the header alone.
+
+    Raises:
+        ImageError: with the reason why it cannot be read.
+    """
+    with _opened(source, max_pixels) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def decode(source: Source, max_pixels: int) -> Image.Image:
+    """The upright 8-bit RGB picture: first frame, alpha over white, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        ImageError: with the reason why it cannot be read.
+    """
+    with _opened(source, max_pixels) as image:
+        image.load()
+        turn = UPRIGHT.get(_orientation(image))
+        picture = as_rgb(image)
+        return picture.transpose(turn) if turn is not None else picture
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB, with nothing clipped silently.
+
+    Raises:
+        ImageError: for floating-point or 32-bit values outside 0..1, whose scale nobody knows.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 0..65535 → 0..255, rounded
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "I"):
+        values = np.asarray(image)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            kind = "floating-point" if image.mode == "F" else "32-bit"
+            raise ImageError(f"{kind} values outside 0..1, whose scale is unknown: convert it to 8 or 16 bits")
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (*BACKGROUND, 255)), layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def pillow_within_limits() -> Iterator[None]:
+    """Leave the limit on pixels to `max_pixels`, and keep Pillow's remarks on odd files off the terminal."""
+    limit = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def _opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
+    """The file opened by Pillow; whatever goes wrong inside becomes an `ImageError` with a short reason."""
+    try:
+        # Without O_NONBLOCK a FIFO that was put in the file's place would block for ever.
+        descriptor = os.open(source.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise ImageError("not a regular file")
+            if (about.st_size, about.st_mtime_ns) != (source.bytes, source.mtime_ns):
+                raise ImageError("changed after it was listed")
+            with _recognised(file) as image:
+                if image.width * image.height > max_pixels:
+                    raise ImageError(f"{image.height}×{image.width} pixels, over the limit of {max_pixels}")
+                yield image
+    except ImageError:
+        raise
+    except OSError as error:
+        raise ImageError(error.strerror or str(error) or type(error).__name__) from error
+    except Exception as error:  # decoders raise ValueError, SyntaxError, struct.error, MemoryError and more
+        raise ImageError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+
+
+def _recognised(file: BinaryIO) -> Image.Image:
+    Image.init()
+    try:
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(512)
+        reason = next((why for mark, why in NOT_IMAGES if mark.lower() in start.lower()), None)
+        if not start:
+            reason = "empty file"
+        raise ImageError(reason or f"not an image that fpnx reads ({', '.join(FORMATS)})") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF is no reason to lose the picture
+        return 1
+    return value if value in UPRIGHT else 1
+
+
+def _stat(path: bytes, where: bytes = b"") -> os.stat_result:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise FpnxError(f"{shown(where + path)}: {why}; name files, folders or @list.txt") from error
+
+
+def _walk(folder: bytes) -> tuple[list[tuple[bytes, os.stat_result]], int]:
+    """Image files below `folder`, and how many other files. Real folders go before links, so that a folder
+    reached both ways keeps its own name, and each is visited once, so that loops end."""
+    found: list[tuple[bytes, os.stat_result]] = []
+    skipped = 0
+    visited: set[tuple[int, int]] = set()
+    folders: list[bytes] = [folder]
+    links: list[bytes] = []
+    while folders or links:
+        here = folders.pop() if folders else links.pop()
+        try:
+            about = os.stat(here)
+            if (about.st_dev, about.st_ino) in visited:
+                continue
+            visited.add((about.st_dev, about.st_ino))
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            if here == folder:
+                raise FpnxError(f"{shown(here)}: {error.strerror}") from error
+            skipped += 1
+            continue
+        for entry in entries:
+            try:
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                    found.append((entry.path, entry.stat()))
+                else:
+                    skipped += 1
+            except OSError:  # a link that leads nowhere, or to itself
+                skipped += 1
+    return found, skipped
+
+
+def _read_list(path: bytes) -> Iterable[bytes]:
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise FpnxError(f"list {shown(path)}: {error.strerror}") from error
+    lines = content.split(b"\0") if b"\0" in content else [line.rstrip(b"\r") for line in content.split(b"\n")]
+    paths = [os.path.abspath(line) for line in lines if line]
+    if not paths:
+        raise FpnxError(f"list {shown(path)} names no image: put a path on each line")
+    return paths
+
+
+def _refuse_twice(sources: Iterable[Source]) -> None:
+    names: set[bytes] = set()
+    for source in sources:
+        if source.name in names:
+            raise FpnxError(f"{shown(source.name)} is given twice: name each image once")
+        names.add(source.name)
+
+
+def _extensions() -> str:
+    return " ".join(sorted(extension.decode() for extension in EXTENSIONS))

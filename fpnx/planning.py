@@ -1,0 +1,258 @@
+"""What a run will do, settled before it computes anything: images, model, sizes, layout, space."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fpnx.config import ExtractConfig, parse_extent
+from fpnx.control import Listener, Stop
+from fpnx.engine import resolve_device, resolve_precision
+from fpnx.errors import FpnxError, ImageError, shown
+from fpnx.images import Listing, Source, upright_size
+from fpnx.model import PyramidModel, build_model
+from fpnx.recipes import Recipe
+from fpnx.store import DONE, open_store
+from fpnx.writer import Layout, disk_error, free_bytes, part_of, refuse_other_run
+
+__all__ = ["LevelShape", "Plan", "check_output", "make_plan"]
+
+
+@dataclass(frozen=True)
+class LevelShape:
+    """One level at one network-input size, as it is stored."""
+
+    input_size: str
+    images: int
+    level: str
+    stride: int
+    channels: int
+    height: int
+    width: int
+    bytes_per_image: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before it computes anything."""
+
+    output: Path
+    config: ExtractConfig
+    listing: Listing
+    model: PyramidModel
+    recipe: Recipe
+    layout: Layout
+    device: torch.device
+    precision: str
+    batch_size: int | None  # None: by the size of the images
+    workers: int
+    bytes_free: int
+    done_before: int = 0
+
+    @property
+    def shapes(self) -> list[LevelShape]:
+        """Every level at every network-input size."""
+        item, counts = np.dtype(self.layout.dtype).itemsize, self.layout.counts()
+        return [
+            LevelShape(group, counts[group], level, self.layout.strides[level], c, h, w, c * h * w * item)
+            for group, levels in self.layout.shapes.items()
+            for level, (c, h, w) in levels.items()
+        ]
+
+    def batch_size_for(self, size: tuple[int, int]) -> int:
+        """Images of `size` (height, width) in one forward pass."""
+        if self.batch_size is not None:
+            return self.batch_size
+        at_224 = 8 if self.device.type == "cpu" else 32
+        return max(1, min(2 * at_224, at_224 * 224 * 224 // (size[0] * size[1])))
+
+    def facts(self) -> dict[str, Any]:
+        """All of this as plain values."""
+        weights = self.model.weights
+        return {
+            "output": str(self.output),
+            "images": len(self.listing.sources),
+            "skipped": self.listing.skipped,
+            "done_before": self.done_before,
+            "root": os.fsdecode(self.listing.root),
+            "backbone": self.model.backbone,
+            "weights": {
+                "name": weights.name,
+                "file": weights.file,
+                "sha256": weights.sha256,
+                "backbone": asdict(weights.body),
+                "pyramid": asdict(weights.fpn),
+            },
+            "recipe": {"text": str(self.recipe), **self.recipe.to_json()},
+            "levels": [asdict(shape) for shape in self.shapes],
+            "dtype": self.config.dtype,
+            "pool": self.config.pool,
+            "device": str(self.device),
+            "precision": self.precision,
+            "bytes_needed": self.layout.total_bytes(),
+            "bytes_free": self.bytes_free,
+            "fingerprint": self.layout.fingerprint,
+        }
+
+
+def check_output(output: Path, config: ExtractConfig) -> None:
+    if output.is_dir():
+        raise FpnxError(f"output {shown(output)} is a folder: name a file in it, such as {shown(output / 'out.h5')}")
+    if not output.parent.is_dir():
+        raise FpnxError(f"output folder {shown(output.parent)} does not exist: make it, or name another with -o")
+    if config.resume or config.overwrite:
+        return
+    for path in (output, part_of(output)):
+        if path.exists():
+            what = "an unfinished run is there" if path != output else "exists"
+            raise FpnxError(
+                f"{shown(path)}: {what}: continue it with --resume, replace it with --overwrite, or name another with -o"
+            )
+
+
+def make_plan(output: Path, config: ExtractConfig, listing: Listing, stop: Stop, listener: Listener) -> Plan:
+    device = resolve_device(config.device)
+    model = build_model(config)
+    recipe = model.recipe.sized(config)
+    precision = resolve_precision(config.precision)
+    identity = {
+        **model.identity(),
+        "recipe": recipe.to_json(),
+        "pool": config.pool,
+        "dtype": config.dtype,
+        "precision": precision,
+    }
+    identity = {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
+    identity["recipe"] = {k: list(v) if isinstance(v, tuple) else v for k, v in identity["recipe"].items()}
+    workers = config.workers if isinstance(config.workers, int) else min(4, _usable_cpus())
+    before = _before(output, config)
+    done_before = 0
+    if before is not None:
+        with open_store(before) as store:
+            refuse_other_run(store, identity, listing)
+            sizes, groups, rows = store.input_sizes, store.groups, store.rows
+            errors: dict[int, str] = {}
+            done_before = int((store.status == DONE).sum())
+    else:
+        sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, stop, listener)
+        groups, rows = _group(model, recipe, sizes, errors)
+    shapes = {name: _stored_shapes(model, name, config.pool) for name in dict.fromkeys(groups) if name}
+    layout = Layout(
+        listing=listing,
+        levels=model.levels,
+        strides={level: model.stride(level) for level in model.levels},
+        dtype=config.dtype,
+        config=identity,
+        sizes=sizes,
+        groups=groups,
+        rows=rows,
+        shapes=shapes,
+        errors=errors,
+    )
+    plan = Plan(
+        output=output,
+        config=config,
+        listing=listing,
+        model=model,
+        recipe=recipe,
+        layout=layout,
+        device=device,
+        precision=precision,
+        batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
+        workers=workers,
+        bytes_free=free_bytes(output.parent),
+        done_before=done_before,
+    )
+    if before is None and layout.total_bytes() > plan.bytes_free:
+        raise disk_error(OSError(28, ""), output, layout.total_bytes())
+    return plan
+
+
+def _before(output: Path, config: ExtractConfig) -> Path | None:
+    """The file that `--resume` goes on from."""
+    if not config.resume:
+        return None
+    return next((path for path in (part_of(output), output) if path.exists()), None)
+
+
+def _input_sizes(
+    listing: Listing, recipe: Recipe, max_pixels: int, workers: int, stop: Stop, listener: Listener
+) -> tuple[np.ndarray, dict[int, str]]:
+    """(N, 2) network-input sizes without padding, and why some have none. Reads headers where sizes differ."""
+    count = len(listing.sources)
+    sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
+    if recipe.sizing == "stretch":
+        sizes[:] = recipe.input_size((1, 1), max_pixels)
+        return sizes, errors
+
+    def measure(source: Source) -> tuple[int, int] | ImageError:
+        try:
+            return recipe.input_size(upright_size(source, max_pixels), max_pixels)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(max(workers, 4)) as readers:
+        for i, size in enumerate(_ahead(readers, measure, listing.sources, 256)):
+            stop.check()
+            if isinstance(size, ImageError):
+                errors[i] = str(size)
+            else:
+                sizes[i] = size
+            listener.progress("headers", i + 1, count)
+    return sizes, errors
+
+
+def _group(
+    model: PyramidModel, recipe: Recipe, sizes: np.ndarray, errors: dict[int, str]
+) -> tuple[list[str], np.ndarray]:
+    """The group name and row of every image; adds to `errors` the sizes that the backbone cannot take."""
+    groups, rows = [], np.full(len(sizes), -1, np.int64)
+    members: dict[str, int] = {}
+    for i, size in enumerate(sizes.tolist()):
+        name = ""
+        if i not in errors:
+            padded = recipe.padded((size[0], size[1]))
+            try:
+                model.shapes(padded)
+                name = f"{padded[0]}x{padded[1]}"
+            except FpnxError as error:
+                if recipe.fixed_size is not None:
+                    raise
+                errors[i] = str(error)
+        if name:
+            rows[i] = members[name] = members.get(name, -1) + 1
+        groups.append(name)
+    return groups, rows
+
+
+def _stored_shapes(model: PyramidModel, group: str, pool: str) -> dict[str, tuple[int, int, int]]:
+    size = parse_extent(group)
+    assert size is not None
+    shapes = model.shapes(size)
+    if pool == "none":
+        return shapes
+    height, width = parse_extent(pool) or (1, 1)
+    return {level: (shape[0], height, width) for level, shape in shapes.items()}
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence[Any], depth: int) -> Iterator[Any]:
+    """Results of `work` in order, with at most `depth` items under way."""
+    under_way: deque[Future[Any]] = deque()
+    for item in items:
+        under_way.append(pool.submit(work, item))
+        if len(under_way) >= depth:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
