@@ -60,8 +60,8 @@ def test_python(place: Path, fpnx: Callable[..., Any]) -> None:
     names: dict[str, Any] = {}
     for block in blocks("python"):
         exec(block, names)
-    assert names["item"]["P3"].shape == (256, 28, 28)
-    assert float(names["loss"]) < 10
+    assert names["item"].path == "animals/chelsea.jpg"
+    assert names["loss"].item() < 10
     assert names["pyramid"]["P2"].shape == (1, 256, 57, 76)
     assert names["result"].done == 5
 
