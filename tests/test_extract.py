@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -379,3 +381,33 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, samples:
         peaks[count] = int(done.stdout)
     assert peaks[600] <= 1.1 * peaks[60]
     assert (tmp_path / "600.h5").stat().st_size < 4e6
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"])
+def test_interrupts_say_what_is_kept(tmp_path: Path, samples: Path, signum: signal.Signals, code: int) -> None:
+    copied(samples, tmp_path / "many", 120)
+    arguments = ["extract", "many", *TINY, "--batch-size", "1", "--json"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "fpnx", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "out.h5.part").exists():
+        assert running.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)
+    running.send_signal(signum)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == code, err
+    assert "continue with --resume" in document(out)["error"]
+    assert "stopping after this batch" in err
+    with package.open(tmp_path / "out.h5.part") as store:
+        done = int((store.status == 1).sum())
+        assert document(out)["error"].startswith(f"interrupted: {done} of 120 images are done")
+        assert done < 120
+    resumed = process(*arguments, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert document(resumed.stdout)["computed"] == 120 - done
