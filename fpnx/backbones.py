@@ -19,6 +19,7 @@ __all__ = ["TAPS", "Backbone", "create_backbone", "known_backbone", "tap_shapes"
 # The last node at strides 4, 8, 16 and 32 that every path through the network passes.
 TAPS: dict[str, dict[int, str]] = {
     "mobilenet_v2": {2: "features.3", 3: "features.6", 4: "features.13", 5: "features.18"},
+    "mobilenet_v3_large": {2: "features.3", 3: "features.6", 4: "features.12", 5: "features.16"},
     "resnet50": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
     "vgg16": {2: "features.15", 3: "features.22", 4: "features.29", 5: "features.30"},
 }

@@ -6,11 +6,7 @@ import hashlib
 import json
 import os
 import pickle
-import socket
-import sys
-import urllib.error
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +15,26 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from torchvision import models
-from torchvision.models import WeightsEnum
 
-from fpnx.backbones import TAPS, known_backbone
+from fpnx.backbones import known_backbone
 from fpnx.config import ModelConfig
 from fpnx.errors import FpnxError, nearest, shown
+from fpnx.published import (
+    Published,
+    best_weights,
+    cached_file,
+    classification_recipe,
+    find_published,
+    known_names,
+    published_weights,
+)
 from fpnx.recipes import Recipe
 
-__all__ = ["Part", "Weights", "resolve_weights", "write_weights"]
+__all__ = ["Part", "Published", "Weights", "published_weights", "resolve_weights", "write_weights"]
 
 DEFAULT_BACKBONE = "resnet50"
 FORMAT = "fpnx-weights"
 FORMAT_VERSION = 1
-STALLED_AFTER = 30.0  # seconds without a byte before a download is given up
 
 
 @dataclass(frozen=True)
@@ -86,32 +88,14 @@ def resolve_weights(config: ModelConfig) -> Weights:
             state={},
         )
     if choice in ("default", "imagenet"):
-        return _torchvision(best_weights(backbone or DEFAULT_BACKBONE), config)
-    if choice in (known := _published(backbone)):
-        return _torchvision(known[choice], config)
+        choice = str(best_weights(backbone or DEFAULT_BACKBONE))
+    if published := find_published(choice, backbone):
+        return _torchvision(published, config)
     if os.path.lexists(choice) or Path(choice).suffix in (".pt", ".pth", ".safetensors"):
         return _own_file(Path(choice), backbone, config)
     raise FpnxError(
-        f"weights {shown(choice)!r} are neither a name nor a file{nearest(choice, known)}: "
-        f"take default, imagenet, random, a file, or one of {', '.join(sorted(known))}"
-    )
-
-
-def best_weights(backbone: str) -> WeightsEnum:
-    """Torchvision's best classification weights of `backbone`."""
-    return models.get_model_weights(backbone).DEFAULT
-
-
-def classification_recipe(weights: WeightsEnum) -> Recipe:
-    """The recipe of classification weights, with the whole image stretched to the crop size: nothing is cut off."""
-    preset = weights.transforms()
-    return Recipe(
-        sizing="stretch",
-        height=preset.crop_size[0],
-        width=preset.crop_size[0],
-        resampling=preset.interpolation.value,
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
+        f"weights {shown(choice)!r} are neither a name nor a file{nearest(choice, known_names(backbone))}: "
+        f"take default, imagenet, coco, random, a file, or a name that `fpnx models {backbone or DEFAULT_BACKBONE}` lists"
     )
 
 
@@ -143,69 +127,23 @@ def _drawn(seed: int) -> Part:
     return Part(False, f"random, seed {seed}")
 
 
-def _published(backbone: str | None) -> dict[str, WeightsEnum]:
-    """All classification weights by full name, and by short name for `backbone`."""
-    full = {str(entry): entry for name in TAPS for entry in models.get_model_weights(name)}
-    if backbone is None:
-        return full
-    return full | {entry.name: entry for entry in models.get_model_weights(backbone)}
-
-
-def _torchvision(weights: WeightsEnum, config: ModelConfig) -> Weights:
-    backbone = next(name for name in TAPS if weights in models.get_model_weights(name))
-    if config.backbone not in (None, backbone):
-        raise FpnxError(f"weights {weights} are for {backbone}, not for {config.backbone}: drop one of the two")
-    file = _cached(weights, config.offline)
+def _torchvision(published: Published, config: ModelConfig) -> Weights:
+    if config.backbone not in (None, published.backbone):
+        raise FpnxError(
+            f"weights {published.name} are for {published.backbone}, not for {config.backbone}: drop one of the two"
+        )
+    file = cached_file(published, config.offline)
     state, _ = _read(file)
     return Weights(
-        name=str(weights),
-        backbone=backbone,
-        recipe=classification_recipe(weights),
-        body=Part(True, str(weights)),
+        name=published.name,
+        backbone=published.backbone,
+        recipe=published.recipe,
+        body=Part(True, published.name),
         fpn=_drawn(config.seed),
         state={f"body.{name}": value for name, value in state.items()},
         file=str(file),
         sha256=_sha256(file),
     )
-
-
-def _cached(weights: WeightsEnum, offline: bool) -> Path:
-    """The file of `weights` in torch's hub cache, downloaded (and checked) if it is not there."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    file = folder / os.path.basename(weights.url)
-    if file.exists():
-        return file
-    offline = offline or os.environ.get("FPNX_OFFLINE", "") not in ("", "0")
-    try:
-        if offline:
-            raise FpnxError("downloads are forbidden")
-        folder.mkdir(parents=True, exist_ok=True)
-        with _impatient_sockets():
-            torch.hub.download_url_to_file(
-                weights.url, str(file), hash_prefix=file.stem.rsplit("-", 1)[-1], progress=sys.stderr.isatty()
-            )
-    except (
-        FpnxError,
-        OSError,
-        RuntimeError,
-    ) as error:  # URLError and timeouts are OSErrors; a bad hash is not
-        why = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise FpnxError(
-            f"weights {weights} cannot be had ({why}): put {file.name} from {weights.url} into {folder}, "
-            f"or take --weights random or --weights FILE"
-        ) from error
-    return file
-
-
-@contextmanager
-def _impatient_sockets() -> Iterator[None]:
-    """torch.hub waits for ever on a silent server; sockets opened in here do not."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALLED_AFTER)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _own_file(file: Path, backbone: str | None, config: ModelConfig) -> Weights:
