@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor, fx, nn
 
-from fpnx.backbones import Backbone, create_backbone, tap_shapes
-from fpnx.config import ModelConfig, level_number, ordered_levels
+from fpnx.backbones import Backbone, create_backbone, given_backbone, one_size, parameter_shapes, tap_shapes
+from fpnx.config import ExtractConfig, InputConfig, ModelConfig, level_number, ordered_levels
 from fpnx.errors import FpnxError, shown
 from fpnx.images import as_rgb
 from fpnx.pyramid import SEED_SCHEME, FeaturePyramid
-from fpnx.weights import Weights, resolve_weights, write_weights
+from fpnx.weights import Weights, given_weights, resolve_weights, write_weights
 
 __all__ = ["PyramidModel", "build_model", "create_model", "save_weights"]
 
@@ -33,6 +33,7 @@ class PyramidModel(nn.Module):
         levels: names of what forward gives, fine to coarse.
         recipe: what is done to an image before it comes here; `str(model.recipe)` says it in words.
         weights: where the parameters come from (`weights.body` and `weights.fpn` say what is trained).
+        size: the only (height, width) that the backbone takes, where it is built for one; else None.
     """
 
     def __init__(self, backbone: Backbone, fpn: FeaturePyramid, levels: tuple[str, ...], weights: Weights) -> None:
@@ -41,6 +42,7 @@ class PyramidModel(nn.Module):
         self.fpn = fpn
         self.backbone = backbone.name
         self.channels = {f"C{k}": n for k, n in backbone.channels.items()} | dict.fromkeys(fpn.levels, fpn.channels)
+        self.size, self._side = backbone.size, backbone.side
         self.levels = levels
         self.weights = weights
         self.recipe = weights.recipe
@@ -55,7 +57,7 @@ class PyramidModel(nn.Module):
         """(B, 3, H, W) → the taps that `levels` need, `{"C2": (B, C, H/4, W/4), ...}`; deeper stages are not run."""
         deepest = max(self._needed_taps(), key=level_number)
         last = f"C{self.fpn.last_level}"
-        if deepest == last:
+        if deepest == last or not isinstance(self.body, fx.GraphModule):  # what is hooked runs whole
             taps: dict[str, Tensor] = self.body(images)
             return taps
         return fx.Interpreter(self.body, graph=_up_to(self.body.graph, deepest)).run(images)
@@ -70,11 +72,16 @@ class PyramidModel(nn.Module):
         Raises:
             FpnxError: where the backbone cannot take that size.
         """
+        if self.size is not None and size != self.size:
+            raise FpnxError(self._one_size(size))
         try:
             return dict(self._shapes(size))
         except RuntimeError as error:
-            least = next((n for n in range(1, 1025) if self._takes((n, n))), None)
+            least = self._least()
             hint = f": the smallest square it takes is {least}×{least}" if least else ""
+            rounded = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
+            if least and least <= min(size) and self._takes(rounded):
+                hint = f": it takes {rounded[0]}×{rounded[1]}"
             raise FpnxError(f"{self.backbone} cannot take an input of {size[0]}×{size[1]}{hint}") from error
 
     def stride(self, level: str) -> int:
@@ -106,6 +113,24 @@ class PyramidModel(nn.Module):
         taps = [name for name in self.levels if name[0] == "C"]
         return [*taps, f"C{self.fpn.last_level}"] if pyramid else taps
 
+    def _one_size(self, size: tuple[int, int]) -> str:
+        assert self.size is not None
+        assert self._side is not None
+        if size[0] == size[1] and size[0] % self._side == 0:
+            built = f"{self.size[0]}×{self.size[1]}"
+            return f"{self.backbone} was built for inputs of {built}: give size {size[0]} when it is made"
+        return one_size(self.backbone, size, self._side)
+
+    def _least(self) -> int | None:
+        """The side of the smallest square input, found by halving; None where 1024 is not taken either."""
+        below, taken = 0, 1024
+        if not self._takes((taken, taken)):
+            return None
+        while taken - below > 1:
+            middle = (below + taken) // 2
+            below, taken = (below, middle) if self._takes((middle, middle)) else (middle, taken)
+        return taken
+
     def _takes(self, size: tuple[int, int]) -> bool:
         try:
             self._shapes(size)
@@ -130,7 +155,7 @@ class PyramidModel(nn.Module):
 
 
 def create_model(
-    backbone: str | None = ModelConfig.backbone,
+    backbone: str | nn.Module | None = ModelConfig.backbone,
     *,
     weights: str = ModelConfig.weights,
     levels: Any = ModelConfig.levels,
@@ -138,11 +163,15 @@ def create_model(
     top_block: str | None = ModelConfig.top_block,
     seed: int = ModelConfig.seed,
     offline: bool = ModelConfig.offline,
+    size: str | int | tuple[int, int] = InputConfig.size,
 ) -> PyramidModel:
     """A backbone with its feature pyramid, in eval mode on the CPU; see `PyramidModel`.
 
     Args:
-        backbone: a name (`fpnx.backbones.TAPS`); None takes the one that the weights are for, or ResNet-50.
+        backbone: a name (`fpnx models` lists them, `"timm/NAME"` is one of timm's); None takes the one that the
+            weights are for, or ResNet-50. Or a module of your own, which takes (B, 3, H, W): its taps are found as
+            those of named networks are. A copy is taken; its parameters stay as they are, only the pyramid is drawn,
+            and `weights` must be `"default"` or `"random"`, which then mean the same.
         weights: `"default"`, `"imagenet"`, `"random"`, a torchvision name such as
             `"ResNet50_Weights.IMAGENET1K_V2"`, or a file that `fpnx.save_weights` wrote.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
@@ -150,31 +179,36 @@ def create_model(
         top_block: `"pool"` (P6), `"c5"` or `"p5"` (P6 and P7); None: a file's own, else what `levels` need.
         seed: for the parts that have no trained parameters.
         offline: never download.
+        size: of the recipe's output, as `InputConfig` has it: `"recipe"`, 448, (480, 640). A backbone that is built
+            for one size is built for this one.
 
     Raises:
         FpnxError: for names, levels, channels or files that do not exist or contradict each other.
     """
-    return build_model(
-        ModelConfig(
-            backbone=backbone,
-            weights=weights,
-            levels=levels,
-            channels=channels,
-            top_block=top_block,
-            seed=seed,
-            offline=offline,
-        )
+    module = backbone if isinstance(backbone, nn.Module) else None
+    config = ExtractConfig(
+        backbone=None if isinstance(backbone, nn.Module) else backbone,
+        weights=weights,
+        levels=levels,
+        channels=channels,
+        top_block=top_block,
+        seed=seed,
+        offline=offline,
+        size=size,
     )
+    model = build_model(config, module)
+    model.recipe = model.recipe.sized(config)
+    return model
 
 
-def build_model(config: ModelConfig) -> PyramidModel:
-    """`create_model` from a config."""
-    weights = resolve_weights(config)
-    backbone = create_backbone(weights.backbone, config.seed)
+def build_model(config: ModelConfig, module: nn.Module | None = None) -> PyramidModel:
+    """`create_model` from a config; `module` is a network of the caller's own."""
+    weights, backbone = _named(config) if module is None else _given(config, module)
+    backbone.check_levels(tuple(config.levels or ()), config.top_block)
     held = weights.pyramid or {}
     _refuse("channels", config.channels, held.get("channels"), weights)
     channels = held.get("channels") or config.channels or DEFAULT_CHANNELS
-    first = held.get("first_level", min(backbone.nodes))
+    first = held.get("first_level", min(backbone.pyramid_channels))
     levels = tuple(config.levels or held.get("levels") or [f"P{k}" for k in range(first, max(backbone.nodes) + 1)])
     top_block = _top_block(levels, config, weights)
     with torch.random.fork_rng(devices=[]):  # modules draw when they are made, only to be filled below
@@ -184,6 +218,22 @@ def build_model(config: ModelConfig) -> PyramidModel:
     model = PyramidModel(backbone, fpn, ordered_levels(levels), weights)
     _fill(model, weights)
     return model.eval()
+
+
+def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
+    weights = resolve_weights(config)
+    recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
+    return weights, create_backbone(weights.backbone, config.seed, size=recipe.fixed_size)
+
+
+def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
+    if config.weights not in ("default", "random"):
+        raise FpnxError(
+            f"weights {shown(config.weights)} beside a module: it keeps the parameters that it has: leave weights out, "
+            "and load them into the module first"
+        )
+    backbone = given_backbone(module)
+    return given_weights(module, backbone.name, config.seed), backbone
 
 
 def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
@@ -239,11 +289,11 @@ def _refuse(what: str, asked: object, held: object, weights: Weights) -> None:
 
 
 def _fill(model: PyramidModel, weights: Weights) -> None:
-    """Load `weights.state`, strictly for each part that it holds. A classifier's head is ignored."""
+    """Load `weights.state`, strictly for each part that it holds. What the network has beyond its taps is ignored."""
     own = model.state_dict()
     parts = {key.split(".", 1)[0] for key in weights.state}
-    heads = ("body.fc.", "body.classifier.")
-    given = {key: value for key, value in weights.state.items() if not key.startswith(heads)}
+    beyond = {f"body.{key}" for key in parameter_shapes(model.backbone)} - set(own) if "body" in parts else set()
+    given = {key: value for key, value in weights.state.items() if key not in beyond}
     wanted = {key for key in own if key.split(".", 1)[0] in parts and not key.endswith("num_batches_tracked")}
     problems = {
         "missing": sorted(wanted - set(given)),

@@ -14,25 +14,37 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpnx.backbones import known_backbone
 from fpnx.config import ModelConfig
 from fpnx.errors import FpnxError, nearest, shown
+from fpnx.hub import adapted, fetched, timm_recipe, timm_weights
 from fpnx.published import (
     Published,
     best_weights,
     cached_file,
-    classification_recipe,
     find_published,
     known_names,
+    modern_key,
+    native_recipe,
     published_weights,
 )
 from fpnx.recipes import Recipe
+from fpnx.zoo import TIMM
 
-__all__ = ["Part", "Published", "Weights", "published_weights", "resolve_weights", "write_weights"]
+__all__ = [
+    "Part",
+    "Published",
+    "Weights",
+    "given_weights",
+    "published_weights",
+    "resolve_weights",
+    "write_weights",
+]
 
 DEFAULT_BACKBONE = "resnet50"
+AS_GIVEN = "as given"  # the parameters of somebody's own module
 FORMAT = "fpnx-weights"
 FORMAT_VERSION = 1
 
@@ -45,6 +57,8 @@ class Part:
     source: str
 
     def __str__(self) -> str:
+        if self.source == AS_GIVEN:
+            return AS_GIVEN
         state = {True: "trained", False: "untrained", None: "from file"}[self.trained]
         return f"{state} ({self.source})"
 
@@ -82,20 +96,48 @@ def resolve_weights(config: ModelConfig) -> Weights:
         return Weights(
             name="random",
             backbone=name,
-            recipe=classification_recipe(best_weights(name)),
+            recipe=native_recipe(name),
             body=_drawn(config.seed),
             fpn=_drawn(config.seed),
             state={},
         )
+    if (config.backbone or choice).startswith(TIMM) and not _is_file(choice):
+        return _timm(config)
     if choice in ("default", "imagenet"):
         choice = str(best_weights(backbone or DEFAULT_BACKBONE))
     if published := find_published(choice, backbone):
         return _torchvision(published, config)
-    if os.path.lexists(choice) or Path(choice).suffix in (".pt", ".pth", ".safetensors"):
+    if _is_file(choice):
         return _own_file(Path(choice), backbone, config)
     raise FpnxError(
         f"weights {shown(choice)!r} are neither a name nor a file{nearest(choice, known_names(backbone))}: "
-        f"take default, imagenet, coco, random, a file, or a name that `fpnx models {backbone or DEFAULT_BACKBONE}` lists"
+        "take default, imagenet, coco, random, a file, or a name that "
+        f"`fpnx models {backbone or DEFAULT_BACKBONE}` lists"
+    )
+
+
+def given_weights(module: nn.Module, name: str, seed: int) -> Weights:
+    """A module's own parameters, which stay as they are, and a pyramid drawn from `seed`.
+
+    The recipe is the module's `recipe` where it has one (a `Recipe`), else what timm noted in its `pretrained_cfg`,
+    else ImageNet's mean and standard deviation on images stretched to 224×224.
+    """
+    recipe, config = getattr(module, "recipe", None), getattr(module, "pretrained_cfg", None)
+    if not isinstance(recipe, Recipe):
+        timm_told = isinstance(config, dict) and {"input_size", "mean", "std"} <= set(config)
+        recipe = timm_recipe(config) if timm_told else Recipe(height=224, width=224)
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return Weights(
+        name=AS_GIVEN,
+        backbone=name,
+        recipe=recipe,
+        body=Part(None, AS_GIVEN),
+        fpn=_drawn(seed),
+        state={},
+        sha256=digest.hexdigest(),
     )
 
 
@@ -140,10 +182,43 @@ def _torchvision(published: Published, config: ModelConfig) -> Weights:
         recipe=published.recipe,
         body=Part(True, published.name),
         fpn=_drawn(config.seed),
-        state={f"body.{name}": value for name, value in state.items()},
+        state={f"body.{modern_key(name)}": value for name, value in state.items()},
         file=str(file),
         sha256=_sha256(file),
     )
+
+
+def _timm(config: ModelConfig) -> Weights:
+    """timm's weights: by the tag, by the full name (which names the backbone too), or the default ones."""
+    backbone, choice = config.backbone or config.weights, config.weights
+    known = timm_weights(known_backbone(backbone))
+    tag = backbone.partition(".")[2]
+    if choice in ("default", "imagenet"):
+        wanted = [each for each in known if each.tag == tag] or known
+    else:
+        wanted = [each for each in known if choice in (each.name, each.name[len(TIMM) :], each.tag)]
+    found = wanted[0] if wanted else None
+    if found is None:
+        there = ", ".join(each.tag for each in known) or "none"
+        raise FpnxError(f"timm has no weights {shown(choice)!r} for {backbone}, only {there}: take random, or a file")
+    if tag and found.tag != tag:
+        raise FpnxError(f"weights {found.name} are not those of {backbone}: drop one of the two")
+    file = fetched(found, config.offline)
+    state, _ = _read(file)
+    return Weights(
+        name=found.name,
+        backbone=config.backbone or found.backbone,
+        recipe=found.recipe,
+        body=Part(True, found.name),
+        fpn=_drawn(config.seed),
+        state={f"body.{name}": value for name, value in adapted(found, state).items()},
+        file=str(file),
+        sha256=_sha256(file),
+    )
+
+
+def _is_file(choice: str) -> bool:
+    return os.path.lexists(choice) or Path(choice).suffix in (".pt", ".pth", ".safetensors")
 
 
 def _own_file(file: Path, backbone: str | None, config: ModelConfig) -> Weights:
@@ -168,7 +243,7 @@ def _own_file(file: Path, backbone: str | None, config: ModelConfig) -> Weights:
     return Weights(
         name=file.name,
         backbone=known_backbone(name),
-        recipe=Recipe.from_json(about["recipe"]) if "recipe" in about else classification_recipe(best_weights(name)),
+        recipe=Recipe.from_json(about["recipe"]) if "recipe" in about else native_recipe(name),
         body=body,
         fpn=fpn,
         state=state,
