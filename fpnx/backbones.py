@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,12 +29,15 @@ __all__ = [
     "create_backbone",
     "given_backbone",
     "known_backbone",
+    "known_survey",
     "one_size",
     "parameter_shapes",
     "survey",
+    "survey_all",
     "tap_shapes",
 ]
 
+WORTH_A_PROCESS = 12  # networks to measure: fewer take less time than loading torch once more
 SCHEME = 1  # of finding and keeping stages; a change makes what is kept on disk void
 SIZE_KEYWORDS = ("input_size", "image_size", "img_size")  # how builders call the one size that they build for
 
@@ -92,6 +99,7 @@ class Survey:
 
 def backbone_names() -> list[str]:
     """Torchvision's classifiers that have stages. Measures those that were not met before."""
+    survey_all(names())
     return [name for name in names() if survey(name).stages is not None]
 
 
@@ -104,25 +112,60 @@ def known_backbone(name: str) -> str:
     return known_name(name)
 
 
-@functools.cache
 def survey(name: str) -> Survey:
     """The stages of the network `name`, measured once for each version of torch and torchvision, and then kept."""
-    key = f"stages {SCHEME}, {builder_versions(name)}, {name}"
-    kept = _survey_from(recall(key))
-    if kept is None:
-        kept = _measure(name)
-        remember(key, asdict(kept))
-    return kept
+    found = known_survey(name)
+    if found is None:
+        found = _surveys[name] = _measure(name)
+        remember(_key(name), asdict(found))
+    return found
+
+
+def known_survey(name: str) -> Survey | None:
+    """What `survey` gives, where nothing needs to be measured for it."""
+    if name not in _surveys:
+        kept = _survey_from(recall(_key(name)))
+        if kept is not None:
+            _surveys[name] = kept
+    return _surveys.get(name)
+
+
+def survey_all(wanted: Sequence[str], progress: Callable[[int], None] = lambda done: None) -> None:
+    """Measure what was not met before, in several processes where that pays; `progress` hears how many are known."""
+    missing = [name for name in wanted if known_survey(name) is None]
+    progress(len(wanted) - len(missing))
+    workers = min(os.cpu_count() or 1, 8, len(missing) // WORTH_A_PROCESS)
+    with ExitStack() as stack:
+        found: Iterable[Survey] = map(survey, missing)
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            found = pool.map(survey, missing, chunksize=2)
+        for i, (name, each) in enumerate(zip(missing, found, strict=True), 1):
+            _surveys[name] = each
+            progress(len(wanted) - len(missing) + i)
+
+
+_surveys: dict[str, Survey] = {}
+
+
+def _key(name: str) -> str:
+    return f"stages {SCHEME}, {builder_versions(name)}, {name}"
 
 
 def create_backbone(
-    name: str, seed: int, nodes: Mapping[int, str] | None = None, *, size: tuple[int, int] | None = None
+    name: str,
+    seed: int,
+    nodes: Mapping[int, str] | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    meta: bool = False,
 ) -> Backbone:
     """The body of `name` in eval mode on the CPU, its parameters drawn as its own code does, from `seed`.
 
     Args:
         nodes: taps it here instead of where its stages end.
         size: (height, width) of the inputs to come, for networks that are built for one size.
+        meta: on the meta device, without data and undrawn.
 
     Raises:
         FpnxError: a network without stages, or a size that it cannot be built for.
@@ -139,7 +182,7 @@ def create_backbone(
     with torch.random.fork_rng(devices=[]):
         # A generator of its own: neither the caller's draws before nor those after are touched.
         torch.manual_seed(seeded_generator(seed, f"body.{name}").initial_seed())
-        network = build_network(name, built_for and built_for[0], found.keyword)
+        network = build_network(name, built_for and built_for[0], found.keyword, meta=meta)
     stages = found.stages if nodes is None else Stages(taps={k: Tap(node=n) for k, n in nodes.items()}, traced=True)
     return _backbone(name, network, stages, built_for, side)
 

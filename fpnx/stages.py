@@ -122,7 +122,10 @@ def tapped(network: nn.Module, stages: Stages) -> nn.Module:
     graph.output(outputs)
     # What changes a tensor in place is used though nothing reads its result.
     graph.eliminate_dead_code(lambda node: _acts(network, node))
-    return fx.GraphModule(network, graph).eval()
+    body = fx.GraphModule(network, graph)
+    # Tensors that the network's code made as it was traced are no parameters of it.
+    body._non_persistent_buffers_set |= set(body._buffers) - set(network.state_dict())
+    return body.eval()
 
 
 def on_meta(network: nn.Module) -> nn.Module:
