@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -38,9 +37,9 @@ def test_the_whole_table(fpnx: Command) -> None:
     code, out, _ = fpnx("models", "--json")
     found = document(out)
     assert code == 0
-    assert {row["name"]: [[t["stride"], t["node"], t["channels"]] for t in row["taps"]] for row in found["backbones"]} == {
-        name: rows for name, rows in TABLE.items() if rows
-    }  # fmt: skip
+    keys = ("stride", "node", "channels")
+    taps = {row["name"]: [[tap[key] for key in keys] for tap in row["taps"]] for row in found["backbones"]}
+    assert taps == {name: rows for name, rows in TABLE.items() if rows}
     assert {row["name"] for row in found["refused"]} == {name for name, rows in TABLE.items() if not rows}
     assert {row["name"] for row in found["backbones"] if "coco" in row["weights"]} == {"resnet50", "mobilenet_v3_large"}
 
