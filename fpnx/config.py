@@ -31,6 +31,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5")
 SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
+SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
 from fpnx.writer import Layout, part_of, refuse_other_run
 
-__all__ = ["LevelShape", "Plan", "check_output", "make_plan", "real_output"]
+__all__ = ["LevelShape", "Plan", "check_output", "identity_of", "make_plan", "real_output"]
 
 WORKING_NAMES = (".part", ".part.new", ".lock")
 
@@ -156,15 +156,7 @@ def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: L
     model = build_model(config)
     recipe = model.recipe.sized(config)
     precision = resolve_precision(config.precision)
-    identity = {
-        **model.identity(),
-        "recipe": recipe.to_json(),
-        "pool": config.pool,
-        "dtype": config.dtype,
-        "precision": precision,
-    }
-    identity = {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
-    identity["recipe"] = {k: list(v) if isinstance(v, tuple) else v for k, v in identity["recipe"].items()}
+    identity = identity_of(model, recipe, config)
     workers = config.workers if isinstance(config.workers, int) else min(4, _usable_cpus())
     before = _before(output, config)
     done_before = 0
@@ -207,6 +199,18 @@ def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: L
     if before is None and layout.total_bytes() > plan.bytes_free:
         raise disk_error(OSError(28, ""), output, layout.total_bytes())
     return plan
+
+
+def identity_of(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> dict[str, Any]:
+    """All that the stored numbers depend on, as plain values: the config of a store, and what it is known by."""
+    identity = {
+        **model.identity(),
+        "recipe": {name: list(v) if isinstance(v, tuple) else v for name, v in recipe.to_json().items()},
+        "pool": config.pool,
+        "dtype": config.dtype,
+        "precision": resolve_precision(config.precision),
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
 
 
 def _dropped(output: Path) -> int:

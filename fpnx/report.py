@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from fpnx.extraction import Result
     from fpnx.planning import Plan
     from fpnx.store import Store
+    from fpnx.verification import Verification
 
-__all__ = ["Terminal", "complain", "show_info", "show_json", "show_result"]
+__all__ = ["Terminal", "complain", "show_info", "show_json", "show_result", "show_verification"]
 
 SIZES_SHOWN = 3
 FAILURES_SHOWN = 20
@@ -166,6 +167,23 @@ def show_info(store: Store) -> None:
         console.print(f"NaN or infinite values: {', '.join(f'{n} in {level}' for level, n in bad.items())}")
     console.print("\nread it with h5py alone:\n")
     console.print(Text(reading_snippet(store)), soft_wrap=True)
+
+
+def show_verification(found: Verification) -> None:
+    """What was looked at, and what is wrong."""
+    console = _stdout()
+    console.print(Text(f"{shown(found.file)}: {found.done} done, {found.failed} failed, {found.pending} pending"))
+    console.print(f"{found.values} values read", end="")
+    if found.compared:
+        console.print(
+            f", {found.compared} images computed again, largest difference {found.largest_difference:.1g}", end=""
+        )
+    console.print()
+    for problem in found.problems[:FAILURES_SHOWN]:
+        console.print(Text(f"  {problem}"), soft_wrap=True)
+    if len(found.problems) > FAILURES_SHOWN:
+        console.print(f"  and {len(found.problems) - FAILURES_SHOWN} more: --json lists them all")
+    console.print("does not verify" if found.problems else "verified")
 
 
 def store_facts(store: Store) -> dict[str, Any]:

@@ -264,6 +264,11 @@ class Store:
             for level in self.levels if size else ():
                 self.dataset(size, level)
 
+    def links_to(self, size: str, level: str) -> bool:
+        """Whether `/P3` leads to the dataset of this size and level."""
+        link = self._file.get(level, getlink=True)
+        return isinstance(link, h5py.SoftLink) and link.path == f"/pyramids/{size}/{level}"
+
     def stride(self, level: str) -> int:
         """Stride of a level in input pixels."""
         return int(self.dataset(self.sizes[0], level).attrs["stride"])
