@@ -157,8 +157,11 @@ class Writer:
                 with h5py.File(fresh, "w", locking="best-effort") as file:
                     claim(file.id.get_vfd_handle(), layout.total_bytes())
                     _lay_out(file, layout, provenance)
+                    file.flush()
+                    size = file.id.get_filesize()
                 with open(fresh, "r+b") as laid_out:
-                    claimed = claim(laid_out.fileno(), os.fstat(laid_out.fileno()).st_size)
+                    laid_out.truncate(size)  # the estimate was larger
+                    claimed = claim(laid_out.fileno(), size)
                     os.fsync(laid_out.fileno())
                 os.replace(fresh, part)
                 sync_folder(part.parent)

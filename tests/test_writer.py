@@ -117,6 +117,14 @@ def test_the_space_of_a_new_part_is_claimed(tmp_path: Path) -> None:
     assert 512 * about.st_blocks >= about.st_size > 40 * 2 * 60 * 60 * 4
 
 
+def test_a_part_that_lacks_one_byte_is_refused(tmp_path: Path) -> None:
+    Writer.create(tmp_path / "out.h5", layout_of(["64x64"] * 3), PROVENANCE).close()
+    part = part_of(tmp_path / "out.h5")
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="truncated"):
+        open_store(part)
+
+
 def test_a_finished_file_verifies_and_its_shortcuts_lead_to_the_rows(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     writer = Writer.create(output, layout_of(["64x64"] * 5), PROVENANCE)
