@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -17,10 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fpnx
+import fpnx as package
 from fpnx.errors import StoreError
 from fpnx.images import Budget, find
-from tests.conftest import noise_image, process
+from tests.conftest import noise_image
 
 SMALL: dict[str, Any] = {
     "backbone": "mobilenet_v2",
@@ -54,8 +57,6 @@ def tiff(width: int, height: int, tile: int) -> bytes:
 
 
 def jpeg(size: tuple[int, int] = (60, 40), **options: Any) -> bytes:
-    import io
-
     held = io.BytesIO()
     noise_image(1, size).save(held, "JPEG", **options)
     return held.getvalue()
@@ -105,8 +106,6 @@ def turned() -> Image.Exif:
 
 
 def saved(image: Image.Image) -> bytes:
-    import io
-
     held = io.BytesIO()
     image.save(held, "TIFF")
     return held.getvalue()
@@ -131,20 +130,20 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_of_everything_odd(zoo: Path, tmp_path: Path) -> None:
-    result = fpnx.extract(zoo, tmp_path / "out.h5", **SMALL)
+    result = package.extract(zoo, tmp_path / "out.h5", **SMALL)
     reasons = dict(result.failed)
     assert set(reasons) == set(BAD)
     for name, (_, reason) in BAD.items():
         assert reason in reasons[name], name
     assert result.done == len(GOOD)
-    with fpnx.open(tmp_path / "out.h5") as store:
+    with package.open(tmp_path / "out.h5") as store:
         assert {item.path for item in store} == set(GOOD)
         assert store["turned.jpg"].source_size == (60, 40)
         # The good ones are equal to the good ones alone.
         for name in ("upright.jpg", "thin.png", "\udcff\udcfe.jpg"):
-            alone = fpnx.extract(zoo / name, tmp_path / "alone.h5", overwrite=True, **SMALL)
+            alone = package.extract(zoo / name, tmp_path / "alone.h5", overwrite=True, **SMALL)
             assert alone.exit_code == 0
-            with fpnx.open(tmp_path / "alone.h5") as other:
+            with package.open(tmp_path / "alone.h5") as other:
                 for level in store.levels:
                     np.testing.assert_allclose(store[name][level], other[0][level], atol=1e-5)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 << 20  # nothing was started that grew
@@ -153,7 +152,7 @@ def test_a_folder_of_everything_odd(zoo: Path, tmp_path: Path) -> None:
 def test_the_odd_ones_at_their_own_sizes(zoo: Path, tmp_path: Path) -> None:
     """Sizes that follow the picture: the thin one would be 24 million pixels wide, and is refused."""
     options = {**SMALL, "size": "recipe", "short_side": 64, "max_pixels": 100_000}
-    result = fpnx.extract(zoo, tmp_path / "out.h5", **options)
+    result = package.extract(zoo, tmp_path / "out.h5", **options)
     assert {name for name, _ in result.failed} == {*BAD, "thin.png"}
     assert "over the limit of 100000" in dict(result.failed)["thin.png"]
 
@@ -164,9 +163,6 @@ def test_memory_for_a_zoo_is_bounded(zoo: Path, tmp_path: Path) -> None:
         "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; code = main(sys.argv[1:]); "
         "print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-c", program, "extract", str(zoo), *LINE],
         cwd=tmp_path,
@@ -180,29 +176,23 @@ def test_memory_for_a_zoo_is_bounded(zoo: Path, tmp_path: Path) -> None:
     assert mebibytes < 1000, "a bomb was unpacked"
 
 
-def test_no_control_character_reaches_the_terminal(zoo: Path, tmp_path: Path) -> None:
-    # Failing names too: copies of a bad file under names with escapes.
-    (tmp_path / "pictures").mkdir()
-    for name in (f"{ESCAPE}.jpg", "two\nlines.png", "\udcff.jpg"):
-        (tmp_path / "pictures" / name).write_bytes(b"no picture")
-    (tmp_path / "pictures" / "good.jpg").write_bytes(jpeg())
-    told = process("extract", "pictures", "-o", f"{ESCAPE}.h5", *LINE, cwd=tmp_path)
-    assert told.returncode == 1
-    info = process("info", f"{ESCAPE}.h5", cwd=tmp_path)
-    verified = process("verify", f"{ESCAPE}.h5", "--against", "pictures", cwd=tmp_path)
-    wrong = process("info", f"{ESCAPE}2.h5", cwd=tmp_path)
-    for done in (told, info, verified, wrong):
-        for text in (done.stdout, done.stderr):
-            assert not [c for c in text if not c.isprintable() and c not in "\n"], repr(text)
-    assert r"\x1b[31mred\x07\u202e.jpg" in told.stdout
-    assert r"two\nlines.png" in told.stdout
-    assert verified.returncode == 0, verified.stdout
-    asked = process("info", f"{ESCAPE}.h5", "--json", cwd=tmp_path)
-    assert {entry["path"] for entry in json.loads(asked.stdout)["failed"]} == {
-        f"{ESCAPE}.jpg",
-        "two\nlines.png",
-        "\udcff.jpg",
-    }
+def test_no_control_character_reaches_the_terminal(fpnx: Callable[..., tuple[int, str, str]]) -> None:
+    """Failing names, too, and an output that is named so."""
+    bad = {f"{ESCAPE}.jpg", "two\nlines.png", "\udcff.jpg"}
+    Path("pictures").mkdir()
+    for name in bad:
+        Path("pictures", name).write_bytes(b"no picture")
+    Path("pictures/good.jpg").write_bytes(jpeg())
+    made = fpnx("extract", "pictures", "-o", f"{ESCAPE}.h5", *LINE)
+    verified = fpnx("verify", f"{ESCAPE}.h5", "--against", "pictures")
+    info, missing = fpnx("info", f"{ESCAPE}.h5"), fpnx("info", f"{ESCAPE}2.h5")
+    assert [told[0] for told in (made, verified, info, missing)] == [1, 0, 0, 2]
+    for _, out, err in (made, verified, info, missing):
+        assert not [c for c in out + err if not c.isprintable() and c != "\n"], repr(out + err)
+    assert r"\x1b[31mred\x07\u202e.jpg" in made[1]
+    assert r"two\nlines.png" in made[1]
+    _, out, _ = fpnx("info", f"{ESCAPE}.h5", "--json")
+    assert {entry["path"] for entry in json.loads(out)["failed"]} == bad
 
 
 def test_no_permission_is_one_image_that_fails(tmp_path: Path) -> None:
@@ -211,20 +201,20 @@ def test_no_permission_is_one_image_that_fails(tmp_path: Path) -> None:
     (tmp_path / "good.jpg").write_bytes(jpeg())
     (tmp_path / "closed.jpg").write_bytes(jpeg())
     (tmp_path / "closed.jpg").chmod(0)
-    result = fpnx.extract([tmp_path / "good.jpg", tmp_path / "closed.jpg"], tmp_path / "out.h5", **SMALL)
+    result = package.extract([tmp_path / "good.jpg", tmp_path / "closed.jpg"], tmp_path / "out.h5", **SMALL)
     assert result.failed == (("closed.jpg", "Permission denied"),)
 
 
 def test_a_pipe_that_is_named_fails_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "good.jpg").write_bytes(jpeg())
-    result = fpnx.extract([tmp_path / "good.jpg", tmp_path / "pipe.jpg"], tmp_path / "out.h5", **SMALL)
+    result = package.extract([tmp_path / "good.jpg", tmp_path / "pipe.jpg"], tmp_path / "out.h5", **SMALL)
     assert result.failed == (("pipe.jpg", "not a regular file"),)
 
 
 def test_pillow_is_left_as_it_was(zoo: Path, tmp_path: Path) -> None:
     before = Image.MAX_IMAGE_PIXELS
-    fpnx.extract(zoo / "upright.jpg", tmp_path / "out.h5", **SMALL)
+    package.extract(zoo / "upright.jpg", tmp_path / "out.h5", **SMALL)
     assert before == Image.MAX_IMAGE_PIXELS
     assert len(find([zoo]).sources) == len(GOOD) + len(BAD)
 
@@ -254,7 +244,7 @@ def test_decoding_is_bounded_over_all_threads() -> None:
 def whole(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A finished file of three images, one of them failed."""
     output = tmp_path_factory.mktemp("whole") / "out.h5"
-    fpnx.extract([zoo / name for name in ("upright.jpg", "thin.png", "empty.jpg")], output, **SMALL)
+    package.extract([zoo / name for name in ("upright.jpg", "thin.png", "empty.jpg")], output, **SMALL)
     return output.read_bytes()
 
 
@@ -369,10 +359,10 @@ def test_a_hostile_or_foreign_file_is_refused_in_one_line(whole: bytes, tmp_path
         content[at + 16 : at + 48] = content[at : at + 16] * 2
         path.write_bytes(content)
         message = ""
-        with fpnx.open(path) as store:  # 60 MB: within 16 times the file
+        with package.open(path) as store:  # 60 MB: within 16 times the file
             assert [len(name) for name in store.paths] == [20 << 20] * 3
         return
-    with pytest.raises(StoreError) as caught, fpnx.open(path) as store:
+    with pytest.raises(StoreError) as caught, package.open(path) as store:
         store.check()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -405,14 +395,14 @@ def test_a_truncated_file_is_refused_in_one_line(whole: bytes, tmp_path: Path, l
 
         assert main([command, str(path)]) == 2
     with pytest.raises(StoreError, match=r"not an HDF5 file|truncated"):
-        fpnx.open(path)
+        package.open(path)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.h5")
     for name, message in (("pipe.h5", "not a regular file"), (".", "is a folder"), ("none.h5", "does not exist")):
         with pytest.raises(StoreError, match=message):
-            fpnx.open(tmp_path / name)
+            package.open(tmp_path / name)
 
 
 def test_random_damage_is_never_a_traceback(whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
