@@ -118,6 +118,8 @@ def check_output(output: Path, config: ExtractConfig) -> None:
         stem = re.sub(r"(\.(part|new|lock))+$", "", str(output))
         raise FpnxError(f"output {shown(output)}: fpnx keeps such names for itself: name the output {shown(stem)}")
     try:
+        if "\0" in str(output):
+            raise ValueError("a name cannot hold a null byte")
         there = [path for path in (output, part_of(output)) if path.exists()]
         about = os.stat(output) if output in there else None
     except (OSError, ValueError) as error:

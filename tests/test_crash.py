@@ -151,7 +151,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 24 small pictures, one of them broken."""
     folder = tmp_path_factory.mktemp("many")
     for i in range(24):
-        noise_image(i, (40 + i, 48)).save(folder / f"{i:02}.png")
+        noise_image(i, (40 + 8 * (i % 3), 48)).save(folder / f"{i:02}.png")
     (folder / "07.png").write_bytes(b"not a picture")
     return folder
 
