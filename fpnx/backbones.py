@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,13 +15,17 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from fpnx.errors import FpnxError, nearest
 from fpnx.pyramid import seeded_generator
 
-__all__ = ["TAPS", "Backbone", "create_backbone", "known_backbone", "tap_shapes"]
+__all__ = ["TAPS", "Backbone", "create_backbone", "known_backbone", "parameter_shapes", "tap_shapes"]
 
 # The last node at strides 4, 8, 16 and 32 that every path through the network passes.
 TAPS: dict[str, dict[int, str]] = {
     "mobilenet_v2": {2: "features.3", 3: "features.6", 4: "features.13", 5: "features.18"},
     "mobilenet_v3_large": {2: "features.3", 3: "features.6", 4: "features.12", 5: "features.16"},
+    "resnet101": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
+    "resnet18": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
     "resnet50": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
+    "resnext101_32x8d": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
+    "resnext50_32x4d": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
     "vgg16": {2: "features.15", 3: "features.22", 4: "features.29", 5: "features.30"},
 }
 
@@ -50,9 +55,12 @@ def known_backbone(name: str) -> str:
     return name
 
 
-def create_backbone(name: str, seed: int) -> Backbone:
-    """The body of `name` in eval mode on the CPU, its parameters drawn as torchvision does, from `seed`."""
-    nodes = TAPS[known_backbone(name)]
+def create_backbone(name: str, seed: int, nodes: Mapping[int, str] | None = None) -> Backbone:
+    """The body of `name` in eval mode on the CPU, its parameters drawn as torchvision does, from `seed`.
+
+    `nodes` taps it elsewhere than at the last node of each stride.
+    """
+    nodes = nodes or TAPS[known_backbone(name)]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # A generator of its own: neither the caller's draws before nor those after are touched.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchvision\b")
@@ -62,6 +70,19 @@ def create_backbone(name: str, seed: int) -> Backbone:
     side = 256
     channels = {int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, (side, side)).items()}
     return Backbone(name, body, nodes, channels)
+
+
+@lru_cache(maxsize=128)
+def parameter_shapes(name: str) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of all parameters and buffers of the whole network, head included; nothing is drawn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchvision\b")
+        try:
+            with torch.device("meta"):
+                network = models.get_model(known_backbone(name), weights=None)
+        except NotImplementedError:  # networks that compute with tensors while they are built
+            network = models.get_model(name, weights=None)
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
 def tap_shapes(body: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:

@@ -88,6 +88,12 @@ class Plan:
                 "name": weights.name,
                 "file": weights.file,
                 "sha256": weights.sha256,
+                "layout": weights.framework,
+                "heads_ignored": weights.ignored,
+                "settled": {
+                    fact: {"value": list(value) if isinstance(value, tuple) else value, "by": who}
+                    for fact, (value, who) in weights.settled.items()
+                },
                 "backbone": asdict(weights.body),
                 "pyramid": asdict(weights.fpn),
             },
@@ -114,7 +120,8 @@ def check_output(output: Path, config: ExtractConfig) -> None:
         if path.exists():
             what = "an unfinished run is there" if path != output else "exists"
             raise FpnxError(
-                f"{shown(path)}: {what}: continue it with --resume, replace it with --overwrite, or name another with -o"
+                f"{shown(path)}: {what}: continue it with --resume, replace it with --overwrite, "
+                f"or name another with -o"
             )
 
 
