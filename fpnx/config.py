@@ -13,6 +13,7 @@ from typing import Any
 from fpnx.errors import FpnxError, nearest
 
 __all__ = [
+    "TOP_BLOCKS",
     "UNSTRIDED_LEVELS",
     "ExtractConfig",
     "FileFacts",

@@ -161,6 +161,15 @@ class Recipe:
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known:
             raise FpnxError(f"not a recipe: {str(values)[:80]}")
+        known_words = {
+            "sizing": ("stretch", "aspect", "native"),
+            "rounding": ("floor", "floor-both", "half-up"),
+            "backend": ("pillow", "tensor"),
+            "resampling": tuple(PILLOW),
+            "order": ("RGB", "BGR"),
+        }
+        if any(name in values and values[name] not in words for name, words in known_words.items()):
+            raise FpnxError(f"not a recipe: {str(values)[:80]}")
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, (list, tuple))}
         return cls(**{**values, **lists})
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fpnx.backbones import known_backbone
 from fpnx.checkpoints import SUFFIXES, read_checkpoint
-from fpnx.config import UNSTRIDED_LEVELS, FileFacts, ModelConfig
+from fpnx.config import TOP_BLOCKS, UNSTRIDED_LEVELS, FileFacts, ModelConfig, parse_levels
 from fpnx.errors import FpnxError, nearest, shown
 from fpnx.layouts import Layout, PyramidKeys, backbone_of, recognise
 from fpnx.published import (
@@ -89,7 +89,8 @@ class Weights:
         stride_in_1x1: whether bottlenecks stride in their first convolution and not in the 3×3 one.
         nodes: where the body is tapped, if not at its last node of each stride.
         framework: whose layout the file has; `ignored` counts the tensors of heads in it.
-        settled: fact → (value, who said so), for what a file's parameters cannot tell.
+        settled: fact → (value, `"file"`, `"option"`, `"default"` of the framework, or `"name"`: who says so), for
+            what parameters alone cannot tell.
     """
 
     name: str
@@ -159,14 +160,20 @@ def _from_published(published: Published, config: ModelConfig) -> Weights:
     found = _from_file(file, published.backbone, config, published.recipe)
     trained = Part(True, published.name)
     return replace(
-        found, name=published.name, body=trained, fpn=trained if "pyramid" in published.trains else found.fpn
+        found,
+        name=published.name,
+        body=trained,
+        fpn=trained if "pyramid" in published.trains else found.fpn,
+        settled={fact: (value, "name") for fact, (value, _) in found.settled.items()},
     )
 
 
 def _refuse_facts(config: ModelConfig, owner: str) -> None:
     given = next((each.name for each in fields(FileFacts) if getattr(config, each.name) is not None), None)
     if given is not None:
-        raise FpnxError(f"{_worded(given)} is for files that cannot tell it, {owner} can: drop the option")
+        raise FpnxError(
+            f"{_worded(given)} is for files that cannot tell it; {owner} need no such word: drop the option"
+        )
 
 
 def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Recipe | None = None) -> Weights:
@@ -175,7 +182,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
     sha256 = _sha256(file)
     try:
         layout = recognise(checkpoint.state, checkpoint.config)
-        about = checkpoint.about or {}
+        about = _checked(checkpoint.about or {})
         name = _backbone_in(layout, about, backbone)
         if "recipe" in about:
             recipe = Recipe.from_json(about["recipe"])
@@ -192,7 +199,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
                 first_level=about.get("first_level", layout.pyramid.first_level),
                 top_block=top_block,
                 p7_relu=values.get("p7_relu", True),
-                levels=tuple(about["levels"]) if "levels" in about else None,
+                levels=parse_levels(about["levels"]) if "levels" in about else None,
                 strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
             )
     except FpnxError as error:
@@ -220,6 +227,25 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         file=str(file),
         sha256=sha256,
     )
+
+
+def _checked(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The description in a file of fpnx's own, whose values may be anything."""
+    parts = about.get("parts", {})
+    eps = about.get("norm_eps")
+    fits = {
+        "first_level": about.get("first_level", 2) in range(8),
+        "levels": isinstance(about.get("levels", []), list),
+        "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
+        "top_block": about.get("top_block") in (None, *TOP_BLOCKS),
+        "parts": isinstance(parts, dict)
+        and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
+        and all(p[0] in (True, False, None) for p in parts.values()),
+    }
+    for name, is_fitting in fits.items():
+        if not is_fitting:
+            raise FpnxError(f"its description has {name} {shown(str(about[name]))[:60]}, which fpnx never wrote")
+    return about
 
 
 def _backbone_in(layout: Layout, about: Mapping[str, Any], asked: str | None) -> str:
@@ -292,11 +318,11 @@ def _settle(
         elif each.name in told:
             if asked not in (None, told[each.name]):
                 raise FpnxError(f"{_worded(each.name)} {asked} contradicts it, it says {told[each.name]}: drop it")
-            settled[each.name] = told[each.name], "the file"
+            settled[each.name] = told[each.name], "file"
         elif asked is not None:
-            settled[each.name] = asked, "an option"
+            settled[each.name] = asked, "option"
         else:
-            settled[each.name] = defaults[each.name], f"the default for {layout.framework}"
+            settled[each.name] = defaults[each.name], "default"
     values = {name: value for name, (value, _) in settled.items()}
     sides = {name: told[name] for name in ("short_side", "long_side", "pad_multiple") if name in told}
     recipe = replace(
@@ -318,10 +344,10 @@ def _top_block(
         if asked not in (None, "pool"):
             raise FpnxError(f"it has no top block {asked}: its P6 can come by pool only")
         if asked or said:
-            value, who = (asked, "an option") if asked else (said, "the file")
+            value, who = (asked, "option") if asked else (said, "file")
         else:
             own = layout.framework == "fpnx" and not unstrided
-            value, who = "none" if own else "pool", f"the default for {layout.framework}"
+            value, who = "none" if own else "pool", "default"
         return (None if value == "none" else value), who
     fitting = ["c5"] * (keys.top_in == keys.in_channels[-1]) + ["p5", "m5"] * (keys.top_in == keys.channels)
     for value in (said, asked):
@@ -330,10 +356,10 @@ def _top_block(
     if said is not None and asked not in (None, said):
         raise FpnxError(f"top block {asked} contradicts it, it says {said}: drop the option")
     if said is not None or len(fitting) == 1:
-        return said or fitting[0], "the file"
+        return said or fitting[0], "file"
     if not fitting:
         raise FpnxError(f"its P6 takes {keys.top_in} channels, but C5 has {keys.in_channels[-1]}, P5 {keys.channels}")
-    return (asked, "an option") if asked else (fitting[0], f"the default for {layout.framework}")
+    return (asked, "option") if asked else (fitting[0], "default")
 
 
 def _worded(fact: str) -> str:
