@@ -94,6 +94,7 @@ class Plan:
                     fact: {"value": list(value) if isinstance(value, tuple) else value, "by": who}
                     for fact, (value, who) in weights.settled.items()
                 },
+                "note": weights.note,
                 "backbone": asdict(weights.body),
                 "pyramid": asdict(weights.fpn),
             },

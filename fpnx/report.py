@@ -312,7 +312,8 @@ def _checkpoint(weights: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
         told.setdefault(each["by"], []).append(f"{fact.replace('_', ' ')} {text}")
     rows = [("layout", f"{weights['layout']}, {weights['heads_ignored']} tensors of heads ignored")]
-    return rows + [(f"by {who}", ", ".join(facts)) for who, facts in told.items() if who in ("default", "option")]
+    rows += [(f"by {who}", ", ".join(facts)) for who, facts in told.items() if who in ("default", "option")]
+    return rows + ([("note", weights["note"])] if weights.get("note") else [])
 
 
 def _bytes(count: float) -> str:

@@ -37,7 +37,7 @@ DETECTRON2_RECIPE = Recipe(
     sizing="aspect", short_side=800, long_side=1333, rounding="half-up", pad_multiple=32,
     value_range=255.0, order="BGR", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0),
 )  # fmt: skip
-# mmdetection resizes with OpenCV, which does not antialias either, but rounds to whole numbers.
+OPENCV = "mmdetection resizes with OpenCV; plain is nearest to it, which rounds pixels to whole numbers besides"
 MMDETECTION_RECIPE = replace(
     DETECTRON2_RECIPE, backend="tensor", order="RGB", mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
 )
@@ -91,6 +91,7 @@ class Weights:
         framework: whose layout the file has; `ignored` counts the tensors of heads in it.
         settled: fact → (value, `"file"`, `"option"`, `"default"` of the framework, or `"name"`: who says so), for
             what parameters alone cannot tell.
+        note: where the recipe is not exactly what the network was trained with.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Weights:
     framework: str | None = None
     ignored: int = 0
     settled: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    note: str | None = None
     file: str | None = None
     sha256: str | None = None
 
@@ -224,6 +226,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         framework=layout.framework,
         ignored=layout.ignored,
         settled=settled,
+        note=OPENCV if layout.framework == "mmdetection" and recipe.backend == "tensor" else None,
         file=str(file),
         sha256=sha256,
     )

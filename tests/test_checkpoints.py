@@ -229,6 +229,7 @@ def test_mmdetection_levels_equal_the_reference(case, tmp_path):
     with fpnx.open(tmp_path / "out.h5") as store:
         weights = store.provenance["weights"]
     assert (weights["layout"], weights["heads_ignored"]) == ("mmdetection", 2)
+    assert "OpenCV" in weights["note"]
     assert weights["settled"]["mean"]["by"] == ("file" if with_config else "option" if "mean" in options else "default")
 
 
