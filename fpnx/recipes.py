@@ -31,8 +31,8 @@ class Recipe:
     `long_side`) or `"native"`. `resampling` is Pillow's antialiased one on 8-bit pixels (`"pillow"`), or the plain
     bilinear interpolation of `torch.nn.functional` on floats (`"tensor"`), which detectors use. `rounding` of an
     aspect-keeping size: `"floor"` (the short side is exact), or both sides times one factor, rounded down
-    (`"floor-both"`, as `torchvision.models.detection` does) or to the nearest (`"half-up"`, int(x + 0.5)). Pixels
-    are scaled to 0..`value_range`, put in `order`, less `mean`, over `std`, and then padded right and bottom with
+    (`"floor-both"`, as `torchvision.models.detection` does) or to the nearest (`"half-up"`, int(x + 0.5), as
+    mmdetection does; `"half-up-stepwise"`, first to the short side, then to the long, as detectron2 does). Pixels are scaled to 0..`value_range`, put in `order`, less `mean`, over `std`, and then padded right and bottom with
     zeros to a multiple of `pad_multiple`.
     """
 
@@ -163,7 +163,7 @@ class Recipe:
             raise FpnxError(f"not a recipe: {str(values)[:80]}")
         known_words = {
             "sizing": ("stretch", "aspect", "native"),
-            "rounding": ("floor", "floor-both", "half-up"),
+            "rounding": ("floor", "floor-both", "half-up", "half-up-stepwise"),
             "backend": ("pillow", "tensor"),
             "resampling": tuple(PILLOW),
             "order": ("RGB", "BGR"),
@@ -177,12 +177,18 @@ class Recipe:
         assert self.short_side is not None
         short, long = min(height, width), max(height, width)
         if self.rounding in ("floor-both", "half-up"):
-            # torchvision's GeneralizedRCNNTransform; detectron2's ResizeShortestEdge and mmdetection's rescale_size
+            # torchvision's GeneralizedRCNNTransform, mmdetection's rescale_size
             extra = 0.5 if self.rounding == "half-up" else 0.0
             factor = self.short_side / short
             if self.long_side is not None:
                 factor = min(factor, self.long_side / long)
             new_short, new_long = int(short * factor + extra), int(long * factor + extra)
+        elif self.rounding == "half-up-stepwise":  # detectron2's ResizeShortestEdge
+            exact_short, exact_long = float(self.short_side), self.short_side / short * long
+            if self.long_side is not None and exact_long > self.long_side:
+                factor = self.long_side / exact_long
+                exact_short, exact_long = exact_short * factor, exact_long * factor
+            new_short, new_long = int(exact_short + 0.5), int(exact_long + 0.5)
         else:  # torchvision.transforms.Resize
             new_short, new_long = self.short_side, int(self.short_side * long / short)
             if self.long_side is not None and new_long > self.long_side:

@@ -34,12 +34,17 @@ __all__ = ["HeldPyramid", "Part", "Published", "Weights", "published_weights", "
 
 DEFAULT_BACKBONE = "resnet50"
 DETECTRON2_RECIPE = Recipe(
-    sizing="aspect", short_side=800, long_side=1333, rounding="half-up", pad_multiple=32,
+    sizing="aspect", short_side=800, long_side=1333, rounding="half-up-stepwise", pad_multiple=32,
     value_range=255.0, order="BGR", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0),
 )  # fmt: skip
 OPENCV = "mmdetection resizes with OpenCV; plain is nearest to it, which rounds pixels to whole numbers besides"
 MMDETECTION_RECIPE = replace(
-    DETECTRON2_RECIPE, backend="tensor", order="RGB", mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)
+    DETECTRON2_RECIPE,
+    rounding="half-up",
+    backend="tensor",
+    order="RGB",
+    mean=(123.675, 116.28, 103.53),
+    std=(58.395, 57.12, 57.375),
 )
 RESNEXT_STD = (57.375, 57.12, 58.395)  # of detectron2's X-101-32x8d
 BACKENDS = {"antialiased": "pillow", "plain": "tensor"}
@@ -290,7 +295,12 @@ def _defaults(layout: Layout, backbone: str, detection_eps: float) -> tuple[Reci
         recipe, eps, relu, in_1x1 = DETECTRON2_RECIPE, 1e-5, True, not grouped
         recipe = replace(recipe, std=RESNEXT_STD) if grouped else recipe
     elif framework == "detectron2 backbone":  # its converter for torchvision's networks keeps their preprocessing
-        recipe, eps, relu, in_1x1 = replace(MMDETECTION_RECIPE, backend="pillow"), 1e-5, True, False
+        recipe, eps, relu, in_1x1 = (
+            replace(MMDETECTION_RECIPE, backend="pillow", rounding=DETECTRON2_RECIPE.rounding),
+            1e-5,
+            True,
+            False,
+        )
     elif framework == "mmdetection":
         recipe, eps, relu, in_1x1 = MMDETECTION_RECIPE, 1e-5, False, False
     elif framework == "torchvision detection":

@@ -23,6 +23,7 @@ from fpnx.checkpoints import read_checkpoint
 from fpnx.errors import FpnxError
 from fpnx.layouts import recognise
 from fpnx.mmdetection import read_config
+from fpnx.weights import DETECTRON2_RECIPE, MMDETECTION_RECIPE
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (53, 76, 3), dtype=np.uint8))
@@ -73,6 +74,24 @@ def as_pickle(state: dict[str, Tensor], protocol: int) -> bytes:
 
 
 # --- detectron2 ---
+
+
+def shortest_edge(height: int, width: int) -> tuple[int, int]:
+    """detectron2's ResizeShortestEdge.get_output_shape for 800 and 1333."""
+    scale = 800.0 / min(height, width)
+    new_h, new_w = (800.0, scale * width) if height < width else (scale * height, 800.0)
+    if max(new_h, new_w) > 1333:
+        scale = 1333.0 / max(new_h, new_w)
+        new_h, new_w = new_h * scale, new_w * scale
+    return int(new_h + 0.5), int(new_w + 0.5)
+
+
+def test_detectron2_sizes():
+    # (33, 86) comes out as (512, 1333) with one factor for both sides: only the steps give 511.
+    assert DETECTRON2_RECIPE.input_size((33, 86)) == (511, 1333) != MMDETECTION_RECIPE.input_size((33, 86))
+    for height, width in [(480, 640), (1080, 1920), *RNG.integers(30, 3000, (3000, 2)).tolist()]:
+        assert DETECTRON2_RECIPE.input_size((height, width)) == shortest_edge(height, width)
+
 
 DETECTRON2 = {
     "R50 faster rcnn, pkl": ({"depth": 50}, {}, {"order": "BGR", "mean": BGR_MEAN, "std": (1, 1, 1)}),
