@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, fx, nn
 
@@ -196,7 +197,8 @@ def build_model(config: ModelConfig) -> PyramidModel:
     weights = resolve_weights(config)
     backbone = create_backbone(weights.backbone, config.seed, weights.nodes)
     _adjust(backbone.body, weights)
-    fpn = _held_pyramid(weights.pyramid, backbone, config, weights) if weights.pyramid else _new(backbone, config)
+    with torch.random.fork_rng(devices=[]):  # modules draw when they are made, only to be filled below
+        fpn = _held_pyramid(weights.pyramid, backbone, config, weights) if weights.pyramid else _new(backbone, config)
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
         levels = fpn.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.nodes)
@@ -218,7 +220,7 @@ def _held_pyramid(held: HeldPyramid, backbone: Backbone, config: ModelConfig, we
     """The pyramid that the weights hold, with P6 by pool where it is asked for and costs no parameters."""
     keys, owner = held.keys, shown(weights.name)
     if config.channels not in (None, keys.channels):
-        raise FpnxError(f"channels {config.channels} contradict {owner}, which has {keys.channels}: {UNTRAINED}")
+        raise FpnxError(f"channels {config.channels} contradicts {owner}, which has {keys.channels}: {UNTRAINED}")
     taps = [backbone.channels[k] for k in sorted(backbone.channels)]
     firsts = [held.first_level] if held.first_level is not None else [
         k for k in backbone.channels if tuple(taps[k - min(backbone.channels) :]) == keys.in_channels

@@ -67,7 +67,7 @@ WITHOUT_EPS = {
 
 # What torchvision.models.detection does to an image (GeneralizedRCNNTransform).
 DETECTOR_RECIPE = Recipe(
-    sizing="aspect", short_side=800, long_side=1333, rounding="floor-both", backend="tensor", pad_multiple=32
+    sizing="aspect", short_side=800, long_side=1333, rounding="scaled-floor", backend="tensor", pad_multiple=32
 )
 
 

@@ -30,10 +30,10 @@ class Recipe:
     `sizing` is `"stretch"` (to `height` × `width`), `"aspect"` (shorter side to `short_side`, longer at most
     `long_side`) or `"native"`. `resampling` is Pillow's antialiased one on 8-bit pixels (`"pillow"`), or the plain
     bilinear interpolation of `torch.nn.functional` on floats (`"tensor"`), which detectors use. `rounding` of an
-    aspect-keeping size: `"floor"` (the short side is exact), or both sides times one factor, rounded down
-    (`"floor-both"`, as `torchvision.models.detection` does) or to the nearest (`"half-up"`, int(x + 0.5), as
-    mmdetection does; `"half-up-stepwise"`, first to the short side, then to the long, as detectron2 does). Pixels are scaled to 0..`value_range`, put in `order`, less `mean`, over `std`, and then padded right and bottom with
-    zeros to a multiple of `pad_multiple`.
+    aspect-keeping size is `"floor"` (`torchvision.transforms.Resize`), `"scaled-floor"`
+    (`torchvision.models.detection`), `"scaled-half-up"` (int(x + 0.5); mmdetection) or `"stepwise-half-up"` (first to
+    the short side, then to the long one; detectron2). Pixels are scaled to 0..`value_range`, put in `order`, less
+    `mean`, over `std`, and then padded right and bottom with zeros to a multiple of `pad_multiple`.
     """
 
     sizing: str = "stretch"
@@ -163,7 +163,7 @@ class Recipe:
             raise FpnxError(f"not a recipe: {str(values)[:80]}")
         known_words = {
             "sizing": ("stretch", "aspect", "native"),
-            "rounding": ("floor", "floor-both", "half-up", "half-up-stepwise"),
+            "rounding": ("floor", "scaled-floor", "scaled-half-up", "stepwise-half-up"),
             "backend": ("pillow", "tensor"),
             "resampling": tuple(PILLOW),
             "order": ("RGB", "BGR"),
@@ -176,14 +176,13 @@ class Recipe:
     def _aspect_size(self, height: int, width: int) -> tuple[int, int]:
         assert self.short_side is not None
         short, long = min(height, width), max(height, width)
-        if self.rounding in ("floor-both", "half-up"):
-            # torchvision's GeneralizedRCNNTransform, mmdetection's rescale_size
-            extra = 0.5 if self.rounding == "half-up" else 0.0
+        if self.rounding.startswith("scaled"):
             factor = self.short_side / short
             if self.long_side is not None:
                 factor = min(factor, self.long_side / long)
-            new_short, new_long = int(short * factor + extra), int(long * factor + extra)
-        elif self.rounding == "half-up-stepwise":  # detectron2's ResizeShortestEdge
+            half = 0.5 if self.rounding == "scaled-half-up" else 0.0
+            new_short, new_long = int(short * factor + half), int(long * factor + half)
+        elif self.rounding == "stepwise-half-up":
             exact_short, exact_long = float(self.short_side), self.short_side / short * long
             if self.long_side is not None and exact_long > self.long_side:
                 factor = self.long_side / exact_long

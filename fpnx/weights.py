@@ -34,13 +34,13 @@ __all__ = ["HeldPyramid", "Part", "Published", "Weights", "published_weights", "
 
 DEFAULT_BACKBONE = "resnet50"
 DETECTRON2_RECIPE = Recipe(
-    sizing="aspect", short_side=800, long_side=1333, rounding="half-up-stepwise", pad_multiple=32,
+    sizing="aspect", short_side=800, long_side=1333, rounding="stepwise-half-up", pad_multiple=32,
     value_range=255.0, order="BGR", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0),
 )  # fmt: skip
 OPENCV = "mmdetection resizes with OpenCV; plain is nearest to it, which rounds pixels to whole numbers besides"
 MMDETECTION_RECIPE = replace(
     DETECTRON2_RECIPE,
-    rounding="half-up",
+    rounding="scaled-half-up",
     backend="tensor",
     order="RGB",
     mean=(123.675, 116.28, 103.53),

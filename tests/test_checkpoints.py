@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reference_networks import D2Detector, D2ResNet, MMDetector, randomise
 from torch import Tensor, nn
 
 import fpnx
@@ -24,6 +23,7 @@ from fpnx.errors import FpnxError
 from fpnx.layouts import recognise
 from fpnx.mmdetection import read_config
 from fpnx.weights import DETECTRON2_RECIPE, MMDETECTION_RECIPE
+from tests.reference_networks import D2Detector, D2ResNet, MMDetector, randomise
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (53, 76, 3), dtype=np.uint8))
@@ -332,7 +332,7 @@ def test_keys_that_are_missing_misshapen_or_unknown_are_named(change, told, dete
     ("options", "told"),
     [
         ({"backbone": "resnet50"}, "it holds resnet18, not resnet50"),
-        ({"channels": 64}, "channels 64 contradict .* which has 32"),
+        ({"channels": 64}, "channels 64 contradicts .* which has 32"),
         ({"levels": "P7"}, "has no level P7: it has C2, P2, C3, P3, C4, P4, C5, P5, P6|has no level P7"),
         ({"stride_in_1x1": True}, "--stride-in-1x1 does not matter"),
         ({"p7_relu": False}, "--p7-relu does not matter"),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference_networks import randomise
 from torch import nn
 from torchvision import models
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -17,6 +16,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import fpnx
 from fpnx.errors import FpnxError
 from fpnx.published import COCO, DETECTOR_RECIPE, DETECTORS, WITHOUT_EPS, find_published, published_weights
+from tests.reference_networks import randomise
 
 SIZES = ((50, 70), (97, 131), (60, 200))
 LEVELS = {
@@ -165,7 +165,7 @@ def test_default_is_a_trained_pyramid_only_where_levels_are_one_per_stride(hub):
     ("options", "told"),
     [
         ({"levels": "P2-P7"}, "has no level P7: it has C2, P2, C3, P3, C4, P4, C5, P5, P6|has no level P7"),
-        ({"channels": 128}, "channels 128 contradict .* which has 256"),
+        ({"channels": 128}, "channels 128 contradicts .* which has 256"),
         ({"top_block": "c5"}, "it has no top block c5"),
         ({"backbone": "vgg16"}, "are for resnet50, not for vgg16"),
         ({"mean": "0,0,0"}, "--mean is for files"),

@@ -9,7 +9,6 @@ import pytest
 import safetensors
 import torch
 from PIL import Image
-from reference_networks import D2Detector, MMDetector, randomise
 from torch import nn
 from torchvision import models
 from torchvision.ops import FeaturePyramidNetwork
@@ -18,6 +17,7 @@ import fpnx
 from fpnx.cli import main
 from fpnx.errors import FpnxError
 from fpnx.published import find_published, published_weights
+from tests.reference_networks import D2Detector, MMDetector, randomise
 
 IMAGE = torch.linspace(-2, 2, 3 * 64 * 96).reshape(1, 3, 64, 96).sin()
 
