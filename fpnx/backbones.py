@@ -1,88 +1,220 @@
-"""Backbones: from a name to a body whose forward gives the taps C2…C5, with strides and channels."""
+"""Backbones: from a name or a module to a body whose forward gives the taps C2…C5, with strides and channels."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+import copy
+import functools
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx, nn
-from torchvision import models
-from torchvision.models.feature_extraction import create_feature_extractor
+from torch import Tensor, nn
 
-from fpnx.errors import FpnxError, nearest
+from fpnx.errors import FpnxError
 from fpnx.pyramid import seeded_generator
+from fpnx.shelf import recall, remember
+from fpnx.stages import PROBES, NoStagesError, Stages, Tap, find_stages, on_meta, run_on_meta, tapped
+from fpnx.zoo import TIMM, build_network, builder_versions, known_name, names, native_side, quiet
 
-__all__ = ["TAPS", "Backbone", "create_backbone", "known_backbone", "parameter_shapes", "tap_shapes"]
+__all__ = [
+    "Backbone",
+    "Survey",
+    "backbone_names",
+    "create_backbone",
+    "given_backbone",
+    "known_backbone",
+    "known_survey",
+    "one_size",
+    "parameter_shapes",
+    "survey",
+    "survey_all",
+    "tap_shapes",
+]
 
-# The last node at strides 4, 8, 16 and 32 that every path through the network passes.
-TAPS: dict[str, dict[int, str]] = {
-    "mobilenet_v2": {2: "features.3", 3: "features.6", 4: "features.13", 5: "features.18"},
-    "mobilenet_v3_large": {2: "features.3", 3: "features.6", 4: "features.12", 5: "features.16"},
-    "resnet101": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
-    "resnet18": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
-    "resnet50": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
-    "resnext101_32x8d": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
-    "resnext50_32x4d": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
-    "vgg16": {2: "features.15", 3: "features.22", 4: "features.29", 5: "features.30"},
-}
+WORTH_A_PROCESS = 12  # networks to measure: fewer take less time than loading torch once more
+SCHEME = 1  # of finding and keeping stages; a change makes what is kept on disk void
+SIZE_KEYWORDS = ("input_size", "image_size", "img_size")  # how builders call the one size that they build for
 
 
 @dataclass(frozen=True)
 class Backbone:
     """A body and where it is read.
 
-    `body(images)` gives `{"C2": (B, C, H, W), ...}`; its parameters keep torchvision's names, without the head.
-    `nodes` and `channels` are by level number.
+    `body(images)` gives `{"C2": (B, C, H, W), ...}`; its parameters keep the network's own names, without the head.
+    `nodes` and `channels` are by level number. `size` is the one (height, width) that it takes, a square in multiples
+    of `side`; None: any that works.
     """
 
     name: str
-    body: fx.GraphModule
+    body: nn.Module
     nodes: Mapping[int, str]
     channels: Mapping[int, int]
+    size: tuple[int, int] | None = None
+    side: int | None = None
+
+    @property
+    def pyramid_channels(self) -> dict[int, int]:
+        """Channels of the taps that a pyramid can merge: those up to the coarsest without a gap between them."""
+        first = max(self.channels)
+        while first - 1 in self.channels:
+            first -= 1
+        return {level: channels for level, channels in sorted(self.channels.items()) if level >= first}
+
+    def check_levels(self, levels: Collection[str], top_block: str | None) -> None:
+        """See that there are maps at the strides that these levels, and this top block, are made from.
+
+        Raises:
+            FpnxError: naming what there is instead, and why.
+        """
+        merged = self.pyramid_channels
+        for name in [*levels, *(["P6"] if top_block else [])]:
+            kind, level = name[0], min(int(name[1:]), 5)
+            if level in (merged if kind == "P" else self.channels):
+                continue
+            there = [f"C{k}" for k in sorted(self.channels)] + [f"P{k}" for k in merged]
+            why = (
+                f"the network has no map at stride {2**level}" if level not in self.channels else "a stride is missing"
+            )
+            what = f"level {name}" if name in levels else f"top block {top_block}"
+            raise FpnxError(f"{self.name} has no {what}: {why}: it gives {', '.join(there)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What was found of a named network: its stages, or why it has none.
+
+    `keyword` is the builder's name for the input size, where it builds for one size only.
+    """
+
+    stages: Stages | None
+    refused: str | None = None
+    keyword: str | None = None
+
+
+def backbone_names() -> list[str]:
+    """Torchvision's classifiers that have stages. Measures those that were not met before."""
+    survey_all(names())
+    return [name for name in names() if survey(name).stages is not None]
 
 
 def known_backbone(name: str) -> str:
-    """`name`, if there is such a backbone.
+    """`name`, if there is such a network, with stages or without.
 
     Raises:
-        FpnxError: naming the choices and the nearest.
+        FpnxError: naming the nearest.
     """
-    if name not in TAPS:
-        raise FpnxError(f"backbone {name!r} is unknown{nearest(name, TAPS)}: take one of {', '.join(TAPS)}")
-    return name
+    return known_name(name)
 
 
-def create_backbone(name: str, seed: int, nodes: Mapping[int, str] | None = None) -> Backbone:
-    """The body of `name` in eval mode on the CPU, its parameters drawn as torchvision does, from `seed`.
+def survey(name: str) -> Survey:
+    """The stages of the network `name`, measured once for each version of torch and torchvision, and then kept."""
+    found = known_survey(name)
+    if found is None:
+        found = _surveys[name] = _measure(name)
+        remember(_key(name), asdict(found))
+    return found
 
-    `nodes` taps it elsewhere than at the last node of each stride.
+
+def known_survey(name: str) -> Survey | None:
+    """What `survey` gives, where nothing needs to be measured for it."""
+    if name not in _surveys:
+        kept = _survey_from(recall(_key(name)))
+        if kept is not None:
+            _surveys[name] = kept
+    return _surveys.get(name)
+
+
+def survey_all(wanted: Sequence[str], progress: Callable[[int], None] = lambda done: None) -> None:
+    """Measure what was not met before, in several processes where that pays; `progress` hears how many are known."""
+    missing = [name for name in wanted if known_survey(name) is None]
+    progress(len(wanted) - len(missing))
+    workers = min(os.cpu_count() or 1, 8, len(missing) // WORTH_A_PROCESS)
+    with ExitStack() as stack:
+        found: Iterable[Survey] = map(survey, missing)
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            found = pool.map(survey, missing, chunksize=2)
+        for i, (name, each) in enumerate(zip(missing, found, strict=True), 1):
+            _surveys[name] = each
+            progress(len(wanted) - len(missing) + i)
+
+
+_surveys: dict[str, Survey] = {}
+
+
+def _key(name: str) -> str:
+    return f"stages {SCHEME}, {builder_versions(name)}, {name}"
+
+
+def create_backbone(
+    name: str,
+    seed: int,
+    nodes: Mapping[int, str] | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    meta: bool = False,
+) -> Backbone:
+    """The body of `name` in eval mode on the CPU, its parameters drawn as its own code does, from `seed`.
+
+    Args:
+        nodes: taps it here instead of where its stages end.
+        size: (height, width) of the inputs to come, for networks that are built for one size.
+        meta: on the meta device, without data and undrawn.
+
+    Raises:
+        FpnxError: a network without stages, or a size that it cannot be built for.
     """
-    nodes = nodes or TAPS[known_backbone(name)]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    found = survey(known_backbone(name))
+    if found.stages is None:
+        raise FpnxError(f"{name} {found.refused}: take another backbone (fpnx models lists them)")
+    side = native_side(name) if found.keyword else None
+    built_for = None
+    if side is not None:
+        built_for = size or (side, side)
+        if built_for[0] != built_for[1] or built_for[0] % side:
+            raise FpnxError(one_size(name, built_for, side))
+    with torch.random.fork_rng(devices=[]):
         # A generator of its own: neither the caller's draws before nor those after are touched.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchvision\b")
         torch.manual_seed(seeded_generator(seed, f"body.{name}").initial_seed())
-        network = models.get_model(name, weights=None)
-    body = _tapped(network.eval(), {node: f"C{level}" for level, node in nodes.items()})
-    side = 256
-    channels = {int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, (side, side)).items()}
-    return Backbone(name, body, nodes, channels)
+        network = build_network(name, built_for and built_for[0], found.keyword, meta=meta)
+    stages = found.stages if nodes is None else Stages(taps={k: Tap(node=n) for k, n in nodes.items()}, traced=True)
+    return _backbone(name, network, stages, built_for, side)
 
 
-@lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=128)
 def parameter_shapes(name: str) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of all parameters and buffers of the whole network, head included; nothing is drawn."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchvision\b")
-        try:
-            with torch.device("meta"):
-                network = models.get_model(known_backbone(name), weights=None)
-        except NotImplementedError:  # networks that compute with tensors while they are built
-            network = models.get_model(name, weights=None)
+    network = build_network(known_backbone(name), meta=True)
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def given_backbone(module: nn.Module) -> Backbone:
+    """Anybody's network as a backbone: a copy of it, in eval mode on the CPU, with its parameters as they are.
+
+    Raises:
+        FpnxError: where it does not run at any size, or has no stages.
+    """
+    name = type(module).__name__
+    try:
+        network = copy.deepcopy(module).eval().cpu()
+        twin = on_meta(network)
+        with quiet():
+            stages = find_stages(lambda _: twin)
+    except NoStagesError as error:
+        raise FpnxError(f"the module {name} {error}") from error
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise FpnxError(
+            f"the module {name} cannot be measured ({why}): a backbone takes images (B, 3, H, W) of any size, such as "
+            "448×672, and computes only with its parameters, buffers and inputs"
+        ) from error
+    return _backbone(name, network, stages)
 
 
 def tap_shapes(body: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
@@ -91,14 +223,94 @@ def tap_shapes(body: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, i
     Raises:
         RuntimeError: where the network cannot take that size.
     """
-    on_meta = {name: value.to("meta") for name, value in body.state_dict().items()}
-    with torch.no_grad():
-        image = torch.empty(1, 3, *size, device="meta")
-        taps: dict[str, Tensor] = torch.func.functional_call(body, on_meta, (image,))
+    twin = _twins.get(body)
+    if twin is None:
+        twin = _twins[body] = on_meta(body)
+    try:
+        taps: dict[str, Tensor] = run_on_meta(twin, size)
+    except Exception as error:  # a network may object in any way
+        raise RuntimeError(f"the network cannot take {size[0]}×{size[1]}: {error}") from error
+    if not all(all(tap.shape) for tap in taps.values()):
+        raise RuntimeError(f"at {size[0]}×{size[1]} nothing is left of a level")
     return {name: (tap.shape[1], tap.shape[2], tap.shape[3]) for name, tap in taps.items()}
 
 
-def _tapped(network: nn.Module, outputs: dict[str, str]) -> fx.GraphModule:
-    dual = create_feature_extractor(network, return_nodes=outputs, suppress_diff_warning=True)
-    # A plain graph module, since a copy of torchvision's dual one comes back with batch norm in training mode.
-    return fx.GraphModule(dual, dual.eval_graph).eval()
+_twins: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def _backbone(
+    name: str, network: nn.Module, stages: Stages, size: tuple[int, int] | None = None, side: int | None = None
+) -> Backbone:
+    with quiet():
+        body = tapped(network, stages)
+    return Backbone(
+        name=name,
+        body=body,
+        nodes={level: tap.node for level, tap in stages.taps.items()},
+        channels={int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, size or PROBES[0]).items()},
+        size=size,
+        side=side,
+    )
+
+
+def one_size(name: str, size: tuple[int, int], side: int) -> str:
+    """Why a network that is built for one size does not take `size` (height, width), and what it takes."""
+    return (
+        f"{name} takes inputs of one size, for which it is built: squares in multiples of {side}, and not "
+        f"{size[0]}×{size[1]}: take size {side} or {2 * side}"
+    )
+
+
+def _shapes_alone(name: str, side: int | None = None, keyword: str | None = None) -> nn.Module:
+    """The network on the meta device, with norms that only pass shapes on: a third of the time goes into them."""
+    network = build_network(name, side, keyword, meta=True)
+    for module in network.modules():
+        if type(module) in (nn.BatchNorm2d, nn.LayerNorm):
+            module.forward = torch.empty_like
+    return network
+
+
+def _measure(name: str) -> Survey:
+    try:
+        with quiet():
+            network = _shapes_alone(name)
+            try:
+                return Survey(stages=find_stages(lambda _: network))
+            except NoStagesError:
+                raise
+            except Exception as error:  # it may be built for one size only
+                return _measure_built(name, error)
+    except NoStagesError as error:
+        return Survey(stages=None, refused=str(error))
+    except (RuntimeError, NotImplementedError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        if not name.startswith(TIMM):
+            raise
+        why = " ".join(str(error).split())[:160]
+        return Survey(stages=None, refused=f"offers no features_only that can be read ({why})")
+
+
+def _measure_built(name: str, objection: Exception) -> Survey:
+    """The stages of a network that takes one size, from two builds of it."""
+    side = native_side(name)
+    for keyword in SIZE_KEYWORDS:
+        try:
+            build_network(name, side, keyword, meta=True)
+        except TypeError:  # its builder knows no such keyword
+            continue
+        stages = find_stages(
+            lambda size, keyword=keyword: _shapes_alone(name, size[0], keyword),  # type: ignore[misc]
+            [(side, side), (2 * side, 2 * side)],
+        )
+        return Survey(stages=stages, keyword=keyword)
+    raise objection
+
+
+def _survey_from(kept: Any) -> Survey | None:
+    """The survey whose plain values were kept; None where they are not such."""
+    try:
+        if kept["stages"] is None:
+            return Survey(stages=None, refused=str(kept["refused"]))
+        taps = {int(level): Tap(**tap) for level, tap in kept["stages"]["taps"].items()}
+        return Survey(stages=Stages(taps=taps, traced=bool(kept["stages"]["traced"])), keyword=kept["keyword"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

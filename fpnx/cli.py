@@ -192,6 +192,31 @@ def info(
         report.show_json(report.store_facts(opened)) if json else report.show_info(opened)
 
 
+@app.command()
+def models(
+    word: Annotated[str | None, typer.Argument(help="A backbone's name, or a part of names.", metavar="[NAME]")] = None,
+    json: Json = False,
+) -> None:
+    """List the backbones, or show one: taps, parameters, operations, and its weights with their files.
+
+    [dim]fpnx models mobilenet[/dim]
+
+    [dim]fpnx models resnet50 --json[/dim]
+    """
+    from fpnx import catalogue, report, tables
+
+    terminal = report.Terminal(json)
+    try:
+        if word is not None and catalogue.is_backbone(word):
+            found, show = catalogue.details(word), tables.show_details
+        else:
+            found = catalogue.overview(word, lambda done, total: terminal.progress("backbones", done, total))
+            show = tables.show_overview
+    finally:
+        terminal.close()
+    report.show_json(found) if json else show(found)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; the one place that turns errors into a line."""
     given = list(sys.argv[1:] if arguments is None else arguments)

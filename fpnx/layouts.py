@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torchvision import models
 
-from fpnx.backbones import TAPS, parameter_shapes
+from fpnx.backbones import parameter_shapes
 from fpnx.errors import FpnxError, shown
 from fpnx.mmdetection import read_config
+from fpnx.zoo import names as torchvision_names
 
 __all__ = ["Layout", "PyramidKeys", "backbone_of", "pyramid_keys", "recognise", "without_head"]
 
 PREFIXES = ("module.", "model.", "_orig_mod.")  # what DistributedDataParallel, Lightning and torch.compile put before
 HEADS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")  # of torchvision's classifiers
+MOSTLY_HEAD = ("alexnet", "vgg")  # whose number of parameters says little about their bodies
 CANDIDATES = 16  # backbones, nearest in parameters, that a file is compared with
 
 
@@ -131,7 +133,8 @@ def backbone_of(body: Mapping[str, Tensor], asked: str | None) -> str:
     if likeness and max(likeness.values()) == 1.0:
         return str(asked)
     parameters = sum(value.numel() for name, value in body.items() if "running_" not in name)
-    for name in sorted(TAPS, key=lambda name: abs(_parameters(name) - parameters))[:CANDIDATES]:
+    near = sorted(torchvision_names(), key=lambda name: abs(_parameters(name) - parameters))[:CANDIDATES]
+    for name in [*near, *(name for name in torchvision_names() if name.startswith(MOSTLY_HEAD) and name not in near)]:
         likeness[name] = _likeness(given, name)
         if likeness[name] == 1.0:
             if asked is not None:
@@ -197,7 +200,12 @@ def _renaming(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Rename]
     if framework == "mmdetection":
         laterals = {match[1] for name in state if (match := re.match(r"neck\.lateral_convs\.(\d+)\.", name))}
         return r"(backbone|neck)\.", _from_mmdetection(len(laterals))
-    return r"(?!)", lambda name: f"body.{name}"
+    return r"(?!)", _from_torchvision
+
+
+def _from_torchvision(name: str) -> str:
+    """The name that a parameter has today: published DenseNet files say `norm.1` for `norm1`."""
+    return "body." + re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def _from_own(name: str) -> str | None:

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor, fx, nn
 
-from fpnx.backbones import Backbone, create_backbone, parameter_shapes, tap_shapes
+from fpnx.backbones import Backbone, create_backbone, given_backbone, one_size, parameter_shapes, tap_shapes
 from fpnx.checkpoints import write_checkpoint
-from fpnx.config import ModelConfig, level_number, ordered_levels
+from fpnx.config import UNSTRIDED_LEVELS, ExtractConfig, InputConfig, ModelConfig, level_number, ordered_levels
 from fpnx.errors import FpnxError, shown
 from fpnx.images import as_rgb
 from fpnx.pyramid import SEED_SCHEME, FeaturePyramid
-from fpnx.weights import HeldPyramid, Weights, resolve_weights
+from fpnx.weights import HeldPyramid, Weights, given_weights, resolve_weights
 
 __all__ = ["PyramidModel", "build_model", "create_model", "save_weights"]
 
@@ -36,6 +36,7 @@ class PyramidModel(nn.Module):
         levels: names of what forward gives, fine to coarse.
         recipe: what is done to an image before it comes here; `str(model.recipe)` says it in words.
         weights: where the parameters come from (`weights.body` and `weights.fpn` say what is trained).
+        size: the only (height, width) that the backbone takes, where it is built for one; else None.
     """
 
     def __init__(self, backbone: Backbone, fpn: FeaturePyramid, levels: tuple[str, ...], weights: Weights) -> None:
@@ -46,6 +47,7 @@ class PyramidModel(nn.Module):
         self.channels = {f"C{k}": n for k, n in backbone.channels.items()} | dict.fromkeys(fpn.levels, fpn.channels)
         named = weights.pyramid.strides if weights.pyramid is not None else {}
         self.strides = dict(named) or {name: 2 ** level_number(name) for name in self.channels}
+        self.size, self._side = backbone.size, backbone.side
         self.levels = levels
         self.weights = weights
         self.recipe = weights.recipe
@@ -60,7 +62,7 @@ class PyramidModel(nn.Module):
         """(B, 3, H, W) → the taps that `levels` need, `{"C2": (B, C, H/4, W/4), ...}`; deeper stages are not run."""
         deepest = max(self._needed_taps(), key=level_number)
         last = f"C{self.fpn.last_level}"
-        if deepest == last:
+        if deepest == last or not isinstance(self.body, fx.GraphModule):  # what is hooked runs whole
             taps: dict[str, Tensor] = self.body(images)
             return taps
         return fx.Interpreter(self.body, graph=_up_to(self.body.graph, deepest)).run(images)
@@ -75,11 +77,16 @@ class PyramidModel(nn.Module):
         Raises:
             FpnxError: where the backbone cannot take that size.
         """
+        if self.size is not None and size != self.size:
+            raise FpnxError(self._one_size(size))
         try:
             return dict(self._shapes(size))
         except RuntimeError as error:
-            least = next((n for n in range(1, 1025) if self._takes((n, n))), None)
+            least = self._least()
             hint = f": the smallest square it takes is {least}×{least}" if least else ""
+            rounded = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
+            if least and least <= min(size) and self._takes(rounded):
+                hint = f": it takes {rounded[0]}×{rounded[1]}"
             raise FpnxError(f"{self.backbone} cannot take an input of {size[0]}×{size[1]}{hint}") from error
 
     def stride(self, level: str) -> int:
@@ -114,6 +121,24 @@ class PyramidModel(nn.Module):
         taps = [name for name in self.levels if name not in pyramid]
         return [*taps, f"C{self.fpn.last_level}"] if pyramid else taps
 
+    def _one_size(self, size: tuple[int, int]) -> str:
+        assert self.size is not None
+        assert self._side is not None
+        if size[0] == size[1] and size[0] % self._side == 0:
+            built = f"{self.size[0]}×{self.size[1]}"
+            return f"{self.backbone} was built for inputs of {built}: give size {size[0]} when it is made"
+        return one_size(self.backbone, size, self._side)
+
+    def _least(self) -> int | None:
+        """The side of the smallest square input, found by halving; None where 1024 is not taken either."""
+        below, taken = 0, 1024
+        if not self._takes((taken, taken)):
+            return None
+        while taken - below > 1:
+            middle = (below + taken) // 2
+            below, taken = (below, middle) if self._takes((middle, middle)) else (middle, taken)
+        return taken
+
     def _takes(self, size: tuple[int, int]) -> bool:
         try:
             self._shapes(size)
@@ -139,7 +164,7 @@ class PyramidModel(nn.Module):
 
 
 def create_model(
-    backbone: str | None = ModelConfig.backbone,
+    backbone: str | nn.Module | None = ModelConfig.backbone,
     *,
     weights: str = ModelConfig.weights,
     levels: Any = ModelConfig.levels,
@@ -147,6 +172,7 @@ def create_model(
     top_block: str | None = ModelConfig.top_block,
     seed: int = ModelConfig.seed,
     offline: bool = ModelConfig.offline,
+    size: str | int | tuple[int, int] = InputConfig.size,
     stride_in_1x1: bool | None = ModelConfig.stride_in_1x1,
     p7_relu: bool | None = ModelConfig.p7_relu,
     norm_eps: float | None = ModelConfig.norm_eps,
@@ -158,7 +184,10 @@ def create_model(
     """A backbone with its feature pyramid, in eval mode on the CPU; see `PyramidModel`.
 
     Args:
-        backbone: a name (`fpnx.backbones.TAPS`); None takes the one that the weights are for, or ResNet-50.
+        backbone: a name (`fpnx models` lists them, `"timm/NAME"` is one of timm's); None takes the one that the
+            weights are for, or ResNet-50. Or a module of your own, which takes (B, 3, H, W): its taps are found as
+            those of named networks are. A copy is taken; its parameters stay as they are, only the pyramid is drawn,
+            and `weights` must be `"default"` or `"random"`, which then mean the same.
         weights: `"default"`, `"imagenet"`, `"coco"`, `"random"`, a torchvision name such as
             `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, detectron2 or mmdetection.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
@@ -166,42 +195,49 @@ def create_model(
         top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
         seed: for the parts that have no trained parameters.
         offline: never download.
+        size: of the recipe's output, as `InputConfig` has it: `"recipe"`, 448, (480, 640). A backbone that is built
+            for one size is built for this one.
         stride_in_1x1, p7_relu, norm_eps, pixel_order, resampling, mean, std: what a file may not tell of itself;
             see `fpnx.config.FileFacts`.
 
     Raises:
         FpnxError: for names, levels, channels or files that do not exist or contradict each other.
     """
-    return build_model(
-        ModelConfig(
-            backbone=backbone,
-            weights=weights,
-            levels=levels,
-            channels=channels,
-            top_block=top_block,
-            seed=seed,
-            offline=offline,
-            stride_in_1x1=stride_in_1x1,
-            p7_relu=p7_relu,
-            norm_eps=norm_eps,
-            pixel_order=pixel_order,
-            resampling=resampling,
-            mean=mean,
-            std=std,
-        )
+    module = backbone if isinstance(backbone, nn.Module) else None
+    config = ExtractConfig(
+        backbone=None if isinstance(backbone, nn.Module) else backbone,
+        weights=weights,
+        levels=levels,
+        channels=channels,
+        top_block=top_block,
+        seed=seed,
+        offline=offline,
+        size=size,
+        stride_in_1x1=stride_in_1x1,
+        p7_relu=p7_relu,
+        norm_eps=norm_eps,
+        pixel_order=pixel_order,
+        resampling=resampling,
+        mean=mean,
+        std=std,
     )
+    model = build_model(config, module)
+    model.recipe = model.recipe.sized(config)
+    return model
 
 
-def build_model(config: ModelConfig) -> PyramidModel:
-    """`create_model` from a config."""
-    weights = resolve_weights(config)
-    backbone = create_backbone(weights.backbone, config.seed, weights.nodes)
+def build_model(config: ModelConfig, module: nn.Module | None = None) -> PyramidModel:
+    """`create_model` from a config; `module` is a network of the caller's own."""
+    weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
+    if weights.pyramid is None:
+        asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
+        backbone.check_levels(asked, config.top_block)
     with torch.random.fork_rng(devices=[]):  # modules draw when they are made, only to be filled below
         fpn = _held_pyramid(weights.pyramid, backbone, config, weights) if weights.pyramid else _new(backbone, config)
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
-        levels = fpn.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.nodes)
+        levels = fpn.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.pyramid_channels)
     _check_levels(levels, backbone, fpn, weights)
     fpn.draw(config.seed)
     model = PyramidModel(backbone, fpn, ordered_levels(levels), weights)
@@ -209,11 +245,27 @@ def build_model(config: ModelConfig) -> PyramidModel:
     return model.eval()
 
 
+def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
+    weights = resolve_weights(config)
+    recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
+    return weights, create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size)
+
+
+def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
+    if config.weights not in ("default", "random"):
+        raise FpnxError(
+            f"weights {shown(config.weights)} beside a module: it keeps the parameters that it has: leave weights out, "
+            "and load them into the module first"
+        )
+    backbone = given_backbone(module)
+    return given_weights(module, backbone.name, config), backbone
+
+
 def _new(backbone: Backbone, config: ModelConfig) -> FeaturePyramid:
     """A pyramid over all taps, with the top block that the levels need."""
     levels = tuple(config.levels or ())
     needed = "c5" if "P7" in levels else "pool" if "P6" in levels else None
-    return FeaturePyramid(backbone.channels, config.channels or DEFAULT_CHANNELS, config.top_block or needed)
+    return FeaturePyramid(backbone.pyramid_channels, config.channels or DEFAULT_CHANNELS, config.top_block or needed)
 
 
 def _held_pyramid(held: HeldPyramid, backbone: Backbone, config: ModelConfig, weights: Weights) -> FeaturePyramid:
@@ -221,12 +273,12 @@ def _held_pyramid(held: HeldPyramid, backbone: Backbone, config: ModelConfig, we
     keys, owner = held.keys, shown(weights.name)
     if config.channels not in (None, keys.channels):
         raise FpnxError(f"channels {config.channels} contradicts {owner}, which has {keys.channels}: {UNTRAINED}")
-    taps = [backbone.channels[k] for k in sorted(backbone.channels)]
+    taps = [backbone.pyramid_channels[k] for k in sorted(backbone.pyramid_channels)]
     firsts = [held.first_level] if held.first_level is not None else [
-        k for k in backbone.channels if tuple(taps[k - min(backbone.channels) :]) == keys.in_channels
+        k for k in backbone.pyramid_channels if tuple(taps[k - min(backbone.pyramid_channels) :]) == keys.in_channels
     ]  # fmt: skip
     inputs = {firsts[0] + i: n for i, n in enumerate(keys.in_channels)} if firsts else {}
-    if not inputs.items() or not inputs.items() <= backbone.channels.items():
+    if not inputs.items() or not inputs.items() <= backbone.pyramid_channels.items():
         raise FpnxError(
             f"{owner} has laterals for {_listed(keys.in_channels)} channels, {backbone.name} gives {_listed(taps)}: "
             f"they must be its last taps"
@@ -237,7 +289,7 @@ def _held_pyramid(held: HeldPyramid, backbone: Backbone, config: ModelConfig, we
     )
 
 
-def _adjust(body: fx.GraphModule, weights: Weights) -> None:
+def _adjust(body: nn.Module, weights: Weights) -> None:
     """Give the body the norms' epsilon and the bottlenecks' stride that the weights were trained with."""
     for name, module in body.named_modules():
         if isinstance(module, nn.BatchNorm2d) and weights.norm_eps is not None:
@@ -293,7 +345,7 @@ def _fill(model: PyramidModel, weights: Weights) -> None:
     """Load `weights.state`, strictly for each part that it holds. What the network has beyond its taps is ignored."""
     own = model.state_dict()
     parts = {key.split(".", 1)[0] for key in weights.state}
-    beyond = {f"body.{key}" for key in parameter_shapes(model.backbone)} - set(own)
+    beyond = {f"body.{key}" for key in parameter_shapes(model.backbone)} - set(own) if "body" in parts else set()
     given = {key: value for key, value in weights.state.items() if key not in beyond}
     wanted = {key for key in own if key.split(".", 1)[0] in parts and not key.endswith("num_batches_tracked")}
     problems = {

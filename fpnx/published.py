@@ -16,9 +16,10 @@ import torch
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from fpnx.backbones import TAPS
 from fpnx.errors import FpnxError
+from fpnx.hub import timm_recipe
 from fpnx.recipes import Recipe
+from fpnx.zoo import TIMM, names, timm_library
 
 __all__ = [
     "COCO",
@@ -30,6 +31,7 @@ __all__ = [
     "classification_recipe",
     "find_published",
     "known_names",
+    "native_recipe",
     "norm_eps_of",
     "published_weights",
 ]
@@ -146,7 +148,7 @@ def known_names(backbone: str | None) -> list[str]:
 @lru_cache(maxsize=1)
 def _owners() -> dict[str, str]:
     """Full name → backbone, without building a recipe."""
-    return {str(entry): name for name in TAPS for entry in models.get_model_weights(name)} | {
+    return {str(entry): name for name in names() for entry in models.get_model_weights(name)} | {
         str(entry): body for name, (body, *_) in DETECTORS.items() for entry in models.get_model_weights(name)
     }
 
@@ -167,6 +169,14 @@ def classification_recipe(weights: WeightsEnum) -> Recipe:
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
+
+
+def native_recipe(backbone: str) -> Recipe:
+    """The recipe of the backbone's best weights, which random ones take too."""
+    if backbone.startswith(TIMM):
+        config = timm_library().get_pretrained_cfg(backbone[len(TIMM) :])
+        return timm_recipe(config if config is not None else {})
+    return classification_recipe(best_weights(backbone))
 
 
 def norm_eps_of(file: Path, sha256: str) -> float:

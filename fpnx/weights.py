@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fpnx.backbones import known_backbone
 from fpnx.checkpoints import SUFFIXES, read_checkpoint
 from fpnx.config import TOP_BLOCKS, UNSTRIDED_LEVELS, FileFacts, ModelConfig, parse_levels
 from fpnx.errors import FpnxError, nearest, shown
+from fpnx.hub import adapted, fetched, timm_recipe, timm_weights
 from fpnx.layouts import Layout, PyramidKeys, backbone_of, recognise
 from fpnx.published import (
     COCO,
@@ -22,17 +24,19 @@ from fpnx.published import (
     Published,
     best_weights,
     cached_file,
-    classification_recipe,
     find_published,
     known_names,
+    native_recipe,
     norm_eps_of,
     published_weights,
 )
 from fpnx.recipes import Recipe
+from fpnx.zoo import TIMM
 
-__all__ = ["HeldPyramid", "Part", "Published", "Weights", "published_weights", "resolve_weights"]
+__all__ = ["HeldPyramid", "Part", "Published", "Weights", "given_weights", "published_weights", "resolve_weights"]
 
 DEFAULT_BACKBONE = "resnet50"
+AS_GIVEN = "as given"  # the parameters of somebody's own module
 DETECTRON2_RECIPE = Recipe(
     sizing="aspect", short_side=800, long_side=1333, rounding="stepwise-half-up", pad_multiple=32,
     value_range=255.0, order="BGR", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0),
@@ -62,6 +66,8 @@ class Part:
     source: str
 
     def __str__(self) -> str:
+        if self.source == AS_GIVEN:
+            return AS_GIVEN
         state = {True: "trained", False: "untrained", None: "from file"}[self.trained]
         return f"{state} ({self.source})"
 
@@ -124,20 +130,48 @@ def resolve_weights(config: ModelConfig) -> Weights:
         FpnxError: an unknown name, a contradiction with `config.backbone`, a file that cannot be had or read.
     """
     backbone = None if config.backbone is None else known_backbone(config.backbone)
+    if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and not _is_file(config.weights):
+        return _timm(config)
     choice = _meant(config.weights, backbone or DEFAULT_BACKBONE)
     if choice == "random":
         _refuse_facts(config, "random weights")
         name = backbone or DEFAULT_BACKBONE
         drawn = _drawn(config.seed)
-        recipe = classification_recipe(best_weights(name))
+        recipe = native_recipe(name)
         return Weights(name="random", backbone=name, recipe=recipe, body=drawn, fpn=drawn, state={})
     if published := find_published(choice, backbone):
         return _from_published(published, config)
-    if os.path.lexists(choice) or Path(choice).suffix in SUFFIXES:
+    if _is_file(choice):
         return _from_file(Path(choice), backbone, config)
     raise FpnxError(
         f"weights {shown(choice)!r} are neither a name nor a file{nearest(choice, known_names(backbone))}: take "
         f"default, imagenet, coco, random, a file, or what `fpnx models {backbone or DEFAULT_BACKBONE}` lists"
+    )
+
+
+def given_weights(module: nn.Module, name: str, config: ModelConfig) -> Weights:
+    """A module's own parameters, which stay as they are, and a pyramid drawn from `config.seed`.
+
+    The recipe is the module's `recipe` where it has one (a `Recipe`), else what timm noted in its `pretrained_cfg`,
+    else ImageNet's mean and standard deviation on images stretched to 224×224.
+    """
+    _refuse_facts(config, "modules")
+    recipe, told = getattr(module, "recipe", None), getattr(module, "pretrained_cfg", None)
+    if not isinstance(recipe, Recipe):
+        timm_told = isinstance(told, dict) and {"input_size", "mean", "std"} <= set(told)
+        recipe = timm_recipe(told) if timm_told else Recipe(height=224, width=224)
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return Weights(
+        name=AS_GIVEN,
+        backbone=name,
+        recipe=recipe,
+        body=Part(None, AS_GIVEN),
+        fpn=_drawn(config.seed),
+        state={},
+        sha256=digest.hexdigest(),
     )
 
 
@@ -173,6 +207,40 @@ def _from_published(published: Published, config: ModelConfig) -> Weights:
         fpn=trained if "pyramid" in published.trains else found.fpn,
         settled={fact: (value, "name") for fact, (value, _) in found.settled.items()},
     )
+
+
+def _timm(config: ModelConfig) -> Weights:
+    """timm's weights: by the tag, by the full name (which names the backbone too), or the default ones."""
+    backbone, choice = config.backbone or config.weights, config.weights
+    known = timm_weights(known_backbone(backbone))
+    tag = backbone.partition(".")[2]
+    if choice in ("default", "imagenet"):
+        wanted = [each for each in known if each.tag == tag] or known
+    else:
+        wanted = [each for each in known if choice in (each.name, each.name[len(TIMM) :], each.tag)]
+    found = wanted[0] if wanted else None
+    if found is None:
+        there = ", ".join(each.tag for each in known) or "none"
+        raise FpnxError(f"timm has no weights {shown(choice)!r} for {backbone}, only {there}: take random, or a file")
+    if tag and found.tag != tag:
+        raise FpnxError(f"weights {found.name} are not those of {backbone}: drop one of the two")
+    _refuse_facts(config, found.name)
+    file = fetched(found, config.offline)
+    state = dict(read_checkpoint(file).state)
+    return Weights(
+        name=found.name,
+        backbone=config.backbone or found.backbone,
+        recipe=found.recipe,
+        body=Part(True, found.name),
+        fpn=_drawn(config.seed),
+        state={f"body.{name}": value for name, value in adapted(found, state).items()},
+        file=str(file),
+        sha256=_sha256(file),
+    )
+
+
+def _is_file(choice: str) -> bool:
+    return os.path.lexists(choice) or Path(choice).suffix in SUFFIXES
 
 
 def _refuse_facts(config: ModelConfig, owner: str) -> None:
@@ -306,7 +374,7 @@ def _defaults(layout: Layout, backbone: str, detection_eps: float) -> tuple[Reci
     elif framework == "torchvision detection":
         recipe, eps, relu, in_1x1 = DETECTOR_RECIPE, detection_eps, True, False
     else:
-        recipe, eps, relu, in_1x1 = classification_recipe(best_weights(backbone)), None, True, False
+        recipe, eps, relu, in_1x1 = native_recipe(backbone), None, True, False
     facts = _facts_of(recipe)
     if any("running_mean" in name for name in state):
         facts["norm_eps"] = eps

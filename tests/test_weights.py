@@ -135,6 +135,12 @@ def test_classifiers_own_files_are_recognised(name, wrapped, tmp_path):
         assert torch.equal(levels_of(model)["C5"], wanted)
 
 
+@pytest.mark.parametrize("name", ["vgg11", "squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_other_classifiers_files_are_recognised(name, tmp_path):
+    torch.save(models.get_model(name, num_classes=3).state_dict(), tmp_path / "mine.pth")
+    assert fpnx.create_model(weights=str(tmp_path / "mine.pth"), levels="C3").backbone == name
+
+
 def test_a_plain_torchvision_pyramid_is_read_beside_its_backbone(tmp_path):
     """`BackboneWithFPN(...).state_dict()` has fpnx's own names."""
     body = {f"body.{k}": v for k, v in randomise(models.resnet18()).state_dict().items() if not k.startswith("fc")}

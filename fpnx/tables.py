@@ -1,0 +1,79 @@
+"""How `fpnx models` looks on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fpnx.errors import shown
+
+__all__ = ["show_details", "show_overview"]
+
+LEVELS = ("C2", "C3", "C4", "C5")
+
+
+def show_overview(found: Mapping[str, Any]) -> None:
+    """One row a backbone: channels at strides 4, 8, 16 and 32, parameters, kinds of weights."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("backbone", no_wrap=True)
+    for level in LEVELS:
+        table.add_column(f"{level} /{2 ** int(level[1:])}", justify="right", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("weights", no_wrap=True)
+    for row in found["backbones"]:
+        channels = {tap["level"]: str(tap["channels"]) for tap in row["taps"]}
+        cells = [channels.get(level, "–" if channels else "") for level in LEVELS]
+        table.add_row(row["name"], *cells, _millions(row["parameters"]), ", ".join(row["weights"]))
+    console = Console(highlight=False)
+    if found["backbones"]:
+        console.print(table)
+        console.print("\nchannels at each stride; parameters of the whole classifier; weights are also names and files")
+    for row in found["refused"]:
+        console.print(Text(f"no pyramid: {row['name']} {row['reason']}"), soft_wrap=True)
+    console.print("fpnx models NAME tells more of one; fpnx models timm/ lists timm's, where that is installed")
+
+
+def show_details(found: Mapping[str, Any]) -> None:
+    """Taps, parameters, operations, and every weight name with its file."""
+    console = Console(highlight=False)
+    height, width = found["input_size"]
+    table = Table(box=None, pad_edge=False)
+    for name in ("level", "stride", "channels", "height × width", "tapped at"):
+        table.add_column(name, justify="right" if name in ("stride", "channels", "height × width") else "left")
+    for tap in found["taps"]:
+        table.add_row(
+            tap["level"], str(tap["stride"]), str(tap["channels"]), f"{tap['height']} × {tap['width']}", tap["node"]
+        )
+    parameters, gflops = found["parameters"], found["gflops"]
+    whole = f" ({_millions(parameters['published'])} with its head)" if parameters["published"] else ""
+    console.print(Text(f"{found['name']} at {height}×{width}"))
+    console.print(table)
+    side = found["only_squares_in_multiples_of"]
+    if side:
+        console.print(f"takes squares in multiples of {side} only")
+    console.print(
+        f"parameters: body {_millions(parameters['body'])}{whole}, "
+        f"pyramid of {found['pyramid_channels']} channels {_millions(parameters['pyramid'])}"
+    )
+    console.print(
+        f"GFLOPs: body {gflops['body']:.2f}, pyramid {gflops['pyramid']:.2f} (a multiply-add counts as 2)", end="\n\n"
+    )
+    console.print(Text("--weights random: trains nothing; recipe " + found["recipe"]), soft_wrap=True)
+    for each in found["weights"]:
+        also = f" (also: {', '.join(each['also'])})" if each["also"] else ""
+        lines = [
+            f"--weights {each['name']}{also}",
+            f"  trained: {' and '.join(each['trains'])}",
+            f"  recipe:  {each['recipe']}",
+            f"  from:    {each['url']}",
+            f"  file:    {shown(each['file'])}{' (is there)' if each['there'] else ''}",
+        ]
+        console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f} M"
