@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fpnx.errors import FpnxError, nearest
@@ -15,12 +16,14 @@ from fpnx.errors import FpnxError, nearest
 __all__ = [
     "TOP_BLOCKS",
     "UNSTRIDED_LEVELS",
+    "DTYPES",
     "ExtractConfig",
     "FileFacts",
     "InputConfig",
     "ModelConfig",
     "OutputConfig",
     "RunConfig",
+    "SAMPLE",
     "fingerprint",
     "level_number",
     "ordered_levels",
@@ -37,6 +40,7 @@ RESAMPLINGS = ("antialiased", "plain")
 UNSTRIDED_LEVELS = ("0", "1", "pool")
 SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
+SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +193,14 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig):
             part.__post_init__(self)
         if self.limit is not None:
             _check_whole("limit", self.limit, 1, 2**63 - 1)
+
+    def repeatable(self) -> dict[str, Any]:
+        """The options that numbers depend on, as plain values: `ExtractConfig(**them)` computes the same again."""
+        names = [field.name for part in (ModelConfig, InputConfig) for field in fields(part)]
+        plain = {name: getattr(self, name) for name in (*names, "dtype", "pool", "precision")}
+        if os.path.isfile(self.weights):
+            plain["weights"] = os.path.abspath(self.weights)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
