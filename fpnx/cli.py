@@ -44,7 +44,7 @@ Backbone = Annotated[
 ]
 WeightsChoice = Annotated[
     str,
-    _option("Model", "--weights", "default, imagenet, random, a torchvision name, or a file.", "NAME|FILE"),
+    _option("Model", "--weights", "default, imagenet, coco, random, a torchvision name, or a file.", "NAME|FILE"),
 ]
 Seed = Annotated[int, _option("Model", "--seed", "For parts without trained parameters.", "N")]
 Levels = Annotated[str | None, _option("Model", "--levels", "Such as P2-P5 (default), P3-P7 or C3,P3.", "LEVELS")]
@@ -55,10 +55,26 @@ TopBlock = Annotated[
         "Model",
         "--top-block",
         "Where P6 and P7 come from (default: pool for P6 alone, else c5).",
-        "pool|c5|p5",
+        "pool|c5|p5|m5",
     ),
 ]
 Offline = Annotated[bool, _option("Model", "--offline", "Never download (also FPNX_OFFLINE=1).")]
+
+# What a file of parameters may not tell; None takes what it says, else its framework's default.
+StrideIn1x1 = Annotated[
+    bool | None, _option("Checkpoint", "--stride-in-1x1/--stride-in-3x3", "Where bottlenecks of a ResNet stride.")
+]
+P7Relu = Annotated[bool | None, _option("Checkpoint", "--p7-relu/--no-p7-relu", "Whether a ReLU comes before P7.")]
+NormEps = Annotated[float | None, _option("Checkpoint", "--norm-eps", "Epsilon of its batch norms.", "X")]
+PixelOrder = Annotated[
+    str | None, _option("Checkpoint", "--pixel-order", "Channel order that it was trained on.", "RGB|BGR")
+]
+Resampling = Annotated[str | None, _option("Checkpoint", "--resampling", "How it resized.", "antialiased|plain")]
+Mean = Annotated[
+    str | None,
+    _option("Checkpoint", "--mean", "In that order; 0..1 for torchvision's layouts, 0..255 for others.", "A,B,C"),
+]
+Std = Annotated[str | None, _option("Checkpoint", "--std", "Likewise.", "A,B,C")]
 
 Size = Annotated[
     str,
@@ -114,6 +130,13 @@ def extract(
     channels: Channels = ExtractConfig.channels,
     top_block: TopBlock = ExtractConfig.top_block,
     offline: Offline = ExtractConfig.offline,
+    stride_in_1x1: StrideIn1x1 = ExtractConfig.stride_in_1x1,
+    p7_relu: P7Relu = ExtractConfig.p7_relu,
+    norm_eps: NormEps = ExtractConfig.norm_eps,
+    pixel_order: PixelOrder = ExtractConfig.pixel_order,
+    resampling: Resampling = ExtractConfig.resampling,
+    mean: Mean = None,
+    std: Std = None,
     size: Size = str(ExtractConfig.size),
     short_side: ShortSide = ExtractConfig.short_side,
     long_side: LongSide = ExtractConfig.long_side,
@@ -260,7 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(context: typer.Context, config: type) -> dict[str, Any]:
     """The parameters of a command that are fields of `config`."""
-    return {field.name: context.params[field.name] for field in dataclasses.fields(config)}
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name: context.params[name] for name in names if name in context.params}
 
 
 def _complain(text: str, wants_json: bool, code: int) -> int:

@@ -14,8 +14,11 @@ from typing import Any
 from fpnx.errors import FpnxError, nearest
 
 __all__ = [
+    "TOP_BLOCKS",
+    "UNSTRIDED_LEVELS",
     "DTYPES",
     "ExtractConfig",
+    "FileFacts",
     "InputConfig",
     "ModelConfig",
     "OutputConfig",
@@ -30,14 +33,49 @@ __all__ = [
 
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-TOP_BLOCKS = ("pool", "c5", "p5")
+TOP_BLOCKS = ("pool", "c5", "p5", "m5")
+PIXEL_ORDERS = ("RGB", "BGR")
+RESAMPLINGS = ("antialiased", "plain")
+# What torchvision's detectors call levels, kept where these are not one per stride (MobileNetV3), fine to coarse.
+UNSTRIDED_LEVELS = ("0", "1", "pool")
 SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
 SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class FileFacts:
+    """What a file of parameters may not tell. `None` means: what the file says, else its framework's default.
+
+    `mean` and `std` take three numbers, or text such as `"103.53,116.28,123.675"`, in the channel order and the
+    value range of the file's framework (0..1 torchvision, 0..255 detectron2 and mmdetection). `stride_in_1x1` and
+    `p7_relu` are properties of bottleneck ResNets and of RetinaNet's top block; `norm_eps` of batch norm layers.
+    """
+
+    stride_in_1x1: bool | None = None
+    p7_relu: bool | None = None
+    norm_eps: float | None = None
+    pixel_order: str | None = None
+    resampling: str | None = None
+    mean: str | Iterable[float] | None = None
+    std: str | Iterable[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pixel_order is not None:
+            _check_choice("pixel order", self.pixel_order, PIXEL_ORDERS)
+        if self.resampling is not None:
+            _check_choice("resampling", self.resampling, RESAMPLINGS)
+        if self.norm_eps is not None and not 0 <= self.norm_eps < 1:
+            raise FpnxError(f"norm eps {self.norm_eps}: take a number from 0 to 1, such as 1e-5")
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                _freeze(self, name, _three_numbers(name, getattr(self, name)))
+        if self.std is not None and 0.0 in tuple(self.std):
+            raise FpnxError("std 0 cannot be divided by: take three numbers above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(FileFacts):
     """Which backbone, pyramid and parameters. `None` means: what the weights or the backbone say.
 
     `levels` takes `"P2-P5"`, `"C3,P3"` or a sequence of names, and is kept as a tuple, fine to coarse.
@@ -52,6 +90,7 @@ class ModelConfig:
     offline: bool = False
 
     def __post_init__(self) -> None:
+        FileFacts.__post_init__(self)
         if self.levels is not None:
             _freeze(self, "levels", parse_levels(self.levels))
         _check_whole("seed", self.seed, 0, 2**63 - 1)
@@ -172,6 +211,9 @@ def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
     """
     names: list[str] = []
     for part in levels.split(",") if isinstance(levels, str) else levels:
+        if str(part).strip() in UNSTRIDED_LEVELS:
+            names.append(str(part).strip())
+            continue
         match = re.fullmatch(r"([CP])([2-7])(?:-(?:([CP]))?([2-7]))?", str(part).strip().upper())
         if match is None or (match[3] or match[1]) != match[1] or int(match[4] or match[2]) < int(match[2]):
             raise FpnxError(f"level {part!r}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
@@ -186,7 +228,14 @@ def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
 
 def ordered_levels(names: Iterable[str]) -> tuple[str, ...]:
     """Level names from fine to coarse, C before P of the same stride."""
-    return tuple(sorted(names, key=lambda name: (level_number(name), name[0])))
+    return tuple(
+        sorted(
+            names,
+            key=lambda name: (
+                (UNSTRIDED_LEVELS.index(name), "") if name in UNSTRIDED_LEVELS else (level_number(name), name[0])
+            ),
+        )
+    )
 
 
 def level_number(name: str) -> int:
@@ -203,6 +252,17 @@ def parse_extent(text: str) -> tuple[int, int] | None:
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """sha256 (hex) of the canonical JSON of `identity`, the facts that change the stored numbers."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _three_numbers(what: str, given: str | Iterable[float]) -> tuple[float, ...]:
+    parts = given.split(",") if isinstance(given, str) else list(given)
+    try:
+        numbers = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+        raise FpnxError(f"{what} {given!r}: take three numbers such as 123.675,116.28,103.53")
+    return numbers
 
 
 def _size_text(size: str | int | tuple[int, int]) -> str:

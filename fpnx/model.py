@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ from PIL import Image
 from torch import Tensor, fx, nn
 
 from fpnx.backbones import Backbone, create_backbone, given_backbone, one_size, parameter_shapes, tap_shapes
-from fpnx.config import ExtractConfig, InputConfig, ModelConfig, level_number, ordered_levels
+from fpnx.checkpoints import write_checkpoint
+from fpnx.config import UNSTRIDED_LEVELS, ExtractConfig, InputConfig, ModelConfig, level_number, ordered_levels
 from fpnx.errors import FpnxError, shown
 from fpnx.images import as_rgb
 from fpnx.pyramid import SEED_SCHEME, FeaturePyramid
-from fpnx.weights import Weights, given_weights, resolve_weights, write_weights
+from fpnx.weights import HeldPyramid, Weights, given_weights, resolve_weights
 
 __all__ = ["PyramidModel", "build_model", "create_model", "save_weights"]
 
 DEFAULT_CHANNELS = 256
+UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
 
 
 class PyramidModel(nn.Module):
@@ -42,6 +45,8 @@ class PyramidModel(nn.Module):
         self.fpn = fpn
         self.backbone = backbone.name
         self.channels = {f"C{k}": n for k, n in backbone.channels.items()} | dict.fromkeys(fpn.levels, fpn.channels)
+        named = weights.pyramid.strides if weights.pyramid is not None else {}
+        self.strides = dict(named) or {name: 2 ** level_number(name) for name in self.channels}
         self.size, self._side = backbone.size, backbone.side
         self.levels = levels
         self.weights = weights
@@ -50,8 +55,8 @@ class PyramidModel(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         taps = self.taps(images)
-        pyramid = self.fpn(taps, [name for name in self.levels if name[0] == "P"])
-        return {name: taps[name] if name[0] == "C" else pyramid[name] for name in self.levels}
+        pyramid = self.fpn(taps, self.levels)
+        return {name: pyramid[name] if name in pyramid else taps[name] for name in self.levels}
 
     def taps(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) → the taps that `levels` need, `{"C2": (B, C, H/4, W/4), ...}`; deeper stages are not run."""
@@ -86,7 +91,7 @@ class PyramidModel(nn.Module):
 
     def stride(self, level: str) -> int:
         """Stride of a level in input pixels."""
-        return 2 ** level_number(level)
+        return self.strides[level]
 
     def identity(self) -> dict[str, Any]:
         """What of this model changes numbers, as plain values for the fingerprint."""
@@ -98,19 +103,22 @@ class PyramidModel(nn.Module):
             "seed_scheme": SEED_SCHEME if seeded else None,
             "levels": list(self.levels),
             "channels": self.fpn.channels,
-            "first_level": f"P{self.fpn.first_level}",
+            "first_level": self.fpn.levels[0],
             "top_block": self.fpn.top_block,
+            "p7_relu": self.fpn.p7_relu,
+            "norm_eps": self.weights.norm_eps,
+            "stride_in_1x1": self.weights.stride_in_1x1,
         }
 
     def _parts(self) -> dict[str, Any]:
         wanted = {"body": self.weights.body}
-        if any(name[0] == "P" for name in self.levels):
+        if set(self.levels) & set(self.fpn.levels):
             wanted["fpn"] = self.weights.fpn
         return wanted
 
     def _needed_taps(self) -> list[str]:
-        pyramid = any(name[0] == "P" for name in self.levels)
-        taps = [name for name in self.levels if name[0] == "C"]
+        pyramid = set(self.levels) & set(self.fpn.levels)
+        taps = [name for name in self.levels if name not in pyramid]
         return [*taps, f"C{self.fpn.last_level}"] if pyramid else taps
 
     def _one_size(self, size: tuple[int, int]) -> str:
@@ -147,8 +155,9 @@ class PyramidModel(nn.Module):
             if name in taps:
                 shapes[name] = taps[name]
                 continue
-            height, width = taps[f"C{min(level_number(name), self.fpn.last_level)}"][1:]
-            for _ in range(level_number(name) - self.fpn.last_level):
+            level = self.fpn.first_level + self.fpn.levels.index(name)
+            height, width = taps[f"C{min(level, self.fpn.last_level)}"][1:]
+            for _ in range(level - self.fpn.last_level):
                 height, width = -(-height // 2), -(-width // 2)
             shapes[name] = (self.fpn.channels, height, width)
         return shapes
@@ -164,6 +173,13 @@ def create_model(
     seed: int = ModelConfig.seed,
     offline: bool = ModelConfig.offline,
     size: str | int | tuple[int, int] = InputConfig.size,
+    stride_in_1x1: bool | None = ModelConfig.stride_in_1x1,
+    p7_relu: bool | None = ModelConfig.p7_relu,
+    norm_eps: float | None = ModelConfig.norm_eps,
+    pixel_order: str | None = ModelConfig.pixel_order,
+    resampling: str | None = ModelConfig.resampling,
+    mean: str | Iterable[float] | None = ModelConfig.mean,
+    std: str | Iterable[float] | None = ModelConfig.std,
 ) -> PyramidModel:
     """A backbone with its feature pyramid, in eval mode on the CPU; see `PyramidModel`.
 
@@ -172,15 +188,17 @@ def create_model(
             weights are for, or ResNet-50. Or a module of your own, which takes (B, 3, H, W): its taps are found as
             those of named networks are. A copy is taken; its parameters stay as they are, only the pyramid is drawn,
             and `weights` must be `"default"` or `"random"`, which then mean the same.
-        weights: `"default"`, `"imagenet"`, `"random"`, a torchvision name such as
-            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file that `fpnx.save_weights` wrote.
+        weights: `"default"`, `"imagenet"`, `"coco"`, `"random"`, a torchvision name such as
+            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, detectron2 or mmdetection.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
         channels: of every P level; None: a file's own, else 256.
-        top_block: `"pool"` (P6), `"c5"` or `"p5"` (P6 and P7); None: a file's own, else what `levels` need.
+        top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
         seed: for the parts that have no trained parameters.
         offline: never download.
         size: of the recipe's output, as `InputConfig` has it: `"recipe"`, 448, (480, 640). A backbone that is built
             for one size is built for this one.
+        stride_in_1x1, p7_relu, norm_eps, pixel_order, resampling, mean, std: what a file may not tell of itself;
+            see `fpnx.config.FileFacts`.
 
     Raises:
         FpnxError: for names, levels, channels or files that do not exist or contradict each other.
@@ -195,6 +213,13 @@ def create_model(
         seed=seed,
         offline=offline,
         size=size,
+        stride_in_1x1=stride_in_1x1,
+        p7_relu=p7_relu,
+        norm_eps=norm_eps,
+        pixel_order=pixel_order,
+        resampling=resampling,
+        mean=mean,
+        std=std,
     )
     model = build_model(config, module)
     model.recipe = model.recipe.sized(config)
@@ -204,15 +229,15 @@ def create_model(
 def build_model(config: ModelConfig, module: nn.Module | None = None) -> PyramidModel:
     """`create_model` from a config; `module` is a network of the caller's own."""
     weights, backbone = _named(config) if module is None else _given(config, module)
-    backbone.check_levels(tuple(config.levels or ()), config.top_block)
-    held = weights.pyramid or {}
-    _refuse("channels", config.channels, held.get("channels"), weights)
-    channels = held.get("channels") or config.channels or DEFAULT_CHANNELS
-    first = held.get("first_level", min(backbone.pyramid_channels))
-    levels = tuple(config.levels or held.get("levels") or [f"P{k}" for k in range(first, max(backbone.nodes) + 1)])
-    top_block = _top_block(levels, config, weights)
+    _adjust(backbone.body, weights)
+    if weights.pyramid is None:
+        asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
+        backbone.check_levels(asked, config.top_block)
     with torch.random.fork_rng(devices=[]):  # modules draw when they are made, only to be filled below
-        fpn = FeaturePyramid({k: n for k, n in backbone.channels.items() if k >= first}, channels, top_block)
+        fpn = _held_pyramid(weights.pyramid, backbone, config, weights) if weights.pyramid else _new(backbone, config)
+    levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
+    if not levels:
+        levels = fpn.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.pyramid_channels)
     _check_levels(levels, backbone, fpn, weights)
     fpn.draw(config.seed)
     model = PyramidModel(backbone, fpn, ordered_levels(levels), weights)
@@ -223,7 +248,7 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
 def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
     weights = resolve_weights(config)
     recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
-    return weights, create_backbone(weights.backbone, config.seed, size=recipe.fixed_size)
+    return weights, create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size)
 
 
 def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
@@ -233,7 +258,44 @@ def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
             "and load them into the module first"
         )
     backbone = given_backbone(module)
-    return given_weights(module, backbone.name, config.seed), backbone
+    return given_weights(module, backbone.name, config), backbone
+
+
+def _new(backbone: Backbone, config: ModelConfig) -> FeaturePyramid:
+    """A pyramid over all taps, with the top block that the levels need."""
+    levels = tuple(config.levels or ())
+    needed = "c5" if "P7" in levels else "pool" if "P6" in levels else None
+    return FeaturePyramid(backbone.pyramid_channels, config.channels or DEFAULT_CHANNELS, config.top_block or needed)
+
+
+def _held_pyramid(held: HeldPyramid, backbone: Backbone, config: ModelConfig, weights: Weights) -> FeaturePyramid:
+    """The pyramid that the weights hold, with P6 by pool where it is asked for and costs no parameters."""
+    keys, owner = held.keys, shown(weights.name)
+    if config.channels not in (None, keys.channels):
+        raise FpnxError(f"channels {config.channels} contradicts {owner}, which has {keys.channels}: {UNTRAINED}")
+    taps = [backbone.pyramid_channels[k] for k in sorted(backbone.pyramid_channels)]
+    firsts = [held.first_level] if held.first_level is not None else [
+        k for k in backbone.pyramid_channels if tuple(taps[k - min(backbone.pyramid_channels) :]) == keys.in_channels
+    ]  # fmt: skip
+    inputs = {firsts[0] + i: n for i, n in enumerate(keys.in_channels)} if firsts else {}
+    if not inputs.items() or not inputs.items() <= backbone.pyramid_channels.items():
+        raise FpnxError(
+            f"{owner} has laterals for {_listed(keys.in_channels)} channels, {backbone.name} gives {_listed(taps)}: "
+            f"they must be its last taps"
+        )
+    top_block = held.top_block or ("pool" if "P6" in (config.levels or ()) else None)
+    return FeaturePyramid(
+        inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides)
+    )
+
+
+def _adjust(body: nn.Module, weights: Weights) -> None:
+    """Give the body the norms' epsilon and the bottlenecks' stride that the weights were trained with."""
+    for name, module in body.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and weights.norm_eps is not None:
+            module.eps = weights.norm_eps
+        elif weights.stride_in_1x1 and re.fullmatch(r"layer[234]\.0\.conv[12]", name):
+            module.stride = (2, 2) if name.endswith("1") else (1, 1)
 
 
 def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
@@ -249,6 +311,9 @@ def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
         "backbone": model.backbone,
         "first_level": model.fpn.first_level,
         "top_block": model.fpn.top_block,
+        "p7_relu": model.fpn.p7_relu,
+        "norm_eps": model.weights.norm_eps,
+        "stride_in_1x1": model.weights.stride_in_1x1,
         "levels": list(model.levels),
         "recipe": model.recipe.to_json(),
         "parts": {
@@ -256,36 +321,24 @@ def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
             for name, part in (("body", model.weights.body), ("fpn", model.weights.fpn))
         },
     }
-    write_weights(path, model.state_dict(), about)
-
-
-def _top_block(levels: tuple[str, ...], config: ModelConfig, weights: Weights) -> str | None:
-    held = weights.pyramid
-    if held is not None and (held["top_block"] or "P6" not in levels):
-        if held["top_block"] is not None:
-            _refuse("top block", config.top_block, held["top_block"], weights)
-        return held["top_block"] or config.top_block
-    if held is not None and config.top_block in ("c5", "p5"):
-        raise FpnxError(f"{weights.name} has no top block {config.top_block}: its P6 can come by pool only")
-    if config.top_block is not None:
-        return config.top_block
-    return "c5" if "P7" in levels and held is None else "pool" if "P6" in levels else None
+    write_checkpoint(path, model.state_dict(), about)
 
 
 def _check_levels(levels: tuple[str, ...], backbone: Backbone, fpn: FeaturePyramid, weights: Weights) -> None:
-    taps = ordered_levels(f"C{k}" for k in backbone.nodes)
-    for name in levels:
-        if name in (*taps, *fpn.levels):
-            continue
-        if name == "P7" and fpn.top_block == "pool" and weights.pyramid is None:
-            raise FpnxError("level P7 does not come by pool: take top block c5 or p5")
-        owner = weights.name if weights.pyramid is not None else f"{backbone.name}"
-        raise FpnxError(f"{owner} has no level {name}: it gives {', '.join(taps)} and {', '.join(fpn.levels)}")
+    held = weights.pyramid
+    there = (() if held and held.strides else ordered_levels(f"C{k}" for k in backbone.nodes)) + fpn.levels
+    absent = next((name for name in levels if name not in there), None)
+    if absent is None:
+        return
+    if held is not None:
+        raise FpnxError(f"{shown(weights.name)} has no level {absent}: it has {_listed(there)}; {UNTRAINED}")
+    if absent == "P7" and fpn.top_block == "pool":
+        raise FpnxError("level P7 does not come by pool: take top block c5 or p5")
+    raise FpnxError(f"{backbone.name} has no level {absent}: it gives {_listed(there)}")
 
 
-def _refuse(what: str, asked: object, held: object, weights: Weights) -> None:
-    if asked is not None and held is not None and asked != held:
-        raise FpnxError(f"{what} {asked} contradicts {shown(weights.name)}, which has {held}: drop the option")
+def _listed(items: Iterable[Any]) -> str:
+    return ", ".join(map(str, items))
 
 
 def _fill(model: PyramidModel, weights: Weights) -> None:

@@ -93,6 +93,13 @@ class Plan:
                 "name": weights.name,
                 "file": weights.file,
                 "sha256": weights.sha256,
+                "layout": weights.framework,
+                "heads_ignored": weights.ignored,
+                "settled": {
+                    fact: {"value": list(value) if isinstance(value, tuple) else value, "by": who}
+                    for fact, (value, who) in weights.settled.items()
+                },
+                "note": weights.note,
                 "backbone": asdict(weights.body),
                 "pyramid": asdict(weights.fpn),
             },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sys
 import urllib.error
@@ -32,7 +31,6 @@ __all__ = [
     "classification_recipe",
     "find_published",
     "known_names",
-    "modern_key",
     "native_recipe",
     "norm_eps_of",
     "published_weights",
@@ -171,11 +169,6 @@ def classification_recipe(weights: WeightsEnum) -> Recipe:
         mean=tuple(preset.mean),
         std=tuple(preset.std),
     )
-
-
-def modern_key(key: str) -> str:
-    """The name that a parameter has today: published DenseNet files say `norm.1` for `norm1`."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
 
 
 def native_recipe(backbone: str) -> Recipe:

@@ -31,9 +31,9 @@ class Recipe:
     `long_side`) or `"native"`. `resampling` is Pillow's antialiased one on 8-bit pixels (`"pillow"`), or the plain
     bilinear interpolation of `torch.nn.functional` on floats (`"tensor"`), which detectors use. `rounding` of an
     aspect-keeping size is `"floor"` (`torchvision.transforms.Resize`), `"scaled-floor"`
-    (`torchvision.models.detection`) or `"scaled-half-up"` (int(x + 0.5); detectron2, mmdetection). Pixels are scaled
-    to 0..`value_range`, put in `order`, less `mean`, over `std`, and then padded right and bottom with zeros to a
-    multiple of `pad_multiple`.
+    (`torchvision.models.detection`), `"scaled-half-up"` (int(x + 0.5); mmdetection) or `"stepwise-half-up"` (first to
+    the short side, then to the long one; detectron2). Pixels are scaled to 0..`value_range`, put in `order`, less
+    `mean`, over `std`, and then padded right and bottom with zeros to a multiple of `pad_multiple`.
     """
 
     sizing: str = "stretch"
@@ -161,18 +161,33 @@ class Recipe:
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known:
             raise FpnxError(f"not a recipe: {str(values)[:80]}")
+        known_words = {
+            "sizing": ("stretch", "aspect", "native"),
+            "rounding": ("floor", "scaled-floor", "scaled-half-up", "stepwise-half-up"),
+            "backend": ("pillow", "tensor"),
+            "resampling": tuple(PILLOW),
+            "order": ("RGB", "BGR"),
+        }
+        if any(name in values and values[name] not in words for name, words in known_words.items()):
+            raise FpnxError(f"not a recipe: {str(values)[:80]}")
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, (list, tuple))}
         return cls(**{**values, **lists})
 
     def _aspect_size(self, height: int, width: int) -> tuple[int, int]:
         assert self.short_side is not None
         short, long = min(height, width), max(height, width)
-        if self.rounding != "floor":
+        if self.rounding.startswith("scaled"):
             factor = self.short_side / short
             if self.long_side is not None:
                 factor = min(factor, self.long_side / long)
             half = 0.5 if self.rounding == "scaled-half-up" else 0.0
             new_short, new_long = int(short * factor + half), int(long * factor + half)
+        elif self.rounding == "stepwise-half-up":
+            exact_short, exact_long = float(self.short_side), self.short_side / short * long
+            if self.long_side is not None and exact_long > self.long_side:
+                factor = self.long_side / exact_long
+                exact_short, exact_long = exact_short * factor, exact_long * factor
+            new_short, new_long = int(exact_short + 0.5), int(exact_long + 0.5)
         else:  # torchvision.transforms.Resize
             new_short, new_long = self.short_side, int(self.short_side * long / short)
             if self.long_side is not None and new_long > self.long_side:

@@ -154,6 +154,7 @@ def show_info(store: Store) -> None:
         ("root", shown(store.root)),
         ("backbone", f"{facts['config']['backbone']}, {_part(weights['backbone'])}"),
         ("pyramid", f"{', '.join(store.levels)}, {_part(weights['pyramid'])}"),
+        *_checkpoint(weights),
         ("recipe", facts["provenance"]["recipe"]),
         ("stored as", f"{facts['config']['dtype']}, pool {facts['config']['pool']}"),
         ("computed in", f"{facts['provenance']['precision']} on {facts['provenance']['device']}"),
@@ -246,7 +247,7 @@ def _show_plan(plan: Plan) -> None:
     weights, config = facts["weights"], plan.config
     passed = f", {facts['skipped']} other files passed over" if facts["skipped"] else ""
     before = f", {facts['done_before']} done before" if facts["done_before"] else ""
-    pyramid = any(level.startswith("P") for level in plan.model.levels)
+    pyramid = not all(level.startswith("C") for level in plan.model.levels)
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
     rows = [
         ("images", f"{facts['images']} in {shown(facts['root'])}{passed}{before}"),
@@ -255,6 +256,7 @@ def _show_plan(plan: Plan) -> None:
             "pyramid",
             f"{', '.join(plan.model.levels)}, {_part(weights['pyramid'])}" if pyramid else "none asked for",
         ),
+        *_checkpoint(weights),
         ("recipe", facts["recipe"]["text"]),
         ("device", f"{facts['device']}, {facts['precision']}, {batch}"),
         (
@@ -330,6 +332,20 @@ def _facts(console: Console, *rows: tuple[str, str]) -> None:
 def _part(part: Mapping[str, Any]) -> str:
     state = {True: "trained", False: "untrained", None: "from file"}[part["trained"]]
     return f"{state} ({shown(part['source'])})"
+
+
+def _checkpoint(weights: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows on a file of parameters: whose layout it has, and what did not stand in it."""
+    if not weights.get("layout"):
+        return []
+    told: dict[str, list[str]] = {}
+    for fact, each in weights["settled"].items():
+        value = each["value"]
+        text = " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+        told.setdefault(each["by"], []).append(f"{fact.replace('_', ' ')} {text}")
+    rows = [("layout", f"{weights['layout']}, {weights['heads_ignored']} tensors of heads ignored")]
+    rows += [(f"by {who}", ", ".join(facts)) for who, facts in told.items() if who in ("default", "option")]
+    return rows + ([("note", weights["note"])] if weights.get("note") else [])
 
 
 def _write(descriptor: int, text: str) -> None:

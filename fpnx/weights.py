@@ -1,52 +1,61 @@
-"""Where parameters come from: seeds, torchvision's names and cache, files; and the recipes they carry."""
+"""Which parameters a model gets: drawn from a seed, published under a name, or in a file; and the recipe they carry."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from fpnx.backbones import known_backbone
-from fpnx.config import ModelConfig
+from fpnx.checkpoints import SUFFIXES, read_checkpoint
+from fpnx.config import TOP_BLOCKS, UNSTRIDED_LEVELS, FileFacts, ModelConfig, parse_levels
 from fpnx.errors import FpnxError, nearest, shown
 from fpnx.hub import adapted, fetched, timm_recipe, timm_weights
+from fpnx.layouts import Layout, PyramidKeys, backbone_of, recognise
 from fpnx.published import (
+    COCO,
+    DETECTOR_RECIPE,
     Published,
     best_weights,
     cached_file,
     find_published,
     known_names,
-    modern_key,
     native_recipe,
+    norm_eps_of,
     published_weights,
 )
 from fpnx.recipes import Recipe
 from fpnx.zoo import TIMM
 
-__all__ = [
-    "Part",
-    "Published",
-    "Weights",
-    "given_weights",
-    "published_weights",
-    "resolve_weights",
-    "write_weights",
-]
+__all__ = ["HeldPyramid", "Part", "Published", "Weights", "given_weights", "published_weights", "resolve_weights"]
 
 DEFAULT_BACKBONE = "resnet50"
 AS_GIVEN = "as given"  # the parameters of somebody's own module
-FORMAT = "fpnx-weights"
-FORMAT_VERSION = 1
+DETECTRON2_RECIPE = Recipe(
+    sizing="aspect", short_side=800, long_side=1333, rounding="stepwise-half-up", pad_multiple=32,
+    value_range=255.0, order="BGR", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0),
+)  # fmt: skip
+OPENCV = "mmdetection resizes with OpenCV; plain is nearest to it, which rounds pixels to whole numbers besides"
+MMDETECTION_RECIPE = replace(
+    DETECTRON2_RECIPE,
+    rounding="scaled-half-up",
+    backend="tensor",
+    order="RGB",
+    mean=(123.675, 116.28, 103.53),
+    std=(58.395, 57.12, 57.375),
+)
+RESNEXT_STD = (57.375, 57.12, 58.395)  # of detectron2's X-101-32x8d
+BACKENDS = {"antialiased": "pillow", "plain": "tensor"}
+# Detectors whose levels are not one per stride: by the laterals' inputs, where the body is tapped, and the strides.
+UNSTRIDED: dict[tuple[str, tuple[int, ...]], tuple[dict[int, str], tuple[int, ...]]] = {
+    ("mobilenet_v3_large", (160, 960)): ({0: "features.13", 1: "features.16"}, (32, 32, 64))
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +73,36 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldPyramid:
+    """The pyramid in a file: what its keys say, and what else had to be known.
+
+    `first_level` None: the one whose taps have `keys.in_channels`. `levels` None: all of them. `strides` names the
+    levels where these are not one per stride.
+    """
+
+    keys: PyramidKeys
+    first_level: int | None = None
+    top_block: str | None = None
+    p7_relu: bool = True
+    levels: tuple[str, ...] | None = None
+    strides: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """Parameters on the CPU and what they say of themselves.
 
-    `state` is in fpnx's layout (`body.*`, `fpn.*`), without the parts that are drawn from the seed: a body or a
-    pyramid that it does not hold is random. `pyramid` describes the pyramid in the file (first_level, channels,
-    top_block, levels), where there is one.
+    Attributes:
+        state: in fpnx's layout (`body.*`, `fpn.*`), without the parts that are drawn from the seed: a body or a
+            pyramid that it does not hold is random.
+        pyramid: the pyramid in the file, where there is one.
+        norm_eps: of the body's batch norms; None leaves the network's own.
+        stride_in_1x1: whether bottlenecks stride in their first convolution and not in the 3×3 one.
+        nodes: where the body is tapped, if not at its last node of each stride.
+        framework: whose layout the file has; `ignored` counts the tensors of heads in it.
+        settled: fact → (value, `"file"`, `"option"`, `"default"` of the framework, or `"name"`: who says so), for
+            what parameters alone cannot tell.
+        note: where the recipe is not exactly what the network was trained with.
     """
 
     name: str
@@ -78,7 +111,14 @@ class Weights:
     body: Part
     fpn: Part
     state: Mapping[str, Tensor]
-    pyramid: Mapping[str, Any] | None = None
+    pyramid: HeldPyramid | None = None
+    norm_eps: float | None = None
+    stride_in_1x1: bool = False
+    nodes: Mapping[int, str] | None = None
+    framework: str | None = None
+    ignored: int = 0
+    settled: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    note: str | None = None
     file: str | None = None
     sha256: str | None = None
 
@@ -90,42 +130,36 @@ def resolve_weights(config: ModelConfig) -> Weights:
         FpnxError: an unknown name, a contradiction with `config.backbone`, a file that cannot be had or read.
     """
     backbone = None if config.backbone is None else known_backbone(config.backbone)
-    choice = config.weights
-    if choice == "random":
-        name = backbone or DEFAULT_BACKBONE
-        return Weights(
-            name="random",
-            backbone=name,
-            recipe=native_recipe(name),
-            body=_drawn(config.seed),
-            fpn=_drawn(config.seed),
-            state={},
-        )
-    if (config.backbone or choice).startswith(TIMM) and not _is_file(choice):
+    if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and not _is_file(config.weights):
         return _timm(config)
-    if choice in ("default", "imagenet"):
-        choice = str(best_weights(backbone or DEFAULT_BACKBONE))
+    choice = _meant(config.weights, backbone or DEFAULT_BACKBONE)
+    if choice == "random":
+        _refuse_facts(config, "random weights")
+        name = backbone or DEFAULT_BACKBONE
+        drawn = _drawn(config.seed)
+        recipe = native_recipe(name)
+        return Weights(name="random", backbone=name, recipe=recipe, body=drawn, fpn=drawn, state={})
     if published := find_published(choice, backbone):
-        return _torchvision(published, config)
+        return _from_published(published, config)
     if _is_file(choice):
-        return _own_file(Path(choice), backbone, config)
+        return _from_file(Path(choice), backbone, config)
     raise FpnxError(
-        f"weights {shown(choice)!r} are neither a name nor a file{nearest(choice, known_names(backbone))}: "
-        "take default, imagenet, coco, random, a file, or a name that "
-        f"`fpnx models {backbone or DEFAULT_BACKBONE}` lists"
+        f"weights {shown(choice)!r} are neither a name nor a file{nearest(choice, known_names(backbone))}: take "
+        f"default, imagenet, coco, random, a file, or what `fpnx models {backbone or DEFAULT_BACKBONE}` lists"
     )
 
 
-def given_weights(module: nn.Module, name: str, seed: int) -> Weights:
-    """A module's own parameters, which stay as they are, and a pyramid drawn from `seed`.
+def given_weights(module: nn.Module, name: str, config: ModelConfig) -> Weights:
+    """A module's own parameters, which stay as they are, and a pyramid drawn from `config.seed`.
 
     The recipe is the module's `recipe` where it has one (a `Recipe`), else what timm noted in its `pretrained_cfg`,
     else ImageNet's mean and standard deviation on images stretched to 224×224.
     """
-    recipe, config = getattr(module, "recipe", None), getattr(module, "pretrained_cfg", None)
+    _refuse_facts(config, "modules")
+    recipe, told = getattr(module, "recipe", None), getattr(module, "pretrained_cfg", None)
     if not isinstance(recipe, Recipe):
-        timm_told = isinstance(config, dict) and {"input_size", "mean", "std"} <= set(config)
-        recipe = timm_recipe(config) if timm_told else Recipe(height=224, width=224)
+        timm_told = isinstance(told, dict) and {"input_size", "mean", "std"} <= set(told)
+        recipe = timm_recipe(told) if timm_told else Recipe(height=224, width=224)
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
@@ -135,56 +169,43 @@ def given_weights(module: nn.Module, name: str, seed: int) -> Weights:
         backbone=name,
         recipe=recipe,
         body=Part(None, AS_GIVEN),
-        fpn=_drawn(seed),
+        fpn=_drawn(config.seed),
         state={},
         sha256=digest.hexdigest(),
     )
 
 
-def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write `state` with its description: safetensors for `.safetensors`, else a torch file; whole or not at all.
-
-    Raises:
-        FpnxError: where the file cannot be written.
-    """
-    target = Path(path)
-    if target.suffix not in (".pt", ".pth", ".safetensors"):
-        raise FpnxError(f"weights file {shown(target)}: take a name that ends in .safetensors, .pt or .pth")
-    # Tensors may share memory, which safetensors refuses; contiguous copies on the CPU do not.
-    plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    description = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **about}, sort_keys=True)
-    part = target.with_name(target.name + ".part")
-    try:
-        if target.suffix == ".safetensors":
-            safetensors.torch.save_file(plain, part, metadata={"fpnx": description})
-        else:
-            torch.save({"fpnx": description, "state_dict": plain}, part)
-        os.replace(part, target)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise FpnxError(f"cannot write {shown(target)}: {error}") from error
+def _meant(choice: str, backbone: str) -> str:
+    """The name that `default`, `imagenet` and `coco` stand for beside `backbone`."""
+    if choice == "default":
+        # Never a detector whose levels are not one per stride.
+        choice = "coco" if backbone in COCO and backbone not in {name for name, _ in UNSTRIDED} else "imagenet"
+    if choice == "imagenet":
+        return str(best_weights(backbone))
+    if choice == "coco" and backbone not in COCO:
+        raise FpnxError(f"no weights coco for {backbone}, only for {', '.join(COCO)}: take imagenet, random or a file")
+    return COCO[backbone] if choice == "coco" else choice
 
 
 def _drawn(seed: int) -> Part:
     return Part(False, f"random, seed {seed}")
 
 
-def _torchvision(published: Published, config: ModelConfig) -> Weights:
+def _from_published(published: Published, config: ModelConfig) -> Weights:
     if config.backbone not in (None, published.backbone):
         raise FpnxError(
             f"weights {published.name} are for {published.backbone}, not for {config.backbone}: drop one of the two"
         )
+    _refuse_facts(config, published.name)
     file = cached_file(published, config.offline)
-    state, _ = _read(file)
-    return Weights(
+    found = _from_file(file, published.backbone, config, published.recipe)
+    trained = Part(True, published.name)
+    return replace(
+        found,
         name=published.name,
-        backbone=published.backbone,
-        recipe=published.recipe,
-        body=Part(True, published.name),
-        fpn=_drawn(config.seed),
-        state={f"body.{modern_key(name)}": value for name, value in state.items()},
-        file=str(file),
-        sha256=_sha256(file),
+        body=trained,
+        fpn=trained if "pyramid" in published.trains else found.fpn,
+        settled={fact: (value, "name") for fact, (value, _) in found.settled.items()},
     )
 
 
@@ -203,8 +224,9 @@ def _timm(config: ModelConfig) -> Weights:
         raise FpnxError(f"timm has no weights {shown(choice)!r} for {backbone}, only {there}: take random, or a file")
     if tag and found.tag != tag:
         raise FpnxError(f"weights {found.name} are not those of {backbone}: drop one of the two")
+    _refuse_facts(config, found.name)
     file = fetched(found, config.offline)
-    state, _ = _read(file)
+    state = dict(read_checkpoint(file).state)
     return Weights(
         name=found.name,
         backbone=config.backbone or found.backbone,
@@ -218,105 +240,211 @@ def _timm(config: ModelConfig) -> Weights:
 
 
 def _is_file(choice: str) -> bool:
-    return os.path.lexists(choice) or Path(choice).suffix in (".pt", ".pth", ".safetensors")
+    return os.path.lexists(choice) or Path(choice).suffix in SUFFIXES
 
 
-def _own_file(file: Path, backbone: str | None, config: ModelConfig) -> Weights:
-    state, description = _read(file)
-    about = _described(description, file)
-    if not any(name.startswith(("body.", "fpn.")) for name in state):
+def _refuse_facts(config: ModelConfig, owner: str) -> None:
+    given = next((each.name for each in fields(FileFacts) if getattr(config, each.name) is not None), None)
+    if given is not None:
         raise FpnxError(
-            f"{shown(file)} holds no keys body.* or fpn.* (but {_few(state)}): not a layout that fpnx knows"
+            f"{_worded(given)} is for files that cannot tell it; {owner} need no such word: drop the option"
         )
-    named = about.get("backbone")
-    if named is not None and backbone not in (None, named):
-        raise FpnxError(f"{shown(file)} is for {named}, not for {backbone}: drop --backbone or take another file")
-    name = named or backbone
-    if name is None:
-        raise FpnxError(f"{shown(file)} does not say for which backbone it is: name it with --backbone")
+
+
+def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Recipe | None = None) -> Weights:
+    """What `file` holds; `recipe` is known where the file was published."""
+    checkpoint = read_checkpoint(file)
+    sha256 = _sha256(file)
+    try:
+        layout = recognise(checkpoint.state, checkpoint.config)
+        about = _checked(checkpoint.about or {})
+        name = _backbone_in(layout, about, backbone)
+        if "recipe" in about:
+            recipe = Recipe.from_json(about["recipe"])
+        told = _told(layout, about, recipe)
+        eps = norm_eps_of(file, sha256)
+        recipe, values, settled = _settle(layout, told, recipe, config, name, eps)
+        unstrided = UNSTRIDED.get((name, layout.pyramid.in_channels)) if layout.pyramid else None
+        pyramid = None
+        if layout.pyramid is not None:
+            top_block, who = _top_block(layout, layout.pyramid, told, config.top_block, unstrided is not None)
+            settled["top_block"] = top_block or "none", who
+            pyramid = HeldPyramid(
+                keys=layout.pyramid,
+                first_level=about.get("first_level", layout.pyramid.first_level),
+                top_block=top_block,
+                p7_relu=values.get("p7_relu", True),
+                levels=parse_levels(about["levels"]) if "levels" in about else None,
+                strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
+            )
+    except FpnxError as error:
+        raise FpnxError(f"{shown(file)}: {error}") from error
     parts = about.get("parts", {})
     body, fpn = (
         Part(*parts[part]) if part in parts else Part(None, file.name)
-        if any(key.startswith(f"{part}.") for key in state) else _drawn(config.seed)
+        if any(key.startswith(f"{part}.") for key in layout.state) else _drawn(config.seed)
         for part in ("body", "fpn")
     )  # fmt: skip
     return Weights(
         name=file.name,
-        backbone=known_backbone(name),
-        recipe=Recipe.from_json(about["recipe"]) if "recipe" in about else native_recipe(name),
+        backbone=name,
+        recipe=recipe,
         body=body,
         fpn=fpn,
-        state=state,
-        pyramid=_pyramid_in(state, about, file),
+        state=layout.state,
+        pyramid=pyramid,
+        norm_eps=values.get("norm_eps"),
+        stride_in_1x1=bool(values.get("stride_in_1x1")),
+        nodes=unstrided[0] if unstrided else None,
+        framework=layout.framework,
+        ignored=layout.ignored,
+        settled=settled,
+        note=OPENCV if layout.framework == "mmdetection" and recipe.backend == "tensor" else None,
         file=str(file),
-        sha256=_sha256(file),
+        sha256=sha256,
     )
 
 
-def _pyramid_in(state: Mapping[str, Tensor], about: Mapping[str, Any], file: Path) -> dict[str, Any] | None:
-    laterals = [name for name in state if name.startswith("fpn.inner_blocks.") and name.endswith(".0.weight")]
-    if not laterals:
-        return None
-    first = about.get("first_level", 6 - len(laterals))  # without a description: a pyramid ends at C5
-    extra = state.get("fpn.extra_blocks.p6.weight")
-    width = state[laterals[0]].shape[0]
-    top_block = about.get("top_block")
-    if extra is not None and top_block is None:
-        top_block = "p5" if extra.shape[1] == width else "c5"
-    levels = about.get("levels") or [f"P{k}" for k in range(first, 8 if extra is not None else 6)]
-    if not isinstance(first, int) or not 2 <= first <= 5:
-        raise FpnxError(f"{shown(file)} gives its pyramid's first level as {first!r}: 2 to 5 can be")
-    return {"first_level": first, "channels": width, "top_block": top_block, "levels": tuple(levels)}
+def _checked(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The description in a file of fpnx's own, whose values may be anything."""
+    parts = about.get("parts", {})
+    eps = about.get("norm_eps")
+    fits = {
+        "first_level": about.get("first_level", 2) in range(8),
+        "levels": isinstance(about.get("levels", []), list),
+        "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
+        "top_block": about.get("top_block") in (None, *TOP_BLOCKS),
+        "parts": isinstance(parts, dict)
+        and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
+        and all(p[0] in (True, False, None) for p in parts.values()),
+    }
+    for name, is_fitting in fits.items():
+        if not is_fitting:
+            raise FpnxError(f"its description has {name} {shown(str(about[name]))[:60]}, which fpnx never wrote")
+    return about
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of a file and fpnx's description in it. No code in a file is ever run."""
-    try:
-        if file.suffix == ".safetensors":
-            with safetensors.safe_open(file, framework="pt") as handle:
-                names, about = handle.keys(), handle.metadata() or {}
-                return {name: handle.get_tensor(name) for name in names}, about.get("fpnx")
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FpnxError(f"cannot read weights from {shown(file)}: {why[:200]}") from error
-    except safetensors.SafetensorError as error:
-        raise FpnxError(f"cannot read weights from {shown(file)}: {error}") from error
-    description = content.get("fpnx") if isinstance(content, dict) else None
-    if isinstance(description, str) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+def _backbone_in(layout: Layout, about: Mapping[str, Any], asked: str | None) -> str:
+    named = about.get("backbone")
+    if named is not None:
+        if asked not in (None, named):
+            raise FpnxError(f"it holds {named}, not {asked}: drop --backbone or take another file")
+        return known_backbone(named)
+    body = {name[5:]: value for name, value in layout.state.items() if name.startswith("body.")}
+    if body:
+        return backbone_of(body, asked)
+    if asked is None:
+        raise FpnxError("it does not say for which backbone it is: name it with --backbone")
+    return asked
+
+
+def _told(layout: Layout, about: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
+    """What the file itself says: its own description, a config inside, or the recipe that it was published with."""
+    told = {**layout.told, **{name: about[name] for name in ("norm_eps", "stride_in_1x1", "p7_relu") if name in about}}
+    if "top_block" in about:
+        told["top_block"] = about["top_block"] or "none"
+    if recipe is not None:
+        told |= _facts_of(recipe)
+    return told
+
+
+def _facts_of(recipe: Recipe) -> dict[str, Any]:
+    resampling = next(name for name, backend in BACKENDS.items() if backend == recipe.backend)
+    return {"pixel_order": recipe.order, "resampling": resampling, "mean": recipe.mean, "std": recipe.std}
+
+
+def _defaults(layout: Layout, backbone: str, detection_eps: float) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and the facts that matter for this file's network, as its framework has them by default."""
+    state, framework = layout.state, layout.framework
+    middle = state.get("body.layer1.0.conv2.weight")
+    is_bottleneck = "body.layer1.0.conv3.weight" in state
+    grouped = middle is not None and middle.shape[0] != middle.shape[1]
+    if framework in ("detectron2", "caffe2"):
+        recipe, eps, relu, in_1x1 = DETECTRON2_RECIPE, 1e-5, True, not grouped
+        recipe = replace(recipe, std=RESNEXT_STD) if grouped else recipe
+    elif framework == "detectron2 backbone":  # its converter for torchvision's networks keeps their preprocessing
+        recipe, eps, relu, in_1x1 = (
+            replace(MMDETECTION_RECIPE, backend="pillow", rounding=DETECTRON2_RECIPE.rounding),
+            1e-5,
+            True,
+            False,
+        )
+    elif framework == "mmdetection":
+        recipe, eps, relu, in_1x1 = MMDETECTION_RECIPE, 1e-5, False, False
+    elif framework == "torchvision detection":
+        recipe, eps, relu, in_1x1 = DETECTOR_RECIPE, detection_eps, True, False
     else:
-        description = None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise FpnxError(f"{shown(file)} is not a state dict (names with tensors): save model.state_dict()")
-    return {str(name): value for name, value in content.items()}, description
+        recipe, eps, relu, in_1x1 = native_recipe(backbone), None, True, False
+    facts = _facts_of(recipe)
+    if any("running_mean" in name for name in state):
+        facts["norm_eps"] = eps
+    if is_bottleneck:
+        facts["stride_in_1x1"] = in_1x1
+    if layout.pyramid and layout.pyramid.top_in:
+        facts["p7_relu"] = relu
+    return recipe, facts
 
 
-def _described(description: str | None, file: Path) -> dict[str, Any]:
-    if description is None:
-        return {}
-    try:
-        about = json.loads(description)
-        version = about["version"]
-        if about["format"] != FORMAT or not isinstance(version, int):
-            raise ValueError(about["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FpnxError(f"{shown(file)} has a description that is not fpnx's: {error}") from error
-    if version > FORMAT_VERSION:
-        raise FpnxError(f"{shown(file)} is of version {version}, this fpnx reads {FORMAT_VERSION}: update fpnx")
-    return dict(about)
+def _settle(
+    layout: Layout, told: Mapping[str, Any], recipe: Recipe | None, config: ModelConfig, backbone: str, eps: float
+) -> tuple[Recipe, dict[str, Any], dict[str, tuple[Any, str]]]:
+    """Who says what the parameters cannot: the file, else an option, else the framework's default."""
+    usual, defaults = _defaults(layout, backbone, eps)
+    settled: dict[str, tuple[Any, str]] = {}
+    for each in fields(FileFacts):
+        asked = getattr(config, each.name)
+        if each.name not in defaults:
+            if asked is not None:
+                raise FpnxError(f"{_worded(each.name)} does not matter for {backbone} as this file has it: drop it")
+        elif each.name in told:
+            if asked not in (None, told[each.name]):
+                raise FpnxError(f"{_worded(each.name)} {asked} contradicts it, it says {told[each.name]}: drop it")
+            settled[each.name] = told[each.name], "file"
+        elif asked is not None:
+            settled[each.name] = asked, "option"
+        else:
+            settled[each.name] = defaults[each.name], "default"
+    values = {name: value for name, (value, _) in settled.items()}
+    sides = {name: told[name] for name in ("short_side", "long_side", "pad_multiple") if name in told}
+    recipe = replace(
+        recipe or replace(usual, **sides),
+        order=values["pixel_order"],
+        backend=BACKENDS[values["resampling"]],
+        mean=tuple(values["mean"]),
+        std=tuple(values["std"]),
+    )
+    return recipe, values, settled
 
 
-def _few(names: Mapping[str, Any]) -> str:
-    return ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
+def _top_block(
+    layout: Layout, keys: PyramidKeys, told: Mapping[str, Any], asked: str | None, unstrided: bool
+) -> tuple[str | None, str]:
+    """Where the levels above the last come from, and who says so: shapes, the file, an option, the framework."""
+    said = told.get("top_block")
+    if keys.top_in is None:
+        if asked not in (None, "pool"):
+            raise FpnxError(f"it has no top block {asked}: its P6 can come by pool only")
+        if asked or said:
+            value, who = (asked, "option") if asked else (said, "file")
+        else:
+            own = layout.framework == "fpnx" and not unstrided
+            value, who = "none" if own else "pool", "default"
+        return (None if value == "none" else value), who
+    fitting = ["c5"] * (keys.top_in == keys.in_channels[-1]) + ["p5", "m5"] * (keys.top_in == keys.channels)
+    for value in (said, asked):
+        if value is not None and value not in fitting:
+            raise FpnxError(f"top block {value} contradicts it: by its shapes it has {' or '.join(fitting) or 'none'}")
+    if said is not None and asked not in (None, said):
+        raise FpnxError(f"top block {asked} contradicts it, it says {said}: drop the option")
+    if said is not None or len(fitting) == 1:
+        return said or fitting[0], "file"
+    if not fitting:
+        raise FpnxError(f"its P6 takes {keys.top_in} channels, but C5 has {keys.in_channels[-1]}, P5 {keys.channels}")
+    return (asked, "option") if asked else (fitting[0], "default")
+
+
+def _worded(fact: str) -> str:
+    return "--" + fact.replace("_", "-")
 
 
 def _sha256(file: Path) -> str:

@@ -1,0 +1,265 @@
+"""Detection backbones of other frameworks, written down from their definitions, with their names of parameters.
+
+They are what files in those layouts are checked against: they share no code with fpnx or torchvision's pyramids.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), "x50": (3, 4, 6, 3)}
+
+
+def randomise(network: nn.Module, seed: int = 0, smallest_variance: float = 1e-3) -> nn.Module:
+    """Random parameters and statistics; some variances are so small that the norms' epsilon shows."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    with torch.no_grad():
+        for name, value in values.items():
+            if not value.is_floating_point():
+                continue
+            uniform = torch.rand(value.shape, generator=generator)
+            if value.ndim > 1:
+                fan_in = value[0].numel()
+                value.copy_((uniform * 2 - 1) * (3.0 / fan_in) ** 0.5)
+            elif name.endswith("running_var"):
+                value.copy_(uniform.clamp_min(smallest_variance))
+            else:
+                value.copy_(uniform * 0.5 + 0.25 if name.endswith("weight") else uniform * 0.2 - 0.1)
+    return network.eval()
+
+
+class FrozenNorm(nn.Module):
+    """y = weight · (x − mean) / √(var + eps) + bias."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (
+            getattr(self, name)[:, None, None] for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        return weight * (x - mean) / torch.sqrt(var + self.eps) + bias
+
+
+# --- detectron2 (modeling/backbone/resnet.py, fpn.py) ---
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution that owns its norm, as `.norm`."""
+
+    def __init__(self, *args: int, norm: bool = True, **kwargs: int) -> None:
+        super().__init__(*args, bias=not norm, **kwargs)
+        self.norm = FrozenNorm(self.out_channels) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x if self.norm is None else self.norm(x)
+
+
+class D2Basic(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.shortcut = ConvNorm(inputs, outputs, 1, stride) if inputs != outputs else None
+        self.conv1 = ConvNorm(inputs, outputs, 3, stride, 1)
+        self.conv2 = ConvNorm(outputs, outputs, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv2(F.relu(self.conv1(x)))
+        return F.relu(out + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class D2Bottleneck(nn.Module):
+    def __init__(self, inputs: int, width: int, outputs: int, stride: int, groups: int, stride_in_1x1: bool) -> None:
+        super().__init__()
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.shortcut = ConvNorm(inputs, outputs, 1, stride) if inputs != outputs else None
+        self.conv1 = ConvNorm(inputs, width, 1, first)
+        self.conv2 = ConvNorm(width, width, 3, second, 1, groups=groups)
+        self.conv3 = ConvNorm(width, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
+        return F.relu(out + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class D2ResNet(nn.Module):
+    def __init__(self, depth: int | str, stride_in_1x1: bool) -> None:
+        super().__init__()
+        self.stem = nn.Module()
+        self.stem.conv1 = ConvNorm(3, 64, 7, 2, 3)
+        inputs = 64
+        for stage, blocks in enumerate(BLOCKS[depth]):
+            outputs = (64 if depth == 18 else 256) * 2**stage
+            made = []
+            for i in range(blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                if depth == 18:
+                    made.append(D2Basic(inputs, outputs, stride))
+                else:
+                    width, groups = (outputs // 2, 32) if depth == "x50" else (outputs // 4, 1)
+                    made.append(D2Bottleneck(inputs, width, outputs, stride, groups, stride_in_1x1))
+                inputs = outputs
+            self.add_module(f"res{stage + 2}", nn.Sequential(*made))
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        x = F.max_pool2d(F.relu(self.stem.conv1(x)), 3, 2, 1)
+        taps = {}
+        for k in range(2, 6):
+            taps[k] = x = getattr(self, f"res{k}")(x)
+        return taps
+
+
+class P6P7(nn.Module):
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.p6 = nn.Conv2d(inputs, channels, 3, 2, 1)
+        self.p7 = nn.Conv2d(channels, channels, 3, 2, 1)
+
+
+class D2FPN(nn.Module):
+    """`top`: "pool", or the source of P6 and P7, "res5" or "p5"."""
+
+    def __init__(
+        self, depth: int | str, *, first: int = 2, channels: int = 32, top: str = "pool", norm: bool = False,
+        stride_in_1x1: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.first, self.top = first, top
+        self.bottom_up = D2ResNet(depth, stride_in_1x1)
+        inputs = {k: (64 if depth == 18 else 256) * 2 ** (k - 2) for k in range(2, 6)}
+        for k in range(first, 6):
+            self.add_module(f"fpn_lateral{k}", ConvNorm(inputs[k], channels, 1, norm=norm))
+            self.add_module(f"fpn_output{k}", ConvNorm(channels, channels, 3, 1, 1, norm=norm))
+        if top != "pool":
+            self.top_block = P6P7(inputs[5] if top == "res5" else channels, channels)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        taps = self.bottom_up(x)
+        merged = self.fpn_lateral5(taps[5])
+        levels = {"P5": self.fpn_output5(merged)}
+        for k in range(4, self.first - 1, -1):
+            merged = getattr(self, f"fpn_lateral{k}")(taps[k]) + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+            levels[f"P{k}"] = getattr(self, f"fpn_output{k}")(merged)
+        if self.top == "pool":
+            levels["P6"] = F.max_pool2d(levels["P5"], kernel_size=1, stride=2, padding=0)
+        else:
+            levels["P6"] = self.top_block.p6(taps[5] if self.top == "res5" else levels["P5"])
+            levels["P7"] = self.top_block.p7(F.relu(levels["P6"]))
+        return levels
+
+
+class D2Detector(nn.Module):
+    """The backbone under its name in a detector, and two parameters of a head."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__()
+        self.backbone = D2FPN(*args, **kwargs)
+        self.head = nn.Linear(4, 4)
+
+
+# --- mmdetection (models/backbones/resnet.py, models/necks/fpn.py) ---
+
+
+class MMBottleneck(nn.Module):
+    def __init__(self, inputs: int, planes: int, stride: int, style: str) -> None:
+        super().__init__()
+        first, second = (1, stride) if style == "pytorch" else (stride, 1)
+        self.conv1 = nn.Conv2d(inputs, planes, 1, first, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, second, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.downsample = None
+        if stride != 1 or inputs != 4 * planes:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, 4 * planes, 1, stride, bias=False), nn.BatchNorm2d(4 * planes)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class MMResNet50(nn.Module):
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        inputs = 64
+        for stage, blocks in enumerate(BLOCKS[50]):
+            planes, made = 64 * 2**stage, []
+            for i in range(blocks):
+                made.append(MMBottleneck(inputs, planes, 2 if stage > 0 and i == 0 else 1, style))
+                inputs = 4 * planes
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*made))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        taps = []
+        for stage in range(1, 5):
+            x = getattr(self, f"layer{stage}")(x)
+            taps.append(x)
+        return taps
+
+
+class ConvModule(nn.Module):
+    def __init__(self, inputs: int, outputs: int, side: int, stride: int = 1, norm: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=not norm)
+        if norm:
+            self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.bn(x) if hasattr(self, "bn") else x
+
+
+class MMFPN(nn.Module):
+    def __init__(
+        self, *, start_level: int, num_outs: int, add_extra_convs: str = "", relu_before_extra_convs: bool = False,
+        channels: int = 32, norm: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        inputs = (256, 512, 1024, 2048)
+        self.start, self.outs = start_level, num_outs
+        self.extra, self.relu = add_extra_convs, relu_before_extra_convs
+        self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1, norm=norm) for n in inputs[start_level:])
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3, norm=norm) for _ in inputs[start_level:])
+        for i in range(num_outs - len(self.lateral_convs) if add_extra_convs else 0):
+            source = inputs[-1] if i == 0 and add_extra_convs == "on_input" else channels
+            self.fpn_convs.append(ConvModule(source, channels, 3, 2, norm=norm))
+
+    def forward(self, taps: list[Tensor]) -> list[Tensor]:
+        laterals = [conv(tap) for conv, tap in zip(self.lateral_convs, taps[self.start :], strict=True)]
+        count = len(laterals)
+        for i in range(count - 1, 0, -1):
+            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[2:])
+        outs = [self.fpn_convs[i](laterals[i]) for i in range(count)]
+        if not self.extra:
+            for _ in range(self.outs - count):
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+            return outs
+        source = {"on_input": taps[-1], "on_lateral": laterals[-1], "on_output": outs[-1]}[self.extra]
+        outs.append(self.fpn_convs[count](source))
+        for i in range(count + 1, self.outs):
+            outs.append(self.fpn_convs[i](F.relu(outs[-1]) if self.relu else outs[-1]))
+        return outs
+
+
+class MMDetector(nn.Module):
+    def __init__(self, style: str = "pytorch", **neck: object) -> None:
+        super().__init__()
+        self.backbone, self.neck = MMResNet50(style), MMFPN(**neck)
+        self.bbox_head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        outs = self.neck(self.backbone(x))
+        return {f"P{i + 2 + self.neck.start}": out for i, out in enumerate(outs)}
