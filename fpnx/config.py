@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fpnx.errors import FpnxError, nearest
@@ -30,6 +31,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5")
 SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
+SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,14 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig):
             part.__post_init__(self)
         if self.limit is not None:
             _check_whole("limit", self.limit, 1, 2**63 - 1)
+
+    def repeatable(self) -> dict[str, Any]:
+        """The options that numbers depend on, as plain values: `ExtractConfig(**them)` computes the same again."""
+        names = [field.name for part in (ModelConfig, InputConfig) for field in fields(part)]
+        plain = {name: getattr(self, name) for name in (*names, "dtype", "pool", "precision")}
+        if os.path.isfile(self.weights):
+            plain["weights"] = os.path.abspath(self.weights)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
