@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-__all__ = ["Convolution", "can_pack", "is_activation", "is_norm", "packing"]
+__all__ = ["SIZES_PACKED", "Convolution", "can_pack", "is_activation", "is_norm", "packing"]
 
 # Activations that oneDNN applies to a convolution's result while it is still in registers: (name, scalars, algorithm).
 FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {

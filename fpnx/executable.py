@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
 
-from fpnx.convolutions import Convolution, can_pack, is_activation, is_norm, packing
+from fpnx.convolutions import SIZES_PACKED, Convolution, can_pack, is_activation, is_norm, packing
 from fpnx.model import PyramidModel
 from fpnx.recombination import ExecutablePyramid
 
@@ -44,23 +46,28 @@ class Executable(nn.Module):
         super().__init__()
         self.body, self.pyramid, self.levels = body, pyramid, levels
         self.device, self.dtype = device, dtype
+        self._packing, self._sizes = threading.Lock(), deque[tuple[int, int]](maxlen=SIZES_PACKED)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         taps: dict[str, Tensor] = self.body(images)
         levels = taps if self.pyramid is None else taps | self.pyramid(taps)
         return {name: levels[name] for name in self.levels}
 
-    def pack(self, batch: int, size: tuple[int, int]) -> bool:
-        """Lay the weights out as oneDNN wants them for `batch` images of `size` (height, width).
+    def pack(self, size: tuple[int, int]) -> bool:
+        """Lay the weights out as oneDNN wants them for images of `size` (height, width).
 
-        Worth its second or so where several images of a size follow. The last sizes asked for are kept; images of
-        other sizes, and smaller batches, are computed as well. False where oneDNN's operators do not work.
+        Worth its second or less where several images of a size follow. The last sizes asked for are kept; images of
+        other sizes are computed as well, with the plain weights. Threads may ask at the same time, and while others
+        compute. False where oneDNN's operators do not work.
         """
         if self.device.type != "cpu" or not can_pack(self.dtype):
             return False
-        images = torch.zeros(batch, 3, *size, dtype=self.dtype).contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode(), packing():
-            self(images)
+        with self._packing:
+            if size not in self._sizes:
+                image = torch.zeros(1, 3, *size, dtype=self.dtype).contiguous(memory_format=torch.channels_last)
+                with torch.inference_mode(), packing():
+                    self(image)
+                self._sizes.append(size)
         return True
 
 

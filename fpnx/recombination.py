@@ -230,7 +230,7 @@ def _block(block: nn.Module) -> nn.Module:
     parts = list(block) if isinstance(block, nn.Sequential) else [block]
     if not Convolution.takes(parts[0]):
         return copy.deepcopy(block)
-    convolution, *after = parts
+    after = parts[1:]
     made = Convolution(parts[0])
     if after and is_norm(after[0]):
         made.fold(after.pop(0))
