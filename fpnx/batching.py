@@ -70,6 +70,10 @@ class Batches(Iterator[list[int]]):
         if self._trial is not None and self._trial.group == group:
             self._trial.took(images, seconds)
 
+    def trying(self, group: str) -> bool:
+        """Whether batch sizes for images of one size are being compared."""
+        return self._trial is not None and self._trial.group == group and self._trial.chosen is None
+
     def candidates(self, group: str, images: int) -> tuple[int, ...]:
         """Batch sizes worth trying for images of one size, the likeliest first."""
         if self._plan.batch_size is not None:
@@ -91,21 +95,21 @@ class _Trial:
         self.group, self._candidates = group, candidates
         self._plan = [size for size in candidates for _ in range(TRIALS)] if len(candidates) > 1 else []
         self._best: dict[int, float] = {}
-        self._chosen: int | None = candidates[0] if len(candidates) == 1 else None
+        self.chosen: int | None = candidates[0] if len(candidates) == 1 else None
 
     def next_size(self) -> int:
         if self._plan:
             return self._plan.pop(0)
-        return self._chosen or self._candidates[0]
+        return self.chosen or self._candidates[0]
 
     def took(self, images: int, seconds: float) -> None:
-        if self._chosen is not None or images not in self._candidates:
+        if self.chosen is not None or images not in self._candidates:
             return
         self._best[images] = min(self._best.get(images, float("inf")), seconds / images)
         if not self._plan and len(self._best) == len(self._candidates):
             first = self._candidates[0]
             fastest = min(self._best, key=self._best.__getitem__)
-            self._chosen = fastest if self._best[fastest] < BETTER * self._best[first] else first
+            self.chosen = fastest if self._best[fastest] < BETTER * self._best[first] else first
 
 
 def _extent(group: str) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,10 +25,14 @@ STORED = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Features:
-    """What a batch gave: level → (B, C, H, W) in the stored type, and level → NaN or infinite values by image."""
+    """What a batch gave: level → (B, C, H, W) in the stored type, and level → NaN or infinite values by image.
+
+    Both may still be on their way: `ready()` waits for them.
+    """
 
     arrays: Mapping[str, np.ndarray]
     nonfinite: Mapping[str, Sequence[int]]
+    ready: Callable[[], None] = lambda: None
 
 
 class Engine:
@@ -56,7 +60,7 @@ class Engine:
             levels = self.executable(self.batch(pixels, sizes).to(self.dtype))
             stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}
             del levels
-            nonfinite = {name: count_nonfinite(level) for name, level in stored.items()}
+            nonfinite = {name: _count_nonfinite(level) for name, level in stored.items()}
             return Features({name: level.cpu().numpy() for name, level in stored.items()}, nonfinite)
 
     def batch(self, pixels: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> Tensor:
@@ -72,6 +76,8 @@ class Engine:
         """A level pooled as asked, in the stored type, (B, C, H, W) contiguous."""
         if self.pool != "none":
             level = self._pooled(level.float(), self._strides[name], sizes)
+        if level.device.type != "cpu":  # cast and layout in one pass
+            return level.to(self.stored, memory_format=torch.contiguous_format).contiguous()
         return _channels_first(level.to(self.stored))
 
     def _pooled(self, level: Tensor, stride: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
@@ -89,7 +95,7 @@ class Engine:
 def _channels_first(level: Tensor) -> Tensor:
     """A map in (B, C, H, W) order in memory. Image by image each is a transposed matrix, which PyTorch copies in
     blocks: 2.3 times as fast as the map as a whole."""
-    if level.device.type != "cpu" or not level.is_contiguous(memory_format=torch.channels_last):
+    if not level.is_contiguous(memory_format=torch.channels_last):
         return level.contiguous()
     channels, height, width = level.shape[1:]
     ordered = torch.empty(level.shape, dtype=level.dtype)
@@ -140,7 +146,7 @@ def resolve_precision(name: str) -> str:
     return "float32" if name == "auto" else name
 
 
-def count_nonfinite(level: Tensor) -> list[int]:
+def _count_nonfinite(level: Tensor) -> list[int]:
     """How many NaN and infinite values each image has; a finite sum means none, which is cheap to see."""
     suspicious = ~torch.isfinite(level.sum(dim=(1, 2, 3), dtype=torch.float32))
     counts = [0] * len(level)

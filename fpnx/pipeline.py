@@ -24,6 +24,7 @@ from fpnx.fitting import Fitting
 from fpnx.images import Budget, decode
 from fpnx.planning import Plan
 from fpnx.store import DONE
+from fpnx.streaming import make_engine
 from fpnx.writer import Writer
 
 __all__ = ["STAGES", "Clock", "compute"]
@@ -99,7 +100,7 @@ def compute(plan: Plan, writer: Writer, clock: Clock, stop: Stop, listener: List
         _Scribe(plan, writer, clock) as scribe,
         _Feed(plan, pending, count, clock) as feed,
     ):
-        engines = [Engine(plan.model, plan.recipe, plan.config, device) for device in plan.devices]
+        engines = [make_engine(plan.model, plan.recipe, plan.config, device) for device in plan.devices]
         threads = max(1, plan.cpus // count) if plan.device.type == "cpu" else 1
         lanes = [_Lane(plan, feed, scribe, engines[i % len(engines)], clock, threads) for i in range(count)]
         try:
@@ -249,8 +250,8 @@ class _Lane(threading.Thread):
         good = [(i, image) for i, image in zip(batch, loaded, strict=True) if isinstance(image, _Loaded)]
         if not good:
             return
-        group = self._plan.layout.groups[batch[0]]
-        if self._feed.batches.counts[group] >= WORTH_PREPARING:
+        group, batches = self._plan.layout.groups[batch[0]], self._feed.batches
+        if batches.counts[group] >= WORTH_PREPARING:
             size = parse_extent(group)
             assert size is not None
             self._engine.prepare(size)
@@ -260,9 +261,11 @@ class _Lane(threading.Thread):
             if features is not None:
                 sizes = np.array([image.source_size for _, image in good[piece]], np.int32)
                 self._writes.append(self._scribe.put(indices, features, sizes))
+                if batches.trying(group):
+                    features.ready()
             for index, reason in _failures(indices, features, self._plan.config.strict).items():
                 self._fail(index, reason)
-        self._feed.batches.took(group, len(good), time.perf_counter() - started)
+        batches.took(group, len(good), time.perf_counter() - started)
 
     def _fail(self, index: int, reason: str) -> None:
         self._writes.append(self._scribe.fail(index, reason))
@@ -287,13 +290,15 @@ class _Scribe:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def put(self, indices: Sequence[int], features: Features, sizes: np.ndarray) -> Future[None]:
-        return self._thread.submit(self._timed, lambda: self._put(indices, features, sizes))
+        return self._thread.submit(self._put, indices, features, sizes)
 
     def fail(self, index: int, reason: str) -> Future[None]:
         return self._thread.submit(self._timed, lambda: self._writer.fail(index, reason))
 
     def _put(self, indices: Sequence[int], features: Features, sizes: np.ndarray) -> None:
-        self._writer.put(indices, features.arrays, sizes, features.nonfinite)
+        with self._clock("forward"):
+            features.ready()
+        self._timed(lambda: self._writer.put(indices, features.arrays, sizes, features.nonfinite))
 
     def _timed(self, work: Callable[[], None]) -> None:
         with self._clock("write"):
@@ -307,8 +312,11 @@ def _failures(indices: Sequence[int], features: Features | None, strict: bool) -
     """Why each image of a batch failed; in a strict run also for NaN and infinite values."""
     if features is None:
         return dict.fromkeys(indices, "out of memory, even alone: take a smaller --size")
+    if not strict:
+        return {}
+    features.ready()
     found: dict[int, str] = {}
-    for position, index in enumerate(indices) if strict else ():
+    for position, index in enumerate(indices):
         bad = [f"{counts[position]} in {level}" for level, counts in features.nonfinite.items() if counts[position]]
         if bad:
             found[index] = f"NaN or infinite values: {', '.join(bad)}"

@@ -1,6 +1,6 @@
 """The script that people write: DataLoader, eager torchvision backbone and FPN in float32, h5py append.
 
-    python tests/benchmarks/plain_script.py FOLDER OUT.h5 BACKBONE [BATCH] [onnx]
+Run: python tests/benchmarks/plain_script.py FOLDER OUT.h5 BACKBONE [BATCH] [onnx]
 
 Prints one JSON document. With `onnx` the network runs in ONNX Runtime instead, which must be installed.
 """
@@ -73,7 +73,8 @@ def main(folder: str, output: str, backbone: str, batch: int = 8, runtime: str =
             for name, level in model(images.to(device)).items():
                 values = level.cpu().numpy()
                 if name not in file:
-                    file.create_dataset(name, shape=(0, *values.shape[1:]), maxshape=(None, *values.shape[1:]))
+                    shape = values.shape[1:]
+                    file.create_dataset(name, (0, *shape), values.dtype, maxshape=(None, *shape))
                 dataset = file[name]
                 dataset.resize(written + len(values), axis=0)
                 dataset[written:] = values
