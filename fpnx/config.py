@@ -14,11 +14,13 @@ from typing import Any
 from fpnx.errors import FpnxError, nearest
 
 __all__ = [
+    "DTYPES",
     "ExtractConfig",
     "InputConfig",
     "ModelConfig",
     "OutputConfig",
     "RunConfig",
+    "SAMPLE",
     "fingerprint",
     "level_number",
     "ordered_levels",
