@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-__all__ = ["SIZES_PACKED", "Convolution", "can_pack", "is_activation", "is_norm", "packing"]
+__all__ = ["SIZES_PACKED", "Convolution", "can_pack", "is_activation", "is_norm", "native_on_cpu", "packing"]
 
 # Activations that oneDNN applies to a convolution's result while it is still in registers: (name, scalars, algorithm).
 FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {
@@ -148,11 +148,20 @@ def is_activation(module: nn.Module | None) -> bool:
     return type(module) in FUSED
 
 
+def native_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in this type here without the detour of another."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if name is None:
+        return dtype is torch.float32
+    asks = getattr(torch.ops.mkldnn, name, None)
+    return bool(asks is not None and asks())
+
+
 @functools.cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN's packed and fused convolutions work here: the operators are PyTorch's private ones, so
     nothing is taken for granted; they are tried on a small convolution of every kind and compared."""
-    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+    if not torch.backends.mkldnn.is_available() or not native_on_cpu(dtype):
         return False
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(2, 16, 9, 9, generator=generator).to(dtype) for _ in range(2))

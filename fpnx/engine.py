@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fpnx.config import ExtractConfig, parse_extent
+from fpnx.convolutions import native_on_cpu
 from fpnx.errors import FpnxError
 from fpnx.executable import make_executable
 from fpnx.model import PyramidModel
 from fpnx.recipes import Recipe
 from fpnx.store import valid_extent
 
-__all__ = ["Engine", "Features", "exact_arithmetic", "resolve_device", "resolve_precision"]
+__all__ = ["Engine", "Features", "exact_arithmetic", "resolve_device", "resolve_precision", "slow_precision"]
 
 STORED = {"float32": torch.float32, "float16": torch.float16}
 
@@ -120,6 +121,13 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def slow_precision(device: torch.device, precision: str) -> str | None:
+    """What to say of a precision that this processor computes only in steps of another; None where it is its own."""
+    if device.type != "cpu" or precision == "float32" or native_on_cpu(getattr(torch, precision)):
+        return None
+    return f"this processor has no {precision} arithmetic: float32 is several times as fast on it"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ import torch
 from fpnx.batching import Batches, lanes_for
 from fpnx.config import parse_extent
 from fpnx.control import Listener, Stop
-from fpnx.engine import Engine, Features, exact_arithmetic
+from fpnx.engine import Engine, Features, exact_arithmetic, slow_precision
 from fpnx.errors import ImageError, Interrupted, shown
 from fpnx.fitting import Fitting
 from fpnx.images import Budget, decode
@@ -93,6 +93,8 @@ def compute(plan: Plan, writer: Writer, clock: Clock, stop: Stop, listener: List
         return _strictly(plan, *next(iter(plan.layout.errors.items())))
     if not pending:
         return None
+    if (remark := slow_precision(plan.device, plan.precision)) is not None:
+        listener.message(remark)
     count = lanes_for(plan, len(pending))
     threads_before = torch.get_num_threads()
     with (
