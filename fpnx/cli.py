@@ -99,7 +99,9 @@ MaxFailed = Annotated[str, _option("Output", "--max-failed", "Images that may fa
 Strict = Annotated[bool, _option("Output", "--strict", "Stop at the first image that fails.")]
 DryRun = Annotated[bool, _option("Output", "--dry-run", "Show what would be done, and stop.")]
 
-Device = Annotated[str, _option("Run", "--device", "auto takes CUDA where there is one.", "auto|cpu|cuda|cuda:1|mps")]
+Device = Annotated[
+    str, _option("Run", "--device", "auto takes CUDA where there is one.", "auto|cpu|cuda|cuda:0,cuda:1|mps")
+]
 Precision = Annotated[
     str, _option("Run", "--precision", "Of computing; auto is float32.", "auto|float32|bfloat16|float16")
 ]

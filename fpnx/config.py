@@ -169,8 +169,10 @@ class RunConfig:
     workers: str | int = "auto"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
-            raise FpnxError(f"device {self.device!r}: take auto, cpu, cuda, cuda:1 or mps")
+        names = self.device.split(",")
+        one = len(names) == 1 and re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
+        if not one and not (len(set(names)) == len(names) and all(re.fullmatch(r"cuda:\d+", name) for name in names)):
+            raise FpnxError(f"device {self.device!r}: take auto, cpu, cuda, cuda:1, several as cuda:0,cuda:1, or mps")
         _check_choice("precision", self.precision, PRECISIONS)
         for name, limit in (("batch_size", 65536), ("workers", 1024)):
             value = getattr(self, name)

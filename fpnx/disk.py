@@ -23,6 +23,7 @@ except ImportError:  # Windows: two runs on one output are not told apart
 
 __all__ = ["OpenFile", "claim", "disk_error", "free_bytes", "lock", "sync_folder"]
 
+SETS_OFF = 1 << 16  # bytes from which a write is worth the system call that starts it towards the disk
 O_BINARY, O_NOFOLLOW = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -129,14 +130,20 @@ class OpenFile:
         self._descriptor: int | None = os.open(path, os.O_RDWR | O_BINARY | O_NOFOLLOW)
         self._lock = threading.Lock()
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Write all of `data` at `offset`."""
-        rest = memoryview(data)
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data` at `offset`.
+
+        Large pieces set off for the disk at once: the next sync finds little left to wait for, instead of seconds.
+        """
+        rest, first, size = memoryview(data), offset, len(data)
         with self._lock:
             while rest:
                 os.lseek(self._handle(), offset, os.SEEK_SET)
                 written = os.write(self._handle(), rest)
                 rest, offset = rest[written:], offset + written
+            if size >= SETS_OFF and hasattr(os, "posix_fadvise"):
+                with contextlib.suppress(OSError):  # advice only; what is dirty stays in memory until it is written
+                    os.posix_fadvise(self._handle(), first, size, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """Make durable what was written."""

@@ -5,39 +5,31 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import h5py
-import numpy as np
 import PIL
 import torch
 import torchvision
 
 from fpnx._version import __version__
-from fpnx.config import ExtractConfig, parse_extent
+from fpnx.config import ExtractConfig
 from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import lock
-from fpnx.engine import Engine, Features
-from fpnx.errors import FpnxError, ImageError, Interrupted, shown
-from fpnx.fitting import Fitting
-from fpnx.images import Budget, Listing, decode, find, pillow_within_limits
+from fpnx.errors import FpnxError, Interrupted, shown
+from fpnx.images import Listing, find, pillow_within_limits
+from fpnx.pipeline import STAGES, Clock, compute
 from fpnx.planning import Plan, check_output, make_plan, real_output
 from fpnx.store import DONE, PENDING, Store, open_store
 from fpnx.writer import Writer, part_of
 
 __all__ = ["Result", "extract"]
 
-_Item = TypeVar("_Item")
-STAGES = ("decode", "resize", "forward", "write")
 DEFAULT_OUTPUT = "out.h5"
 
 
@@ -141,16 +133,16 @@ def extract(
             plan = make_plan(target, config, listing, hears)
             hears.planned(plan)
             if config.dry_run:
-                return _result(plan, None, _Clock(), dry_run=True)
+                return _result(plan, None, Clock(), dry_run=True)
             if config.resume and target.exists() and not part_of(target).exists():
                 with open_store(target) as store:
                     _refuse_unfinished(target, store)
-                    return _result(plan, store, _Clock())
+                    return _result(plan, store, Clock())
             return _run(plan, stop, hears)
 
 
 def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
-    clock = _Clock()
+    clock = Clock()
     if plan.config.resume and part_of(plan.output).exists():
         writer = Writer.reopen(plan.output)
     else:
@@ -159,7 +151,7 @@ def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
             listener.message("this file system cannot set space aside: free space was checked once, now")
     try:
         stop.begin()
-        stopped = _compute(plan, writer, clock, stop, listener)
+        stopped = compute(plan, writer, clock, stop, listener)
         if stopped is None:
             writer.finish()
         else:
@@ -177,120 +169,6 @@ def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
     return result
 
 
-def _compute(plan: Plan, writer: Writer, clock: _Clock, stop: Stop, listener: Listener) -> str | None:
-    """Decode, forward and write, overlapped; returns why it stopped early, or None."""
-    engine = Engine(plan.model, plan.recipe, plan.config, plan.device)
-    pending = np.flatnonzero((writer.status != DONE) & (plan.layout.rows >= 0)).tolist()
-    total = len(plan.listing.sources)
-    finished = total - len(pending)
-    listener.progress("images", finished, total)
-
-    def load(index: int) -> _Loaded | ImageError:
-        try:
-            return _load(plan, index, budget, clock)
-        except ImageError as error:
-            return error
-        except MemoryError:
-            return ImageError("out of memory while it was read: lower --workers, or refuse such with --max-pixels")
-        except Exception as error:  # one odd file must not end a run of hours
-            return ImageError(f"{type(error).__name__}: {error}")
-
-    def write(indices: Sequence[int], features: Features, sizes: np.ndarray) -> None:
-        with clock("write"):
-            writer.put(indices, features.arrays, sizes, features.nonfinite)
-            commit_when_due()
-
-    def fail(index: int, reason: str) -> None:
-        writer.fail(index, reason)
-        commit_when_due()
-
-    def commit_when_due() -> None:
-        if clock.since_commit() >= plan.config.commit_every:
-            writer.commit()
-            clock.committed()
-
-    budget = Budget(plan.config.max_pixels)
-    fitting = Fitting(engine, listener.message)
-    decoders, scribe = ThreadPoolExecutor(plan.workers), ThreadPoolExecutor(1)
-    writes: deque[Future[None]] = deque()
-    try:
-        clock.start()
-        strict = plan.config.strict
-        if strict and plan.layout.errors:
-            return _strictly(plan, *next(iter(plan.layout.errors.items())))
-        batches = list(_batches(plan, pending))
-        load_batch: Callable[[list[int]], list[Future[_Loaded | ImageError]]]
-        load_batch = lambda batch: [decoders.submit(load, index) for index in batch]  # noqa: E731
-        waiting = deque(load_batch(batch) for batch in batches[:2])
-        for position, batch in enumerate(batches):
-            if stop.signum is not None:
-                return "interrupted"
-            loaded = [future.result() for future in waiting.popleft()]
-            if position + 2 < len(batches):
-                waiting.append(load_batch(batches[position + 2]))
-            for index, image in zip(batch, loaded, strict=True):
-                if isinstance(image, ImageError):
-                    writes.append(scribe.submit(fail, index, str(image)))
-                    if strict:
-                        return _strictly(plan, index, str(image))
-            good = [(i, image) for i, image in zip(batch, loaded, strict=True) if isinstance(image, _Loaded)]
-            for piece, features in clock.over("forward", fitting([image.pixels for _, image in good])):
-                indices = [index for index, _ in good[piece]]
-                if features is not None:
-                    sizes = np.array([image.source_size for _, image in good[piece]], np.int32)
-                    writes.append(scribe.submit(write, indices, features, sizes))
-                bad = _failures(indices, features, strict)
-                for index, reason in bad.items():
-                    writes.append(scribe.submit(fail, index, reason))
-                if bad and strict:
-                    return _strictly(plan, *next(iter(bad.items())))
-            while len(writes) > 2:
-                writes.popleft().result()
-            finished += len(batch)
-            clock.images += len(batch)
-            listener.progress("images", finished, total)
-        return None
-    except Interrupted:  # at once: what is queued is dropped, and what is being written is not yet marked
-        scribe.shutdown(wait=False, cancel_futures=True)
-        writes.clear()
-        raise
-    finally:
-        decoders.shutdown(cancel_futures=True)
-        scribe.shutdown()
-        for write_done in writes:
-            write_done.result()
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    pixels: np.ndarray
-    source_size: tuple[int, int]
-
-
-def _load(plan: Plan, index: int, budget: Budget, clock: _Clock) -> _Loaded:
-    with budget.share() as claim:
-        with clock("decode"):
-            picture = decode(plan.listing.sources[index], plan.config.max_pixels, claim)
-        source = (picture.height, picture.width)
-        size = plan.recipe.input_size(source, plan.config.max_pixels)
-        if size != tuple(plan.layout.sizes[index].tolist()):
-            raise ImageError("its header and its pixels disagree about the size")
-        with clock("resize"):
-            return _Loaded(plan.recipe.resize(picture, size), source)
-
-
-def _failures(indices: Sequence[int], features: Features | None, strict: bool) -> dict[int, str]:
-    """Why each image of a batch failed; in a strict run also for NaN and infinite values."""
-    if features is None:
-        return dict.fromkeys(indices, "out of memory, even alone: take a smaller --size")
-    found: dict[int, str] = {}
-    for position, index in enumerate(indices) if strict else ():
-        bad = [f"{counts[position]} in {level}" for level, counts in features.nonfinite.items() if counts[position]]
-        if bad:
-            found[index] = f"NaN or infinite values: {', '.join(bad)}"
-    return found
-
-
 def _refuse_unfinished(output: Path, store: Store) -> None:
     pending = int((store.status == PENDING).sum())
     if pending:
@@ -300,24 +178,8 @@ def _refuse_unfinished(output: Path, store: Store) -> None:
         )
 
 
-def _batches(plan: Plan, pending: Sequence[int]) -> Iterator[list[int]]:
-    """Pending images in batches of one padded size each."""
-    by_group: dict[str, list[int]] = {}
-    for index in pending:
-        by_group.setdefault(plan.layout.groups[index], []).append(index)
-    for group, indices in by_group.items():
-        extent = parse_extent(group)
-        assert extent is not None
-        step = plan.batch_size_for(extent)
-        yield from (indices[i : i + step] for i in range(0, len(indices), step))
-
-
-def _strictly(plan: Plan, index: int, reason: str) -> str:
-    return f"{shown(plan.listing.sources[index].name)} failed ({reason}) and the run is strict"
-
-
 def _result(
-    plan: Plan, store: Store | None, clock: _Clock, *, stopped: str | None = None, dry_run: bool = False
+    plan: Plan, store: Store | None, clock: Clock, *, stopped: str | None = None, dry_run: bool = False
 ) -> Result:
     failed = tuple(store.failures()) if store is not None else ()
     count = len(plan.listing.sources)
@@ -354,7 +216,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         "command": [shown(argument) for argument in sys.argv[:64]],
         "weights": facts["weights"],
         "recipe": str(plan.recipe),
-        "device": _device_name(plan.device),
+        "device": ", ".join(map(_device_name, plan.devices)),
         "precision": plan.precision,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -362,43 +224,3 @@ def _provenance(plan: Plan) -> dict[str, Any]:
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-class _Clock:
-    """Seconds spent in each stage, summed over threads, and over the whole run."""
-
-    def __init__(self) -> None:
-        self.spent = dict.fromkeys(STAGES, 0.0)
-        self.images, self.seconds = 0, 0.0
-        self._lock = threading.Lock()
-        self._started = self._commit = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.spent[stage] += time.perf_counter() - started
-
-    def over(self, stage: str, items: Iterator[_Item]) -> Iterator[_Item]:
-        """`items`, with the time that each takes to come."""
-        while True:
-            with self(stage):
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
-
-    def start(self) -> None:
-        self._started = self._commit = time.perf_counter()
-
-    def stop(self) -> None:
-        self.seconds = time.perf_counter() - self._started
-
-    def committed(self) -> None:
-        self._commit = time.perf_counter()
-
-    def since_commit(self) -> float:
-        return time.perf_counter() - self._commit

@@ -21,6 +21,7 @@ from fpnx.disk import disk_error, free_bytes
 from fpnx.engine import resolve_device, resolve_precision
 from fpnx.errors import FpnxError, ImageError, shown
 from fpnx.images import Listing, Source, upright_size
+from fpnx.machine import usable_cpus
 from fpnx.model import PyramidModel, build_model
 from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
@@ -28,6 +29,7 @@ from fpnx.writer import Layout, part_of, refuse_other_run
 
 __all__ = ["LevelShape", "Plan", "check_output", "identity_of", "make_plan", "real_output"]
 
+DECODERS = 16  # threads at most, unless more are asked for
 WORKING_NAMES = (".part", ".part.new", ".lock")
 
 
@@ -55,10 +57,11 @@ class Plan:
     model: PyramidModel
     recipe: Recipe
     layout: Layout
-    device: torch.device
+    devices: tuple[torch.device, ...]
     precision: str
-    batch_size: int | None  # None: by the size of the images
+    batch_size: int | None  # None: found out by trying a few
     workers: int
+    cpus: int
     bytes_free: int
     done_before: int = 0
 
@@ -72,12 +75,10 @@ class Plan:
             for level, (c, h, w) in levels.items()
         ]
 
-    def batch_size_for(self, size: tuple[int, int]) -> int:
-        """Images of `size` (height, width) in one forward pass."""
-        if self.batch_size is not None:
-            return self.batch_size
-        at_224 = 8 if self.device.type == "cpu" else 32
-        return max(1, min(2 * at_224, at_224 * 224 * 224 // (size[0] * size[1])))
+    @property
+    def device(self) -> torch.device:
+        """The device that computes; the first of them, where there are several of one kind."""
+        return self.devices[0]
 
     def facts(self) -> dict[str, Any]:
         """All of this as plain values."""
@@ -107,7 +108,7 @@ class Plan:
             "levels": [asdict(shape) for shape in self.shapes],
             "dtype": self.config.dtype,
             "pool": self.config.pool,
-            "device": str(self.device),
+            "device": ",".join(map(str, self.devices)),
             "precision": self.precision,
             "bytes_needed": self.layout.total_bytes(),
             "bytes_free": self.bytes_free,
@@ -160,12 +161,12 @@ def real_output(output: Path) -> Path:
 
 
 def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: Listener) -> Plan:
-    device = resolve_device(config.device)
+    devices = tuple(resolve_device(name) for name in config.device.split(","))
     model = build_model(config)
     recipe = model.recipe.sized(config)
     precision = resolve_precision(config.precision)
     identity = identity_of(model, recipe, config)
-    workers = config.workers if isinstance(config.workers, int) else min(4, _usable_cpus())
+    workers = config.workers if isinstance(config.workers, int) else min(DECODERS, usable_cpus())
     before = _before(output, config)
     done_before = 0
     if before is not None:
@@ -197,10 +198,11 @@ def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: L
         model=model,
         recipe=recipe,
         layout=layout,
-        device=device,
+        devices=devices,
         precision=precision,
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         workers=workers,
+        cpus=usable_cpus(),
         bytes_free=free_bytes(output.parent) + (0 if before else _dropped(output)),
         done_before=done_before,
     )
@@ -308,7 +310,3 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence
             yield under_way.popleft().result()
     while under_way:
         yield under_way.popleft().result()
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -283,13 +283,14 @@ class Writer:
         place = self._places[name]
         assert values.shape[1:] == place.shape[1:], f"{name}: {values.shape} for {place.shape}"
         assert 0 <= first <= first + len(values) <= place.shape[0], f"{name}: rows {first} to {first + len(values)}"
-        self._disk.write(place.row(first), np.ascontiguousarray(values, place.dtype).tobytes())
+        # The bytes themselves, not a copy: features are megabytes an image.
+        self._disk.write(place.row(first), np.ascontiguousarray(values, place.dtype).reshape(-1).view(np.uint8).data)
 
     def _mark(self, states: Mapping[int, int]) -> None:
         indices = sorted(states)
         self.status[indices] = [states[index] for index in indices]
         for start, end in _runs(indices):
-            self._write("images/status", indices[start], self.status[indices[start] : indices[end - 1] + 1])
+            self._write("images/status", indices[start], self.status[indices[start] : indices[end - 1] + 1].copy())
         self._disk.sync()
 
     @contextlib.contextmanager

@@ -201,8 +201,8 @@ class Recorder(OpenFile):
         super().__init__(path)
         self.log: list[tuple[Any, ...]] = []
 
-    def write(self, offset: int, data: bytes) -> None:
-        self.log.append(("write", offset, data))
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        self.log.append(("write", offset, bytes(data)))
         super().write(offset, data)
 
     def sync(self) -> None:

@@ -1,0 +1,94 @@
+"""What one core spends on an image, stage by stage, and what that allows on all cores.
+
+Run: python tests/benchmarks/core_time.py FOLDER [BACKBONE ...]
+
+Counted is the processor time of one thread, which a busy machine blurs less than time on the clock. `eager` is the
+forward pass of the plain script on the same images; the limit is cores over the sum of fpnx's own stages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import fpnx
+from fpnx.config import ExtractConfig
+from fpnx.disk import OpenFile
+from fpnx.engine import Engine
+from fpnx.images import Source, decode, find
+from fpnx.machine import usable_cpus
+
+BATCH, ROUNDS = 4, 7
+
+
+def main(folder: str, backbones: list[str]) -> None:
+    torch.set_num_threads(1)
+    for backbone in backbones:
+        print(json.dumps(core_time(backbone, find([folder]).sources[:BATCH])), flush=True)
+
+
+def core_time(backbone: str, sources: Sequence[Source]) -> dict[str, object]:
+    model = fpnx.create_model(backbone, weights="random", levels="P2-P5")
+    config = ExtractConfig()
+    recipe = model.recipe.sized(config)
+    size = recipe.input_size((1, 1))
+    engines = {
+        precision: Engine(model, recipe, ExtractConfig(precision=precision, dtype=dtype), torch.device("cpu"))
+        for precision, dtype in (("float32", "float32"), ("bfloat16", "float16"))
+    }
+    for engine in engines.values():
+        engine.prepare(size)
+    pictures = [decode(source, config.max_pixels) for source in sources]
+    pixels = [recipe.resize(picture, size) for picture in pictures]
+    images = engines["float32"].batch(pixels, [size] * BATCH).contiguous()
+    arrays = list(engines["float32"](pixels).arrays.values())
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        path = Path(scratch) / "written"
+        path.write_bytes(b"")
+        disk = OpenFile(path)
+
+        def write() -> None:
+            offset = 0
+            for array in arrays:
+                disk.write(offset, array.reshape(-1).data.cast("B"))
+                offset += array.nbytes
+
+        stages: dict[str, Callable[[], object]] = {
+            "decode": lambda: [decode(source, config.max_pixels) for source in sources],
+            "resize": lambda: [recipe.resize(picture, size) for picture in pictures],
+            "forward float32": lambda: engines["float32"](pixels),
+            "forward bfloat16": lambda: engines["bfloat16"](pixels),
+            "eager": lambda: model(images),
+            "write": write,
+        }
+        spent = measured(stages)
+        disk.close()
+    whole = spent["decode"] + spent["resize"] + spent["forward float32"] + spent["write"]
+    limit = 1000 * usable_cpus() / whole
+    plain = whole - spent["forward float32"] + spent["eager"]
+    return {backbone: spent, "limit": round(limit, 1), "less core time": round(plain / whole, 2)}
+
+
+def measured(stages: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median milliseconds of processor time per image."""
+    times: dict[str, list[float]] = {name: [] for name in stages}
+    for _ in range(ROUNDS):
+        for name, stage in stages.items():
+            with torch.inference_mode():
+                before = time.thread_time()
+                stage()
+                times[name].append(1000 * (time.thread_time() - before) / BATCH)
+    return {name: round(statistics.median(values), 2) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(sys.argv[1], sys.argv[2:] or ["resnet50", "mobilenet_v2", "vgg16"])
