@@ -65,6 +65,15 @@ class Item:
         """Features of one level → (C, H, W), in the stored dtype."""
         return self._dataset(level)[self._store.rows[self.index]]
 
+    @property
+    def store(self) -> Store:
+        """The store that this image is of."""
+        return self._store
+
+    def stride(self, level: str) -> int:
+        """Stride of a level in input pixels."""
+        return int(self._dataset(level).attrs["stride"])
+
     def valid(self, level: str) -> tuple[int, int]:
         """(height, width) of the cells that are not padding."""
         dataset = self._dataset(level)
