@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,22 +80,23 @@ def figure(
         return draw([scene_of(item) for item in rows], config, chosen, shared)
 
 
-def chosen_levels(has: Any, levels: Sequence[str] | None) -> tuple[str, ...]:
+def chosen_levels(has: Any, levels: Iterable[str] | None) -> tuple[str, ...]:
     """Those of `levels` that `has.levels` has, or all.
 
     Raises:
         FpnxError: where it has none of them.
     """
-    chosen = tuple(level for level in has.levels if levels is None or level in levels)
+    wanted = has.levels if levels is None else tuple(levels)
+    chosen = tuple(level for level in has.levels if level in wanted)
     if not chosen:
-        raise FpnxError(f"no level {', '.join(levels or ())} here: there are {', '.join(has.levels)}")
+        raise FpnxError(f"no level {', '.join(wanted)} here: there are {', '.join(has.levels)}")
     return chosen
 
 
 def draw(
     scenes: Sequence[Scene],
     config: PictureConfig,
-    levels: Sequence[str] | None,
+    levels: Iterable[str] | None,
     scales: Sequence[Scales | None],
 ) -> Figure:
     """The figure of one image: for each scene its source, the C levels in a row and the P levels below."""
@@ -147,9 +148,7 @@ def _scale_in_words(scales: Sequence[Scales | None]) -> str:
     return str(max(given, key=lambda shared: shared.total)) + (", each with its own" if len(given) > 1 else "")
 
 
-def _maps(
-    scene: Scene, config: PictureConfig, levels: Sequence[str] | None, shared: Scales | None
-) -> list[Map]:
+def _maps(scene: Scene, config: PictureConfig, levels: Iterable[str] | None, shared: Scales | None) -> list[Map]:
     if scene.missing:
         return []
     scales = shared.levels if shared is not None else {}
@@ -273,9 +272,11 @@ class _Page:
             axes = figure.add_axes(box, label=label, xlim=(0, width), ylim=(height, 0))
             axes.set_axis_off()
             axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto", origin="upper")
-            for ring, colour in ((9, "black"), (6, "white")) if mark is not None else ():
-                style = {"markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.5}
-                axes.plot(*mark, marker="o", markersize=ring, clip_on=False, scalex=False, scaley=False, **style)
+            if mark is not None:
+                for diameter, colour in ((9, "black"), (6, "white")):
+                    style = {"markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.5}
+                    axes.plot([mark[0]], [mark[1]], marker="o", markersize=diameter, clip_on=False, **style)
+                axes.set(xlim=(0, width), ylim=(height, 0))
 
         self._strokes.append(stroke)
 
@@ -283,8 +284,9 @@ class _Page:
         """The figure, as high as what is on it."""
         full = int(self.y) + MARGIN
         size = (self.width / DPI, full / DPI)
-        figure = Picture(figsize=size, dpi=DPI, facecolor="white", edgecolor="white", layout="none")
+        figure = Picture(figsize=size, dpi=DPI, facecolor="white", edgecolor="white")
         FigureCanvasAgg(figure)
+        figure.set_layout_engine("none")  # a user's own settings must not move anything
         for stroke in self._strokes:
             stroke(figure, full)
         return figure

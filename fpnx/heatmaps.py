@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,7 +118,7 @@ def heatmap(
     *,
     cell: tuple[int, int] | None = None,
     top: int = PictureConfig.top,
-    pick: str | Sequence[int] | None = PictureConfig.pick,
+    pick: str | Iterable[int] | None = PictureConfig.pick,
 ) -> np.ndarray:
     """One level's features as a map to look at; no padding should be left in it.
 
@@ -157,7 +157,7 @@ def heatmap(
     raise FpnxError(f"mode {mode!r}: take one of {', '.join(MODES)}{nearest(mode, MODES)}")
 
 
-def strongest(features: np.ndarray, top: int, pick: str | Sequence[int] | None = None) -> tuple[int, ...]:
+def strongest(features: np.ndarray, top: int, pick: str | Iterable[int] | None = None) -> tuple[int, ...]:
     """Numbers of the `top` channels of (C, H, W) by mean absolute value, the largest first; or those of `pick`.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -52,7 +53,7 @@ def fitted(text: str, width: float, size: float, lines: int = 1) -> list[str]:
     return broken[:lines]
 
 
-def write(figure: Figure, x: float, y: float, text: str, size: float = 12, **style: object) -> None:
+def write(figure: Figure, x: float, y: float, text: str, size: float = 12, **style: Any) -> None:
     """Put text at pixel (x, y) from the left top of a figure of 100 dots an inch; y is its baseline."""
     wide, high = figure.get_size_inches() * DPI
     figure.text(

@@ -66,7 +66,7 @@ def map_of(scene: Scene, level: str, config: PictureConfig, shared: Scale | None
     labels: tuple[str, ...] = ()
     cell, basis = None, None
     if config.mode == "channels":
-        numbers = strongest(features, config.top, config.pick)  # type: ignore[arg-type]
+        numbers = strongest(features, config.top, config.pick)
         tiles = tuple(np.asarray(features[number], np.float32) for number in numbers)
         labels = tuple(map(str, numbers))
     elif config.mode == "pca":
@@ -82,9 +82,7 @@ def map_of(scene: Scene, level: str, config: PictureConfig, shared: Scale | None
     else:
         scale, clipped = shared, (low < shared.low, high > shared.high)
     finite = np.isfinite(np.stack(tiles)).reshape(len(tiles), *shape, -1).all(axis=(0, 3))
-    return Map(
-        level, scene.strides[level], shape, tiles, scale, labels, cell, clipped, int(finite.size - finite.sum())
-    )
+    return Map(level, scene.strides[level], shape, tiles, scale, labels, cell, clipped, int(finite.size - finite.sum()))
 
 
 def tile_size(source: tuple[int, int], maps: Sequence[Map], config: PictureConfig) -> tuple[int, int]:

@@ -29,12 +29,13 @@ class Places:
 
     def __init__(self, folder: Path, paths: Iterable[str]) -> None:
         self.folder = folder
-        self._taken: Counter[str] = Counter()
+        self._pictures: Counter[str] = Counter()
+        self._folders: set[str] = set()
         for path in paths:
-            self._taken[_folded(path + ENDING)] += 1
+            self._pictures[_folded(path + ENDING)] += 1
             head = os.path.dirname(path)
-            while head and self._taken[_folded(head)] < 2:
-                self._taken[_folded(head)] += 2
+            while head and (name := _folded(head)) not in self._folders:
+                self._folders.add(name)
                 head = os.path.dirname(head)
 
     def __getitem__(self, path: str) -> Path:
@@ -48,7 +49,8 @@ class Places:
             raise ImageError(f"its stored path {shown(path)!r} leads out of its folder")
         name = os.fsencode(parts[-1])
         ending = ENDING.encode()
-        if self._taken[_folded(path + ENDING)] > 1 or len(name) + len(ending) > LONGEST:
+        folded = _folded(path + ENDING)
+        if self._pictures[folded] > 1 or folded in self._folders or len(name) + len(ending) > LONGEST:
             digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
             ending = f"~{digest}{ENDING}".encode()
             name = name[: LONGEST - len(ending)]

@@ -106,7 +106,7 @@ def _shown_map(scene: Scene, level: str, config: PictureConfig) -> np.ndarray:
     cell = None
     if config.mode == "similarity":
         cell = scene.cell_at(level, features.shape[1:], config.position(scene.source_size))
-    return heatmap(features, config.mode, cell=cell, top=config.top, pick=config.pick)  # type: ignore[arg-type]
+    return heatmap(features, config.mode, cell=cell, top=config.top, pick=config.pick)
 
 
 def _bases(
@@ -148,9 +148,7 @@ def cells_of(features: np.ndarray) -> np.ndarray:
     return flat[:, ::step].T.astype(np.float32)
 
 
-def _scenes(
-    store: Store, rows: Sequence[int], progress: Callable[[int, int], None], total: int
-) -> Iterator[Scene]:
+def _scenes(store: Store, rows: Sequence[int], progress: Callable[[int, int], None], total: int) -> Iterator[Scene]:
     for position, row in enumerate(rows):
         progress(position, total)
         yield scene_of(Item(store, row), NO_PHOTO)

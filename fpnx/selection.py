@@ -10,6 +10,8 @@ from fpnx.errors import FpnxError, nearest, shown
 
 __all__ = ["select"]
 
+LOOKED_AT = 5000  # names that a misspelt one is compared with
+
 
 def select(paths: Sequence[str], wanted: Iterable[str] | None) -> list[int]:
     """Rows of the images that `wanted` means, in the file's order; all where it is None.
@@ -36,8 +38,9 @@ def select(paths: Sequence[str], wanted: Iterable[str] | None) -> list[int]:
         else:
             found = [row for row, path in enumerate(paths) if fnmatch.fnmatchcase(path, one)]
         if not found:
+            near = nearest(one, map(shown, paths[:LOOKED_AT]))
             raise FpnxError(
-                f"no image {shown(one)!r} among {len(paths)}{nearest(one, paths)}: take a stored name, a glob such "
+                f"no image {shown(one)!r} among {len(paths)}{near}: take a stored name, a glob such "
                 f"as 'cats/*', an index from 0 to {len(paths) - 1}, or a range such as 0:10"
             )
         chosen.update(found)
