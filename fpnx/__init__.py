@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from fpnx.dataset import PyramidDataset
     from fpnx.errors import FpnxError, Interrupted
     from fpnx.extraction import Result, extract
+    from fpnx.figures import figure
+    from fpnx.heatmaps import heatmap
     from fpnx.model import PyramidModel, create_model, save_weights
     from fpnx.store import Item, Store
     from fpnx.store import open_store as open
+    from fpnx.verification import Verification, verify
 
 __all__ = [
     "ExtractConfig",
@@ -28,11 +31,15 @@ __all__ = [
     "PyramidModel",
     "Result",
     "Store",
+    "Verification",
     "__version__",
     "create_model",
     "extract",
+    "figure",
+    "heatmap",
     "open",
     "save_weights",
+    "verify",
 ]
 
 _HOMES = {
@@ -44,10 +51,14 @@ _HOMES = {
     "PyramidModel": ("model", "PyramidModel"),
     "Result": ("extraction", "Result"),
     "Store": ("store", "Store"),
+    "Verification": ("verification", "Verification"),
     "create_model": ("model", "create_model"),
     "extract": ("extraction", "extract"),
+    "figure": ("figures", "figure"),
+    "heatmap": ("heatmaps", "heatmap"),
     "open": ("store", "open_store"),
     "save_weights": ("model", "save_weights"),
+    "verify": ("verification", "verify"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -36,6 +37,7 @@ SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
 FORMATS = ("h5", "png")
 MODES = ("energy", "mean", "max", "std", "pca", "channels", "similarity")
+SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +204,14 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureCo
             raise FpnxError(f"{drawn[0].replace('_', ' ')} is for pictures: give --format png beside it")
         if self.format == "png" and self.mode == "pca" and not self.per_image:
             raise FpnxError("mode pca without a file has no basis that its images share: give --per-image beside it")
+
+    def repeatable(self) -> dict[str, Any]:
+        """The options that numbers depend on, as plain values: `ExtractConfig(**them)` computes the same again."""
+        names = [field.name for part in (ModelConfig, InputConfig) for field in fields(part)]
+        plain = {name: getattr(self, name) for name in (*names, "dtype", "pool", "precision")}
+        if os.path.isfile(self.weights):
+            plain["weights"] = os.path.abspath(self.weights)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

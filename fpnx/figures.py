@@ -274,8 +274,8 @@ class _Page:
             axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto", origin="upper")
             if mark is not None:
                 for diameter, colour in ((9, "black"), (6, "white")):
-                    style = {"markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.5}
-                    axes.plot([mark[0]], [mark[1]], marker="o", markersize=diameter, clip_on=False, **style)
+                    ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": colour, "clip_on": False}
+                    axes.plot([mark[0]], [mark[1]], marker="o", markersize=diameter, markeredgewidth=1.5, **ring)
                 axes.set(xlim=(0, width), ylim=(height, 0))
 
         self._strokes.append(stroke)

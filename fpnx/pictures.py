@@ -165,6 +165,7 @@ class _Show:
 
     def scenes(self) -> Iterator[list[Scene]]:
         """For each image its scene in every file; progress is told, and a signal ends it."""
+        self._stop.begin()
         for position, row in enumerate(self.rows):
             if self._stop.signum is not None:
                 raise Interrupted(
@@ -284,11 +285,11 @@ def _extracted(paths: Sequence[str], folder: Path, config: VisualizeConfig, list
 
 
 class _Progress(Listener):
-    """Hands on the progress of an extraction, without its table."""
+    """Hands on what an extraction tells, without its table."""
 
     def __init__(self, listener: Listener) -> None:
-        self.progress = listener.progress  # type: ignore[method-assign]
-        self.message = listener.message  # type: ignore[method-assign]
+        self.progress, self.message = listener.progress, listener.message  # type: ignore[method-assign]
+        self.stopping = listener.stopping  # type: ignore[method-assign]
 
 
 def _folder(paths: Sequence[str]) -> Path:
