@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fpnx.config import PictureConfig, level_number, parse_levels
 from fpnx.errors import FpnxError
@@ -20,7 +21,7 @@ from fpnx.scales import Scales, measure
 from fpnx.scenes import Scene, scene_of
 from fpnx.store import Item
 
-__all__ = ["draw", "figure", "mode_in_words"]
+__all__ = ["chosen_levels", "draw", "figure", "mode_in_words", "rendered"]
 
 MARGIN, GAP = 16, 18
 LINE = 17  # pixels from one line of text to the next
@@ -230,6 +231,12 @@ def _number(value: float) -> str:
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     digits, exponent = f"{value:.2e}".split("e")
     return f"{digits}e{int(exponent)}"
+
+
+def rendered(figure: Figure) -> Image.Image:
+    """The pixels of a figure as a picture."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
 
 
 class _Page:

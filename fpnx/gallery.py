@@ -12,10 +12,9 @@ import numpy as np
 from fpnx._version import __version__
 from fpnx.config import ExtractConfig
 from fpnx.errors import FpnxError, ImageError, shown
-from fpnx.figures import draw, mode_in_words
+from fpnx.figures import draw, mode_in_words, rendered
 from fpnx.images import Listing, decode
 from fpnx.panels import colour_table
-from fpnx.pictures import rendered
 from fpnx.places import Places, save_png
 from fpnx.scenes import Photo, Scene, about_model
 from fpnx.store import DONE, FAILED, PENDING, valid_extent

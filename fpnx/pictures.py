@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
 
 from fpnx._version import __version__
 from fpnx.config import VisualizeConfig
 from fpnx.control import Listener, Stop, stoppable
 from fpnx.errors import FpnxError, Interrupted, NotDoneError, shown
-from fpnx.figures import chosen_levels, draw, mode_in_words
+from fpnx.figures import chosen_levels, draw, mode_in_words, rendered
 from fpnx.images import find, pillow_within_limits
 from fpnx.page import Page, write_page
 from fpnx.panels import colour_table
@@ -29,7 +26,7 @@ from fpnx.scenes import Scene, about_model, find_photo, scene_of
 from fpnx.selection import select
 from fpnx.store import FAILED, Item, Store, open_store
 
-__all__ = ["Pictures", "rendered", "visualize"]
+__all__ = ["Pictures", "visualize"]
 
 STORE_ENDINGS = (".h5", ".hdf5", ".part")
 DEFAULT_FOLDER = "out_png"
@@ -114,12 +111,6 @@ def visualize(
         if html is not None:
             page = write_page(Path(html), show.scenes(), show.stores, show.names, config, show.left_out + beyond, hears)
         return Pictures(folder, pictures, page, tuple(show.skipped.items()), show.left_out + beyond)
-
-
-def rendered(figure: Figure) -> Image.Image:
-    """The pixels of a figure as a picture."""
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
 
 
 class _Show:

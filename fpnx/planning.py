@@ -130,10 +130,9 @@ def check_output(output: Path, config: ExtractConfig) -> None:
     if not output.parent.is_dir():
         raise FpnxError(f"output folder {shown(output.parent)} does not exist: make it, or name another with -o")
     if there and not (config.resume or config.overwrite):
-        what = "exists" if output in there else "an unfinished run is there"
+        what = "exists" if output in there else "holds an unfinished run"
         raise FpnxError(
-            f"{shown(there[0])}: {what}: continue it with --resume, replace it with --overwrite, "
-            f"or name another with -o"
+            f"{shown(there[0])} {what}: continue it with --resume, replace it with --overwrite, or name another with -o"
         )
 
 

@@ -249,6 +249,8 @@ class Store:
         Raises:
             StoreError: where it is not in this file, or not of this form.
         """
+        if not self._file:
+            raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
         if (size, level) in self._checked:
             return self._pyramids[f"{size}/{level}"]
         dataset = member(member(self._pyramids, size, h5py.Group), level, h5py.Dataset)
