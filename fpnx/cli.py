@@ -187,7 +187,7 @@ def visualize(
         typer.Option("-o", "--output", help="Folder for pictures (default <file>_png).", rich_help_panel="Output"),
     ] = None,
     html: Annotated[str | None, _option("Output", "--html", "One page to look through.", "FILE")] = None,
-    overwrite: Overwrite = VisualizeConfig.overwrite,
+    overwrite: Annotated[bool, _option("Output", "--overwrite", "Replace what is there.")] = VisualizeConfig.overwrite,
     json: Json = False,
     images: Annotated[
         list[str] | None, _option("Images", "--images", "Which: name, glob, index or range; repeatable.", "NAME|3|0:10")

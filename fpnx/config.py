@@ -14,6 +14,7 @@ from typing import Any
 from fpnx.errors import FpnxError, nearest
 
 __all__ = [
+    "DTYPES",
     "ExtractConfig",
     "InputConfig",
     "MODES",
@@ -21,6 +22,7 @@ __all__ = [
     "OutputConfig",
     "PictureConfig",
     "RunConfig",
+    "SAMPLE",
     "VisualizeConfig",
     "fingerprint",
     "level_number",

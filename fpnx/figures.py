@@ -27,6 +27,7 @@ MARGIN, GAP = 16, 18
 LINE = 17  # pixels from one line of text to the next
 LEAST_COLUMN = 168  # so that a title fits above a narrow panel
 BAR = 9
+BOLD = 1.16  # how much wider bold letters are, at most
 NUMBER = 10  # pixels of a channel's number
 DIM = "#555555"
 WORDS = {
@@ -115,7 +116,7 @@ def draw(
     for scene, row_of_maps in zip(scenes, maps, strict=True):
         page.y += 8
         several = len(scenes) > 1
-        page.paragraph(f"{scene.file} · {scene.about}" if several else scene.about, lines=4)
+        page.paragraph(f"{scene.file} · {scene.about}" if several and scene.file else scene.about, lines=4)
         if scene.missing:
             page.paragraph(scene.missing, lines=2, color=DIM)
             continue
@@ -146,7 +147,7 @@ def _scale_in_words(scales: Sequence[Scales | None]) -> str:
     given = [shared for shared in scales if shared is not None]
     if not given:
         return "a scale of its own for each image and level"
-    return str(max(given, key=lambda shared: shared.total)) + (", each with its own" if len(given) > 1 else "")
+    return f"one scale a level{' and file' if len(given) > 1 else ''}, {max(given, key=lambda s: s.total)}"
 
 
 def _maps(scene: Scene, config: PictureConfig, levels: Iterable[str] | None, shared: Scales | None) -> list[Map]:
@@ -248,14 +249,15 @@ class _Page:
 
     def paragraph(self, text: str, size: float = 12, lines: int = 1, **style: Any) -> None:
         """Text over the whole width, below what there is."""
-        for line in fitted(text, self.width - 2 * MARGIN, size, lines):
+        width = (self.width - 2 * MARGIN) / (BOLD if "fontweight" in style else 1)
+        for line in fitted(text, width, size, lines):
             self.y += LINE * size / 12
             self.text(MARGIN, self.y, line, size, **style)
 
     def title(self, at: tuple[float, float], name: str, size: str, note: str, column: int) -> None:
         """A bold name with a size beside it, and a note below, above a panel at `at`."""
         self.text(at[0], at[1] - LINE - 7, name, 13, fontweight="bold")
-        self.text(at[0] + width_of(name, 13) * 1.12 + 8, at[1] - LINE - 7, size, 12)
+        self.text(at[0] + width_of(name, 13) * BOLD + 8, at[1] - LINE - 7, size, 12)
         self.text(at[0], at[1] - 7, fitted(note, column, 10.5)[0], 10.5, color=DIM)
 
     def text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from fpnx.config import MODES, PictureConfig, parse_channels
 from fpnx.errors import FpnxError, nearest
 
-__all__ = ["Basis", "Moments", "heatmap", "similarity", "strongest"]
+__all__ = ["COMPONENTS", "Basis", "Moments", "heatmap", "similarity", "strongest"]
 
 COMPONENTS = 3
 CUT = (1.0, 99.0)  # percentiles between which a component runs from black to full colour

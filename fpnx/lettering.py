@@ -11,7 +11,7 @@ from matplotlib.ft2font import FT2Font
 
 from fpnx.errors import shown
 
-__all__ = ["fitted", "printable", "width_of", "write"]
+__all__ = ["DPI", "fitted", "printable", "width_of", "write"]
 
 DPI = 100
 FAMILIES = (  # the first comes with matplotlib; the others, where a machine has them, for the scripts that it lacks

@@ -16,12 +16,13 @@ from fpnx.heatmaps import Basis, heatmap, strongest
 from fpnx.scales import Scale, spread
 from fpnx.scenes import Scene
 
-__all__ = ["Map", "assembled", "colour_table", "covered", "map_of", "painted", "placed", "tile_size"]
+__all__ = ["BETWEEN", "Map", "assembled", "colour_table", "covered", "map_of", "painted", "placed", "tile_size"]
 
 BROKEN = 150  # grey of a value that is not finite
 EMPTY = 236  # grey of what no cell covers
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 OVERLAY = 0.55  # share of the map over the picture
+LABELLED = (16, 40)  # (height, width) that a tile with a number on it has at least
 BETWEEN = 2  # pixels between the tiles of one panel
 
 
@@ -91,7 +92,8 @@ def tile_size(source: tuple[int, int], maps: Sequence[Map], config: PictureConfi
     factor = config.panel / side / max(source)
     grown = max((n / (s * factor) for m in maps for n, s in zip(m.shape, source, strict=True)), default=1.0)
     factor *= min(max(grown, 1.0), 4.0)  # beyond that, of a very long picture, the aspect gives way
-    least = [max([8, *(found.shape[axis] for found in maps)]) for axis in (0, 1)]
+    room = (8, 8) if side == 1 else LABELLED
+    least = [max([room[axis], *(found.shape[axis] for found in maps)]) for axis in (0, 1)]
     return max(round(source[0] * factor), least[0]), max(round(source[1] * factor), least[1])
 
 

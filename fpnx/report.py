@@ -160,10 +160,10 @@ def show_pictures(result: Pictures) -> None:
     if result.left_out:
         console.print(f"{result.left_out} more images were left out: --limit takes more, --images picks")
     if result.folder is not None:
-        console.print(Text(f"{len(result.pictures)} pictures are in {shown(result.folder)}"), soft_wrap=True)
+        console.print(Text(f"pictures in {shown(result.folder)}: {len(result.pictures)}"), soft_wrap=True)
     if (page := result.page) is not None:
         room = f"; {page.left_out} found no room in {_bytes(page.limit_bytes)}" if page.left_out else ""
-        line = f"{page.images} images are in {shown(page.path)}, {_bytes(page.bytes)}{room}"
+        line = f"images in {shown(page.path)}: {page.images}, {_bytes(page.bytes)}{room}"
         console.print(Text(line), soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from fpnx.heatmaps import COMPONENTS, Basis, Moments, heatmap
 from fpnx.scenes import Photo, Scene, scene_of
 from fpnx.store import DONE, Item, Store
 
-__all__ = ["Scale", "Scales", "cells_of", "measure", "sample", "spread"]
+__all__ = ["NO_PHOTO", "Scale", "Scales", "cells_of", "measure", "sample", "spread"]
 
 SAMPLE_IMAGES = 64
 SAMPLE_BYTES = 2e9
@@ -40,9 +40,7 @@ class Scales:
     total: int
 
     def __str__(self) -> str:
-        if self.images == self.total:
-            return "one scale a level for the whole file"
-        return f"one scale a level for the whole file, from {self.images} of its {self.total} images"
+        return f"from {self.images} of {self.total} images" if self.images < self.total else "from all images"
 
 
 def spread(values: np.ndarray) -> tuple[float, float]:
