@@ -213,7 +213,8 @@ def test_no_text_is_cut_off_or_runs_into_another(store: Store, mode: str, overla
     frame = drawn.bbox
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn.texts if text.get_text()]
     for text, box in boxes:
-        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, text
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1, text
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1, text
     for i, (text, box) in enumerate(boxes):
         for other, another in boxes[i + 1 :]:
             apart = box.x1 <= another.x0 or another.x1 <= box.x0 or box.y1 <= another.y0 + 4 or another.y1 <= box.y0 + 4

@@ -58,7 +58,7 @@ def test_similarity_of_a_cell_with_itself_is_one_and_symmetric() -> None:
 
 def test_two_components_by_hand() -> None:
     # cells (±2, 0) and (0, ±1): covariance diag(2, 0.5), so the axes are the components and 80 % lie along the first
-    cells = np.array([[2.0, 0], [-2, 0], [0, 1], [0, -1]]) + [10, 20]
+    cells = np.array([[12.0, 20], [8, 20], [10, 21], [10, 19]])
     moments = Moments(2)
     moments.add(cells[:1])
     moments.add(cells[1:])
