@@ -166,7 +166,7 @@ def _draw_source(
     column: int,
 ) -> None:
     (height, width), seen = scene.source_size, scene.input_size
-    note = f"seen by the model at {seen[0]}×{seen[1]}"
+    note = f"model input {seen[0]}×{seen[1]}"
     page.title(at, "source", f"{height}×{width}", note, column)
     pixels = covered(scene, panel)
     if pixels is None:

@@ -193,7 +193,7 @@
         const stage = stageOf(about);
         if (!about.photo) stage.append(make("div", { className: "text", textContent: about.remark }));
         const caption = make("figcaption", {}, make("b", { textContent: "source" }), about.size.join("×"),
-          make("small", { textContent: `seen by the model at ${file.seen.join("×")}` }));
+          make("small", { textContent: `model input ${file.seen.join("×")}` }));
         panels.push({ stage, source: true });
         row.append(make("figure", {}, caption, stage), ...levels.map(level => panelOf(about, which, level)));
         main.append(row);
