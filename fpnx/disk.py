@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ try:
 except ImportError:  # Windows: two runs on one output are not told apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["claim", "disk_error", "free_bytes", "lock", "sync", "sync_folder"]
+__all__ = ["OpenFile", "claim", "disk_error", "free_bytes", "lock", "sync_folder"]
+
+O_BINARY, O_NOFOLLOW = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
 
 
 def free_bytes(folder: Path) -> int:
@@ -42,7 +45,7 @@ def lock(output: Path) -> Iterator[bool]:
         yield False
         return
     path = output.with_name(output.name + ".lock")
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW  # a link could empty any other file
+    flags = os.O_RDWR | os.O_CREAT | O_NOFOLLOW  # a link could empty any other file
     while True:
         try:
             descriptor = os.open(path, flags, 0o666)
@@ -119,12 +122,41 @@ def claim(descriptor: int, size: int) -> bool:
     return True
 
 
-def sync(descriptor: int) -> None:
-    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves it in the drive's own cache
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-            return
-    getattr(os, "fdatasync", os.fsync)(descriptor)
+class OpenFile:
+    """A file that is there, opened for writing in place."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = os.open(path, os.O_RDWR | O_BINARY | O_NOFOLLOW)
+        self._lock = threading.Lock()
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of `data` at `offset`."""
+        rest = memoryview(data)
+        with self._lock:
+            while rest:
+                os.lseek(self._handle(), offset, os.SEEK_SET)
+                written = os.write(self._handle(), rest)
+                rest, offset = rest[written:], offset + written
+
+    def sync(self) -> None:
+        """Make durable what was written."""
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves it in the drive's own cache
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._handle(), fcntl.F_FULLFSYNC)
+                return
+        getattr(os, "fdatasync", os.fsync)(self._handle())
+
+    def close(self) -> None:
+        """Close; again, nothing happens."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def _handle(self) -> int:
+        if self._descriptor is None:
+            raise OSError(errno.EBADF, "closed")
+        return self._descriptor
 
 
 def sync_folder(folder: Path) -> None:

@@ -118,6 +118,8 @@ def check_output(output: Path, config: ExtractConfig) -> None:
         stem = re.sub(r"(\.(part|new|lock))+$", "", str(output))
         raise FpnxError(f"output {shown(output)}: fpnx keeps such names for itself: name the output {shown(stem)}")
     try:
+        if "\0" in str(output):
+            raise ValueError("a name cannot hold a null byte")
         there = [path for path in (output, part_of(output)) if path.exists()]
         about = os.stat(output) if output in there else None
     except (OSError, ValueError) as error:
@@ -142,10 +144,10 @@ def real_output(output: Path) -> Path:
     Raises:
         FpnxError: for a link that leads round to itself.
     """
-    if not output.is_symlink():
+    if not os.path.islink(output):  # False, too, for names that cannot be: `check_output` tells of those
         return output
     real = Path(os.path.realpath(output))
-    if real.is_symlink():
+    if os.path.islink(real):
         raise FpnxError(f"output {shown(output)} is a link that leads nowhere: name another with -o")
     return real
 

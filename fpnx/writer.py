@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import h5py
 import numpy as np
 
 from fpnx.config import fingerprint
-from fpnx.disk import claim, disk_error, sync, sync_folder
+from fpnx.disk import OpenFile, claim, disk_error, sync_folder
 from fpnx.errors import FpnxError, StoreError, shown
+from fpnx.hdf5 import open_hdf5
 from fpnx.images import Listing
 from fpnx.store import DONE, ERROR_BYTES, FAILED, FORMAT, FORMAT_VERSION, PENDING, Store, different_fields
 
@@ -80,28 +81,57 @@ def part_of(output: Path) -> Path:
     return output.with_name(output.name + ".part")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows of a dataset are in the file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, dataset: h5py.Dataset) -> _Place:
+        """Raises StoreError for one that is not a plain stretch of the file."""
+        offset = dataset.id.get_offset()
+        if offset is None or dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:
+            raise StoreError(f"{shown(dataset.file.filename)} was packed by another tool: it cannot be continued")
+        return cls(offset, dataset.shape, dataset.dtype)
+
+    def row(self, index: int) -> int:
+        """Offset of one row."""
+        return self.offset + index * int(np.prod(self.shape[1:])) * self.dtype.itemsize
+
+
 class Writer:
     """The one writer of a `.part` file.
 
     Everything is created, and its space claimed, by `create`; after that only array contents change, in the order
     features, sizes, errors, counts → fdatasync → status → fdatasync. So a reader, or a run after a crash, that sees
-    a row marked done sees all of it.
+    a row marked done sees all of it. Since every array is one stretch of the file that never moves, its rows are
+    written there directly: HDF5's caches, which cannot report or survive a disk that refuses, have no part in it.
 
     Args:
-        output: the name that `finish` gives.
-        file: the `.part`, opened for writing.
-        durably: makes what was flushed durable; None: fdatasync of the file.
+        output: the name that `finish` gives; its `.part` is there.
+        disk: takes the writes; None: the `.part`.
     """
 
-    def __init__(self, output: Path, file: h5py.File, durably: Callable[[], None] | None = None) -> None:
-        self.output, self._file = output, file
-        self._durably = durably or (lambda: sync(file.id.get_vfd_handle()))
-        images = file["images"]
-        self.status: np.ndarray = images["status"][:]
-        self._groups = [bytes(name).decode() for name in images["group"][:]]
-        self._rows = images["row"][:]
-        self._levels: list[str] = json.loads(file.attrs["config"])["levels"]
-        self._bytes: int = file.id.get_filesize()
+    def __init__(self, output: Path, disk: OpenFile | None = None) -> None:
+        self.output, part = output, part_of(output)
+        if part.is_symlink():
+            raise StoreError(f"{shown(part)} is a link, which fpnx never makes: remove it, or take another output")
+        with open_hdf5(os.fspath(part)) as file:
+            images = file["images"]
+            self.status: np.ndarray = images["status"][:]
+            self._groups = [bytes(name).decode() for name in images["group"][:]]
+            self._rows: np.ndarray = images["row"][:]
+            self._levels: list[str] = json.loads(file.attrs["config"])["levels"]
+            held = {name: file[name] for name in ("images/source_size", "images/error", "images/status")}
+            held["stats/nonfinite"] = file["stats/nonfinite"]
+            for group in dict.fromkeys(filter(None, self._groups)):
+                held |= {f"{group}/{level}": file[f"pyramids/{group}/{level}"] for level in self._levels}
+            self._places = {name: _Place.of(dataset) for name, dataset in held.items()}
+        self._bytes = os.path.getsize(part)
+        self._disk = disk or OpenFile(part)
         self._fresh: dict[int, int] = {}
         self._failure: FpnxError | None = None
         self.space_is_claimed = True
@@ -121,18 +151,25 @@ class Writer:
             part.unlink(missing_ok=True)
             fresh.unlink(missing_ok=True)
             try:
-                with h5py.File(fresh, "x", locking="best-effort") as file:
+                # Space comes first: HDF5 must not be told to write where there is none.
+                with open(fresh, "xb") as probe:
+                    claim(probe.fileno(), layout.total_bytes())
+                with h5py.File(fresh, "w", locking="best-effort") as file:
+                    claim(file.id.get_vfd_handle(), layout.total_bytes())
                     _lay_out(file, layout, provenance)
                     file.flush()
-                    claimed = claim(file.id.get_vfd_handle(), file.id.get_filesize())
-                    os.fsync(file.id.get_vfd_handle())
+                    size = file.id.get_filesize()
+                with open(fresh, "r+b") as laid_out:
+                    laid_out.truncate(size)  # the estimate was larger
+                    claimed = claim(laid_out.fileno(), size)
+                    os.fsync(laid_out.fileno())
                 os.replace(fresh, part)
                 sync_folder(part.parent)
             finally:
                 fresh.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:
             raise disk_error(error, output, layout.total_bytes()) from error
-        writer = cls.reopen(output)
+        writer = cls(output)
         writer.space_is_claimed = claimed
         return writer
 
@@ -141,18 +178,14 @@ class Writer:
         """Continue the `.part` beside `output`, which `refuse_other_run` has let pass. Failed rows are pending again.
 
         Raises:
-            StoreError: where it cannot be opened for writing.
+            FpnxError: where it cannot be opened for writing, or the disk refuses.
         """
-        part = part_of(output)
-        if part.is_symlink():
-            raise StoreError(f"{shown(part)} is a link, which fpnx never makes: remove it, or take another output")
         try:
-            file = h5py.File(part, "r+", locking="best-effort")
-        except (OSError, RuntimeError) as error:
-            raise StoreError(f"{shown(part)} cannot be opened for writing: {error}") from error
-        writer = cls(output, file)
+            writer = cls(output)
+        except OSError as error:
+            raise disk_error(error, part_of(output), 0) from error
         try:
-            writer._retry()
+            writer.retry()
         except BaseException:
             writer.close()
             raise
@@ -177,17 +210,15 @@ class Writer:
             FpnxError: where the disk refuses.
         """
         rows = self._rows[list(indices)].tolist()
-        counts = np.array([nonfinite[level] for level in self._levels], np.int64).T
+        counts = np.array([nonfinite[level] for level in self._levels]).T
         with self._writing():
-            group, images = self._file["pyramids"][self._groups[indices[0]]], self._file["images"]
             for start, end in _runs(rows):
                 for level, values in features.items():
-                    group[level][rows[start] : rows[start] + end - start] = values[start:end]
+                    self._write(f"{self._groups[indices[0]]}/{level}", rows[start], values[start:end])
             for start, end in _runs(indices):
-                first, last = indices[start], indices[start] + end - start
-                images["source_size"][first:last] = source_sizes[start:end]
-                images["error"][first:last] = b""  # of an earlier run
-                self._file["stats/nonfinite"][first:last] = counts[start:end]
+                self._write("images/source_size", indices[start], source_sizes[start:end])
+                self._write("images/error", indices[start], np.full(end - start, b""))  # of an earlier run
+                self._write("stats/nonfinite", indices[start], counts[start:end])
         self._fresh.update(dict.fromkeys(indices, DONE))
 
     def fail(self, index: int, reason: str) -> None:
@@ -197,12 +228,25 @@ class Writer:
             FpnxError: where the disk refuses.
         """
         with self._writing():
-            for dataset in self._file["pyramids"][self._groups[index]].values():
-                dataset[int(self._rows[index])] = np.nan
-            self._file["images/source_size"][index] = 0
-            self._file["images/error"][index] = _clipped(reason)
-            self._file["stats/nonfinite"][index] = 0
+            for level in self._levels:
+                place = f"{self._groups[index]}/{level}"
+                shape = self._places[place].shape[1:]
+                self._write(place, int(self._rows[index]), np.full((1, *shape), np.nan, np.float32))
+            self._write("images/source_size", index, np.zeros((1, 2)))
+            self._write("images/error", index, np.array([_clipped(reason)]))
+            self._write("stats/nonfinite", index, np.zeros((1, len(self._levels))))
         self._fresh[index] = FAILED
+
+    def retry(self) -> None:
+        """Make failed images pending, since from now on their rows may hold anything.
+
+        Raises:
+            FpnxError: where the disk refuses.
+        """
+        failed = np.flatnonzero((self.status == FAILED) & (self._rows >= 0)).tolist()
+        if failed:
+            with self._writing():
+                self._mark(dict.fromkeys(failed, PENDING))
 
     def commit(self) -> None:
         """Make everything put so far durable, then mark it.
@@ -213,7 +257,7 @@ class Writer:
         if not self._fresh:
             return
         with self._writing():
-            self._sync()
+            self._disk.sync()
             self._mark(self._fresh)
         self._fresh.clear()
 
@@ -231,35 +275,22 @@ class Writer:
             sync_folder(self.output.parent)
 
     def close(self) -> None:
-        """Close without committing; what was committed stays.
+        """Close without committing; what was committed stays."""
+        self._disk.close()
 
-        Raises:
-            FpnxError: where the disk refuses, unless that was told before.
-        """
-        try:
-            self._file.close()
-        except (OSError, RuntimeError) as error:
-            if self._failure is None:
-                raise disk_error(error, self.output, self._bytes) from error
-
-    def _retry(self) -> None:
-        """Failed images are tried again: pending first, since from now on their rows may hold anything."""
-        failed = np.flatnonzero((self.status == FAILED) & (self._rows >= 0)).tolist()
-        if failed:
-            with self._writing():
-                self._mark(dict.fromkeys(failed, PENDING))
+    def _write(self, name: str, first: int, values: np.ndarray) -> None:
+        """Rows of one dataset from `first` on, in its own type."""
+        place = self._places[name]
+        assert values.shape[1:] == place.shape[1:], f"{name}: {values.shape} for {place.shape}"
+        assert 0 <= first <= first + len(values) <= place.shape[0], f"{name}: rows {first} to {first + len(values)}"
+        self._disk.write(place.row(first), np.ascontiguousarray(values, place.dtype).tobytes())
 
     def _mark(self, states: Mapping[int, int]) -> None:
         indices = sorted(states)
         self.status[indices] = [states[index] for index in indices]
         for start, end in _runs(indices):
-            first, last = indices[start], indices[end - 1] + 1
-            self._file["images/status"][first:last] = self.status[first:last]
-        self._sync()
-
-    def _sync(self) -> None:
-        self._file.flush()
-        self._durably()
+            self._write("images/status", indices[start], self.status[indices[start] : indices[end - 1] + 1])
+        self._disk.sync()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -268,7 +299,7 @@ class Writer:
             raise self._failure
         try:
             yield
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             told = disk_error(error, self.output, self._bytes)
             self._failure = FpnxError(f"{told}; what was committed is kept: continue it with --resume")
             raise self._failure from error

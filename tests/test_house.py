@@ -20,9 +20,9 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]) 
 ORDER = [
     "cli",
     "report",
-    "verification",
     "pictures",
     "extraction",
+    "verification",
     "planning",
     "page",
     "control",
