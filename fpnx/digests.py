@@ -12,7 +12,7 @@ import numpy as np
 from fpnx.errors import FpnxError
 from fpnx.heatmaps import COMPONENTS, Basis, Moments, heatmap, similarity
 from fpnx.scales import NO_PHOTO, cells_of, sample, spread
-from fpnx.scenes import Scene, scene_of
+from fpnx.scenes import scene_of
 from fpnx.store import Item, Store
 
 __all__ = ["PLAIN_MODES", "Digest", "digest", "encoded", "quantised", "unit"]
@@ -125,10 +125,9 @@ def _each(
     progress: Callable[[int], None],
 ) -> None:
     for position, row in enumerate(rows):
-        scene: Scene = scene_of(Item(store, row), NO_PHOTO)
         for level in levels:
             try:
-                features = scene.read(level)
+                features = scene_of(Item(store, row), NO_PHOTO).read(level)
             except FpnxError:  # a broken row, named when its turn comes
                 continue
             work(level, features)

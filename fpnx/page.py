@@ -167,6 +167,7 @@ def _file(store: Store, name: str, levels: Sequence[str], facts: dict[str, Diges
                 "error": facts[level].error,
             }
             for level in levels
+            if level in facts
         },
     }
 

@@ -163,7 +163,12 @@ class _Show:
                     f"interrupted: {position} of {len(self.rows)} images are drawn and kept", self._stop.signum
                 )
             self._listener.progress("pictures", position, len(self.rows))
-            yield self._scenes_of(self.stores[0][row])
+            try:
+                scenes = self._scenes_of(self.stores[0][row])
+            except FpnxError as error:
+                self.skipped[self.stores[0].paths[row]] = str(error)
+                continue
+            yield scenes
             self._listener.progress("pictures", position + 1, len(self.rows))
 
     def _scenes_of(self, item: Item) -> list[Scene]:

@@ -149,7 +149,11 @@ def cells_of(features: np.ndarray) -> np.ndarray:
 def _scenes(store: Store, rows: Sequence[int], progress: Callable[[int, int], None], total: int) -> Iterator[Scene]:
     for position, row in enumerate(rows):
         progress(position, total)
-        yield scene_of(Item(store, row), NO_PHOTO)
+        try:
+            scene = scene_of(Item(store, row), NO_PHOTO)
+        except FpnxError:  # a broken row, named when its turn comes
+            continue
+        yield scene
         progress(position + 1, total)
 
 

@@ -78,8 +78,14 @@ class Scene:
 
 
 def scene_of(item: Item, photo: Photo | None = None) -> Scene:
-    """The scene of a stored image; its picture is looked for where the file says it was."""
+    """The scene of a stored image; its picture is looked for where the file says it was.
+
+    Raises:
+        StoreError: for sizes that no image has.
+    """
     store = item.store
+    if min(*item.source_size, *item.input_size) < 1:
+        raise StoreError(f"{shown(store.path)} gives {shown(item.path)} a size of nothing: extract it again")
 
     def read(level: str) -> np.ndarray:
         try:
@@ -127,7 +133,7 @@ def about_model(backbone: str, levels: tuple[str, ...], provenance: Mapping[str,
     body, pyramid = (_part(weights.get(part, {})) for part in ("backbone", "pyramid"))
     if not any(level.startswith("P") for level in levels):
         pyramid = "none in this file"
-    return f"{backbone}: {body} · pyramid: {pyramid}"
+    return f"{shown(backbone)}: {body} · pyramid: {pyramid}"
 
 
 def _part(part: Mapping[str, Any]) -> str:

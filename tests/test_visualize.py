@@ -154,6 +154,16 @@ def test_failed_and_unfinished_rows_are_skipped_and_named(here: Path, fpnx: Run)
     assert "nothing to draw in a.h5: b.jpg failed: broken data stream" in err
 
 
+@pytest.mark.parametrize("mode", ["energy", "pca"])
+def test_a_broken_row_is_skipped_and_named(mode: str, here: Path, fpnx: Run) -> None:
+    with h5py.File(here / "a.h5", "r+") as file:
+        file["images/source_size"][0] = 0
+    code, out, err = fpnx("visualize", "a.h5", "--mode", mode, "-o", "x", "--html", "x.html")
+    assert code == 0, err
+    assert "skipped a.png: a.h5 gives a.png a size of nothing" in out
+    assert pictures(here / "x") == ["b.jpg.png", "below/a.png.png", "below/c.png.png"]
+
+
 def test_a_path_that_leads_out_of_the_folder_is_skipped(here: Path, fpnx: Run) -> None:
     with h5py.File(here / "a.h5", "r+") as file:
         names = file["images/path"][:]
