@@ -35,7 +35,7 @@ WORDS = {
     "mean": "mean over channels",
     "max": "max over channels",
     "std": "std: standard deviation over channels",
-    "pca": "pca: three principal components as red, green and blue, cut at 1 and 99 %",
+    "pca": "pca: three principal components as red, green and blue, cut at 1 and 99 %, with their shares of variance",
     "channels": "channels: the strongest by mean absolute value",
 }
 
@@ -206,7 +206,7 @@ def _draw_level(
     below = at[1] + pixels.shape[0]
     if found.scale.basis is not None:
         shares = " · ".join(f"{c} {100 * s:.0f}" for c, s in zip("RGB", found.scale.basis.explained, strict=True))
-        page.text(at[0], below + BAR + 8, fitted(f"{shares} % of variance", column, 10.5)[0], 10.5)
+        page.text(at[0], below + BAR + 8, f"{shares} %", 10.5)
         return
     width = max(pixels.shape[1], LEAST_COLUMN)
     page.image(np.broadcast_to(table[None], (1, 256, 3)), (at[0], below + 4), size=(BAR, width))

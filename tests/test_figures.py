@@ -212,6 +212,7 @@ def test_no_text_is_cut_off_or_runs_into_another(store: Store, mode: str, overla
     drawn.canvas.draw()
     frame = drawn.bbox
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn.texts if text.get_text()]
+    assert not any("…" in text for text, _ in boxes)
     for text, box in boxes:
         assert frame.x0 <= box.x0 < box.x1 <= frame.x1, text
         assert frame.y0 <= box.y0 < box.y1 <= frame.y1, text
