@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fpnx.dataset import PyramidDataset
     from fpnx.errors import FpnxError, Interrupted
     from fpnx.extraction import Result, extract
+    from fpnx.figures import figure
+    from fpnx.heatmaps import heatmap
     from fpnx.model import PyramidModel, create_model, save_weights
     from fpnx.store import Item, Store
     from fpnx.store import open_store as open
@@ -33,6 +35,8 @@ __all__ = [
     "__version__",
     "create_model",
     "extract",
+    "figure",
+    "heatmap",
     "open",
     "save_weights",
     "verify",
@@ -50,6 +54,8 @@ _HOMES = {
     "Verification": ("verification", "Verification"),
     "create_model": ("model", "create_model"),
     "extract": ("extraction", "extract"),
+    "figure": ("figures", "figure"),
+    "heatmap": ("heatmaps", "heatmap"),
     "open": ("store", "open_store"),
     "save_weights": ("model", "save_weights"),
     "verify": ("verification", "verify"),

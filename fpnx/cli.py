@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fpnx._version import __version__
-from fpnx.config import SAMPLE, ExtractConfig
+from fpnx.config import SAMPLE, ExtractConfig, VisualizeConfig
 from fpnx.errors import FpnxError, Interrupted
 
 __all__ = ["app", "main"]
@@ -35,7 +35,11 @@ def _option(panel: str, flag: str, help: str, metavar: str | None = None) -> Any
 Images = Annotated[
     list[str], typer.Argument(help="Files, folders (searched recursively), or @list.txt with a path a line.")
 ]
-Output = Annotated[str, typer.Option("-o", "--output", help="The file to make.", rich_help_panel="Output")]
+Output = Annotated[
+    str | None,
+    typer.Option("-o", "--output", help="File or folder to make (default out.h5, out_png).", rich_help_panel="Output"),
+]
+Format = Annotated[str, _option("Output", "--format", "Features, or a heatmap grid an image.", "h5|png")]
 Json = Annotated[bool, _option("Output", "--json", "One JSON document on stdout.")]
 
 Backbone = Annotated[
@@ -109,6 +113,19 @@ BatchSize = Annotated[str, _option("Run", "--batch-size", "Images in one forward
 Workers = Annotated[str, _option("Run", "--workers", "Decoding threads.", "auto|N")]
 
 
+Mode = Annotated[
+    str,
+    _option("Pictures", "--mode", "What a cell shows.", "energy|mean|max|std|pca|channels|similarity"),
+]
+Overlay = Annotated[bool, _option("Pictures", "--overlay", "Draw the maps over the image.")]
+PerImage = Annotated[bool, _option("Pictures", "--per-image", "A scale (or basis) for each image, not for the file.")]
+Point = Annotated[str | None, _option("Pictures", "--point", "For similarity, in source pixels.", "X,Y|X%,Y%")]
+Top = Annotated[int, _option("Pictures", "--top", "For channels: how many, the strongest first.", "N")]
+Pick = Annotated[str | None, _option("Pictures", "--pick", "For channels: these instead.", "3,17")]
+Colormap = Annotated[str, _option("Pictures", "--colormap", "A matplotlib name.", "NAME")]
+Panel = Annotated[int, _option("Pictures", "--panel", "Longer side of a panel, in pixels at least.", "N")]
+
+
 @app.callback(invoke_without_command=True)
 def start(
     context: typer.Context,
@@ -144,7 +161,8 @@ def extract(
     long_side: LongSide = ExtractConfig.long_side,
     max_pixels: MaxPixels = ExtractConfig.max_pixels,
     limit: Limit = ExtractConfig.limit,
-    output: Output = "out.h5",
+    output: Output = None,
+    format: Format = ExtractConfig.format,  # noqa: A002
     dtype: Dtype = ExtractConfig.dtype,
     pool: Pool = ExtractConfig.pool,
     resume: Resume = ExtractConfig.resume,
@@ -158,8 +176,16 @@ def extract(
     precision: Precision = ExtractConfig.precision,
     batch_size: BatchSize = str(ExtractConfig.batch_size),
     workers: Workers = str(ExtractConfig.workers),
+    mode: Mode = ExtractConfig.mode,
+    overlay: Overlay = ExtractConfig.overlay,
+    per_image: PerImage = ExtractConfig.per_image,
+    point: Point = None,
+    top: Top = ExtractConfig.top,
+    pick: Pick = None,
+    colormap: Colormap = ExtractConfig.colormap,
+    panel: Panel = ExtractConfig.panel,
 ) -> int:
-    """Extract pyramid levels from images into an HDF5 file.
+    """Extract pyramid levels from images into an HDF5 file, or draw them.
 
     [dim]fpnx extract photos/ --weights random[/dim]
 
@@ -174,6 +200,57 @@ def extract(
     finally:
         terminal.close()
     report.show_json(result.to_json()) if json else report.show_result(result)
+    return result.exit_code
+
+
+@app.command()
+def visualize(
+    context: typer.Context,
+    inputs: Annotated[list[str], typer.Argument(help="Files of features, compared image by image; or photographs.")],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="Folder for pictures (default <file>_png).", rich_help_panel="Output"),
+    ] = None,
+    html: Annotated[str | None, _option("Output", "--html", "One page to look through.", "FILE")] = None,
+    overwrite: Annotated[bool, _option("Output", "--overwrite", "Replace what is there.")] = VisualizeConfig.overwrite,
+    json: Json = False,
+    images: Annotated[
+        list[str] | None, _option("Images", "--images", "Which: name, glob, index or range; repeatable.", "NAME|3|0:10")
+    ] = None,
+    limit: Annotated[int, _option("Images", "--limit", "At most N images; the rest is counted.", "N")] = (
+        VisualizeConfig.limit
+    ),
+    levels: Annotated[str | None, _option("Images", "--levels", "Such as P3-P5 or C3,P3.", "LEVELS")] = None,
+    mode: Mode = VisualizeConfig.mode,
+    overlay: Overlay = VisualizeConfig.overlay,
+    per_image: PerImage = VisualizeConfig.per_image,
+    point: Point = None,
+    top: Top = VisualizeConfig.top,
+    pick: Pick = None,
+    colormap: Colormap = VisualizeConfig.colormap,
+    panel: Panel = VisualizeConfig.panel,
+    backbone: Annotated[list[str] | None, _option("Photographs", "--backbone", "Repeat it to compare.", "NAME")] = None,
+    weights: Annotated[str | None, _option("Photographs", "--weights", "As for extract.", "NAME|FILE")] = None,
+    seed: Annotated[int | None, _option("Photographs", "--seed", "As for extract.", "N")] = None,
+    size: Annotated[str | None, _option("Photographs", "--size", "As for extract.", "recipe|native|N|HxW")] = None,
+    device: Annotated[str | None, _option("Photographs", "--device", "As for extract.", "auto|cpu|cuda|mps")] = None,
+    offline: Annotated[bool, _option("Photographs", "--offline", "Never download.")] = VisualizeConfig.offline,
+) -> int:
+    """Draw pyramids as heatmap grids, from a file alone or straight from photographs.
+
+    [dim]fpnx visualize out.h5 --mode pca --html out.html[/dim]
+
+    [dim]fpnx visualize cat.jpg --backbone resnet50 --backbone vgg16 --weights random --overlay[/dim]
+    """
+    options = _options(context, VisualizeConfig)
+    from fpnx import pictures, report
+
+    terminal = report.Terminal(json)
+    try:
+        result = pictures.visualize(inputs, output, html=html, listener=terminal, **options)
+    finally:
+        terminal.close()
+    report.show_json(result.to_json()) if json else report.show_pictures(result)
     return result.exit_code
 
 

@@ -20,13 +20,17 @@ __all__ = [
     "ExtractConfig",
     "FileFacts",
     "InputConfig",
+    "MODES",
     "ModelConfig",
     "OutputConfig",
+    "PictureConfig",
     "RunConfig",
     "SAMPLE",
+    "VisualizeConfig",
     "fingerprint",
     "level_number",
     "ordered_levels",
+    "parse_channels",
     "parse_extent",
     "parse_levels",
 ]
@@ -40,6 +44,8 @@ RESAMPLINGS = ("antialiased", "plain")
 UNSTRIDED_LEVELS = ("0", "1", "pool")
 SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
+FORMATS = ("h5", "png")
+MODES = ("energy", "mean", "max", "std", "pca", "channels", "similarity")
 SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
@@ -132,6 +138,7 @@ class InputConfig:
 class OutputConfig:
     """What is stored, and how a run treats what is there and what fails."""
 
+    format: str = "h5"
     dtype: str = "float32"
     pool: str = "none"
     resume: bool = False
@@ -141,6 +148,7 @@ class OutputConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        _check_choice("format", self.format, FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
         if self.pool not in POOLS and parse_extent(self.pool) is None:
             raise FpnxError(f"pool {self.pool!r}: take none, avg, max, or a grid such as 7x7")
@@ -184,17 +192,61 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig):
+class PictureConfig:
+    """What a cell of a heatmap shows, and how it is drawn.
+
+    `point` is x and y from the left top of the upright source image, in pixels (`"120,80"`, `(120, 80)`) or as
+    shares of its size (`"50%,50%"`); `pick` names channels (`"3,17"`) in place of the `top` strongest; `panel` is
+    the longer side of a panel in pixels, which grows where a map has more cells.
+    """
+
+    mode: str = "energy"
+    overlay: bool = False
+    per_image: bool = False
+    point: str | tuple[float, float] | None = None
+    top: int = 9
+    pick: str | Iterable[int] | None = None
+    colormap: str = "viridis"
+    panel: int = 256
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, MODES)
+        _check_whole("top", self.top, 1, 100)
+        _check_whole("panel", self.panel, 32, 4096)
+        if self.point is not None:
+            _freeze(self, "point", _point_text(self.point))
+        if self.pick is not None:
+            _freeze(self, "pick", ",".join(map(str, parse_channels(self.pick))))
+        if (self.mode == "similarity") != (self.point is not None):
+            raise FpnxError("mode similarity and a point go together: give --mode similarity --point X,Y")
+        if self.pick is not None and self.mode != "channels":
+            raise FpnxError(f"mode {self.mode} shows no single channels: give --mode channels beside --pick")
+
+    def position(self, size: tuple[int, int]) -> tuple[float, float]:
+        """`point` as (x, y) in pixels of an image of `size` (height, width)."""
+        parts = str(self.point).split(",")
+        sides = zip(parts, size[::-1], strict=True)
+        x, y = (float(p[:-1]) / 100 * side if p.endswith("%") else float(p) for p, side in sides)
+        return x, y
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig):
     """Everything that `fpnx extract` can be asked for."""
 
     limit: int | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for part in (ModelConfig, InputConfig, OutputConfig, RunConfig):
+        for part in (ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig):
             part.__post_init__(self)
         if self.limit is not None:
             _check_whole("limit", self.limit, 1, 2**63 - 1)
+        drawn = [f.name for f in fields(PictureConfig) if getattr(self, f.name) != f.default]
+        if self.format != "png" and drawn:
+            raise FpnxError(f"{drawn[0].replace('_', ' ')} is for pictures: give --format png beside it")
+        if self.format == "png" and self.mode == "pca" and not self.per_image:
+            raise FpnxError("mode pca without a file has no basis that its images share: give --per-image beside it")
 
     def repeatable(self) -> dict[str, Any]:
         """The options that numbers depend on, as plain values: `ExtractConfig(**them)` computes the same again."""
@@ -203,6 +255,35 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig):
         if os.path.isfile(self.weights):
             plain["weights"] = os.path.abspath(self.weights)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualizeConfig(PictureConfig):
+    """Everything that `fpnx visualize` can be asked for.
+
+    `images` are names, globs, indices or ranges of them (`"3"`, `"0:10"`). The last six are for photographs, and
+    mean what they mean for `fpnx extract`; None: not said.
+    """
+
+    images: Iterable[str] | None = None
+    limit: int = 24
+    levels: str | Iterable[str] | None = None
+    overwrite: bool = False
+    backbone: Iterable[str] | None = None
+    weights: str | None = None
+    seed: int | None = None
+    size: str | int | None = None
+    device: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        PictureConfig.__post_init__(self)
+        _check_whole("limit", self.limit, 1, 2**63 - 1)
+        if self.levels is not None:
+            _freeze(self, "levels", parse_levels(self.levels))
+        for name in ("images", "backbone"):
+            value = getattr(self, name)
+            _freeze(self, name, (value,) if isinstance(value, str) else tuple(value or ()) or None)
 
 
 def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
@@ -226,6 +307,23 @@ def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
     if twice:
         raise FpnxError(f"level {twice} is named twice")
     return ordered_levels(names)
+
+
+def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
+    """`"3,17"`, `"0-8"` or a sequence of numbers → channel numbers, in the order given.
+
+    Raises:
+        FpnxError: for anything else, or more than 100.
+    """
+    chosen: list[int] = []
+    for part in channels.split(",") if isinstance(channels, str) else channels:
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(part).strip(), re.ASCII)
+        if match is None:
+            raise FpnxError(f"channel {part!r}: take numbers and ranges such as 3,17 or 0-8")
+        chosen += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not 1 <= len(chosen) <= 100:
+        raise FpnxError(f"{len(chosen)} channels: take from 1 to 100 numbers, such as 3,17 or 0-8")
+    return tuple(chosen)
 
 
 def ordered_levels(names: Iterable[str]) -> tuple[str, ...]:
@@ -277,6 +375,13 @@ def _size_text(size: str | int | tuple[int, int]) -> str:
     if extent is None:
         raise FpnxError(f"size {size!r}: take recipe, native, a side such as 224, or height x width such as 480x640")
     return f"{extent[0]}x{extent[1]}"
+
+
+def _point_text(point: str | tuple[float, float]) -> str:
+    text = ",".join(map(str, point)) if isinstance(point, (tuple, list)) else str(point)
+    if not re.fullmatch(r"\s*\d+(\.\d*)?%?\s*,\s*\d+(\.\d*)?%?\s*", text, re.ASCII):
+        raise FpnxError(f"point {text!r}: take x and y in source pixels such as 120,80, or shares such as 50%,50%")
+    return "".join(text.split())
 
 
 def _freeze(config: object, name: str, value: object) -> None:

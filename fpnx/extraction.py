@@ -22,6 +22,7 @@ from fpnx.config import ExtractConfig
 from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import lock
 from fpnx.errors import FpnxError, Interrupted, shown
+from fpnx.gallery import Gallery, check_gallery
 from fpnx.images import Listing, find, pillow_within_limits
 from fpnx.pipeline import STAGES, Clock, compute
 from fpnx.planning import Plan, check_output, make_plan, real_output
@@ -30,7 +31,7 @@ from fpnx.writer import Writer, part_of
 
 __all__ = ["Result", "extract"]
 
-DEFAULT_OUTPUT = "out.h5"
+DEFAULT_OUTPUTS = {"h5": "out.h5", "png": "out_png"}
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,17 @@ class Result:
 
 def extract(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str] = DEFAULT_OUTPUT,
+    output: str | os.PathLike[str] | None = None,
     *,
     listener: Listener | None = None,
     **options: Any,
 ) -> Result:
-    """Images → pyramid levels in an HDF5 file; `fpnx extract` as a function.
+    """Images → pyramid levels in an HDF5 file, or drawn; `fpnx extract` as a function.
 
     Args:
         images: files, folders, or `"@list.txt"`.
-        output: the file to make; the work goes on in `output` + `.part`.
+        output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; with `format="png"`
+            the folder for pictures (`"out_png"`).
         listener: hears of the progress.
         options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
             `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
@@ -120,8 +122,10 @@ def extract(
     """
     config = ExtractConfig(**options)
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    target, hears = real_output(Path(output)), listener or Listener()
-    check_output(target, config)
+    target, hears = real_output(Path(output or DEFAULT_OUTPUTS[config.format])), listener or Listener()
+    draws = config.format == "png"
+    if not draws:
+        check_output(target, config)
     with stoppable(hears) as stop, pillow_within_limits():
         listing = find(paths)
         if config.limit is not None:
@@ -129,12 +133,15 @@ def extract(
         with nullcontext(True) if config.dry_run else lock(target) as alone:
             if not alone:
                 hears.message("files cannot be locked here: see to it that no second run writes this output")
-            check_output(target, config)  # again: another run may have ended since
+            if draws:
+                check_gallery(target, listing, config)
+            else:
+                check_output(target, config)  # again: another run may have ended since
             plan = make_plan(target, config, listing, hears)
             hears.planned(plan)
             if config.dry_run:
                 return _result(plan, None, Clock(), dry_run=True)
-            if config.resume and target.exists() and not part_of(target).exists():
+            if not draws and config.resume and target.exists() and not part_of(target).exists():
                 with open_store(target) as store:
                     _refuse_unfinished(target, store)
                     return _result(plan, store, Clock())
@@ -143,7 +150,10 @@ def extract(
 
 def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
     clock = Clock()
-    if plan.config.resume and part_of(plan.output).exists():
+    writer: Writer | Gallery
+    if plan.config.format == "png":
+        writer = Gallery(plan.output, plan.layout, plan.config, _provenance(plan))
+    elif plan.config.resume and part_of(plan.output).exists():
         writer = Writer.reopen(plan.output)
     else:
         writer = Writer.create(plan.output, plan.layout, _provenance(plan))
@@ -159,8 +169,11 @@ def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
     finally:
         writer.close()
     clock.stop()
-    with open_store(part_of(plan.output) if stopped else plan.output) as store:
-        result = _result(plan, store, clock, stopped=stopped)
+    if isinstance(writer, Gallery):
+        result = _result(plan, writer, clock, stopped=stopped)
+    else:
+        with open_store(part_of(plan.output) if stopped else plan.output) as store:
+            result = _result(plan, store, clock, stopped=stopped)
     if stop.signum is not None and stopped == "interrupted":
         raise Interrupted(
             f"interrupted: {result.done} of {result.images} images are done and kept: continue with --resume",
@@ -179,7 +192,7 @@ def _refuse_unfinished(output: Path, store: Store) -> None:
 
 
 def _result(
-    plan: Plan, store: Store | None, clock: Clock, *, stopped: str | None = None, dry_run: bool = False
+    plan: Plan, store: Store | Gallery | None, clock: Clock, *, stopped: str | None = None, dry_run: bool = False
 ) -> Result:
     failed = tuple(store.failures()) if store is not None else ()
     count = len(plan.listing.sources)

@@ -21,6 +21,7 @@ from fpnx.control import Listener, Stop
 from fpnx.engine import Engine, Features, exact_arithmetic, slow_precision
 from fpnx.errors import ImageError, Interrupted, shown
 from fpnx.fitting import Fitting
+from fpnx.gallery import Gallery
 from fpnx.images import Budget, decode
 from fpnx.planning import Plan
 from fpnx.store import DONE
@@ -78,7 +79,7 @@ class Clock:
         return time.perf_counter() - self._commit
 
 
-def compute(plan: Plan, writer: Writer, clock: Clock, stop: Stop, listener: Listener) -> str | None:
+def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, listener: Listener) -> str | None:
     """Decode, forward and write, overlapped; returns why it stopped early, or None.
 
     Threads: `plan.workers` that decode, ahead of need by a batch for each lane and one more; lanes that compute,
@@ -277,7 +278,7 @@ class _Lane(threading.Thread):
 class _Scribe:
     """The one thread that writes, and commits when it is time to."""
 
-    def __init__(self, plan: Plan, writer: Writer, clock: Clock) -> None:
+    def __init__(self, plan: Plan, writer: Writer | Gallery, clock: Clock) -> None:
         self._writer, self._clock, self._every = writer, clock, plan.config.commit_every
         self._thread = ThreadPoolExecutor(1, "fpnx-scribe")
 

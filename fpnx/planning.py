@@ -206,7 +206,7 @@ def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: L
         bytes_free=free_bytes(output.parent) + (0 if before else _dropped(output)),
         done_before=done_before,
     )
-    if before is None and layout.total_bytes() > plan.bytes_free:
+    if before is None and config.format == "h5" and layout.total_bytes() > plan.bytes_free:
         raise disk_error(OSError(28, ""), output, layout.total_bytes())
     return plan
 
@@ -234,7 +234,7 @@ def _dropped(output: Path) -> int:
 
 def _before(output: Path, config: ExtractConfig) -> Path | None:
     """The file that `--resume` goes on from."""
-    if not config.resume:
+    if not config.resume or config.format == "png":
         return None
     return next((path for path in (part_of(output), output) if path.exists()), None)
 

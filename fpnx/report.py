@@ -20,11 +20,20 @@ from fpnx.errors import shown
 
 if TYPE_CHECKING:
     from fpnx.extraction import Result
+    from fpnx.pictures import Pictures
     from fpnx.planning import Plan
     from fpnx.store import Store
     from fpnx.verification import Verification
 
-__all__ = ["Terminal", "complain", "show_info", "show_json", "show_result", "show_verification"]
+__all__ = [
+    "Terminal",
+    "complain",
+    "show_info",
+    "show_json",
+    "show_pictures",
+    "show_result",
+    "show_verification",
+]
 
 SIZES_SHOWN = 3
 FAILURES_SHOWN = 20
@@ -139,6 +148,23 @@ def show_result(result: Result) -> None:
         console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))
     else:
         console.print(Text(f"{result.done} of {result.images} images are in {shown(result.output)}"), soft_wrap=True)
+
+
+def show_pictures(result: Pictures) -> None:
+    """How many pictures were drawn, where they are, and what is not among them."""
+    console = _stdout()
+    for path, reason in result.skipped[:FAILURES_SHOWN]:
+        console.print(Text(f"skipped {shown(path)}: {shown(reason)}"), soft_wrap=True)
+    if len(result.skipped) > FAILURES_SHOWN:
+        console.print(f"and {len(result.skipped) - FAILURES_SHOWN} more were skipped")
+    if result.left_out:
+        console.print(f"{result.left_out} more images were left out: --limit takes more, --images picks")
+    if result.folder is not None:
+        console.print(Text(f"pictures in {shown(result.folder)}: {len(result.pictures)}"), soft_wrap=True)
+    if (page := result.page) is not None:
+        room = f"; {page.left_out} found no room in {_bytes(page.limit_bytes)}" if page.left_out else ""
+        line = f"images in {shown(page.path)}: {page.images}, {_bytes(page.bytes)}{room}"
+        console.print(Text(line), soft_wrap=True)
 
 
 def show_info(store: Store) -> None:
@@ -259,7 +285,9 @@ def _show_plan(plan: Plan) -> None:
         *_checkpoint(weights),
         ("recipe", facts["recipe"]["text"]),
         ("device", f"{facts['device']}, {facts['precision']}, {batch}"),
-        (
+        ("output", f"{shown(plan.output)}, a picture an image, {config.mode}")
+        if config.format == "png"
+        else (
             "output",
             f"{shown(plan.output)}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
             f"{_bytes(facts['bytes_needed'])} needed, {_bytes(facts['bytes_free'])} free",
@@ -268,7 +296,7 @@ def _show_plan(plan: Plan) -> None:
     _facts(console, *rows)
     if pyramid and weights["pyramid"]["trained"] is False:
         console.print(f"note: {UNTRAINED}", soft_wrap=True)
-    if facts["bytes_needed"] > LARGE:
+    if facts["bytes_needed"] > LARGE and config.format != "png":
         console.print(_smaller_ways(plan), soft_wrap=True)
     _show_levels(console, facts["levels"])
 

@@ -70,6 +70,15 @@ class Item:
             raise StoreError(f"{shown(self._store.path)} is not a whole fpnx file: image {self.index} has no row")
         return dataset[row]
 
+    @property
+    def store(self) -> Store:
+        """The store that this image is of."""
+        return self._store
+
+    def stride(self, level: str) -> int:
+        """Stride of a level in input pixels."""
+        return int(self._dataset(level).attrs["stride"])
+
     def valid(self, level: str) -> tuple[int, int]:
         """(height, width) of the cells that are not padding."""
         dataset = self._dataset(level)

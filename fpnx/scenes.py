@@ -1,0 +1,143 @@
+"""One image as it is drawn: where its maps lie over the source picture, and what is known of both."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fpnx.config import InputConfig
+from fpnx.errors import FpnxError, ImageError, StoreError, shown
+from fpnx.images import Source, decode
+from fpnx.store import Item
+
+__all__ = ["Photo", "Scene", "about_model", "find_photo", "scene_of"]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """The upright source picture, or None and a `remark` that says why; also a remark where it is not as it was."""
+
+    picture: Image.Image | None
+    remark: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One image's maps and where they lie.
+
+    Attributes:
+        path: stored path of the image.
+        about: which backbone and pyramid made the maps, in words.
+        source_size, input_size: (height, width) of the upright source, and of what the model saw without padding.
+        levels: names, fine to coarse.
+        strides: by level, in input pixels.
+        pooled: whether a map's cells are bins over the whole input instead of strides.
+        read: level → (C, H, W) features without padding.
+        photo: the source picture.
+        file: name of the file that the maps are from.
+        missing: why there is nothing to draw, where there is nothing.
+    """
+
+    path: str
+    about: str
+    source_size: tuple[int, int]
+    input_size: tuple[int, int]
+    levels: tuple[str, ...]
+    strides: Mapping[str, int]
+    pooled: bool
+    read: Callable[[str], np.ndarray]
+    photo: Photo
+    file: str = ""
+    missing: str = ""
+
+    def reach(self, level: str, shape: tuple[int, int]) -> tuple[float, float]:
+        """(height, width) in source pixels that a map of `shape` cells covers; the last cells may overhang."""
+        stride = self.strides[level]
+        cells = [math.ceil(side / stride) if self.pooled else n for side, n in zip(self.input_size, shape, strict=True)]
+        pixels = [source / seen for source, seen in zip(self.source_size, self.input_size, strict=True)]
+        return cells[0] * stride * pixels[0], cells[1] * stride * pixels[1]
+
+    def cell_at(self, level: str, shape: tuple[int, int], point: tuple[float, float]) -> tuple[int, int]:
+        """(y, x) of the cell below `point`, (x, y) in source pixels.
+
+        Raises:
+            FpnxError: for a point outside the image.
+        """
+        height, width = self.source_size
+        if not (0 <= point[0] <= width and 0 <= point[1] <= height):
+            raise FpnxError(f"point {point[0]:g},{point[1]:g} is outside {shown(self.path)}, {width}×{height} pixels")
+        tall, wide = self.reach(level, shape)
+        y, x = int(point[1] / tall * shape[0]), int(point[0] / wide * shape[1])
+        return min(y, shape[0] - 1), min(x, shape[1] - 1)
+
+
+def scene_of(item: Item, photo: Photo | None = None) -> Scene:
+    """The scene of a stored image; its picture is looked for where the file says it was.
+
+    Raises:
+        StoreError: for sizes that no image has.
+    """
+    store = item.store
+    if min(*item.source_size, *item.input_size) < 1:
+        raise StoreError(f"{shown(store.path)} gives {shown(item.path)} a size of nothing: extract it again")
+
+    def read(level: str) -> np.ndarray:
+        try:
+            height, width = item.valid(level)
+            return item[level][:, :height, :width]
+        except (OSError, RuntimeError, KeyError) as error:
+            raise StoreError(f"{shown(item.path)}: {level} cannot be read from {shown(store.path)}: {error}") from error
+
+    return Scene(
+        path=item.path,
+        about=about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance),
+        source_size=item.source_size,
+        input_size=item.input_size,
+        levels=item.levels,
+        strides={level: item.stride(level) for level in item.levels},
+        pooled=store.config.get("pool", "none") != "none",
+        read=read,
+        photo=photo or find_photo(item),
+        file=os.path.basename(store.path),
+    )
+
+
+def find_photo(item: Item) -> Photo:
+    """The source picture of a stored image, where it still is and still fits."""
+    store, row = item.store, item.index
+    path = os.fsencode(os.path.join(store.root, item.path))
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError) as error:
+        return Photo(None, f"source not found ({getattr(error, 'strerror', None) or error}): {shown(path)}")
+    changed = (about.st_size, about.st_mtime_ns) != (int(store.bytes[row]), int(store.mtimes_ns[row]))
+    source = Source(os.fsencode(item.path), path, about.st_size, about.st_mtime_ns)
+    try:
+        picture = decode(source, InputConfig.max_pixels)
+    except ImageError as error:
+        return Photo(None, f"source cannot be read ({error}): {shown(path)}")
+    if (picture.height, picture.width) != item.source_size:
+        return Photo(None, f"source is another picture now, {picture.width}×{picture.height} pixels: {shown(path)}")
+    return Photo(picture, "file changed since extraction" if changed else "")
+
+
+def about_model(backbone: str, levels: tuple[str, ...], provenance: Mapping[str, Any]) -> str:
+    """`"resnet50, trained (…) · pyramid: untrained, seed 0"`, from what a file or a run says of itself."""
+    weights = provenance.get("weights", {})
+    body, pyramid = (_part(weights.get(part, {})) for part in ("backbone", "pyramid"))
+    if not any(level.startswith("P") for level in levels):
+        pyramid = "none in this file"
+    return f"{shown(backbone)}: {body} · pyramid: {pyramid}"
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    source = shown(str(part.get("source", "not said")))
+    if part.get("trained") is False:
+        return f"untrained, {source.removeprefix('random, ')}"
+    return f"{'trained' if part.get('trained') else 'from file'} ({source})"
