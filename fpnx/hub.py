@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,16 +105,31 @@ def fetched(weights: TimmWeights, offline: bool) -> Path:
     try:
         if not weights.hub_id:
             raise FileNotFoundError("it is not at Hugging Face")
-        with quiet():
+        with quiet(), _silent("huggingface_hub"):
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(weights.hub_id, weights.file_name, local_files_only=offline))
     except Exception as error:  # every layer below has its own: HTTP, TLS, file locks, the hub's
-        why = "downloads are forbidden" if offline else " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        first: BaseException = error
+        while not offline and (deeper := first.__cause__ or first.__context__):
+            first = deeper
+        why = "downloads are forbidden" if offline else " ".join(str(first).split())[:160]
         raise FpnxError(
             f"weights {weights.name} cannot be had ({why}): put {weights.file_name} from {weights.url} at "
             f"{weights.file}, or take --weights random or --weights FILE"
         ) from error
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Nothing from the logger `name` below a fault: what went wrong is told in one line, by us."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def adapted(weights: TimmWeights, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -533,6 +533,20 @@ def test_what_timm_has_not(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
+def test_a_download_that_fails_is_one_line(
+    timm: Any, fpnx: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    code, _, told = fpnx("extract", photos, "--backbone", "timm/resnet10t", "--weights", "imagenet")
+    assert code == 2
+    assert told.count("\n") == 1
+    assert "timm/resnet10t.c3_in1k cannot be had" in told
+    assert "--weights random or --weights FILE" in told
+
+
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FpnxError, match=r"pip install 'fpnx\[timm\]'"):
