@@ -138,7 +138,7 @@ def backbone_of(body: Mapping[str, Tensor], asked: str | None) -> str:
         likeness[name] = _likeness(given, name)
         if likeness[name] == 1.0:
             if asked is not None:
-                raise FpnxError(f"it holds {name}, not {asked}: drop --backbone or take another file")
+                raise FpnxError(f"it is for {name}, not for {asked}: drop --backbone or take another file")
             return name
     best = asked or max(likeness, key=lambda name: likeness[name])
     if likeness[best] < 0.5:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from fpnx.config import DTYPES, level_number, parse_extent, parse_levels
+from fpnx.config import DTYPES, UNSTRIDED_LEVELS, level_number, parse_extent, parse_levels
 from fpnx.errors import FpnxError, NotDoneError, StoreError, shown
 from fpnx.hdf5 import attribute_text, attribute_whole, check_bytes, member, names, open_hdf5, parsed, table
 
@@ -261,7 +261,8 @@ class Store:
                 f"where {shown(stored)} (n, C, H, W) belongs"
             )
         check_bytes(dataset, dataset.size * dataset.dtype.itemsize)
-        if int(dataset.attrs.get("stride", 0)) != 2 ** level_number(level):
+        stride = int(dataset.attrs.get("stride", 0))
+        if stride < 1 or (level not in UNSTRIDED_LEVELS and stride != 2 ** level_number(level)):
             raise StoreError(f"{shown(self.path)} is not a whole fpnx file: {dataset.name} has another stride")
         self._checked.add((size, level))
         return dataset

@@ -148,7 +148,7 @@ def _groups(store: Store) -> Iterator[str]:
             rows, channels, *cells = dataset.shape
             if rows != len(members):
                 yield f"{dataset.name} has {rows} rows for {len(members)} images"
-            if channels != dataset.attrs.get("channels") or (level[0] == "P" and channels != store.config["channels"]):
+            if channels != dataset.attrs.get("channels") or (level[0] != "C" and channels != store.config["channels"]):
                 yield f"{dataset.name} has {channels} channels, which is not what it says"
             stride, pool = store.stride(level), store.config["pool"]
             most = tuple(-(-side // stride) for side in extent)

@@ -328,7 +328,7 @@ def _backbone_in(layout: Layout, about: Mapping[str, Any], asked: str | None) ->
     named = about.get("backbone")
     if named is not None:
         if asked not in (None, named):
-            raise FpnxError(f"it holds {named}, not {asked}: drop --backbone or take another file")
+            raise FpnxError(f"it is for {named}, not for {asked}: drop --backbone or take another file")
         return known_backbone(named)
     body = {name[5:]: value for name, value in layout.state.items() if name.startswith("body.")}
     if body:

@@ -331,7 +331,7 @@ def test_keys_that_are_missing_misshapen_or_unknown_are_named(change, told, dete
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"backbone": "resnet50"}, "it holds resnet18, not resnet50"),
+        ({"backbone": "resnet50"}, "it is for resnet18, not for resnet50"),
         ({"channels": 64}, "channels 64 contradicts .* which has 32"),
         ({"levels": "P7"}, "has no level P7: it has C2, P2, C3, P3, C4, P4, C5, P5, P6|has no level P7"),
         ({"stride_in_1x1": True}, "--stride-in-1x1 does not matter"),
