@@ -117,10 +117,11 @@ def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, list
                     raise event
                 if isinstance(event, str):
                     listener.message(event)
-                elif isinstance(event, int):
-                    finished += event
-                    clock.images += event
+                elif isinstance(event, _Done):
+                    finished += event.images
+                    clock.images += event.images
                     listener.progress("images", finished, total)
+                    event.heard.set()
                 elif isinstance(event, _Failure) and plan.config.strict:
                     return _strictly(plan, event.index, event.reason)
             return None
@@ -148,12 +149,23 @@ class _Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Done:
+    """A lane's word that a batch is computed; it goes on when the calling thread, which heeds signals, has heard it."""
+
+    images: int
+    heard: threading.Event
+
+
+_Event = _Done | _Failure | str | BaseException  # str: a message to the user
+
+
 class _Feed:
     """Batches of decoded images for the lanes, read ahead by a bounded number; and what lanes have to tell."""
 
     def __init__(self, plan: Plan, pending: Sequence[int], lanes: int, clock: Clock) -> None:
         self.batches = Batches(plan, pending, lanes)
-        self.events: queue.SimpleQueue[int | str | _Failure | BaseException] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._plan, self._clock = plan, clock
         self._budget = Budget(plan.config.max_pixels)
         self._decoders = ThreadPoolExecutor(plan.workers, "fpnx-decode", torch.set_num_threads, (1,))
@@ -186,7 +198,13 @@ class _Feed:
         except CancelledError:  # closed meanwhile
             return None
 
-    def next_event(self) -> int | str | _Failure | BaseException | None:
+    def tell_done(self, images: int) -> None:
+        done = _Done(images, threading.Event())
+        self.events.put(done)
+        while not (done.heard.wait(HEED) or self._closed):
+            pass
+
+    def next_event(self) -> _Event | None:
         try:
             return self.events.get(timeout=HEED)
         except queue.Empty:
@@ -240,7 +258,7 @@ class _Lane(threading.Thread):
                 self._compute(*taken)
                 while len(self._writes) > UNWRITTEN:
                     self._writes.popleft().result()
-                self._feed.events.put(len(taken[0]))
+                self._feed.tell_done(len(taken[0]))
             while self._writes:
                 self._writes.popleft().result()
         except BaseException as error:  # the calling thread raises it

@@ -12,7 +12,8 @@ from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
 from fpnx.backbones import Backbone, _tapped, tap_shapes
-from fpnx.convolutions import Convolution, can_pack
+from fpnx.convolutions import Convolution, can_pack, native_on_cpu
+from fpnx.engine import slow_precision
 from fpnx.executable import make_executable
 from fpnx.model import PyramidModel, create_model
 from fpnx.pyramid import FeaturePyramid
@@ -271,3 +272,14 @@ def test_types_that_onednn_does_not_pack_are_computed_plainly():
     assert made.pack((64, 64)) is False
     with torch.inference_mode():
         assert_equal_levels(made(images(1, (64, 64)).double()), model(images(1, (64, 64))))
+
+
+def test_a_precision_that_the_processor_lacks_is_told():
+    cpu = torch.device("cpu")
+    assert slow_precision(cpu, "float32") is None
+    assert slow_precision(torch.device("cuda"), "float16") is None
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        told = slow_precision(cpu, name)
+        assert (told is None) == native_on_cpu(dtype)
+        assert told is None or f"no {name} arithmetic" in told
+    assert not native_on_cpu(torch.float64)
