@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -10,9 +11,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fpnx.errors import FpnxError, nearest
+from fpnx.errors import FpnxError, nearest, shown
 
 __all__ = [
+    "BenchmarkConfig",
     "ExtractConfig",
     "InputConfig",
     "ModelConfig",
@@ -30,6 +32,7 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5")
 SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
+PLOTS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,72 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig):
             _check_whole("limit", self.limit, 1, 2**63 - 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(InputConfig):
+    """Everything that `fpnx benchmark` can be asked for.
+
+    `backbone`, `precision` and `batch_size` take several: lists, or text with commas. `images`: a folder; None makes
+    photograph-like ones. `repeats`: rounds, in each of which every configuration is measured; `"auto"`: as many as
+    fit into a minute, at least five.
+    """
+
+    backbone: str | Iterable[str] | None = None
+    weights: str = "random"
+    seed: int = ModelConfig.seed
+    levels: str | Iterable[str] | None = None
+    channels: int | None = ModelConfig.channels
+    top_block: str | None = ModelConfig.top_block
+    offline: bool = ModelConfig.offline
+    images: str | None = None
+    dtype: str = OutputConfig.dtype
+    device: str = RunConfig.device
+    precision: str | Iterable[str] = RunConfig.precision
+    batch_size: str | int | Iterable[int] = RunConfig.batch_size
+    workers: str | int = RunConfig.workers
+    repeats: str | int = "auto"
+    baseline: bool = False
+    plot: str | None = None
+
+    def __post_init__(self) -> None:
+        InputConfig.__post_init__(self)
+        for name in ("backbone", "precision", "batch_size"):
+            _freeze(self, name, _several(name.replace("_", " "), getattr(self, name)))
+        if self.repeats != "auto":
+            value = self.repeats
+            number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+            _check_whole("repeats", number, 1, 10_000, "auto or ")
+            _freeze(self, "repeats", number)
+        if self.plot is not None and not self.plot.lower().endswith(PLOTS):
+            raise FpnxError(f"plot {shown(self.plot)}: take a name that ends in {', '.join(PLOTS)}")
+        if not self.runs():  # which also checks every other field
+            raise FpnxError("no precision or no batch size: name at least one, or auto")
+
+    def runs(self) -> list[ExtractConfig]:
+        """One extraction for each backbone, precision and batch size; the batch size changes fastest."""
+        chosen: tuple[Any, ...] = (self.backbone or (None,), self.precision, self.batch_size)
+        return [
+            ExtractConfig(
+                backbone=backbone,
+                weights=self.weights,
+                seed=self.seed,
+                levels=self.levels,
+                channels=self.channels,
+                top_block=self.top_block,
+                offline=self.offline,
+                size=self.size,
+                short_side=self.short_side,
+                long_side=self.long_side,
+                max_pixels=self.max_pixels,
+                dtype=self.dtype,
+                device=self.device,
+                precision=precision,
+                batch_size=batch_size,
+                workers=self.workers,
+            )
+            for backbone, precision, batch_size in itertools.product(*chosen)
+        ]
+
+
 def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
     """`"P3-P7"`, `"C3,P3"` or a sequence of names → names, fine to coarse, C before P.
 
@@ -203,6 +272,17 @@ def _size_text(size: str | int | tuple[int, int]) -> str:
     if extent is None:
         raise FpnxError(f"size {size!r}: take recipe, native, a side such as 224, or height x width such as 480x640")
     return f"{extent[0]}x{extent[1]}"
+
+
+def _several(what: str, value: Any) -> tuple[Any, ...]:
+    """Values of an option that may be given more than once, or with commas; none twice."""
+    parts = [value] if isinstance(value, (str, int)) else list(value or ())
+    found = [item.strip() if isinstance(item, str) else item
+             for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
+    twice = next((item for item in found if found.count(item) > 1), None)
+    if twice is not None:
+        raise FpnxError(f"{what} {twice} is given twice: name each once")
+    return tuple(found)
 
 
 def _freeze(config: object, name: str, value: object) -> None:
