@@ -25,8 +25,11 @@ class NotDoneError(FpnxError, LookupError):
     """An image that a store does not know, has not computed yet, or that failed."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """A run that SIGINT or SIGTERM ended; what was done is kept. `signum` is the signal."""
+class Interrupted(BaseException):
+    """A run that SIGINT or SIGTERM ended; what was done is kept. `signum` is the signal.
+
+    A sibling of KeyboardInterrupt and not a child: Typer catches those before `fpnx.cli.main` can tell what is kept.
+    """
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)

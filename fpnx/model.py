@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, fx, nn
 
@@ -176,7 +177,8 @@ def build_model(config: ModelConfig) -> PyramidModel:
     first = held.get("first_level", min(backbone.nodes))
     levels = tuple(config.levels or held.get("levels") or [f"P{k}" for k in range(first, max(backbone.nodes) + 1)])
     top_block = _top_block(levels, config, weights)
-    fpn = FeaturePyramid({k: n for k, n in backbone.channels.items() if k >= first}, channels, top_block)
+    with torch.random.fork_rng(devices=[]):  # modules draw when they are made, only to be filled below
+        fpn = FeaturePyramid({k: n for k, n in backbone.channels.items() if k >= first}, channels, top_block)
     _check_levels(levels, backbone, fpn, weights)
     fpn.draw(config.seed)
     model = PyramidModel(backbone, fpn, ordered_levels(levels), weights)

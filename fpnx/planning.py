@@ -112,9 +112,9 @@ def check_output(output: Path, config: ExtractConfig) -> None:
         return
     for path in (output, part_of(output)):
         if path.exists():
-            what = "an unfinished run is there" if path != output else "exists"
+            what = "holds an unfinished run" if path != output else "exists"
             raise FpnxError(
-                f"{shown(path)}: {what}: continue it with --resume, replace it with --overwrite, or name another with -o"
+                f"{shown(path)} {what}: continue it with --resume, replace it with --overwrite, or name another with -o"
             )
 
 

@@ -30,9 +30,10 @@ class Recipe:
     `sizing` is `"stretch"` (to `height` × `width`), `"aspect"` (shorter side to `short_side`, longer at most
     `long_side`) or `"native"`. `resampling` is Pillow's antialiased one on 8-bit pixels (`"pillow"`), or the plain
     bilinear interpolation of `torch.nn.functional` on floats (`"tensor"`), which detectors use. `rounding` of an
-    aspect-keeping size: `"floor"`, `"half-up"` (int(x + 0.5)), or `"floor32"`, floor with the factor in float32,
-    as `torchvision.models.detection` computes it. Pixels are scaled to 0..`value_range`, put in `order`, less
-    `mean`, over `std`, and then padded right and bottom with zeros to a multiple of `pad_multiple`.
+    aspect-keeping size is `"floor"` (`torchvision.transforms.Resize`), `"scaled-floor"`
+    (`torchvision.models.detection`) or `"scaled-half-up"` (int(x + 0.5); detectron2, mmdetection). Pixels are scaled
+    to 0..`value_range`, put in `order`, less `mean`, over `std`, and then padded right and bottom with zeros to a
+    multiple of `pad_multiple`.
     """
 
     sizing: str = "stretch"
@@ -166,16 +167,12 @@ class Recipe:
     def _aspect_size(self, height: int, width: int) -> tuple[int, int]:
         assert self.short_side is not None
         short, long = min(height, width), max(height, width)
-        if self.rounding == "floor32":  # GeneralizedRCNNTransform, in its own float32 arithmetic
-            factor = float(np.float32(self.short_side) / np.float32(short))
-            if self.long_side is not None:
-                factor = min(factor, float(np.float32(self.long_side) / np.float32(long)))
-            new_short, new_long = int(short * factor), int(long * factor)
-        elif self.rounding == "half-up":  # detectron2 ResizeShortestEdge, mmdetection rescale_size
+        if self.rounding != "floor":
             factor = self.short_side / short
             if self.long_side is not None:
                 factor = min(factor, self.long_side / long)
-            new_short, new_long = int(short * factor + 0.5), int(long * factor + 0.5)
+            half = 0.5 if self.rounding == "scaled-half-up" else 0.0
+            new_short, new_long = int(short * factor + half), int(long * factor + half)
         else:  # torchvision.transforms.Resize
             new_short, new_long = self.short_side, int(self.short_side * long / short)
             if self.long_side is not None and new_long > self.long_side:

@@ -183,6 +183,8 @@ class Store:
 
     def dataset(self, size: str, level: str) -> h5py.Dataset:
         """The (n, C, H, W) dataset of one size and level; attrs stride, channels, valid."""
+        if not self._file:
+            raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
         return self._file[f"pyramids/{size}/{level}"]
 
     def stride(self, level: str) -> int:

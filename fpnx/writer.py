@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows: two runs on one output are not told apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Layout", "Writer", "free_bytes", "lock", "part_of", "refuse_other_run"]
+__all__ = ["Layout", "Writer", "disk_error", "free_bytes", "lock", "part_of", "refuse_other_run"]
 
 ERROR_BYTES = 240
 TABLE_BYTES = 8 + 8 + 8 + 8 + 1 + ERROR_BYTES + 8 + 16 + 16  # per image, without its path and statistics

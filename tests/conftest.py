@@ -1,0 +1,90 @@
+"""What the tests share: real photographs, small folders of images, and the command line as a process or a call."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = ROOT / "sample_images"
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """The folder of real photographs that comes with the project."""
+    return SAMPLES
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of six small JPEGs, landscape and portrait, two of them in a folder below."""
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    for i, (name, size) in enumerate(
+        [("a.jpg", (96, 64)), ("b.JPG", (64, 96)), ("c.png", (80, 80)), ("d.webp", (96, 64)),
+         ("below/a.jpg", (70, 50)), ("below/e.jpeg", (50, 70))]
+    ):  # fmt: skip
+        noise_image(i, size).save(folder / name)
+    return folder
+
+
+def noise_image(seed: int, size: tuple[int, int]) -> Image.Image:
+    """A smooth random picture of `size` (width, height)."""
+    small = np.random.default_rng(seed).integers(0, 256, (size[1] // 8 + 2, size[0] // 8 + 2, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def fpnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run a command line in this process, in an empty folder: `fpnx("extract", ...)` → (exit code, stdout, stderr)."""
+    from fpnx.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def process(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`fpnx ARGUMENTS` in a process of its own."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-m", "fpnx", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def document(text: str) -> dict[str, Any]:
+    """The one JSON document that `text` is."""
+    value = json.loads(text)
+    assert isinstance(value, dict)
+    return value
+
+
+def copied(samples: Path, folder: Path, count: int) -> Path:
+    """A folder of `count` copies of the sample photographs."""
+    folder.mkdir()
+    pictures = sorted(p for p in samples.rglob("*.jpg"))
+    for i in range(count):
+        shutil.copy(pictures[i % len(pictures)], folder / f"{i:05}.jpg")
+    return folder

@@ -1,0 +1,99 @@
+"""Defaults, validation and the fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from fpnx.config import ExtractConfig, OutputConfig, fingerprint, parse_levels
+from fpnx.errors import FpnxError
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("P2-P5", ("P2", "P3", "P4", "P5")),
+        ("p3-p7", ("P3", "P4", "P5", "P6", "P7")),
+        ("C3,P3", ("C3", "P3")),
+        ("P3,C3,P2", ("P2", "C3", "P3")),
+        ("C2-C3,P5", ("C2", "C3", "P5")),
+        ("P4-5", ("P4", "P5")),
+        (["P5", "P4"], ("P4", "P5")),
+    ],
+    ids=str,
+)
+def test_levels(text: Any, names: tuple[str, ...]) -> None:
+    assert parse_levels(text) == names
+
+
+@pytest.mark.parametrize("text", ["", "P1", "P8", "Q3", "P5-P3", "P3-C5", "P3,P3", "P3,P2-P4", "P", "P22"])
+def test_levels_that_are_none(text: str) -> None:
+    with pytest.raises(FpnxError):
+        parse_levels(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [(224, "224x224"), ("224", "224x224"), ("480x640", "480x640"), ((480, 640), "480x640"), ("native", "native")],
+    ids=str,
+)
+def test_sizes(size: Any, kept: str) -> None:
+    assert ExtractConfig(size=size).size == kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": "0"},
+        {"size": "big"},
+        {"size": "224x"},
+        {"size": 224, "short_side": 100},
+        {"long_side": 100},
+        {"short_side": 800, "long_side": 100},
+        {"dtype": "float64"},
+        {"pool": "mean"},
+        {"seed": -1},
+        {"seed": 1.5},
+        {"channels": 0},
+        {"top_block": "p6"},
+        {"batch_size": "0"},
+        {"batch_size": "many"},
+        {"workers": 0},
+        {"device": "gpu"},
+        {"precision": "int8"},
+        {"max_failed": "half"},
+        {"max_failed": "101%"},
+        {"resume": True, "overwrite": True},
+        {"commit_every": -1.0},
+        {"limit": 0},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked_for(options: dict[str, Any]) -> None:
+    with pytest.raises(FpnxError) as raised:
+        ExtractConfig(**options)
+    assert "\n" not in str(raised.value)
+
+
+def test_frozen_and_strict_about_names() -> None:
+    config = ExtractConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+    with pytest.raises(TypeError, match="bakbone"):
+        ExtractConfig(bakbone="vgg16")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "allowed"), [("0", 10, 0), ("3", 10, 3), ("1%", 250, 2), ("100%", 7, 7), (5, 9, 5)]
+)
+def test_allowed_failures(text: str | int, images: int, allowed: int) -> None:
+    assert OutputConfig(max_failed=text).allowed_failures(images) == allowed
+
+
+def test_fingerprint_depends_on_content_alone() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    # sha256 of '{"a":1}', so that files stay comparable across versions
+    assert fingerprint({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
