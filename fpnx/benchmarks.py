@@ -103,7 +103,7 @@ class _Session:
             with self._step("preparations", None):
                 plans.append(make_plan(self._folder / "measured.h5", run, listing, self._stop, Listener()))
         self._check_baseline(plans)
-        self.findings.machine, self.findings.workers = machine_facts(plans[0].device), plans[0].workers
+        self.findings.machine, self.findings.workers = _machine(plans[0].device), plans[0].workers
         self.findings.facts.update(self._facts(plans[0]))
         engines: dict[tuple[str, str], Engine] = {}
         for plan in plans:
@@ -183,7 +183,7 @@ class _Session:
         try:
             yield
         except (MemoryError, RuntimeError, FpnxError) as error:
-            if column is None or not (isinstance(error, FpnxError) or is_out_of_memory(error)):
+            if column is None or not (isinstance(error, FpnxError) or _is_out_of_memory(error)):
                 raise
             column.reason = str(error) if isinstance(error, FpnxError) else "does not fit into memory"
             if torch.cuda.is_initialized():
@@ -278,7 +278,7 @@ class _Session:
                 config = replace(plan.config, precision="float32")
                 exact[column.backbone] = Engine(build_model(config), plan.recipe, config, plan.device)
             with self._step("preparations", column):
-                column.errors = relative_errors(specimen.features(), specimen.features(exact[column.backbone]))
+                column.errors = _relative_errors(specimen.features(), specimen.features(exact[column.backbone]))
 
     def _add_rivals(self) -> None:
         for backbone in dict.fromkeys(column.backbone for column, _ in self._alive()):
@@ -297,10 +297,10 @@ class _Session:
             if specimen.plan.precision == "float32":
                 ours = specimen.features()
                 theirs = {level: rival.features(level, specimen.batch_size) for level in ours}
-                column.errors = relative_errors(theirs, ours)
+                column.errors = _relative_errors(theirs, ours)
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
     """Processor, memory, threads and versions, as plain values."""
     facts: dict[str, Any] = {
         "system": platform.platform(),
@@ -318,7 +318,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     return {**facts, "versions": versions}
 
 
-def relative_errors(these: Mapping[str, np.ndarray], those: Mapping[str, np.ndarray]) -> dict[str, float]:
+def _relative_errors(these: Mapping[str, np.ndarray], those: Mapping[str, np.ndarray]) -> dict[str, float]:
     """‖a − b‖ / ‖b‖ by level, in float64."""
     errors = {}
     for level, exact in those.items():
@@ -327,7 +327,7 @@ def relative_errors(these: Mapping[str, np.ndarray], those: Mapping[str, np.ndar
     return errors
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
 

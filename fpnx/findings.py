@@ -77,7 +77,8 @@ class Column:
 
     def accounted(self) -> Spread:
         """The forward pass's stages together, over the forward pass measured as one beside them."""
-        sums = map(sum, zip(*(self.stages[stage] for stage in self.forward_stages), strict=True))
+        # An interruption can leave the last sample of some stages behind.
+        sums = map(sum, zip(*(self.stages[stage] for stage in self.forward_stages), strict=False))
         return spread([together / whole for together, whole in zip(sums, self.forward, strict=False)])
 
     def achieved(self) -> Spread:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["fill", "make_photographs"]
+__all__ = ["HEIGHT", "WIDTH", "fill", "make_photographs"]
 
 HEIGHT, WIDTH, QUALITY = 768, 1024, 90
 SLOPE = 1.2

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fpnx.errors import shown
 from fpnx.findings import Column, Findings
-from fpnx.report import _bytes, _facts, _part, _stdout
 from fpnx.stopwatch import Spread, spread
 
 __all__ = ["show_findings"]
@@ -21,7 +21,7 @@ ADDS_UP = 0.1  # how far the stages of the forward pass may be from it before a 
 
 def show_findings(findings: Findings) -> None:
     """Machine, shapes, costs, stages, throughput, comparison and bottlenecks, on stdout."""
-    console = _stdout()
+    console = Console(highlight=False)
     _show_head(console, findings)
     _show_shapes(console, findings)
     _show_costs(console, findings)
@@ -38,20 +38,22 @@ def show_findings(findings: Findings) -> None:
 def _show_head(console: Console, findings: Findings) -> None:
     machine, facts = findings.machine, findings.facts
     per = facts["samples_per_round"]
-    memory = f", {_bytes(machine['memory_bytes'])} free" if machine["memory_bytes"] else ""
+    memory = f", {machine['memory_bytes'] / 1e9:.1f} GB free" if machine["memory_bytes"] else ""
     device = f"{machine['device']} ({machine['gpu']})" if "gpu" in machine else machine["device"]
-    weights = facts["weights"]
+    weights = {name: _part(part) for name, part in facts["weights"].items()}
     chosen = f"{findings.rounds} rounds in {facts.get('seconds', 0):.0f} s, every configuration in turn; in each round "
-    _facts(
-        console,
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
         ("machine", f"{machine['processor']}, {machine['cpus']} CPUs{memory}"),
         ("device", f"{device}, {machine['torch_threads']} threads, {findings.workers} decoding threads"),
         ("versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())),
         ("images", f"{facts['images']}; {facts['recipe']}"),
-        ("weights", f"backbone {_part(weights['backbone'])}, pyramid {_part(weights['pyramid'])}"),
+        ("weights", f"backbone {weights['backbone']}, pyramid {weights['pyramid']}"),
         ("files", f"in {facts['folder']} (TMPDIR), until they are on the disk"),
         ("measured", f"{chosen}{per['stages']} times stages and forward pass, once end to end"),
-    )
+    ):
+        table.add_row(Text(name, style="dim"), Text(value))
+    console.print(table)
 
 
 def _show_shapes(console: Console, findings: Findings) -> None:
@@ -232,6 +234,11 @@ def _table(console: Console, title: str) -> Table:
 
 def _range(found: Spread) -> str:
     return f"{_number(found.median):>4} {_number(found.low):>4}–{_number(found.high):<4}"
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    state = {True: "trained", False: "untrained", None: "from file"}[part["trained"]]
+    return f"{state} ({shown(part['source'])})"
 
 
 def _number(value: float) -> str:

@@ -23,7 +23,7 @@ from fpnx.planning import Plan
 from fpnx.stopwatch import PeakMemory, Stopwatch, available_memory
 from fpnx.writer import Layout, Writer
 
-__all__ = ["BEFORE", "AFTER", "Specimen"]
+__all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "Specimen"]
 
 DECODE, RESIZE, UPLOAD, DOWNLOAD, WRITE = "decode", "resize + normalise", "copy to device", "copy back", "write"
 BEFORE, AFTER = (DECODE, RESIZE, UPLOAD), (DOWNLOAD, WRITE)  # stages outside the forward pass
