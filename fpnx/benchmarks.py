@@ -40,7 +40,7 @@ __all__ = ["benchmark"]
 MADE = 8  # different photographs where none are given
 READ = 64  # different images at most where some are given
 SECONDS, ROUNDS = 32.0, (5, 30)  # of all rounds where nobody said how many; at least and at most
-ENOUGH = 3  # rounds with which that ends where it takes twice as long as it was to
+ENOUGH = 3  # rounds with which that ends where it takes much longer than it was to
 SHORT = 3  # times that what is short is measured in a round
 DISK = (64 << 20, 512 << 20)  # bytes to measure the disk with
 
@@ -124,7 +124,8 @@ class _Session:
 
     def measure(self) -> None:
         """A round to warm up and to see what a round takes, then the rounds that count."""
-        steps = SHORT * (len(self._alive()) + len(self._rivals)) + len(self._alive()) + len(self._rivals) + 1
+        configurations = len(self._alive()) + len(self._rivals_alive())
+        steps = SHORT * (configurations + 1) + configurations + 1
         self._done, self._total = 0, steps
         started = time.perf_counter()
         self._round("warm-up", memory=True)
@@ -139,7 +140,7 @@ class _Session:
             self._round("measurements")
             seconds = time.perf_counter() - started
             self.findings.rounds, self.findings.facts["seconds"] = done, seconds
-            if asked == "auto" and done >= ENOUGH and seconds > 2 * SECONDS:
+            if asked == "auto" and done >= ENOUGH and seconds > 1.25 * SECONDS:
                 break
 
     def close(self) -> None:
@@ -160,6 +161,9 @@ class _Session:
             for column, rival in self._rivals_alive():
                 with self._step(what, column):
                     column.forward.append(rival.forward())
+            with self._step(what, None):
+                for precision, product in self._products.items():
+                    self.findings.ceilings.setdefault(precision, []).append(product.measure())
         for column, specimen in self._alive():
             with self._step(what, column):
                 rate, peak = specimen.end_to_end(memory)
@@ -171,8 +175,6 @@ class _Session:
                 column.end_to_end.append(rival.end_to_end())
                 column.rss = rival.rss
         with self._step(what, None):
-            for precision, product in self._products.items():
-                self.findings.ceilings.setdefault(precision, []).append(product.measure())
             self.findings.disk.append(write_speed(self._folder, self._disk_bytes))
 
     @contextmanager

@@ -279,6 +279,8 @@ def _several(what: str, value: Any) -> tuple[Any, ...]:
     parts = [value] if isinstance(value, (str, int)) else list(value or ())
     found = [item.strip() if isinstance(item, str) else item
              for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
+    if "" in found:
+        raise FpnxError(f"{what} {value!r}: a value is missing beside a comma")
     twice = next((item for item in found if found.count(item) > 1), None)
     if twice is not None:
         raise FpnxError(f"{what} {twice} is given twice: name each once")

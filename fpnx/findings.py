@@ -90,7 +90,7 @@ class Column:
 
         Args:
             workers: decoding threads.
-            disk: bytes/s.
+            disk: bytes/s that it can take.
         """
         rate = spread(self.end_to_end).median
         ms = {stage: spread(samples).median for stage, samples in self.stages.items()}
@@ -157,7 +157,7 @@ class Findings:
         """One line that names what an end-to-end run spends its time on; None without the samples for it."""
         if not (column.stages and column.end_to_end and self.disk):
             return None
-        busy = column.busy(self.workers, spread(self.disk).median)
+        busy = column.busy(self.workers, spread(self.disk).high)
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in busy.items())
         most = max(busy, key=busy.__getitem__)
         detail = ""

@@ -131,7 +131,7 @@ def _throughput_rows(findings: Findings) -> Rows:
         return spread(samples) if samples else None
 
     def share(what: Spread, whole: Spread | None) -> str:
-        return f"{100 * what.median / whole.median:.0f}" if whole else NOTHING
+        return f"{100 * what.median / whole.high:.0f}" if whole else NOTHING
 
     def written(column: Column) -> Spread:
         return spread([rate * column.bytes_per_image for rate in column.end_to_end])
@@ -144,10 +144,10 @@ def _throughput_rows(findings: Findings) -> Rows:
         ("files to file, images/s", lambda c: _range(spread(c.end_to_end))),
         ("achieved, GFLOP/s", lambda c: _range(_over(c.achieved(), 1e9))),
         ("matrix product, GFLOP/s", lambda c: _range(_over(w, 1e9)) if (w := ceiling(c)) else NOTHING),
-        ("achieved of that, %", lambda c: share(c.achieved(), ceiling(c))),
+        ("achieved of its best, %", lambda c: share(c.achieved(), ceiling(c))),
         ("written, MB/s", lambda c: _range(_over(written(c), 1e6))),
         ("disk, MB/s", lambda _: _range(_over(disk, 1e6)) if disk else NOTHING),
-        ("written of that, %", lambda c: share(written(c), disk)),
+        ("written of its best, %", lambda c: share(written(c), disk)),
         ("peak RSS, MB", lambda c: f"{c.rss / 1e6:.0f}" if c.rss else NOTHING),
         ("of it for this run, MB", lambda c: f"{c.added / 1e6:.0f}" if c.added is not None else NOTHING),
     ]
