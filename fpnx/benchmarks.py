@@ -96,7 +96,8 @@ class _Session:
     def prepare(self) -> None:
         """Images, models, warm-up: everything that comes before the first sample."""
         runs = self._config.runs()
-        self._total = 2 * len(runs)
+        self._total = 2 * len(runs) + sum(run.precision not in ("auto", "float32") for run in runs)
+        self._total += len({run.backbone for run in runs}) if self._config.baseline else 0
         files = self._files()
         listing, plans = find([self._folder / "images"]), list[Plan]()
         for run in runs:

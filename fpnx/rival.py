@@ -31,12 +31,14 @@ class Rival:
     """
 
     def __init__(self, specimen: Specimen, folder: Path) -> None:
-        self.output, self.rss = folder / "baseline.h5", None
+        folder = folder / f"plain {specimen.plan.model.backbone}"  # of its own: there may be several
+        folder.mkdir()
+        self.output, self.rss = folder / "out.h5", None
         self._images, self._batch_size = specimen.images, specimen.batch_size
         parameters = folder / "parameters.pt"
         plan = specimen.plan
         torch.save({name: value.cpu().contiguous() for name, value in plan.model.state_dict().items()}, parameters)
-        self._log = open(folder / "baseline.log", "w+b")  # noqa: SIM115
+        self._log = open(folder / "log", "w+b")  # noqa: SIM115
         # A session of its own: Ctrl-C is for us to handle.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fpnx.baseline"],

@@ -100,6 +100,15 @@ def test_the_plain_script_computes_the_same(findings: Findings) -> None:
     assert max(plain.errors.values()) < 1e-4
 
 
+@pytest.mark.slow
+def test_each_backbone_has_its_own_plain_script(photos: Path) -> None:
+    options = TINY | {"backbone": ["mobilenet_v2", "resnet50"], "repeats": 1}
+    found = benchmark(**options, images=str(photos), baseline=True)
+    plain = [column for column in found.columns if column.plain_script]
+    assert [column.backbone for column in plain] == ["mobilenet_v2", "resnet50"]
+    assert all(max(column.errors.values()) < 1e-4 for column in plain)
+
+
 def test_the_error_of_a_precision_is_that_of_its_type(findings: Findings) -> None:
     assert not findings.columns[0].errors
     errors = findings.columns[2].errors
