@@ -102,7 +102,7 @@ class _Session:
         listing, plans = find([self._folder / "images"]), list[Plan]()
         for run in runs:
             with self._step("preparations", None):
-                plans.append(make_plan(self._folder / "measured.h5", run, listing, self._stop, Listener()))
+                plans.append(make_plan(self._folder / "measured.h5", run, listing, Listener()))
         self._check_baseline(plans)
         self.findings.machine, self.findings.workers = _machine(plans[0].device), plans[0].workers
         self.findings.facts.update(self._facts(plans[0]))

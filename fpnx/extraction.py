@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -25,15 +25,18 @@ import torchvision
 from fpnx._version import __version__
 from fpnx.config import ExtractConfig, parse_extent
 from fpnx.control import Listener, Stop, stoppable
+from fpnx.disk import lock
 from fpnx.engine import Engine, Features
 from fpnx.errors import FpnxError, ImageError, Interrupted, shown
-from fpnx.images import Listing, decode, find, pillow_within_limits
-from fpnx.planning import Plan, check_output, make_plan
-from fpnx.store import DONE, Store, open_store
-from fpnx.writer import Writer, disk_error, lock, part_of
+from fpnx.fitting import Fitting
+from fpnx.images import Budget, Listing, decode, find, pillow_within_limits
+from fpnx.planning import Plan, check_output, make_plan, real_output
+from fpnx.store import DONE, PENDING, Store, open_store
+from fpnx.writer import Writer, part_of
 
 __all__ = ["Result", "extract"]
 
+_Item = TypeVar("_Item")
 STAGES = ("decode", "resize", "forward", "write")
 DEFAULT_OUTPUT = "out.h5"
 
@@ -49,7 +52,7 @@ class Result:
         computed: how many this run computed.
         seconds: of computing, without loading the model.
         timings: milliseconds per computed image, by stage.
-        nonfinite: NaN and infinite values, by level.
+        nonfinite: NaN and infinite values, by level; in a strict run they are errors.
         stopped: why `strict` ended it early; None where it did not.
         complete: whether `output` has its final name.
         facts: what was planned, as plain values.
@@ -64,6 +67,7 @@ class Result:
     timings: Mapping[str, float]
     nonfinite: Mapping[str, int]
     allowed_failures: int
+    strict: bool = False
     stopped: str | None = None
     complete: bool = True
     dry_run: bool = False
@@ -77,7 +81,8 @@ class Result:
     @property
     def exit_code(self) -> int:
         """0, or 1 where more images failed than allowed or `strict` stopped the run."""
-        return 1 if self.stopped or len(self.failed) > self.allowed_failures else 0
+        not_finite = self.strict and any(self.nonfinite.values())
+        return 1 if self.stopped or not_finite or len(self.failed) > self.allowed_failures else 0
 
     def to_json(self) -> dict[str, Any]:
         """All of this as plain values."""
@@ -123,44 +128,42 @@ def extract(
     """
     config = ExtractConfig(**options)
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    target, hears = Path(output), listener or Listener()
+    target, hears = real_output(Path(output)), listener or Listener()
     check_output(target, config)
     with stoppable(hears) as stop, pillow_within_limits():
         listing = find(paths)
         if config.limit is not None:
             listing = Listing(listing.root, listing.sources[: config.limit], listing.skipped)
-        with nullcontext() if config.dry_run else lock(target):
-            plan = make_plan(target, config, listing, stop, hears)
+        with nullcontext(True) if config.dry_run else lock(target) as alone:
+            if not alone:
+                hears.message("files cannot be locked here: see to it that no second run writes this output")
+            check_output(target, config)  # again: another run may have ended since
+            plan = make_plan(target, config, listing, hears)
             hears.planned(plan)
             if config.dry_run:
                 return _result(plan, None, _Clock(), dry_run=True)
             if config.resume and target.exists() and not part_of(target).exists():
                 with open_store(target) as store:
+                    _refuse_unfinished(target, store)
                     return _result(plan, store, _Clock())
             return _run(plan, stop, hears)
 
 
 def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
     clock = _Clock()
-    resumes = plan.config.resume and part_of(plan.output).exists()
-    if resumes:
-        writer = Writer.reopen(plan.output, plan.layout)
+    if plan.config.resume and part_of(plan.output).exists():
+        writer = Writer.reopen(plan.output)
     else:
         writer = Writer.create(plan.output, plan.layout, _provenance(plan))
         if not writer.space_is_claimed:
             listener.message("this file system cannot set space aside: free space was checked once, now")
-    stopped = None
     try:
+        stop.begin()
         stopped = _compute(plan, writer, clock, stop, listener)
         if stopped is None:
             writer.finish()
         else:
             writer.commit()
-    except (OSError, RuntimeError) as error:
-        told = disk_error(error, plan.output, plan.layout.total_bytes())
-        if not isinstance(error, OSError) and "errno" not in str(error):
-            raise
-        raise FpnxError(f"{told}; what was done is kept: continue it with --resume") from error
     finally:
         writer.close()
     clock.stop()
@@ -184,21 +187,30 @@ def _compute(plan: Plan, writer: Writer, clock: _Clock, stop: Stop, listener: Li
 
     def load(index: int) -> _Loaded | ImageError:
         try:
-            return _load(plan, index, clock)
+            return _load(plan, index, budget, clock)
         except ImageError as error:
             return error
+        except MemoryError:
+            return ImageError("out of memory while it was read: lower --workers, or refuse such with --max-pixels")
+        except Exception as error:  # one odd file must not end a run of hours
+            return ImageError(f"{type(error).__name__}: {error}")
 
     def write(indices: Sequence[int], features: Features, sizes: np.ndarray) -> None:
         with clock("write"):
-            writer.put(indices, features.arrays, sizes)
-            for level, counts in features.nonfinite.items():
-                for index, count in zip(indices, counts, strict=True):
-                    if count:
-                        writer.count_nonfinite(index, level, count)
-            if clock.since_commit() >= plan.config.commit_every:
-                writer.commit()
-                clock.committed()
+            writer.put(indices, features.arrays, sizes, features.nonfinite)
+            commit_when_due()
 
+    def fail(index: int, reason: str) -> None:
+        writer.fail(index, reason)
+        commit_when_due()
+
+    def commit_when_due() -> None:
+        if clock.since_commit() >= plan.config.commit_every:
+            writer.commit()
+            clock.committed()
+
+    budget = Budget(plan.config.max_pixels)
+    fitting = Fitting(engine, listener.message)
     decoders, scribe = ThreadPoolExecutor(plan.workers), ThreadPoolExecutor(1)
     writes: deque[Future[None]] = deque()
     try:
@@ -218,21 +230,30 @@ def _compute(plan: Plan, writer: Writer, clock: _Clock, stop: Stop, listener: Li
                 waiting.append(load_batch(batches[position + 2]))
             for index, image in zip(batch, loaded, strict=True):
                 if isinstance(image, ImageError):
-                    writes.append(scribe.submit(writer.fail, index, str(image)))
+                    writes.append(scribe.submit(fail, index, str(image)))
                     if strict:
                         return _strictly(plan, index, str(image))
             good = [(i, image) for i, image in zip(batch, loaded, strict=True) if isinstance(image, _Loaded)]
-            for indices, features, sizes in _forward(engine, good, clock, listener):
-                if isinstance(features, str):
-                    writes.append(scribe.submit(writer.fail, indices[0], features))
-                else:
+            for piece, features in clock.over("forward", fitting([image.pixels for _, image in good])):
+                indices = [index for index, _ in good[piece]]
+                if features is not None:
+                    sizes = np.array([image.source_size for _, image in good[piece]], np.int32)
                     writes.append(scribe.submit(write, indices, features, sizes))
+                bad = _failures(indices, features, strict)
+                for index, reason in bad.items():
+                    writes.append(scribe.submit(fail, index, reason))
+                if bad and strict:
+                    return _strictly(plan, *next(iter(bad.items())))
             while len(writes) > 2:
                 writes.popleft().result()
             finished += len(batch)
             clock.images += len(batch)
             listener.progress("images", finished, total)
         return None
+    except Interrupted:  # at once: what is queued is dropped, and what is being written is not yet marked
+        scribe.shutdown(wait=False, cancel_futures=True)
+        writes.clear()
+        raise
     finally:
         decoders.shutdown(cancel_futures=True)
         scribe.shutdown()
@@ -246,47 +267,37 @@ class _Loaded:
     source_size: tuple[int, int]
 
 
-def _load(plan: Plan, index: int, clock: _Clock) -> _Loaded:
-    with clock("decode"):
-        picture = decode(plan.listing.sources[index], plan.config.max_pixels)
-    source = (picture.height, picture.width)
-    size = plan.recipe.input_size(source, plan.config.max_pixels)
-    if size != tuple(plan.layout.sizes[index].tolist()):
-        raise ImageError("its header and its pixels disagree about the size")
-    with clock("resize"):
-        return _Loaded(plan.recipe.resize(picture, size), source)
+def _load(plan: Plan, index: int, budget: Budget, clock: _Clock) -> _Loaded:
+    with budget.share() as claim:
+        with clock("decode"):
+            picture = decode(plan.listing.sources[index], plan.config.max_pixels, claim)
+        source = (picture.height, picture.width)
+        size = plan.recipe.input_size(source, plan.config.max_pixels)
+        if size != tuple(plan.layout.sizes[index].tolist()):
+            raise ImageError("its header and its pixels disagree about the size")
+        with clock("resize"):
+            return _Loaded(plan.recipe.resize(picture, size), source)
 
 
-def _forward(
-    engine: Engine, images: list[tuple[int, _Loaded]], clock: _Clock, listener: Listener
-) -> Iterator[tuple[list[int], Features | str, np.ndarray]]:
-    """A batch through the engine; halved as often as needed where memory does not suffice."""
-    if not images:
-        return
-    indices = [index for index, _ in images]
-    sizes = np.array([image.source_size for _, image in images], np.int32)
-    try:
-        with clock("forward"):
-            features = engine([image.pixels for _, image in images])
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        if engine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(images) == 1:
-            yield indices, "out of memory, even alone: take a smaller --size", sizes
-            return
-    else:
-        yield indices, features, sizes
-        return
-    listener.message(f"out of memory with {len(images)} images at once: going on with {(len(images) + 1) // 2}")
-    half = (len(images) + 1) // 2
-    yield from _forward(engine, images[:half], clock, listener)
-    yield from _forward(engine, images[half:], clock, listener)
+def _failures(indices: Sequence[int], features: Features | None, strict: bool) -> dict[int, str]:
+    """Why each image of a batch failed; in a strict run also for NaN and infinite values."""
+    if features is None:
+        return dict.fromkeys(indices, "out of memory, even alone: take a smaller --size")
+    found: dict[int, str] = {}
+    for position, index in enumerate(indices) if strict else ():
+        bad = [f"{counts[position]} in {level}" for level, counts in features.nonfinite.items() if counts[position]]
+        if bad:
+            found[index] = f"NaN or infinite values: {', '.join(bad)}"
+    return found
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+def _refuse_unfinished(output: Path, store: Store) -> None:
+    pending = int((store.status == PENDING).sum())
+    if pending:
+        raise FpnxError(
+            f"{shown(output)} is not finished ({pending} images are pending): rename it to "
+            f"{shown(part_of(output).name)} and continue it with --resume, or start over with --overwrite"
+        )
 
 
 def _batches(plan: Plan, pending: Sequence[int]) -> Iterator[list[int]]:
@@ -318,8 +329,9 @@ def _result(
         computed=clock.images,
         seconds=clock.seconds,
         timings={stage: 1000 * clock.spent[stage] / max(clock.images, 1) for stage in STAGES},
-        nonfinite=dict(zip(plan.model.levels, store.nonfinite.sum(axis=0).tolist(), strict=True)) if store else {},
-        allowed_failures=plan.config.allowed_failures(count),
+        nonfinite=store.nonfinite_by_level() if store is not None else {},
+        allowed_failures=0 if plan.config.strict else plan.config.allowed_failures(count),
+        strict=plan.config.strict,
         stopped=stopped,
         complete=store is not None and stopped is None,
         dry_run=dry_run,
@@ -338,6 +350,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
             "pillow": PIL.__version__,
             "h5py": h5py.__version__,
         },
+        "options": plan.config.repeatable(),
         "command": [shown(argument) for argument in sys.argv[:64]],
         "weights": facts["weights"],
         "recipe": str(plan.recipe),
@@ -368,6 +381,15 @@ class _Clock:
         finally:
             with self._lock:
                 self.spent[stage] += time.perf_counter() - started
+
+    def over(self, stage: str, items: Iterator[_Item]) -> Iterator[_Item]:
+        """`items`, with the time that each takes to come."""
+        while True:
+            with self(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
     def start(self) -> None:
         self._started = self._commit = time.perf_counter()

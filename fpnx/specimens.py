@@ -160,8 +160,9 @@ class Specimen:
         """Seconds for one batch until it is on the disk, in a file laid out for it as a run lays it out."""
         if self._writer is None:
             self._writer = Writer.create(self._folder / f"{self._name}.h5", _layout(self.plan, self._members), {})
+        finite = {level: [0] * self.batch_size for level in self._arrays}
         started = time.perf_counter()
-        self._writer.put(range(self.batch_size), self._arrays, source_sizes)
+        self._writer.put(range(self.batch_size), self._arrays, source_sizes, finite)
         self._writer.commit()
         return time.perf_counter() - started
 
