@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fpnx._version import __version__
-from fpnx.config import SAMPLE, ExtractConfig, VisualizeConfig
+from fpnx.config import SAMPLE, BenchmarkConfig, ExtractConfig, VisualizeConfig
 from fpnx.errors import FpnxError, Interrupted
 
 __all__ = ["app", "main"]
@@ -111,6 +111,14 @@ Precision = Annotated[
 ]
 BatchSize = Annotated[str, _option("Run", "--batch-size", "Images in one forward pass.", "auto|N")]
 Workers = Annotated[str, _option("Run", "--workers", "Decoding threads.", "auto|N")]
+
+Backbones = Annotated[list[str] | None, _option("Model", "--backbone", "Name; again for one more column.", "NAME")]
+Precisions = Annotated[str, _option("Run", "--precision", "As for extract; several with commas.", "NAME,…")]
+BatchSizes = Annotated[str, _option("Run", "--batch-size", "auto or numbers; several with commas.", "auto|N,…")]
+Folder = Annotated[str | None, _option("Input", "--images", "Images to measure with; else some are made.", "FOLDER")]
+Repeats = Annotated[str, _option("Run", "--repeats", "Rounds; auto takes about a minute, at least 5 rounds.", "auto|N")]
+Baseline = Annotated[bool, _option("Run", "--baseline", "Beside it, the plain script that people write today.")]
+Plot = Annotated[str | None, _option("Output", "--plot", "Draw the stages into FILE.png (.svg, .pdf).", "FILE")]
 
 
 Mode = Annotated[
@@ -252,6 +260,51 @@ def visualize(
         terminal.close()
     report.show_json(result.to_json()) if json else report.show_pictures(result)
     return result.exit_code
+
+
+@app.command()
+def benchmark(
+    context: typer.Context,
+    backbone: Backbones = None,
+    weights: WeightsChoice = BenchmarkConfig.weights,
+    seed: Seed = BenchmarkConfig.seed,
+    levels: Levels = None,
+    channels: Channels = BenchmarkConfig.channels,
+    top_block: TopBlock = BenchmarkConfig.top_block,
+    offline: Offline = BenchmarkConfig.offline,
+    images: Folder = BenchmarkConfig.images,
+    size: Size = str(BenchmarkConfig.size),
+    short_side: ShortSide = BenchmarkConfig.short_side,
+    long_side: LongSide = BenchmarkConfig.long_side,
+    max_pixels: MaxPixels = BenchmarkConfig.max_pixels,
+    dtype: Dtype = BenchmarkConfig.dtype,
+    plot: Plot = BenchmarkConfig.plot,
+    json: Json = False,
+    device: Device = BenchmarkConfig.device,
+    precision: Precisions = str(BenchmarkConfig.precision),
+    batch_size: BatchSizes = str(BenchmarkConfig.batch_size),
+    workers: Workers = str(BenchmarkConfig.workers),
+    repeats: Repeats = str(BenchmarkConfig.repeats),
+    baseline: Baseline = BenchmarkConfig.baseline,
+) -> int:
+    """Show shapes, costs and timings of backbones, batch sizes and precisions, side by side.
+
+    [dim]fpnx benchmark --backbone resnet50 --backbone vgg16 --baseline[/dim]
+
+    [dim]fpnx benchmark --precision float32,bfloat16 --batch-size 1,8 --plot stages.png[/dim]
+    """
+    options = _options(context, BenchmarkConfig)
+    from fpnx import benchmarks, charts, report, scoreboard
+
+    terminal = report.Terminal(json)
+    try:
+        findings = benchmarks.benchmark(listener=terminal, **options)
+    finally:
+        terminal.close()
+    report.show_json(findings.to_json()) if json else scoreboard.show_findings(findings)
+    if plot is not None:
+        charts.draw_stages(findings, plot)
+    return findings.exit_code
 
 
 @app.command()

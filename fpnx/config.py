@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -11,11 +12,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fpnx.errors import FpnxError, nearest
+from fpnx.errors import FpnxError, nearest, shown
 
 __all__ = [
     "TOP_BLOCKS",
     "UNSTRIDED_LEVELS",
+    "BenchmarkConfig",
     "DTYPES",
     "ExtractConfig",
     "FileFacts",
@@ -46,6 +48,7 @@ SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
 FORMATS = ("h5", "png")
 MODES = ("energy", "mean", "max", "std", "pca", "channels", "similarity")
+PLOTS = (".png", ".svg", ".pdf")
 SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
@@ -286,6 +289,71 @@ class VisualizeConfig(PictureConfig):
             _freeze(self, name, (value,) if isinstance(value, str) else tuple(value or ()) or None)
 
 
+class BenchmarkConfig(InputConfig):
+    """Everything that `fpnx benchmark` can be asked for.
+
+    `backbone`, `precision` and `batch_size` take several: lists, or text with commas. `images`: a folder; None makes
+    photograph-like ones. `repeats`: rounds, in each of which every configuration is measured; `"auto"`: as many as
+    fit into a minute, at least five.
+    """
+
+    backbone: str | Iterable[str] | None = None
+    weights: str = "random"
+    seed: int = ModelConfig.seed
+    levels: str | Iterable[str] | None = None
+    channels: int | None = ModelConfig.channels
+    top_block: str | None = ModelConfig.top_block
+    offline: bool = ModelConfig.offline
+    images: str | None = None
+    dtype: str = OutputConfig.dtype
+    device: str = RunConfig.device
+    precision: str | Iterable[str] = RunConfig.precision
+    batch_size: str | int | Iterable[int] = RunConfig.batch_size
+    workers: str | int = RunConfig.workers
+    repeats: str | int = "auto"
+    baseline: bool = False
+    plot: str | None = None
+
+    def __post_init__(self) -> None:
+        InputConfig.__post_init__(self)
+        for name in ("backbone", "precision", "batch_size"):
+            _freeze(self, name, _several(name.replace("_", " "), getattr(self, name)))
+        if self.repeats != "auto":
+            value = self.repeats
+            number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+            _check_whole("repeats", number, 1, 10_000, "auto or ")
+            _freeze(self, "repeats", number)
+        if self.plot is not None and not self.plot.lower().endswith(PLOTS):
+            raise FpnxError(f"plot {shown(self.plot)}: take a name that ends in {', '.join(PLOTS)}")
+        if not self.runs():  # which also checks every other field
+            raise FpnxError("no precision or no batch size: name at least one, or auto")
+
+    def runs(self) -> list[ExtractConfig]:
+        """One extraction for each backbone, precision and batch size; the batch size changes fastest."""
+        chosen: tuple[Any, ...] = (self.backbone or (None,), self.precision, self.batch_size)
+        return [
+            ExtractConfig(
+                backbone=backbone,
+                weights=self.weights,
+                seed=self.seed,
+                levels=self.levels,
+                channels=self.channels,
+                top_block=self.top_block,
+                offline=self.offline,
+                size=self.size,
+                short_side=self.short_side,
+                long_side=self.long_side,
+                max_pixels=self.max_pixels,
+                dtype=self.dtype,
+                device=self.device,
+                precision=precision,
+                batch_size=batch_size,
+                workers=self.workers,
+            )
+            for backbone, precision, batch_size in itertools.product(*chosen)
+        ]
+
+
 def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
     """`"P3-P7"`, `"C3,P3"` or a sequence of names → names, fine to coarse, C before P.
 
@@ -382,6 +450,19 @@ def _point_text(point: str | tuple[float, float]) -> str:
     if not re.fullmatch(r"\s*\d+(\.\d*)?%?\s*,\s*\d+(\.\d*)?%?\s*", text, re.ASCII):
         raise FpnxError(f"point {text!r}: take x and y in source pixels such as 120,80, or shares such as 50%,50%")
     return "".join(text.split())
+
+
+def _several(what: str, value: Any) -> tuple[Any, ...]:
+    """Values of an option that may be given more than once, or with commas; none twice."""
+    parts = [value] if isinstance(value, (str, int)) else list(value or ())
+    found = [item.strip() if isinstance(item, str) else item
+             for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
+    if "" in found:
+        raise FpnxError(f"{what} {value!r}: a value is missing beside a comma")
+    twice = next((item for item in found if found.count(item) > 1), None)
+    if twice is not None:
+        raise FpnxError(f"{what} {twice} is given twice: name each once")
+    return tuple(found)
 
 
 def _freeze(config: object, name: str, value: object) -> None:

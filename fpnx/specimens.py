@@ -1,0 +1,226 @@
+"""One configuration under measurement: its stages, its forward pass, the whole way from files to a file."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fpnx.anatomy import MERGE, TOP, marked, peak_bytes, timed_body
+from fpnx.config import level_number
+from fpnx.engine import Engine
+from fpnx.errors import FpnxError
+from fpnx.extraction import extract
+from fpnx.images import Listing, decode
+from fpnx.planning import Plan
+from fpnx.stopwatch import PeakMemory, Stopwatch, available_memory
+from fpnx.writer import Layout, Writer
+
+__all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "Specimen"]
+
+DECODE, RESIZE, UPLOAD, DOWNLOAD, WRITE = "decode", "resize + normalise", "copy to device", "copy back", "write"
+BEFORE, AFTER = (DECODE, RESIZE, UPLOAD), (DOWNLOAD, WRITE)  # stages outside the forward pass
+IMAGES, BATCHES = 32, 2  # of an end-to-end run, at least
+SECONDS, BYTES = 0.5, 1 << 30  # that such a run should take, and may write for it
+IN_FLIGHT = 4  # batches of features that a run holds at most: in the engine, in the queue, being written
+
+
+class Specimen:
+    """A plan made ready: a batch of its images, an engine, a file to write to.
+
+    Attributes:
+        size: (height, width) of the batch, with padding; `group` in the words of a file.
+        files: the folder that an end-to-end run reads.
+        images: how many images it takes from there: whole batches, as many as it takes to be timed.
+    """
+
+    def __init__(self, plan: Plan, engine: Engine, folder: Path, name: str) -> None:
+        self.plan, self.engine = plan, engine
+        self.size = _most_common(plan)
+        self.group = f"{self.size[0]}x{self.size[1]}"
+        self.batch_size = plan.batch_size_for(self.size)
+        self.images = 0
+        self.files, self._folder, self._name = folder / "files", folder, name
+        members = [i for i, name in enumerate(plan.layout.groups) if name == self.group]
+        # One size before padding, too: then a batch is one array.
+        members = [i for i in members if (plan.layout.sizes[i] == plan.layout.sizes[members[0]]).all()]
+        self._members = [members[i % len(members)] for i in range(self.batch_size)]
+        self._stopwatch = Stopwatch(plan.device)
+        self._writer: Writer | None = None
+        self._batch: Tensor | None = None
+        self._network = _Network(engine, self._stopwatch)
+
+    def needs(self) -> int:
+        """Bytes that an extraction takes at least, beside what is loaded already."""
+        pixels = 5 * 3 * self.size[0] * self.size[1]  # as bytes and as float32
+        features = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.group)
+        return self.batch_size * (peak_bytes(self.plan.model, self.size) + pixels + IN_FLIGHT * features)
+
+    def obstacle(self) -> str | None:
+        """Why its batch cannot fit into memory; None where it may."""
+        there, needed = available_memory(self.plan.device), self.needs()
+        if there is None or needed <= there:
+            return None
+        return f"does not fit: it needs about {needed / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB can be had"
+
+    def warm_up(self) -> None:
+        """Take the first, slow turns, and settle the length of an end-to-end run."""
+        for _ in range(2):
+            ms = self.stages()
+            self.forward()
+        reading, writing = (ms[DECODE] + ms[RESIZE]) / self.plan.workers, ms[WRITE]
+        network = sum(ms.values()) - ms[DECODE] - ms[RESIZE] - writing
+        each = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.group)
+        wanted = min(1000 * SECONDS / max(reading, network, writing), BYTES / each)
+        batches = math.ceil(max(wanted, IMAGES) / self.batch_size)
+        self.images = max(batches, BATCHES) * self.batch_size
+
+    def stages(self) -> dict[str, float]:
+        """One batch through every stage, one after the other: milliseconds per image by stage."""
+        sources, recipe = self.plan.listing.sources, self.plan.recipe
+        spent = dict.fromkeys(BEFORE, 0.0)
+        pixels: list[np.ndarray] = []
+        source_sizes = []
+        for index in self._members:
+            started = time.perf_counter()
+            picture = decode(sources[index], self.plan.config.max_pixels)
+            decoded = time.perf_counter()
+            height, width = self.plan.layout.sizes[index].tolist()
+            pixels.append(recipe.resize(picture, (height, width)))
+            spent[DECODE] += decoded - started
+            spent[RESIZE] += time.perf_counter() - decoded
+            source_sizes.append((picture.height, picture.width))
+        for stage, seconds in self._computed(pixels).items():
+            spent[stage] = spent.get(stage, 0.0) + seconds
+        spent[WRITE] = self._written(np.array(source_sizes, np.int32))
+        return {stage: 1000 * seconds / self.batch_size for stage, seconds in spent.items()}
+
+    def forward(self) -> float:
+        """One batch through the network and nothing else, as it is in a run: milliseconds per image."""
+        assert self._batch is not None, "stages() comes first"
+        with _computing(self.engine):
+            self._stopwatch.start()
+            self.engine.model(self._batch)
+            self._stopwatch.mark("forward")
+        return 1000 * self._stopwatch.seconds()["forward"] / self.batch_size
+
+    def end_to_end(self, memory: bool = False) -> tuple[float, PeakMemory | None]:
+        """The files of the plan into a new file, as `fpnx extract` does it: images/s, and what it took of memory."""
+        output = self._folder / "measured.h5"
+        options = asdict(self.plan.config) | {"batch_size": self.batch_size, "limit": self.images, "overwrite": True}
+        peak = PeakMemory(self.plan.device)
+        try:
+            with peak if memory else nullcontext():
+                result = extract(self.files, output, **options)
+        finally:
+            output.unlink(missing_ok=True)
+        if result.failed:
+            raise FpnxError(f"{result.failed[0][0]}: {result.failed[0][1]}: measure with images that can be read")
+        return result.images_per_second, peak if memory else None
+
+    def features(self, engine: Engine | None = None) -> dict[str, np.ndarray]:
+        """The features of the batch, (B, C, H, W) by level, from its own engine or another, as a run uses it."""
+        return dict((engine or self.engine)(self._pixels()).arrays)
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._batch = None, None
+
+    def _pixels(self) -> list[np.ndarray]:
+        sources, sizes = self.plan.listing.sources, self.plan.layout.sizes
+        pictures = (decode(sources[i], self.plan.config.max_pixels) for i in self._members)
+        extents = (tuple(sizes[i].tolist()) for i in self._members)
+        return [self.plan.recipe.resize(picture, size) for picture, size in zip(pictures, extents, strict=True)]
+
+    def _computed(self, pixels: Sequence[np.ndarray]) -> dict[str, float]:
+        """Seconds of each stage between pixels and arrays; keeps the network's input and the arrays."""
+        recipe, device, watch = self.plan.recipe, self.plan.device, self._stopwatch
+        with _computing(self.engine):
+            watch.start()
+            raw = torch.from_numpy(np.stack(pixels)).to(device)
+            watch.mark(UPLOAD)
+            self._batch = recipe.pad(recipe.normalise(raw), self.size)
+            watch.mark(RESIZE)
+            levels = self._network(self._batch)
+            plain = {name: level.to(self.engine.stored).contiguous() for name, level in levels.items()}
+            self._arrays = {name: level.cpu().numpy() for name, level in plain.items()}
+            watch.mark(DOWNLOAD)
+        return watch.seconds()
+
+    def _written(self, source_sizes: np.ndarray) -> float:
+        """Seconds for one batch until it is on the disk, in a file laid out for it as a run lays it out."""
+        if self._writer is None:
+            self._writer = Writer.create(self._folder / f"{self._name}.h5", _layout(self.plan, self._members), {})
+        finite = {level: [0] * self.batch_size for level in self._arrays}
+        started = time.perf_counter()
+        self._writer.put(range(self.batch_size), self._arrays, source_sizes, finite)
+        self._writer.commit()
+        return time.perf_counter() - started
+
+
+class _Network:
+    """An engine's forward pass, with a mark at the end of each stage."""
+
+    def __init__(self, engine: Engine, stopwatch: Stopwatch) -> None:
+        model = engine.model
+        self._levels, self._fpn, self._stopwatch = model.levels, model.fpn, stopwatch
+        self._wanted = [name for name in model.levels if name[0] == "P"]
+        last = model.fpn.last_level
+        deepest = f"C{last}" if self._wanted else max(model.levels, key=level_number)
+        self._body = timed_body(model.body, deepest, stopwatch)
+        self._blocks: dict[str, nn.Module] = {}
+        for k, block in enumerate(model.fpn.layer_blocks, model.fpn.first_level):
+            self._blocks[f"output P{k}"] = block
+        self._ends_with = TOP if any(level_number(name) > last for name in self._wanted) else MERGE
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        levels: dict[str, Tensor] = self._body(images)
+        if self._wanted:
+            with marked(self._blocks, self._stopwatch):
+                levels = levels | self._fpn(levels, self._wanted)
+            self._stopwatch.mark(self._ends_with)
+        return {name: levels[name] for name in self._levels}
+
+
+@contextmanager
+def _computing(engine: Engine) -> Iterator[None]:
+    """The modes in which an engine computes."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if engine.device.type == "cuda":
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
+        if engine.autocast is not None:
+            stack.enter_context(torch.autocast(engine.device.type, dtype=engine.autocast))
+        yield
+
+
+def _most_common(plan: Plan) -> tuple[int, int]:
+    counts = plan.layout.counts()
+    if not any(counts.values()):
+        raise FpnxError("none of the images can be measured: give others with --images")
+    height, width = max(counts, key=counts.__getitem__).split("x")
+    return int(height), int(width)
+
+
+def _layout(plan: Plan, members: Sequence[int]) -> Layout:
+    layout, some = plan.layout, list(members)
+    sources = tuple(replace(layout.listing.sources[index], name=b"%d" % place) for place, index in enumerate(members))
+    group = layout.groups[some[0]]
+    return replace(
+        layout,
+        listing=Listing(layout.listing.root, sources, 0),
+        sizes=layout.sizes[some],
+        groups=[group] * len(some),
+        rows=np.arange(len(some)),
+        shapes={group: layout.shapes[group]},
+        errors={},
+    )
