@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fpnx.model import PyramidModel, create_model, save_weights
     from fpnx.store import Item, Store
     from fpnx.store import open_store as open
+    from fpnx.verification import Verification, verify
 
 __all__ = [
     "ExtractConfig",
@@ -28,11 +29,13 @@ __all__ = [
     "PyramidModel",
     "Result",
     "Store",
+    "Verification",
     "__version__",
     "create_model",
     "extract",
     "open",
     "save_weights",
+    "verify",
 ]
 
 _HOMES = {
@@ -44,10 +47,12 @@ _HOMES = {
     "PyramidModel": ("model", "PyramidModel"),
     "Result": ("extraction", "Result"),
     "Store": ("store", "Store"),
+    "Verification": ("verification", "Verification"),
     "create_model": ("model", "create_model"),
     "extract": ("extraction", "extract"),
     "open": ("store", "open_store"),
     "save_weights": ("model", "save_weights"),
+    "verify": ("verification", "verify"),
 }
 
 

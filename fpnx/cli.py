@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fpnx._version import __version__
-from fpnx.config import BenchmarkConfig, ExtractConfig
+from fpnx.config import SAMPLE, BenchmarkConfig, ExtractConfig
 from fpnx.errors import FpnxError, Interrupted
 
 __all__ = ["app", "main"]
@@ -83,7 +83,9 @@ MaxFailed = Annotated[str, _option("Output", "--max-failed", "Images that may fa
 Strict = Annotated[bool, _option("Output", "--strict", "Stop at the first image that fails.")]
 DryRun = Annotated[bool, _option("Output", "--dry-run", "Show what would be done, and stop.")]
 
-Device = Annotated[str, _option("Run", "--device", "auto takes CUDA where there is one.", "auto|cpu|cuda|cuda:1|mps")]
+Device = Annotated[
+    str, _option("Run", "--device", "auto takes CUDA where there is one.", "auto|cpu|cuda|cuda:0,cuda:1|mps")
+]
 Precision = Annotated[
     str, _option("Run", "--precision", "Of computing; auto is float32.", "auto|float32|bfloat16|float16")
 ]
@@ -220,6 +222,45 @@ def info(
 
     with store.open_store(file) as opened:
         report.show_json(report.store_facts(opened)) if json else report.show_info(opened)
+
+
+@app.command()
+def verify(
+    file: Annotated[str, typer.Argument(help="What fpnx extract wrote; also an unfinished .part.")],
+    against: Annotated[
+        list[str] | None, _option("Compare", "--against", "The images: compute some again and compare.", "IMAGES")
+    ] = None,
+    sample: Annotated[int, _option("Compare", "--sample", "How many to compute again.", "N")] = SAMPLE,
+    weights: Annotated[
+        str | None, _option("Compare", "--weights", "If they are not where they were.", "NAME|FILE")
+    ] = None,
+    device: Device = ExtractConfig.device,
+    offline: Offline = ExtractConfig.offline,
+    json: Json = False,
+) -> int:
+    """Check that all of a file is there and is what it says. Reads every value; exit code 1 where it is not.
+
+    [dim]fpnx verify out.h5[/dim]
+
+    [dim]fpnx verify out.h5 --against photos/ --sample 20[/dim]
+    """
+    from fpnx import report, verification
+
+    terminal = report.Terminal(json)
+    try:
+        found = verification.verify(
+            file,
+            against=against,
+            sample=sample,
+            weights=weights,
+            device=device,
+            offline=offline,
+            listener=terminal,
+        )
+    finally:
+        terminal.close()
+    report.show_json(found.to_json()) if json else report.show_verification(found)
+    return found.exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

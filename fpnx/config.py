@@ -6,20 +6,23 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fpnx.errors import FpnxError, nearest, shown
 
 __all__ = [
     "BenchmarkConfig",
+    "DTYPES",
     "ExtractConfig",
     "InputConfig",
     "ModelConfig",
     "OutputConfig",
     "RunConfig",
+    "SAMPLE",
     "fingerprint",
     "level_number",
     "ordered_levels",
@@ -33,6 +36,7 @@ TOP_BLOCKS = ("pool", "c5", "p5")
 SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
 PLOTS = (".png", ".svg", ".pdf")
+SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +133,10 @@ class RunConfig:
     workers: str | int = "auto"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
-            raise FpnxError(f"device {self.device!r}: take auto, cpu, cuda, cuda:1 or mps")
+        names = self.device.split(",")
+        one = len(names) == 1 and re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
+        if not one and not (len(set(names)) == len(names) and all(re.fullmatch(r"cuda:\d+", name) for name in names)):
+            raise FpnxError(f"device {self.device!r}: take auto, cpu, cuda, cuda:1, several as cuda:0,cuda:1, or mps")
         _check_choice("precision", self.precision, PRECISIONS)
         for name, limit in (("batch_size", 65536), ("workers", 1024)):
             value = getattr(self, name)
@@ -153,6 +159,14 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig):
             part.__post_init__(self)
         if self.limit is not None:
             _check_whole("limit", self.limit, 1, 2**63 - 1)
+
+    def repeatable(self) -> dict[str, Any]:
+        """The options that numbers depend on, as plain values: `ExtractConfig(**them)` computes the same again."""
+        names = [field.name for part in (ModelConfig, InputConfig) for field in fields(part)]
+        plain = {name: getattr(self, name) for name in (*names, "dtype", "pool", "precision")}
+        if os.path.isfile(self.weights):
+            plain["weights"] = os.path.abspath(self.weights)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,36 +5,31 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 import PIL
 import torch
 import torchvision
 
 from fpnx._version import __version__
-from fpnx.config import ExtractConfig, parse_extent
+from fpnx.config import ExtractConfig
 from fpnx.control import Listener, Stop, stoppable
-from fpnx.engine import Engine, Features
-from fpnx.errors import FpnxError, ImageError, Interrupted, shown
-from fpnx.images import Listing, decode, find, pillow_within_limits
-from fpnx.planning import Plan, check_output, make_plan
-from fpnx.store import DONE, Store, open_store
-from fpnx.writer import Writer, disk_error, lock, part_of
+from fpnx.disk import lock
+from fpnx.errors import FpnxError, Interrupted, shown
+from fpnx.images import Listing, find, pillow_within_limits
+from fpnx.pipeline import STAGES, Clock, compute
+from fpnx.planning import Plan, check_output, make_plan, real_output
+from fpnx.store import DONE, PENDING, Store, open_store
+from fpnx.writer import Writer, part_of
 
 __all__ = ["Result", "extract"]
 
-STAGES = ("decode", "resize", "forward", "write")
 DEFAULT_OUTPUT = "out.h5"
 
 
@@ -49,7 +44,7 @@ class Result:
         computed: how many this run computed.
         seconds: of computing, without loading the model.
         timings: milliseconds per computed image, by stage.
-        nonfinite: NaN and infinite values, by level.
+        nonfinite: NaN and infinite values, by level; in a strict run they are errors.
         stopped: why `strict` ended it early; None where it did not.
         complete: whether `output` has its final name.
         facts: what was planned, as plain values.
@@ -64,6 +59,7 @@ class Result:
     timings: Mapping[str, float]
     nonfinite: Mapping[str, int]
     allowed_failures: int
+    strict: bool = False
     stopped: str | None = None
     complete: bool = True
     dry_run: bool = False
@@ -77,7 +73,8 @@ class Result:
     @property
     def exit_code(self) -> int:
         """0, or 1 where more images failed than allowed or `strict` stopped the run."""
-        return 1 if self.stopped or len(self.failed) > self.allowed_failures else 0
+        not_finite = self.strict and any(self.nonfinite.values())
+        return 1 if self.stopped or not_finite or len(self.failed) > self.allowed_failures else 0
 
     def to_json(self) -> dict[str, Any]:
         """All of this as plain values."""
@@ -123,44 +120,42 @@ def extract(
     """
     config = ExtractConfig(**options)
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    target, hears = Path(output), listener or Listener()
+    target, hears = real_output(Path(output)), listener or Listener()
     check_output(target, config)
     with stoppable(hears) as stop, pillow_within_limits():
         listing = find(paths)
         if config.limit is not None:
             listing = Listing(listing.root, listing.sources[: config.limit], listing.skipped)
-        with nullcontext() if config.dry_run else lock(target):
-            plan = make_plan(target, config, listing, stop, hears)
+        with nullcontext(True) if config.dry_run else lock(target) as alone:
+            if not alone:
+                hears.message("files cannot be locked here: see to it that no second run writes this output")
+            check_output(target, config)  # again: another run may have ended since
+            plan = make_plan(target, config, listing, hears)
             hears.planned(plan)
             if config.dry_run:
-                return _result(plan, None, _Clock(), dry_run=True)
+                return _result(plan, None, Clock(), dry_run=True)
             if config.resume and target.exists() and not part_of(target).exists():
                 with open_store(target) as store:
-                    return _result(plan, store, _Clock())
+                    _refuse_unfinished(target, store)
+                    return _result(plan, store, Clock())
             return _run(plan, stop, hears)
 
 
 def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
-    clock = _Clock()
-    resumes = plan.config.resume and part_of(plan.output).exists()
-    if resumes:
-        writer = Writer.reopen(plan.output, plan.layout)
+    clock = Clock()
+    if plan.config.resume and part_of(plan.output).exists():
+        writer = Writer.reopen(plan.output)
     else:
         writer = Writer.create(plan.output, plan.layout, _provenance(plan))
         if not writer.space_is_claimed:
             listener.message("this file system cannot set space aside: free space was checked once, now")
-    stopped = None
     try:
-        stopped = _compute(plan, writer, clock, stop, listener)
+        stop.begin()
+        stopped = compute(plan, writer, clock, stop, listener)
         if stopped is None:
             writer.finish()
         else:
             writer.commit()
-    except (OSError, RuntimeError) as error:
-        told = disk_error(error, plan.output, plan.layout.total_bytes())
-        if not isinstance(error, OSError) and "errno" not in str(error):
-            raise
-        raise FpnxError(f"{told}; what was done is kept: continue it with --resume") from error
     finally:
         writer.close()
     clock.stop()
@@ -174,139 +169,17 @@ def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
     return result
 
 
-def _compute(plan: Plan, writer: Writer, clock: _Clock, stop: Stop, listener: Listener) -> str | None:
-    """Decode, forward and write, overlapped; returns why it stopped early, or None."""
-    engine = Engine(plan.model, plan.recipe, plan.config, plan.device)
-    pending = np.flatnonzero((writer.status != DONE) & (plan.layout.rows >= 0)).tolist()
-    total = len(plan.listing.sources)
-    finished = total - len(pending)
-    listener.progress("images", finished, total)
-
-    def load(index: int) -> _Loaded | ImageError:
-        try:
-            return _load(plan, index, clock)
-        except ImageError as error:
-            return error
-
-    def write(indices: Sequence[int], features: Features, sizes: np.ndarray) -> None:
-        with clock("write"):
-            writer.put(indices, features.arrays, sizes)
-            for level, counts in features.nonfinite.items():
-                for index, count in zip(indices, counts, strict=True):
-                    if count:
-                        writer.count_nonfinite(index, level, count)
-            if clock.since_commit() >= plan.config.commit_every:
-                writer.commit()
-                clock.committed()
-
-    decoders, scribe = ThreadPoolExecutor(plan.workers), ThreadPoolExecutor(1)
-    writes: deque[Future[None]] = deque()
-    try:
-        clock.start()
-        strict = plan.config.strict
-        if strict and plan.layout.errors:
-            return _strictly(plan, *next(iter(plan.layout.errors.items())))
-        batches = list(_batches(plan, pending))
-        load_batch: Callable[[list[int]], list[Future[_Loaded | ImageError]]]
-        load_batch = lambda batch: [decoders.submit(load, index) for index in batch]  # noqa: E731
-        waiting = deque(load_batch(batch) for batch in batches[:2])
-        for position, batch in enumerate(batches):
-            if stop.signum is not None:
-                return "interrupted"
-            loaded = [future.result() for future in waiting.popleft()]
-            if position + 2 < len(batches):
-                waiting.append(load_batch(batches[position + 2]))
-            for index, image in zip(batch, loaded, strict=True):
-                if isinstance(image, ImageError):
-                    writes.append(scribe.submit(writer.fail, index, str(image)))
-                    if strict:
-                        return _strictly(plan, index, str(image))
-            good = [(i, image) for i, image in zip(batch, loaded, strict=True) if isinstance(image, _Loaded)]
-            for indices, features, sizes in _forward(engine, good, clock, listener):
-                if isinstance(features, str):
-                    writes.append(scribe.submit(writer.fail, indices[0], features))
-                else:
-                    writes.append(scribe.submit(write, indices, features, sizes))
-            while len(writes) > 2:
-                writes.popleft().result()
-            finished += len(batch)
-            clock.images += len(batch)
-            listener.progress("images", finished, total)
-        return None
-    finally:
-        decoders.shutdown(cancel_futures=True)
-        scribe.shutdown()
-        for write_done in writes:
-            write_done.result()
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    pixels: np.ndarray
-    source_size: tuple[int, int]
-
-
-def _load(plan: Plan, index: int, clock: _Clock) -> _Loaded:
-    with clock("decode"):
-        picture = decode(plan.listing.sources[index], plan.config.max_pixels)
-    source = (picture.height, picture.width)
-    size = plan.recipe.input_size(source, plan.config.max_pixels)
-    if size != tuple(plan.layout.sizes[index].tolist()):
-        raise ImageError("its header and its pixels disagree about the size")
-    with clock("resize"):
-        return _Loaded(plan.recipe.resize(picture, size), source)
-
-
-def _forward(
-    engine: Engine, images: list[tuple[int, _Loaded]], clock: _Clock, listener: Listener
-) -> Iterator[tuple[list[int], Features | str, np.ndarray]]:
-    """A batch through the engine; halved as often as needed where memory does not suffice."""
-    if not images:
-        return
-    indices = [index for index, _ in images]
-    sizes = np.array([image.source_size for _, image in images], np.int32)
-    try:
-        with clock("forward"):
-            features = engine([image.pixels for _, image in images])
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        if engine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(images) == 1:
-            yield indices, "out of memory, even alone: take a smaller --size", sizes
-            return
-    else:
-        yield indices, features, sizes
-        return
-    listener.message(f"out of memory with {len(images)} images at once: going on with {(len(images) + 1) // 2}")
-    half = (len(images) + 1) // 2
-    yield from _forward(engine, images[:half], clock, listener)
-    yield from _forward(engine, images[half:], clock, listener)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
-
-
-def _batches(plan: Plan, pending: Sequence[int]) -> Iterator[list[int]]:
-    """Pending images in batches of one padded size each."""
-    by_group: dict[str, list[int]] = {}
-    for index in pending:
-        by_group.setdefault(plan.layout.groups[index], []).append(index)
-    for group, indices in by_group.items():
-        extent = parse_extent(group)
-        assert extent is not None
-        step = plan.batch_size_for(extent)
-        yield from (indices[i : i + step] for i in range(0, len(indices), step))
-
-
-def _strictly(plan: Plan, index: int, reason: str) -> str:
-    return f"{shown(plan.listing.sources[index].name)} failed ({reason}) and the run is strict"
+def _refuse_unfinished(output: Path, store: Store) -> None:
+    pending = int((store.status == PENDING).sum())
+    if pending:
+        raise FpnxError(
+            f"{shown(output)} is not finished ({pending} images are pending): rename it to "
+            f"{shown(part_of(output).name)} and continue it with --resume, or start over with --overwrite"
+        )
 
 
 def _result(
-    plan: Plan, store: Store | None, clock: _Clock, *, stopped: str | None = None, dry_run: bool = False
+    plan: Plan, store: Store | None, clock: Clock, *, stopped: str | None = None, dry_run: bool = False
 ) -> Result:
     failed = tuple(store.failures()) if store is not None else ()
     count = len(plan.listing.sources)
@@ -318,8 +191,9 @@ def _result(
         computed=clock.images,
         seconds=clock.seconds,
         timings={stage: 1000 * clock.spent[stage] / max(clock.images, 1) for stage in STAGES},
-        nonfinite=dict(zip(plan.model.levels, store.nonfinite.sum(axis=0).tolist(), strict=True)) if store else {},
-        allowed_failures=plan.config.allowed_failures(count),
+        nonfinite=store.nonfinite_by_level() if store is not None else {},
+        allowed_failures=0 if plan.config.strict else plan.config.allowed_failures(count),
+        strict=plan.config.strict,
         stopped=stopped,
         complete=store is not None and stopped is None,
         dry_run=dry_run,
@@ -338,10 +212,11 @@ def _provenance(plan: Plan) -> dict[str, Any]:
             "pillow": PIL.__version__,
             "h5py": h5py.__version__,
         },
+        "options": plan.config.repeatable(),
         "command": [shown(argument) for argument in sys.argv[:64]],
         "weights": facts["weights"],
         "recipe": str(plan.recipe),
-        "device": _device_name(plan.device),
+        "device": ", ".join(map(_device_name, plan.devices)),
         "precision": plan.precision,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -349,34 +224,3 @@ def _provenance(plan: Plan) -> dict[str, Any]:
 
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-class _Clock:
-    """Seconds spent in each stage, summed over threads, and over the whole run."""
-
-    def __init__(self) -> None:
-        self.spent = dict.fromkeys(STAGES, 0.0)
-        self.images, self.seconds = 0, 0.0
-        self._lock = threading.Lock()
-        self._started = self._commit = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.spent[stage] += time.perf_counter() - started
-
-    def start(self) -> None:
-        self._started = self._commit = time.perf_counter()
-
-    def stop(self) -> None:
-        self.seconds = time.perf_counter() - self._started
-
-    def committed(self) -> None:
-        self._commit = time.perf_counter()
-
-    def since_commit(self) -> float:
-        return time.perf_counter() - self._commit

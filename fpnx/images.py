@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -17,6 +18,7 @@ from fpnx.errors import FpnxError, ImageError, shown
 
 __all__ = [
     "EXTENSIONS",
+    "Budget",
     "Listing",
     "Source",
     "as_rgb",
@@ -32,6 +34,9 @@ EXTENSIONS = frozenset(
 )
 BACKGROUND = (255, 255, 255)  # what shows through transparency, as on a page
 ORIENTATION = 0x0112
+TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143
+LARGEST_TILE = 1 << 20  # pixels that a TIFF's tile may have, however small the limit
+BYTES_A_PIXEL, MORE_BYTES = 16, 1 << 26  # how large a file may be: four channels of 32 bits, and what goes with them
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -126,13 +131,46 @@ def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
-def decode(source: Source, max_pixels: int) -> Image.Image:
+class Budget:
+    """How many pixels may be under decoding at once, over all threads; a larger image waits until it is alone.
+
+    Decoding takes up to 27 bytes a pixel (measured: WebP with alpha and orientation), so that `pixels` bounds it.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self._free, self._limit, self._changed = pixels, pixels, threading.Condition()
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function that claims pixels, waiting for them; they are given back at the end."""
+        claimed = 0
+
+        def claim(pixels: int) -> None:
+            nonlocal claimed
+            with self._changed:
+                self._changed.wait_for(lambda: self._free >= min(pixels, self._limit))
+                claimed = min(pixels, self._limit)
+                self._free -= claimed
+
+        try:
+            yield claim
+        finally:
+            with self._changed:
+                self._free += claimed
+                self._changed.notify_all()
+
+
+def decode(source: Source, max_pixels: int, claim: Callable[[int], None] | None = None) -> Image.Image:
     """The upright 8-bit RGB picture: first frame, alpha over white, 16-bit grey scaled to 8 bits.
+
+    `claim` hears the number of pixels before any is decoded; see `Budget`.
 
     Raises:
         ImageError: with the reason why it cannot be read.
     """
     with _opened(source, max_pixels) as image:
+        if claim is not None:
+            claim(image.width * image.height)
         image.load()
         turn = UPRIGHT.get(_orientation(image))
         picture = as_rgb(image)
@@ -177,24 +215,26 @@ def pillow_within_limits() -> Iterator[None]:
 def _opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
     """The file opened by Pillow; whatever goes wrong inside becomes an `ImageError` with a short reason."""
     try:
+        if not stat.S_ISREG(os.stat(source.path).st_mode):  # opening a device may already do something
+            raise ImageError("not a regular file")
         # Without O_NONBLOCK a FIFO that was put in the file's place would block for ever.
         descriptor = os.open(source.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise ImageError("not a regular file")
-            if (about.st_size, about.st_mtime_ns) != (source.bytes, source.mtime_ns):
-                raise ImageError("changed after it was listed")
+            _check_unchanged(file, source)
+            if source.bytes > BYTES_A_PIXEL * max_pixels + MORE_BYTES:  # texts and profiles are read whole
+                raise ImageError(f"a file of {source.bytes} bytes, too large for images of at most {max_pixels} pixels")
             with _recognised(file) as image:
-                if image.width * image.height > max_pixels:
-                    raise ImageError(f"{image.height}×{image.width} pixels, over the limit of {max_pixels}")
+                _check_pixels(image, max_pixels)
                 yield image
+            _check_unchanged(file, source)
     except ImageError:
         raise
+    except MemoryError as error:
+        raise ImageError("out of memory: lower --workers, or refuse such images with --max-pixels") from error
     except OSError as error:
-        raise ImageError(error.strerror or str(error) or type(error).__name__) from error
-    except Exception as error:  # decoders raise ValueError, SyntaxError, struct.error, MemoryError and more
-        raise ImageError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+        raise ImageError(shown(error.strerror or str(error) or type(error).__name__)) from error
+    except Exception as error:  # decoders raise ValueError, SyntaxError, struct.error and more
+        raise ImageError(shown(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)) from error
 
 
 def _recognised(file: BinaryIO) -> Image.Image:
@@ -208,6 +248,23 @@ def _recognised(file: BinaryIO) -> Image.Image:
         if not start:
             reason = "empty file"
         raise ImageError(reason or f"not an image that fpnx reads ({', '.join(FORMATS)})") from None
+
+
+def _check_unchanged(file: BinaryIO, source: Source) -> None:
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode):
+        raise ImageError("not a regular file")
+    if (about.st_size, about.st_mtime_ns) != (source.bytes, source.mtime_ns):
+        raise ImageError("changed after it was listed")
+
+
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"{image.height}×{image.width} pixels, over the limit of {max_pixels}")
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    tile = int(tags.get(TILE_WIDTH) or 0) * int(tags.get(TILE_LENGTH) or 0)
+    if tile > max(max_pixels, LARGEST_TILE):  # a small picture can be cut from a huge tile
+        raise ImageError(f"tiles of {tile} pixels, over the limit of {max_pixels}")
 
 
 def _orientation(image: Image.Image) -> int:

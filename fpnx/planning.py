@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,16 +16,21 @@ import numpy as np
 import torch
 
 from fpnx.config import ExtractConfig, parse_extent
-from fpnx.control import Listener, Stop
+from fpnx.control import Listener
+from fpnx.disk import disk_error, free_bytes
 from fpnx.engine import resolve_device, resolve_precision
 from fpnx.errors import FpnxError, ImageError, shown
 from fpnx.images import Listing, Source, upright_size
+from fpnx.machine import usable_cpus
 from fpnx.model import PyramidModel, build_model
 from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
-from fpnx.writer import Layout, disk_error, free_bytes, part_of, refuse_other_run
+from fpnx.writer import Layout, part_of, refuse_other_run
 
-__all__ = ["LevelShape", "Plan", "check_output", "make_plan"]
+__all__ = ["LevelShape", "Plan", "check_output", "identity_of", "make_plan", "real_output"]
+
+DECODERS = 16  # threads at most, unless more are asked for
+WORKING_NAMES = (".part", ".part.new", ".lock")
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,11 @@ class Plan:
     model: PyramidModel
     recipe: Recipe
     layout: Layout
-    device: torch.device
+    devices: tuple[torch.device, ...]
     precision: str
-    batch_size: int | None  # None: by the size of the images
+    batch_size: int | None  # None: found out by trying a few
     workers: int
+    cpus: int
     bytes_free: int
     done_before: int = 0
 
@@ -67,12 +75,10 @@ class Plan:
             for level, (c, h, w) in levels.items()
         ]
 
-    def batch_size_for(self, size: tuple[int, int]) -> int:
-        """Images of `size` (height, width) in one forward pass."""
-        if self.batch_size is not None:
-            return self.batch_size
-        at_224 = 8 if self.device.type == "cpu" else 32
-        return max(1, min(2 * at_224, at_224 * 224 * 224 // (size[0] * size[1])))
+    @property
+    def device(self) -> torch.device:
+        """The device that computes; the first of them, where there are several of one kind."""
+        return self.devices[0]
 
     def facts(self) -> dict[str, Any]:
         """All of this as plain values."""
@@ -95,7 +101,7 @@ class Plan:
             "levels": [asdict(shape) for shape in self.shapes],
             "dtype": self.config.dtype,
             "pool": self.config.pool,
-            "device": str(self.device),
+            "device": ",".join(map(str, self.devices)),
             "precision": self.precision,
             "bytes_needed": self.layout.total_bytes(),
             "bytes_free": self.bytes_free,
@@ -104,45 +110,66 @@ class Plan:
 
 
 def check_output(output: Path, config: ExtractConfig) -> None:
-    if output.is_dir():
+    """Refuse a name that cannot be written, or that holds what nobody asked to continue or replace.
+
+    Raises:
+        FpnxError: saying what is there, and the ways on.
+    """
+    if output.name.endswith(WORKING_NAMES):
+        stem = re.sub(r"(\.(part|new|lock))+$", "", str(output))
+        raise FpnxError(f"output {shown(output)}: fpnx keeps such names for itself: name the output {shown(stem)}")
+    try:
+        if "\0" in str(output):
+            raise ValueError("a name cannot hold a null byte")
+        there = [path for path in (output, part_of(output)) if path.exists()]
+        about = os.stat(output) if output in there else None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise FpnxError(f"output {shown(output)}: {why}: name another with -o") from error
+    if about is not None and stat.S_ISDIR(about.st_mode):
         raise FpnxError(f"output {shown(output)} is a folder: name a file in it, such as {shown(output / 'out.h5')}")
+    if about is not None and not stat.S_ISREG(about.st_mode):
+        raise FpnxError(f"output {shown(output)} is not a regular file: name another with -o")
     if not output.parent.is_dir():
         raise FpnxError(f"output folder {shown(output.parent)} does not exist: make it, or name another with -o")
-    if config.resume or config.overwrite:
-        return
-    for path in (output, part_of(output)):
-        if path.exists():
-            what = "holds an unfinished run" if path != output else "exists"
-            raise FpnxError(
-                f"{shown(path)} {what}: continue it with --resume, replace it with --overwrite, or name another with -o"
-            )
+    if there and not (config.resume or config.overwrite):
+        what = "exists" if output in there else "holds an unfinished run"
+        raise FpnxError(
+            f"{shown(there[0])} {what}: continue it with --resume, replace it with --overwrite, or name another with -o"
+        )
 
 
-def make_plan(output: Path, config: ExtractConfig, listing: Listing, stop: Stop, listener: Listener) -> Plan:
-    device = resolve_device(config.device)
+def real_output(output: Path) -> Path:
+    """Where a link leads, so that the work goes on beside the real file and the link stays a link.
+
+    Raises:
+        FpnxError: for a link that leads round to itself.
+    """
+    if not os.path.islink(output):  # False, too, for names that cannot be: `check_output` tells of those
+        return output
+    real = Path(os.path.realpath(output))
+    if os.path.islink(real):
+        raise FpnxError(f"output {shown(output)} is a link that leads nowhere: name another with -o")
+    return real
+
+
+def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: Listener) -> Plan:
+    devices = tuple(resolve_device(name) for name in config.device.split(","))
     model = build_model(config)
     recipe = model.recipe.sized(config)
     precision = resolve_precision(config.precision)
-    identity = {
-        **model.identity(),
-        "recipe": recipe.to_json(),
-        "pool": config.pool,
-        "dtype": config.dtype,
-        "precision": precision,
-    }
-    identity = {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
-    identity["recipe"] = {k: list(v) if isinstance(v, tuple) else v for k, v in identity["recipe"].items()}
-    workers = config.workers if isinstance(config.workers, int) else min(4, _usable_cpus())
+    identity = identity_of(model, recipe, config)
+    workers = config.workers if isinstance(config.workers, int) else min(DECODERS, usable_cpus())
     before = _before(output, config)
     done_before = 0
     if before is not None:
         with open_store(before) as store:
             refuse_other_run(store, identity, listing)
             sizes, groups, rows = store.input_sizes, store.groups, store.rows
-            errors: dict[int, str] = {}
+            errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
             done_before = int((store.status == DONE).sum())
     else:
-        sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, stop, listener)
+        sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, listener)
         groups, rows = _group(model, recipe, sizes, errors)
     shapes = {name: _stored_shapes(model, name, config.pool) for name in dict.fromkeys(groups) if name}
     layout = Layout(
@@ -164,16 +191,38 @@ def make_plan(output: Path, config: ExtractConfig, listing: Listing, stop: Stop,
         model=model,
         recipe=recipe,
         layout=layout,
-        device=device,
+        devices=devices,
         precision=precision,
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         workers=workers,
-        bytes_free=free_bytes(output.parent),
+        cpus=usable_cpus(),
+        bytes_free=free_bytes(output.parent) + (0 if before else _dropped(output)),
         done_before=done_before,
     )
     if before is None and layout.total_bytes() > plan.bytes_free:
         raise disk_error(OSError(28, ""), output, layout.total_bytes())
     return plan
+
+
+def identity_of(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> dict[str, Any]:
+    """All that the stored numbers depend on, as plain values: the config of a store, and what it is known by."""
+    identity = {
+        **model.identity(),
+        "recipe": {name: list(v) if isinstance(v, tuple) else v for name, v in recipe.to_json().items()},
+        "pool": config.pool,
+        "dtype": config.dtype,
+        "precision": resolve_precision(config.precision),
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
+
+
+def _dropped(output: Path) -> int:
+    """Bytes that dropping an old `.part` will free."""
+    try:
+        about = os.stat(part_of(output))
+    except OSError:
+        return 0
+    return 512 * about.st_blocks if hasattr(about, "st_blocks") else 0
 
 
 def _before(output: Path, config: ExtractConfig) -> Path | None:
@@ -184,7 +233,7 @@ def _before(output: Path, config: ExtractConfig) -> Path | None:
 
 
 def _input_sizes(
-    listing: Listing, recipe: Recipe, max_pixels: int, workers: int, stop: Stop, listener: Listener
+    listing: Listing, recipe: Recipe, max_pixels: int, workers: int, listener: Listener
 ) -> tuple[np.ndarray, dict[int, str]]:
     """(N, 2) network-input sizes without padding, and why some have none. Reads headers where sizes differ."""
     count = len(listing.sources)
@@ -199,14 +248,16 @@ def _input_sizes(
         except ImageError as error:
             return error
 
-    with ThreadPoolExecutor(max(workers, 4)) as readers:
+    readers = ThreadPoolExecutor(max(workers, 4))
+    try:
         for i, size in enumerate(_ahead(readers, measure, listing.sources, 256)):
-            stop.check()
             if isinstance(size, ImageError):
                 errors[i] = str(size)
             else:
                 sizes[i] = size
             listener.progress("headers", i + 1, count)
+    finally:
+        readers.shutdown(cancel_futures=True)
     return sizes, errors
 
 
@@ -252,7 +303,3 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence
             yield under_way.popleft().result()
     while under_way:
         yield under_way.popleft().result()
-
-
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

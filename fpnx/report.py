@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
     from fpnx.extraction import Result
     from fpnx.planning import Plan
     from fpnx.store import Store
+    from fpnx.verification import Verification
 
-__all__ = ["Terminal", "complain", "show_info", "show_json", "show_result"]
+__all__ = ["Terminal", "complain", "show_info", "show_json", "show_result", "show_verification"]
 
 SIZES_SHOWN = 3
 FAILURES_SHOWN = 20
+SHOW_CURSOR = "\x1b[?25h"
 LARGE = 20e9  # bytes of output above which smaller ways are worth a line
 SECONDS_BETWEEN_LINES = 15.0
 UNTRAINED = "P levels are a random projection of C: store C levels, or use trained weights"
@@ -77,6 +81,17 @@ class Terminal(Listener):
         seconds = time.monotonic() - self._started
         speed = f"{(done - self._first) / seconds:.1f} {what}/s" if seconds > 0.5 and done > self._first else ""
         self._bar.update(self._bar.tasks[-1].id, completed=done, speed=speed)
+
+    def stopping(self, signum: int, at_once: bool) -> None:
+        # Plain writes to descriptors, since the signal may have struck in the midst of a buffered one.
+        if not at_once:
+            _write(2, "\nfpnx: stopping after this batch (again to stop at once)\n")
+            return
+        text = "interrupted at once: what was committed is kept: continue with --resume"
+        if self._json:
+            _write(1, json.dumps({"error": text}) + "\n")
+        _write(2, f"{SHOW_CURSOR if self._console.is_terminal else ''}\nfpnx: {text}\n")
+        os._exit(128 + signum)  # nothing is left to tidy: a file that is being written is whole at every moment
 
     def close(self) -> None:
         """Take the bar away."""
@@ -147,11 +162,28 @@ def show_info(store: Store) -> None:
     )
     _show_levels(console, facts["levels"])
     _show_failures(console, store.failures())
-    bad = {level: n for level, n in zip(store.levels, store.nonfinite.sum(axis=0).tolist(), strict=True) if n}
+    bad = {level: count for level, count in store.nonfinite_by_level().items() if count}
     if bad:
         console.print(f"NaN or infinite values: {', '.join(f'{n} in {level}' for level, n in bad.items())}")
     console.print("\nread it with h5py alone:\n")
     console.print(Text(reading_snippet(store)), soft_wrap=True)
+
+
+def show_verification(found: Verification) -> None:
+    """What was looked at, and what is wrong."""
+    console = _stdout()
+    console.print(Text(f"{shown(found.file)}: {found.done} done, {found.failed} failed, {found.pending} pending"))
+    console.print(f"{found.values} values read", end="")
+    if found.compared:
+        console.print(
+            f", {found.compared} images computed again, largest difference {found.largest_difference:.1g}", end=""
+        )
+    console.print()
+    for problem in found.problems[:FAILURES_SHOWN]:
+        console.print(Text(f"  {problem}"), soft_wrap=True)
+    if len(found.problems) > FAILURES_SHOWN:
+        console.print(f"  and {len(found.problems) - FAILURES_SHOWN} more: --json lists them all")
+    console.print("does not verify" if found.problems else "verified")
 
 
 def store_facts(store: Store) -> dict[str, Any]:
@@ -291,13 +323,18 @@ def _show_failures(console: Console, failures: Iterable[tuple[str, str]]) -> Non
 def _facts(console: Console, *rows: tuple[str, str]) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(value))
+        table.add_row(Text(name, style="dim"), Text(shown(value)))
     console.print(table)
 
 
 def _part(part: Mapping[str, Any]) -> str:
     state = {True: "trained", False: "untrained", None: "from file"}[part["trained"]]
     return f"{state} ({shown(part['source'])})"
+
+
+def _write(descriptor: int, text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(descriptor, text.encode())
 
 
 def _bytes(count: float) -> str:

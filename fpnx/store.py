@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from fpnx.config import parse_extent
+from fpnx.config import DTYPES, level_number, parse_extent, parse_levels
 from fpnx.errors import FpnxError, NotDoneError, StoreError, shown
+from fpnx.hdf5 import attribute_text, attribute_whole, member, names, open_hdf5, parsed, table
 
 __all__ = [
     "DONE",
+    "ERROR_BYTES",
     "FAILED",
     "FORMAT",
     "FORMAT_VERSION",
@@ -32,6 +33,7 @@ __all__ = [
 FORMAT = "fpnx"
 FORMAT_VERSION = 1
 PENDING, DONE, FAILED = 0, 1, 2
+ERROR_BYTES = 240  # of a failed image's reason, UTF-8
 
 
 class Box(NamedTuple):
@@ -63,7 +65,10 @@ class Item:
 
     def __getitem__(self, level: str) -> np.ndarray:
         """Features of one level → (C, H, W), in the stored dtype."""
-        return self._dataset(level)[self._store.rows[self.index]]
+        dataset, row = self._dataset(level), int(self._store.rows[self.index])
+        if not 0 <= row < len(dataset):
+            raise StoreError(f"{shown(self._store.path)} is not a whole fpnx file: image {self.index} has no row")
+        return dataset[row]
 
     def valid(self, level: str) -> tuple[int, int]:
         """(height, width) of the cells that are not padding."""
@@ -121,47 +126,84 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._file = _open_hdf5(self.path)
+        self._file = open_hdf5(self.path)
         try:
             self._read_header()
-        except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
-            self._file.close()
-            raise StoreError(f"{shown(self.path)} is not a whole fpnx file ({error}): extract it again") from error
         except FpnxError:
             self._file.close()
             raise
+        except Exception as error:  # HDF5 and numpy raise many kinds over a damaged file
+            self._file.close()
+            raise StoreError(f"{shown(self.path)} is not a whole fpnx file ({shown(str(error))})") from error
 
     def _read_header(self) -> None:
-        attrs = self._file.attrs
-        if attrs.get("format") != FORMAT:
+        file = self._file
+        if "format" not in file.attrs or attribute_text(file, "format") != FORMAT.encode():
             raise StoreError(f"{shown(self.path)} is an HDF5 file, but not one of fpnx's")
-        version = int(attrs["format_version"])
-        if version > FORMAT_VERSION:
+        version = attribute_whole(file, "format_version")
+        if version != FORMAT_VERSION:
+            way = "update fpnx" if version > FORMAT_VERSION else "extract it again"
             raise StoreError(
-                f"{shown(self.path)} has format version {version}, this fpnx reads {FORMAT_VERSION}: update fpnx"
+                f"{shown(self.path)} has format version {version}, this fpnx reads {FORMAT_VERSION}: {way}"
             )
-        self.config: dict[str, Any] = json.loads(attrs["config"])
-        self.provenance: dict[str, Any] = json.loads(attrs["provenance"])
-        self.fingerprint = str(attrs["fingerprint"])
-        self.root: str = os.fsdecode(_raw(attrs["root"]))
-        self.levels: tuple[str, ...] = tuple(self.config["levels"])
-        images = self._file["images"]
-        self._names: list[bytes] = [_raw(name) for name in images["path"][:]]
-        self.paths: list[str] = [os.fsdecode(name) for name in self._names]
-        self.groups: list[str] = [_raw(name).decode() for name in images["group"][:]]
-        self.rows: np.ndarray = images["row"][:]
-        self.bytes: np.ndarray = images["bytes"][:]
-        self.mtimes_ns: np.ndarray = images["mtime_ns"][:]
-        self.input_sizes: np.ndarray = images["input_size"][:]
+        self.config: dict[str, Any] = parsed(file, "config")
+        self.provenance: dict[str, Any] = parsed(file, "provenance")
+        self.fingerprint = attribute_text(file, "fingerprint").decode("ascii", "replace")
+        self._check_told()
+        self.root: str = os.fsdecode(attribute_text(file, "root"))
+        self.levels: tuple[str, ...] = self._known_levels()
+        images = member(file, "images", h5py.Group)
+        self.paths: list[str] = [os.fsdecode(name) for name in names(images, "path")]
+        self.groups: list[str] = [name.decode() for name in names(images, "group")]
+        count = len(self.paths)
+        self.rows: np.ndarray = table(images, "row", np.int64, (count,))
+        self.bytes: np.ndarray = table(images, "bytes", np.int64, (count,))
+        self.mtimes_ns: np.ndarray = table(images, "mtime_ns", np.int64, (count,))
+        self.input_sizes: np.ndarray = table(images, "input_size", np.int32, (count, 2))
+        if len(self.groups) != count or any(name and not parse_extent(name) for name in set(self.groups)):
+            raise StoreError(f"{shown(self.path)} is not a whole fpnx file: /images/group names no sizes")
+        table(images, "error", f"S{ERROR_BYTES}", (count,))
+        self._pyramids = member(file, "pyramids", h5py.Group)
         self._index: dict[str, int] | None = None
+        self._checked: set[tuple[str, str]] = set()
         self.refresh()
 
+    def _known_levels(self) -> tuple[str, ...]:
+        levels = self.config.get("levels")
+        try:
+            if isinstance(levels, list) and levels and list(parse_levels(levels)) == levels:
+                return tuple(levels)
+        except FpnxError:
+            pass
+        raise StoreError(f"{shown(self.path)} is not a whole fpnx file: its config names no levels")
+
+    def _check_told(self) -> None:
+        """What is read of config and provenance, here and in reports, is there and of its kind."""
+        weights, versions = self.provenance.get("weights"), self.provenance.get("versions")
+        held = [weights.get(name) for name in ("backbone", "pyramid")] if isinstance(weights, dict) else []
+        parts = [part for part in held if isinstance(part, dict)]
+        texts = [self.config.get(name) for name in ("backbone", "dtype", "pool")]
+        texts += [self.provenance.get(name) for name in ("recipe", "device", "precision", "time")]
+        texts += [part.get("source") for part in parts]
+        told = len(parts) == 2 and isinstance(versions, dict) and all(isinstance(text, str) for text in texts)
+        if not told or any(part.get("trained") not in (True, False, None) for part in parts):
+            raise StoreError(f"{shown(self.path)} is not a whole fpnx file: its config or provenance is incomplete")
+
     def refresh(self) -> None:
-        """Read again what changes while a run goes on: status, source sizes, errors, counts of NaN and inf."""
-        images = self._file["images"]
-        self.status: np.ndarray = images["status"][:]
-        self.source_sizes: np.ndarray = images["source_size"][:]
-        self.nonfinite: np.ndarray = self._file["stats/nonfinite"][:]
+        """Read again what changes while a run goes on: status, source sizes, errors, counts of NaN and inf.
+
+        The status comes first: whatever it calls done was written before.
+        """
+        images, count = member(self._file, "images", h5py.Group), len(self.paths)
+        self.status: np.ndarray = table(images, "status", np.uint8, (count,))
+        self.source_sizes: np.ndarray = table(images, "source_size", np.int32, (count, 2))
+        statistics = member(self._file, "stats", h5py.Group)
+        self.nonfinite: np.ndarray = table(statistics, "nonfinite", np.int64, (count, len(self.levels)))
+
+    def nonfinite_by_level(self) -> dict[str, int]:
+        """How many values of the images that are done are NaN or infinite, by level."""
+        counts = self.nonfinite[self.status == DONE].sum(axis=0)
+        return dict(zip(self.levels, counts.tolist(), strict=True))
 
     @property
     def complete(self) -> bool:
@@ -170,22 +212,64 @@ class Store:
 
     def error(self, index: int) -> str:
         """Why image `index` failed; empty where it did not."""
-        return _raw(self._file["images/error"][index]).decode(errors="replace") if self.status[index] == FAILED else ""
+        if self.status[index] != FAILED:
+            return ""
+        return bytes(self._errors[index]).decode(errors="replace")
 
     def failures(self) -> list[tuple[str, str]]:
         """(path, reason) of every failed image."""
-        return [(self.paths[i], self.error(i)) for i in np.flatnonzero(self.status == FAILED).tolist()]
+        failed = np.flatnonzero(self.status == FAILED).tolist()
+        reasons = self._errors[:] if failed else []
+        return [(self.paths[i], bytes(reasons[i]).decode(errors="replace")) for i in failed]
+
+    @property
+    def _errors(self) -> h5py.Dataset:
+        """Opened anew each time: an open dataset may hand out what it read before a writer changed it."""
+        return member(self._file["images"], "error", h5py.Dataset)
 
     @property
     def sizes(self) -> list[str]:
         """The network-input sizes in this file, `"224x224"`, as the names of groups below `/pyramids`."""
-        return sorted(self._file["pyramids"], key=lambda name: parse_extent(name) or (0, 0))
+        return sorted(
+            (name for name in self._pyramids if parse_extent(name)), key=lambda name: parse_extent(name) or ()
+        )
 
     def dataset(self, size: str, level: str) -> h5py.Dataset:
-        """The (n, C, H, W) dataset of one size and level; attrs stride, channels, valid."""
+        """The (n, C, H, W) dataset of one size and level; attrs stride, channels, valid.
+
+        Raises:
+            StoreError: where it is not in this file, or not of this form.
+        """
         if not self._file:
             raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
-        return self._file[f"pyramids/{size}/{level}"]
+        if (size, level) in self._checked:
+            return self._pyramids[f"{size}/{level}"]
+        dataset = member(member(self._pyramids, size, h5py.Group), level, h5py.Dataset)
+        stored = str(self.config.get("dtype"))
+        if dataset.dtype.name != stored or stored not in DTYPES or len(dataset.shape or ()) != 4:
+            raise StoreError(
+                f"{shown(self.path)} is not a whole fpnx file: {dataset.name} is {dataset.dtype} {dataset.shape}, "
+                f"where {shown(stored)} (n, C, H, W) belongs"
+            )
+        if int(dataset.attrs.get("stride", 0)) != 2 ** level_number(level):
+            raise StoreError(f"{shown(self.path)} is not a whole fpnx file: {dataset.name} has another stride")
+        self._checked.add((size, level))
+        return dataset
+
+    def check(self) -> None:
+        """Look at every group and level, not only when they are asked for.
+
+        Raises:
+            StoreError: for the first that is not as the format says.
+        """
+        for size in dict.fromkeys(self.groups):
+            for level in self.levels if size else ():
+                self.dataset(size, level)
+
+    def links_to(self, size: str, level: str) -> bool:
+        """Whether `/P3` leads to the dataset of this size and level."""
+        link = self._file.get(level, getlink=True)
+        return isinstance(link, h5py.SoftLink) and link.path == f"/pyramids/{size}/{level}"
 
     def stride(self, level: str) -> int:
         """Stride of a level in input pixels."""
@@ -272,31 +356,3 @@ def different_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
 def _brief(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return text[:12] + "…" if re.fullmatch(r"[0-9a-f]{64}", text) else text
-
-
-def _open_hdf5(path: str) -> h5py.File:
-    opening: Callable[..., h5py.File] = h5py.File
-    try:
-        # A file that is being written is locked by its writer; ours is laid out so that reading it is safe.
-        return opening(path, "r", locking=False)
-    except (OSError, RuntimeError) as error:
-        if not os.path.exists(path):
-            part = f"{path}.part"
-            hint = f"; {shown(part)} is there: continue it with --resume" if os.path.exists(part) else ""
-            raise StoreError(f"{shown(path)} does not exist{hint}") from error
-        if os.path.isdir(path):
-            raise StoreError(f"{shown(path)} is a folder, not a file that fpnx wrote") from error
-        if not h5py.is_hdf5(path):
-            raise StoreError(f"{shown(path)} is not an HDF5 file") from error
-        raise StoreError(f"{shown(path)} cannot be read as HDF5, it may be truncated: {_last_reason(error)}") from error
-
-
-def _last_reason(error: Exception) -> str:
-    match = re.search(r"\((.*)\)", str(error), re.DOTALL)
-    return (match[1] if match else str(error)).replace("\n", " ")
-
-
-def _raw(value: Any) -> bytes:
-    if isinstance(value, str):
-        return os.fsencode(value)
-    return bytes(value)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +14,14 @@ import h5py
 import numpy as np
 
 from fpnx.config import fingerprint
+from fpnx.disk import OpenFile, claim, disk_error, sync_folder
 from fpnx.errors import FpnxError, StoreError, shown
+from fpnx.hdf5 import open_hdf5
 from fpnx.images import Listing
-from fpnx.store import DONE, FAILED, FORMAT, FORMAT_VERSION, PENDING, Store, different_fields
+from fpnx.store import DONE, ERROR_BYTES, FAILED, FORMAT, FORMAT_VERSION, PENDING, Store, different_fields
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs on one output are not told apart
-    fcntl = None  # type: ignore[assignment]
+__all__ = ["Layout", "Writer", "part_of", "refuse_other_run"]
 
-__all__ = ["Layout", "Writer", "disk_error", "free_bytes", "lock", "part_of", "refuse_other_run"]
-
-ERROR_BYTES = 240
 TABLE_BYTES = 8 + 8 + 8 + 8 + 1 + ERROR_BYTES + 8 + 16 + 16  # per image, without its path and statistics
 VALID_RULE = "rows ceil(input_height / stride), columns ceil(input_width / stride) of a map are not padding"
 
@@ -88,49 +81,25 @@ def part_of(output: Path) -> Path:
     return output.with_name(output.name + ".part")
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written in `folder`."""
-    return shutil.disk_usage(folder).free
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows of a dataset are in the file."""
 
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
-@contextlib.contextmanager
-def lock(output: Path) -> Iterator[None]:
-    """Hold `output` against other runs. The lock dies with its process.
+    @classmethod
+    def of(cls, dataset: h5py.Dataset) -> _Place:
+        """Raises StoreError for one that is not a plain stretch of the file."""
+        offset = dataset.id.get_offset()
+        if offset is None or dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:
+            raise StoreError(f"{shown(dataset.file.filename)} was packed by another tool: it cannot be continued")
+        return cls(offset, dataset.shape, dataset.dtype)
 
-    Raises:
-        StoreError: naming the host and process that hold it.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = output.with_name(output.name + ".lock")
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        except OSError as error:
-            raise FpnxError(f"cannot write in {shown(output.parent)}: {error.strerror}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise FpnxError(f"cannot lock {shown(path)}: {error.strerror}") from error
-            raise StoreError(
-                f"{shown(output)} is being written by another run ({shown(holder) or 'unknown'}): "
-                f"wait for it, or take another output"
-            ) from error
-        # The holder before us may have removed the file between our open and our lock: then it locks nothing.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            break
-        os.close(descriptor)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+    def row(self, index: int) -> int:
+        """Offset of one row."""
+        return self.offset + index * int(np.prod(self.shape[1:])) * self.dtype.itemsize
 
 
 class Writer:
@@ -138,116 +107,202 @@ class Writer:
 
     Everything is created, and its space claimed, by `create`; after that only array contents change, in the order
     features, sizes, errors, counts → fdatasync → status → fdatasync. So a reader, or a run after a crash, that sees
-    a row marked done sees all of it.
+    a row marked done sees all of it. Since every array is one stretch of the file that never moves, its rows are
+    written there directly: HDF5's caches, which cannot report or survive a disk that refuses, have no part in it.
+
+    Args:
+        output: the name that `finish` gives; its `.part` is there.
+        disk: takes the writes; None: the `.part`.
     """
 
-    def __init__(self, output: Path, file: h5py.File, levels: Sequence[str]) -> None:
-        self.output, self._file, self._levels = output, file, tuple(levels)
-        images = file["images"]
-        self.status: np.ndarray = images["status"][:]
-        self._groups = [bytes(name).decode() for name in images["group"][:]]
-        self._rows = images["row"][:]
+    def __init__(self, output: Path, disk: OpenFile | None = None) -> None:
+        self.output, part = output, part_of(output)
+        if part.is_symlink():
+            raise StoreError(f"{shown(part)} is a link, which fpnx never makes: remove it, or take another output")
+        with open_hdf5(os.fspath(part)) as file:
+            images = file["images"]
+            self.status: np.ndarray = images["status"][:]
+            self._groups = [bytes(name).decode() for name in images["group"][:]]
+            self._rows: np.ndarray = images["row"][:]
+            self._levels: list[str] = json.loads(file.attrs["config"])["levels"]
+            held = {name: file[name] for name in ("images/source_size", "images/error", "images/status")}
+            held["stats/nonfinite"] = file["stats/nonfinite"]
+            for group in dict.fromkeys(filter(None, self._groups)):
+                held |= {f"{group}/{level}": file[f"pyramids/{group}/{level}"] for level in self._levels}
+            self._places = {name: _Place.of(dataset) for name, dataset in held.items()}
+        self._bytes = os.path.getsize(part)
+        self._disk = disk or OpenFile(part)
         self._fresh: dict[int, int] = {}
-        self._descriptor: int = file.id.get_vfd_handle()
+        self._failure: FpnxError | None = None
         self.space_is_claimed = True
 
     @classmethod
     def create(cls, output: Path, layout: Layout, provenance: Mapping[str, Any]) -> Writer:
-        """Lay out a new `.part` beside `output` and claim its space.
+        """Lay out a new `.part` beside `output` and claim its space; a `.part` that is there is dropped.
+
+        It is made under another name, so that a `.part` is whole from its first moment.
 
         Raises:
             FpnxError: where the disk is too small; nothing is left behind then.
         """
         part = part_of(output)
+        fresh = part.with_name(part.name + ".new")
         try:
-            file = h5py.File(part, "w", locking="best-effort")
+            part.unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
             try:
-                _lay_out(file, layout, provenance)
-                file.flush()
-                claimed = _claim(file.id.get_vfd_handle(), file.id.get_filesize())
-                os.fsync(file.id.get_vfd_handle())
-                writer = cls(output, file, layout.levels)
-            except BaseException:
-                file.close()
-                part.unlink(missing_ok=True)
-                raise
+                # Space comes first: HDF5 must not be told to write where there is none.
+                with open(fresh, "xb") as probe:
+                    claim(probe.fileno(), layout.total_bytes())
+                with h5py.File(fresh, "w", locking="best-effort") as file:
+                    claim(file.id.get_vfd_handle(), layout.total_bytes())
+                    _lay_out(file, layout, provenance)
+                    file.flush()
+                    size = file.id.get_filesize()
+                with open(fresh, "r+b") as laid_out:
+                    laid_out.truncate(size)  # the estimate was larger
+                    claimed = claim(laid_out.fileno(), size)
+                    os.fsync(laid_out.fileno())
+                os.replace(fresh, part)
+                sync_folder(part.parent)
+            finally:
+                fresh.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:
             raise disk_error(error, output, layout.total_bytes()) from error
+        writer = cls(output)
         writer.space_is_claimed = claimed
-        for index in layout.errors:
-            writer.fail(index, layout.errors[index])
         return writer
 
     @classmethod
-    def reopen(cls, output: Path, layout: Layout) -> Writer:
-        """Continue the `.part` beside `output`, which `refuse_other_run` has let pass.
+    def reopen(cls, output: Path) -> Writer:
+        """Continue the `.part` beside `output`, which `refuse_other_run` has let pass. Failed rows are pending again.
 
         Raises:
-            StoreError: where it cannot be opened for writing.
+            FpnxError: where it cannot be opened for writing, or the disk refuses.
         """
-        part = part_of(output)
         try:
-            file = h5py.File(part, "r+", locking="best-effort")
-        except (OSError, RuntimeError) as error:
-            raise StoreError(f"{shown(part)} cannot be opened for writing: {error}") from error
-        return cls(output, file, layout.levels)
+            writer = cls(output)
+        except OSError as error:
+            raise disk_error(error, part_of(output), 0) from error
+        try:
+            writer.retry()
+        except BaseException:
+            writer.close()
+            raise
+        return writer
 
-    def put(self, indices: Sequence[int], features: Mapping[str, np.ndarray], source_sizes: np.ndarray) -> None:
-        """Write the features of images of one group: level → (len(indices), C, H, W) in the stored dtype."""
+    def put(
+        self,
+        indices: Sequence[int],
+        features: Mapping[str, np.ndarray],
+        source_sizes: np.ndarray,
+        nonfinite: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Write what images of one group gave.
+
+        Args:
+            indices: rows in `/images`.
+            features: level → (len(indices), C, H, W) in the stored dtype.
+            source_sizes: (len(indices), 2) height and width.
+            nonfinite: level → how many values of each image are NaN or infinite.
+
+        Raises:
+            FpnxError: where the disk refuses.
+        """
         rows = self._rows[list(indices)].tolist()
-        group = self._file["pyramids"][self._groups[indices[0]]]
-        for start, end in _runs(rows):
-            for level, values in features.items():
-                group[level][rows[start] : rows[start] + end - start] = values[start:end]
-        for start, end in _runs(indices):
-            self._file["images/source_size"][indices[start] : indices[start] + end - start] = source_sizes[start:end]
+        counts = np.array([nonfinite[level] for level in self._levels]).T
+        with self._writing():
+            for start, end in _runs(rows):
+                for level, values in features.items():
+                    self._write(f"{self._groups[indices[0]]}/{level}", rows[start], values[start:end])
+            for start, end in _runs(indices):
+                self._write("images/source_size", indices[start], source_sizes[start:end])
+                self._write("images/error", indices[start], np.full(end - start, b""))  # of an earlier run
+                self._write("stats/nonfinite", indices[start], counts[start:end])
         self._fresh.update(dict.fromkeys(indices, DONE))
 
-    def count_nonfinite(self, index: int, level: str, count: int) -> None:
-        """Record how many values of one level are NaN or infinite."""
-        self._file["stats/nonfinite"][index, self._levels.index(level)] = count
-
     def fail(self, index: int, reason: str) -> None:
-        """Mark an image as failed: its rows hold NaN, its reason stands in the file."""
-        if self._rows[index] >= 0:
-            for dataset in self._file["pyramids"][self._groups[index]].values():
-                dataset[int(self._rows[index])] = np.nan
-        self._file["images/error"][index] = _clipped(reason)
+        """Mark an image as failed: its rows hold NaN, its reason stands in the file.
+
+        Raises:
+            FpnxError: where the disk refuses.
+        """
+        with self._writing():
+            for level in self._levels:
+                place = f"{self._groups[index]}/{level}"
+                shape = self._places[place].shape[1:]
+                self._write(place, int(self._rows[index]), np.full((1, *shape), np.nan, np.float32))
+            self._write("images/source_size", index, np.zeros((1, 2)))
+            self._write("images/error", index, np.array([_clipped(reason)]))
+            self._write("stats/nonfinite", index, np.zeros((1, len(self._levels))))
         self._fresh[index] = FAILED
 
+    def retry(self) -> None:
+        """Make failed images pending, since from now on their rows may hold anything.
+
+        Raises:
+            FpnxError: where the disk refuses.
+        """
+        failed = np.flatnonzero((self.status == FAILED) & (self._rows >= 0)).tolist()
+        if failed:
+            with self._writing():
+                self._mark(dict.fromkeys(failed, PENDING))
+
     def commit(self) -> None:
-        """Make everything put so far durable, then mark it."""
+        """Make everything put so far durable, then mark it.
+
+        Raises:
+            FpnxError: where the disk refuses.
+        """
         if not self._fresh:
             return
-        self._sync()
-        fresh = sorted(self._fresh)
-        self.status[fresh] = [self._fresh[index] for index in fresh]
-        for start, end in _runs(fresh):
-            first, last = fresh[start], fresh[end - 1] + 1
-            self._file["images/status"][first:last] = self.status[first:last]
-        self._sync()
+        with self._writing():
+            self._disk.sync()
+            self._mark(self._fresh)
         self._fresh.clear()
 
     def finish(self) -> None:
-        """Commit, close, and give the file its final name."""
+        """Commit, close, and give the file its final name.
+
+        Raises:
+            FpnxError: where the disk refuses.
+        """
         self.commit()
         assert not bool((self.status == PENDING).any()), "finish() before every image was put"
         self.close()
-        os.replace(part_of(self.output), self.output)
-        with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-            folder = os.open(self.output.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        with self._writing():
+            os.replace(part_of(self.output), self.output)
+            sync_folder(self.output.parent)
 
     def close(self) -> None:
         """Close without committing; what was committed stays."""
-        self._file.close()
+        self._disk.close()
 
-    def _sync(self) -> None:
-        self._file.flush()
-        getattr(os, "fdatasync", os.fsync)(self._descriptor)
+    def _write(self, name: str, first: int, values: np.ndarray) -> None:
+        """Rows of one dataset from `first` on, in its own type."""
+        place = self._places[name]
+        assert values.shape[1:] == place.shape[1:], f"{name}: {values.shape} for {place.shape}"
+        assert 0 <= first <= first + len(values) <= place.shape[0], f"{name}: rows {first} to {first + len(values)}"
+        self._disk.write(place.row(first), np.ascontiguousarray(values, place.dtype).tobytes())
+
+    def _mark(self, states: Mapping[int, int]) -> None:
+        indices = sorted(states)
+        self.status[indices] = [states[index] for index in indices]
+        for start, end in _runs(indices):
+            self._write("images/status", indices[start], self.status[indices[start] : indices[end - 1] + 1])
+        self._disk.sync()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What the disk refuses once ends all writing: after a failed sync nobody knows what is on it."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except OSError as error:
+            told = disk_error(error, self.output, self._bytes)
+            self._failure = FpnxError(f"{told}; what was committed is kept: continue it with --resume")
+            raise self._failure from error
 
 
 def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) -> None:
@@ -255,7 +310,9 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) 
 
     Raises:
         FpnxError: naming the fields, or counting the images, that differ.
+        StoreError: where the file is not of the form that a run could go on with.
     """
+    store.check()
     fields = different_fields(store.config, config)
     if fields or store.fingerprint != fingerprint(config):
         raise FpnxError(
@@ -275,18 +332,6 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) 
         )
 
 
-def disk_error(error: Exception, output: Path, needed: int) -> FpnxError:
-    """What to tell of a failed write: a full disk with its numbers, anything else as it is."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if getattr(error, "errno", None) in full or any(f"errno = {number}" in str(error) for number in full):
-        return FpnxError(
-            f"too little disk space for {shown(output)}: it takes {needed / 1e9:.2f} GB and "
-            f"{free_bytes(output.parent) / 1e9:.2f} GB are free; make room, or store less with --dtype float16, "
-            f"--pool 7x7 or fewer --levels"
-        )
-    return FpnxError(f"cannot write {shown(output)}: {getattr(error, 'strerror', None) or error}")
-
-
 def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> None:
     sources, count = layout.listing.sources, len(layout.listing.sources)
     file.attrs["format"] = FORMAT
@@ -295,6 +340,9 @@ def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> 
     file.attrs["fingerprint"] = layout.fingerprint
     file.attrs["root"] = np.array(layout.listing.root, dtype=h5py.string_dtype())
     file.attrs["provenance"] = json.dumps(provenance)
+    status, errors = np.zeros(count, np.uint8), np.zeros(count, h5py.string_dtype("utf-8", ERROR_BYTES))
+    for index, reason in layout.errors.items():  # of headers: these have no row, so nothing is left to do
+        status[index], errors[index] = FAILED, _clipped(reason)
     text = h5py.string_dtype("utf-8")
     images = file.create_group("images")
     images.create_dataset("path", data=np.array([s.name for s in sources], dtype=object), dtype=text)
@@ -304,8 +352,8 @@ def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> 
         ("mtime_ns", np.array([s.mtime_ns for s in sources], dtype=np.int64)),
         ("source_size", np.zeros((count, 2), np.int32)),
         ("input_size", layout.sizes.astype(np.int32)),
-        ("status", np.zeros(count, np.uint8)),
-        ("error", np.zeros(count, h5py.string_dtype("utf-8", ERROR_BYTES))),
+        ("status", status),
+        ("error", errors),
         ("row", layout.rows.astype(np.int64)),
     ):
         _fixed(images, name, values.shape, values.dtype)[...] = values
@@ -334,19 +382,6 @@ def _fixed(parent: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any) ->
     return h5py.Dataset(made)
 
 
-def _claim(descriptor: int, size: int) -> bool:
-    """Have the file system set aside `size` bytes; False where it cannot promise them."""
-    if not hasattr(os, "posix_fallocate"):
-        return False
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            return False
-        raise
-    return True
-
-
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     """Positions (start, end) of each stretch of consecutive numbers: one write each."""
     breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
@@ -354,5 +389,5 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _clipped(reason: str) -> bytes:
-    raw = reason.encode("utf-8", "backslashreplace")[:ERROR_BYTES]
+    raw = shown(reason).encode()[:ERROR_BYTES]
     return raw.decode("utf-8", "ignore").encode()

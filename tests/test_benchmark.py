@@ -32,7 +32,7 @@ from tests.conftest import document
 
 TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "size": 64, "channels": 8, "repeats": 2, "workers": 2}
 READING = ["decode", "resize + normalise", "copy to device"]
-NETWORK = ["C2", "C3", "C4", "C5", "lateral + top-down", "output P3", "output P5", "top block"]
+NETWORK = ["C2", "C3", "C4", "C5", "lateral + top-down", "output P2", "output P5", "top block"]
 WRITING = ["copy back", "write"]
 
 
@@ -45,10 +45,10 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
         Image.fromarray(pixels).save(folder / f"{i}.png")
     (folder / "bad.jpg").write_bytes(b"no image")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fpnx.specimens.available_memory", lambda _: 256 << 20)  # a small machine
+        patch.setattr("fpnx.specimens.available_memory", lambda: 256 << 20)  # a small machine
         return benchmark(
             **TINY,
-            levels="C3,P3,P5,P6",
+            levels="P2,C3,P5,P6",
             precision="float32,bfloat16",
             batch_size="2,4096",
             images=str(folder),
@@ -96,7 +96,7 @@ def test_the_plain_script_computes_the_same(findings: Findings) -> None:
     assert plain.reason is None
     assert len(plain.forward) == 6
     assert len(plain.end_to_end) == 2
-    assert plain.errors.keys() == {"C3", "P3", "P5", "P6"}
+    assert plain.errors.keys() == {"P2", "C3", "P5", "P6"}
     assert max(plain.errors.values()) < 1e-4
 
 
@@ -112,7 +112,7 @@ def test_each_backbone_has_its_own_plain_script(photos: Path) -> None:
 def test_the_error_of_a_precision_is_that_of_its_type(findings: Findings) -> None:
     assert not findings.columns[0].errors
     errors = findings.columns[2].errors
-    assert errors.keys() == {"C3", "P3", "P5", "P6"}
+    assert errors.keys() == {"P2", "C3", "P5", "P6"}
     assert all(1e-4 < error < 0.5 for error in errors.values())  # bfloat16 keeps 8 bits
 
 
@@ -126,7 +126,7 @@ def test_the_document_holds_every_sample_and_the_machine(findings: Findings) -> 
     assert first["end_to_end"] == findings.columns[0].end_to_end
     assert first["summary"]["images_per_second"]["samples"] == 2
     assert first["ratios"]["forward"] == {"median": 1.0, "low": 1.0, "high": 1.0, "samples": 6}
-    assert [shape["level"] for shape in first["shapes"]] == ["C3", "P3", "P5", "P6"]
+    assert [shape["level"] for shape in first["shapes"]] == ["P2", "C3", "P5", "P6"]
     assert [cost["part"] for cost in first["costs"]] == ["backbone", "laterals", "outputs", "top block"]
     assert found["ceilings_flops"]["float32"] == findings.ceilings["float32"]
     assert (found["rounds"], found["interrupted"], found["exit_code"]) == (2, False, 0)
@@ -178,12 +178,12 @@ def test_the_picture(findings: Findings, ending: str, tmp_path: Path) -> None:
 
 
 def test_the_command_gives_one_document(fpnx: Callable[..., Any], photos: Path) -> None:
-    options = ["--backbone", "mobilenet_v2", "--size", "64", "--channels", "8", "--repeats", "1", "--images", photos]
-    code, out, err = fpnx("benchmark", *options, "--json", "--plot", "stages.png")
+    options = ["--backbone", "mobilenet_v2", "--size", "64", "--channels", "8", "--repeats", "1", "--batch-size", "4"]
+    code, out, err = fpnx("benchmark", *options, "--images", photos, "--json", "--plot", "stages.png")
     assert code == 0, err
     found = document(out)
     assert found["configurations"][0]["size"] == [64, 64]
-    assert found["configurations"][0]["batch_size"] == 16
+    assert found["configurations"][0]["batch_size"] == 4
     assert Path("stages.png").stat().st_size > 10_000
     assert "measurements" in err
 
@@ -259,9 +259,9 @@ def test_bad_requests_are_one_line(fpnx: Callable[..., Any], arguments: list[str
 
 
 def test_nothing_that_fits_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpnx.specimens.available_memory", lambda _: 1 << 20)
-    with pytest.raises(FpnxError, match="nothing can be measured: mobilenet_v2 float32 batch 16 does not fit"):
-        benchmark(**TINY, images=str(photos))
+    monkeypatch.setattr("fpnx.specimens.available_memory", lambda: 1 << 20)
+    with pytest.raises(FpnxError, match="nothing can be measured: mobilenet_v2 float32 batch 4 does not fit"):
+        benchmark(**TINY, batch_size=4, images=str(photos))
 
 
 def test_a_config_is_one_extraction_for_each_combination() -> None:

@@ -1,0 +1,118 @@
+"""Which images go together through the model, and how many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fpnx.config import parse_extent
+from fpnx.machine import available_memory
+from fpnx.planning import Plan
+
+__all__ = ["Batches", "lanes_for"]
+
+LANES = 16  # threads that compute; beyond that Python's own lock would hold them up
+BYTES_A_PIXEL = 1024  # of network input, for all maps that are alive at once (VGG-16: 820, ResNet-50: 500)
+MEMORY_SHARE = 0.5  # of the available memory that maps may take
+CPU_CANDIDATES, GPU_CANDIDATES = (4, 8, 2), (32, 64, 16)
+TRIALS = 2  # batches by which each candidate is judged
+BETTER = 0.95  # of the time per image that the first candidate takes, for another to be chosen instead
+ENOUGH = 25  # images for each image in the trials: fewer are done before the choice could pay
+
+
+def lanes_for(plan: Plan, images: int) -> int:
+    """How many threads compute side by side: on CPU each takes a core or more, on CUDA one for each device.
+
+    Batches that are computed one beside the other on a core each need no waiting for each other, so they are faster
+    than one after the other on all cores; where memory is short, or images are fewer, there are less of them.
+    """
+    if plan.device.type != "cpu":
+        return len(plan.devices)
+    largest = max((height * width for height, width in map(_extent, plan.layout.shapes)), default=1)
+    fitting = int(available_memory() * MEMORY_SHARE) // (largest * BYTES_A_PIXEL * (plan.batch_size or 1))
+    return max(1, min(plan.cpus, LANES, images, fitting))
+
+
+class Batches(Iterator[list[int]]):
+    """Pending images, in their order, in batches of one padded size each.
+
+    Towards the end batches get smaller, so that all lanes end at about the same time. Where `batch_size` is left
+    to fpnx, a few sizes are tried on the first images of each input size, and the fastest is kept.
+    """
+
+    def __init__(self, plan: Plan, pending: Sequence[int], lanes: int) -> None:
+        self._plan, self._lanes = plan, lanes
+        by_group: dict[str, list[int]] = {}
+        for index in pending:
+            by_group.setdefault(plan.layout.groups[index], []).append(index)
+        self.counts: Mapping[str, int] = {group: len(indices) for group, indices in by_group.items()}
+        self._left = list(reversed(by_group.items()))
+        self._start = 0
+        self._trial: _Trial | None = None
+
+    def __next__(self) -> list[int]:
+        if not self._left:
+            raise StopIteration
+        group, indices = self._left[-1]
+        if self._trial is None or self._trial.group != group:
+            self._trial = _Trial(group, self.candidates(group, len(indices)))
+        size = self._trial.next_size()
+        if len(self._left) == 1:
+            size = min(size, -(-(len(indices) - self._start) // self._lanes))
+        batch = indices[self._start : self._start + size]
+        self._start += size
+        if self._start >= len(indices):
+            self._left.pop()
+            self._start = 0
+        return batch
+
+    def took(self, group: str, images: int, seconds: float) -> None:
+        """Hears how long the model took for a batch."""
+        if self._trial is not None and self._trial.group == group:
+            self._trial.took(images, seconds)
+
+    def trying(self, group: str) -> bool:
+        """Whether batch sizes for images of one size are being compared."""
+        return self._trial is not None and self._trial.group == group and self._trial.chosen is None
+
+    def candidates(self, group: str, images: int) -> tuple[int, ...]:
+        """Batch sizes worth trying for images of one size, the likeliest first."""
+        if self._plan.batch_size is not None:
+            return (self._plan.batch_size,)
+        height, width = _extent(group)
+        scale = 224 * 224 / (height * width)
+        cpu = self._plan.device.type == "cpu"
+        fitting = int(available_memory() * MEMORY_SHARE) // (height * width * BYTES_A_PIXEL * self._lanes)
+        most = max(fitting, 1) if cpu else 1024  # a GPU's memory is found out by trying
+        sizes = [max(1, min(round(n * scale), 2 * n, most)) for n in (CPU_CANDIDATES if cpu else GPU_CANDIDATES)]
+        found = tuple(dict.fromkeys(sizes))
+        return found if images >= ENOUGH * TRIALS * sum(found) // 4 else found[:1]
+
+
+class _Trial:
+    """Finds the fastest of a few batch sizes for images of one size, by the way."""
+
+    def __init__(self, group: str, candidates: tuple[int, ...]) -> None:
+        self.group, self._candidates = group, candidates
+        self._plan = [size for size in candidates for _ in range(TRIALS)] if len(candidates) > 1 else []
+        self._best: dict[int, float] = {}
+        self.chosen: int | None = candidates[0] if len(candidates) == 1 else None
+
+    def next_size(self) -> int:
+        if self._plan:
+            return self._plan.pop(0)
+        return self.chosen or self._candidates[0]
+
+    def took(self, images: int, seconds: float) -> None:
+        if self.chosen is not None or images not in self._candidates:
+            return
+        self._best[images] = min(self._best.get(images, float("inf")), seconds / images)
+        if not self._plan and len(self._best) == len(self._candidates):
+            first = self._candidates[0]
+            fastest = min(self._best, key=self._best.__getitem__)
+            self.chosen = fastest if self._best[fastest] < BETTER * self._best[first] else first
+
+
+def _extent(group: str) -> tuple[int, int]:
+    extent = parse_extent(group)
+    assert extent is not None
+    return extent

@@ -1,0 +1,180 @@
+"""Convolutions as they are executed: norm folded in, activation and addition fused, weights packed for oneDNN."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+__all__ = ["SIZES_PACKED", "Convolution", "can_pack", "is_activation", "is_norm", "packing"]
+
+# Activations that oneDNN applies to a convolution's result while it is still in registers: (name, scalars, algorithm).
+FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {
+    nn.ReLU: lambda _: ("relu", [], ""),
+    nn.ReLU6: lambda _: ("hardtanh", [0.0, 6.0], ""),
+    nn.Hardtanh: lambda module: ("hardtanh", [module.min_val, module.max_val], ""),
+    nn.LeakyReLU: lambda module: ("leaky_relu", [module.negative_slope], ""),
+    nn.SiLU: lambda _: ("swish", [], ""),
+    nn.Hardswish: lambda _: ("hardswish", [], ""),
+    nn.Sigmoid: lambda _: ("sigmoid", [], ""),
+}
+
+
+SIZES_PACKED = 2  # by convolution; a layout is for one size of map, and with another takes up to ten times as long
+
+_PACKING = threading.local()
+
+
+class Convolution(nn.Module):
+    """activation(convolution(x) [+ other]) for inference; float32 parameters until `prepare`.
+
+    `convolution` is read, never changed. Not for training, and without a useful `state_dict`.
+
+    Attributes:
+        activation: a module applied at the end, or None.
+        accumulates: whether `other` may be overwritten with the result.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = convolution.weight.detach().float().clone()
+        self.bias = None if convolution.bias is None else convolution.bias.detach().float().clone()
+        self.stride, self.dilation, self.groups = convolution.stride, convolution.dilation, convolution.groups
+        self.padding: Any = convolution.padding
+        self.activation: nn.Module | None = None
+        self.accumulates = False
+        self._fused: tuple[str, list[float], str] = ("none", [], "")
+        self._packed: dict[tuple[int, int], Tensor] = {}
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Convolution:
+        """From float32 parameters, with stride 1."""
+        made = cls(nn.Conv2d(1, 1, 1))
+        made.weight, made.bias, made.padding = weight, bias, padding
+        return made
+
+    @staticmethod
+    def takes(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+        """Whether `module` is a convolution that this class computes exactly."""
+        return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+    def fold(self, norm: Any) -> None:
+        """Take over a norm that follows, from its statistics: y = (x - mean) / sqrt(variance + eps) · scale + shift."""
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.detach().double()
+        shift = -norm.running_mean.double() * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.detach().double()
+        bias = shift if self.bias is None else self.bias.double() * scale + shift
+        self.weight = (self.weight.double() * scale.view(-1, 1, 1, 1)).float()
+        self.bias = bias.float()
+
+    def activate(self, module: nn.Module) -> None:
+        """Apply `module`, which `is_activation` has let pass, at the end; a copy of it, in place where it can."""
+        copied: Any = copy.deepcopy(module)
+        if hasattr(copied, "inplace"):
+            copied.inplace = True
+        self.activation, self._fused = copied, FUSED[type(module)](module)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Bring the parameters to where, and to the type in which, they are used."""
+        self.weight = self.weight.to(device, dtype, memory_format=torch.channels_last)
+        self.bias = None if self.bias is None else self.bias.to(device, dtype)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        size = (x.shape[2], x.shape[3])
+        weight = self._packed.get(size)
+        if weight is None and getattr(_PACKING, "on", False):
+            weight = self._pack(x, size)
+        if weight is not None:
+            return self._forward_packed(weight, x, other)
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if other is not None:
+            y = y.add_(other)
+        return y if self.activation is None else self.activation(y)
+
+    def _forward_packed(self, weight: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
+        geometry = (weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
+        if other is None:
+            y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, *geometry, *self._fused)
+            return y
+        unary: tuple[Any, ...] = ("relu" if self.activation is not None else None, [], None)
+        if self.accumulates:
+            y = torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *geometry, "add", 1.0, *unary)
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise.binary(x, other, *geometry, "add", None, *unary)
+        return y
+
+    def _pack(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
+        # A new dictionary, not a changed one: other threads may be computing with this one.
+        kept = list(self._packed.items())[1 - SIZES_PACKED :] if len(self._packed) >= SIZES_PACKED else self._packed
+        self._packed = {**dict(kept), size: packed}
+        return packed
+
+
+@contextmanager
+def packing() -> Iterator[None]:
+    """Convolutions that run in here, in this thread, lay their weights out for the size of the map they are given.
+
+    From then on they use them for maps of that size, in any thread; for other sizes they use the plain weights.
+    """
+    _PACKING.on = True
+    try:
+        yield
+    finally:
+        _PACKING.on = False
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    """Whether `module` is a norm that `Convolution.fold` takes: one with statistics of its own, in eval mode."""
+    if isinstance(module, FrozenBatchNorm2d):
+        return True
+    return type(module) is nn.BatchNorm2d and not module.training and module.running_var is not None
+
+
+def is_activation(module: nn.Module | None) -> bool:
+    """Whether `module` is an activation that can be fused into a convolution."""
+    return type(module) in FUSED
+
+
+@functools.cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed and fused convolutions work here: the operators are PyTorch's private ones, so
+    nothing is taken for granted; they are tried on a small convolution of every kind and compared."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(2, 16, 9, 9, generator=generator).to(dtype) for _ in range(2))
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in (x, other))
+    near = functools.partial(torch.allclose, atol=1e-4 if dtype is torch.float32 else 3e-2)
+    layer = nn.Conv2d(16, 16, 3, padding=1, device="meta").to_empty(device="cpu")
+    layer.weight = nn.Parameter(torch.randn(16, 16, 3, 3, generator=generator) / 12)
+    layer.bias = nn.Parameter(torch.randn(16, generator=generator))
+    try:
+        for accumulates in (False, True):
+            plain, tried = Convolution(layer), Convolution(layer)
+            tried.accumulates = accumulates
+            for made in (plain, tried):
+                made.activate(nn.ReLU())
+                made.prepare(x.device, dtype)
+            with torch.inference_mode(), packing():
+                tried(x)
+                tried(x)
+            with torch.inference_mode():
+                sums = [made(x, other.clone()) for made in (tried, plain)]
+                if not (near(tried(x), plain(x)) and near(*sums)):
+                    return False
+    except (AttributeError, RuntimeError, TypeError):  # no such operator, or not for these arguments
+        return False
+    return True

@@ -1,0 +1,169 @@
+"""What a disk gives: space set aside, writes made durable, one run at a time, and what to say where it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fpnx.errors import FpnxError, StoreError, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one output are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["OpenFile", "claim", "disk_error", "free_bytes", "lock", "sync_folder"]
+
+O_BINARY, O_NOFOLLOW = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that can still be written in `folder`."""
+    return shutil.disk_usage(folder).free
+
+
+@contextlib.contextmanager
+def lock(output: Path) -> Iterator[bool]:
+    """Hold `output` against other runs; False where the system or file system has no locks.
+
+    The lock dies with its process, whatever ends it; the file that is left then means nothing.
+
+    Raises:
+        StoreError: naming the host and process that hold it.
+        FpnxError: where nothing can be written beside `output`.
+    """
+    if fcntl is None:
+        yield False
+        return
+    path = output.with_name(output.name + ".lock")
+    flags = os.O_RDWR | os.O_CREAT | O_NOFOLLOW  # a link could empty any other file
+    while True:
+        try:
+            descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            raise FpnxError(f"cannot write in {shown(output.parent)}: {shown(path.name)}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                time.sleep(0.1)  # a run that has just taken the lock is about to write who it is
+                holder = shown(os.read(descriptor, 200).decode(errors="replace").strip())
+                os.close(descriptor)
+                raise StoreError(
+                    f"{shown(output)} is being written by another run ({holder or 'unknown'}): "
+                    f"wait for it, or take another output"
+                ) from error
+            os.close(descriptor)
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise FpnxError(f"cannot lock {shown(path)}: {error.strerror}") from error
+            yield False
+            return
+        # The holder before us may have removed the file between our open and our lock: then it locks nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        os.close(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        with contextlib.suppress(OSError):  # on a full disk nobody learns who we are, but we hold the lock
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield True
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def disk_error(error: Exception, output: Path, needed: int) -> FpnxError:
+    """What to tell of a failed write: a full disk with its numbers, anything else as it is."""
+    told = re.search(r"errno = (\d+)", str(error))  # HDF5 hands the number on in its text only
+    number = getattr(error, "errno", None) or (int(told[1]) if told else None)
+    if number == errno.EFBIG:
+        return FpnxError(
+            f"{shown(output)} may not become {needed / 1e9:.2f} GB large: this file system or `ulimit -f` forbids it; "
+            f"take another output, or store less with --dtype float16, --pool 7x7 or fewer --levels"
+        )
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return FpnxError(
+            f"too little disk space for {shown(output)}: it takes {needed / 1e9:.2f} GB and "
+            f"{free_bytes(output.parent) / 1e9:.2f} GB are free; make room, or store less with --dtype float16, "
+            f"--pool 7x7 or fewer --levels"
+        )
+    why = os.strerror(number) if number else shown(str(error))
+    return FpnxError(f"cannot write {shown(output)}: {why}")
+
+
+def claim(descriptor: int, size: int) -> bool:
+    """Have the file system set aside `size` bytes; False where it cannot promise them.
+
+    fallocate itself, since glibc's posix_fallocate writes into every block where a file system cannot do it: the
+    whole file would travel twice to a network disk.
+    """
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    fallocate = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if fallocate is None:
+        return False
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while fallocate(descriptor, 0, 0, size) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return False
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    return True
+
+
+class OpenFile:
+    """A file that is there, opened for writing in place."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = os.open(path, os.O_RDWR | O_BINARY | O_NOFOLLOW)
+        self._lock = threading.Lock()
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of `data` at `offset`."""
+        rest = memoryview(data)
+        with self._lock:
+            while rest:
+                os.lseek(self._handle(), offset, os.SEEK_SET)
+                written = os.write(self._handle(), rest)
+                rest, offset = rest[written:], offset + written
+
+    def sync(self) -> None:
+        """Make durable what was written."""
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves it in the drive's own cache
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._handle(), fcntl.F_FULLFSYNC)
+                return
+        getattr(os, "fdatasync", os.fsync)(self._handle())
+
+    def close(self) -> None:
+        """Close; again, nothing happens."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def _handle(self) -> int:
+        if self._descriptor is None:
+            raise OSError(errno.EBADF, "closed")
+        return self._descriptor
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name durable, where the file system lets folders be synced."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

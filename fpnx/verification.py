@@ -1,0 +1,280 @@
+"""Whether a file holds what it says: structure, rows, values; and, beside the images, whether they give the same."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import h5py
+import numpy as np
+
+from fpnx.config import SAMPLE, ExtractConfig, fingerprint, parse_extent
+from fpnx.control import Listener
+from fpnx.errors import FpnxError, shown
+from fpnx.store import DONE, FAILED, PENDING, Store, different_fields, open_store
+
+__all__ = ["Verification", "verify"]
+
+BLOCK = 1 << 26  # bytes of features that are looked at together
+# The largest difference, relative to the largest value of the level, that another device or thread count explains.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "reduced": 5e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was looked at, and what is wrong.
+
+    Attributes:
+        file: the file.
+        images, done, failed, pending: how many there are.
+        values: how many stored numbers were read.
+        problems: one line for each thing that is not as it should be; empty where the file verifies.
+        compared: images that were computed again.
+        largest_difference: between stored and computed values, relative to the largest of their level.
+    """
+
+    file: str
+    images: int
+    done: int
+    failed: int
+    pending: int
+    values: int
+    problems: tuple[str, ...]
+    compared: int = 0
+    largest_difference: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where the file does not verify."""
+        return 1 if self.problems else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """All of this as plain values."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**plain, "problems": list(self.problems), "verified": not self.problems, "exit_code": self.exit_code}
+
+
+def verify(
+    file: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    sample: int = SAMPLE,
+    weights: str | None = None,
+    device: str = ExtractConfig.device,
+    offline: bool = ExtractConfig.offline,
+    listener: Listener | None = None,
+) -> Verification:
+    """Look at everything in `file`; with `against`, compute some of its images again and compare.
+
+    Args:
+        file: what `fpnx extract` wrote, or its `.part`; reads every stored value.
+        against: the images that it was made from: files, folders, or `"@list.txt"`.
+        sample: how many images are computed again, evenly spread over those that are done.
+        weights: where the weights are now, if not where the file says.
+        device: computes them.
+        offline: never download weights.
+        listener: hears of the progress.
+
+    Raises:
+        FpnxError: a file that cannot be read as fpnx's at all, or images or weights that cannot be had.
+    """
+    if sample < 1:
+        raise FpnxError(f"sample {sample}: take 1 image or more")
+    hears = listener or Listener()
+    with open_store(file) as store:
+        store.check()
+        problems = [*_tables(store), *_groups(store)]
+        values = 0
+        if not problems:  # the rows of a wrong table would only be wrong again
+            total = len(store.paths)
+            for read, seen, found in _values(store):
+                values += read
+                problems += found
+                hears.progress("images", seen, total)
+        states = {state: int((store.status == state).sum()) for state in (PENDING, DONE, FAILED)}
+        told = Verification(
+            file=store.path,
+            images=len(store),
+            done=states[DONE],
+            failed=states[FAILED],
+            pending=states[PENDING],
+            values=values,
+            problems=tuple(problems),
+        )
+        if against is None:
+            return told
+        options = _options(store, weights, device, offline)
+        compared, largest, found = _compare(store, against, options, sample)
+        return replace(told, problems=(*problems, *found), compared=compared, largest_difference=largest)
+
+
+def _tables(store: Store) -> Iterator[str]:
+    """What is wrong with the tables, without a look at the features."""
+    if store.fingerprint != fingerprint(store.config):
+        yield "the fingerprint is not the sha256 of the config: one of them was changed"
+    if len(set(store.paths)) != len(store.paths):
+        yield "a path stands there twice"
+    done, failed = store.status == DONE, store.status == FAILED
+    if pending := int((store.status == PENDING).sum()):
+        yield f"{pending} of {len(store)} images are pending: continue with fpnx extract --resume"
+    if unknown := int((~np.isin(store.status, (PENDING, DONE, FAILED))).sum()):
+        yield f"{unknown} images have a status that does not exist"
+    errors = dict(store.failures())
+    yield from _first(
+        "failed without a reason", store, [i for i in np.flatnonzero(failed).tolist() if not errors[store.paths[i]]]
+    )
+    yield from _first("done without a row", store, np.flatnonzero(done & (store.rows < 0)))
+    yield from _first("done without a source size", store, np.flatnonzero(done & (store.source_sizes <= 0).any(axis=1)))
+    placed = store.rows >= 0
+    yield from _first("in a group without a row", store, np.flatnonzero(~placed & (np.array(store.groups) != "")))
+    extents = np.array([parse_extent(name) or (0, 0) for name in store.groups]).reshape(-1, 2)
+    wrong = placed & ((store.input_sizes < 1) | (store.input_sizes > extents)).any(axis=1)
+    yield from _first("of an input size that is not that of its group", store, np.flatnonzero(wrong))
+
+
+def _groups(store: Store) -> Iterator[str]:
+    """What is wrong with the places of images: each has its own row, and each row its image."""
+    counts = Counter(name for name in store.groups if name)
+    for size in sorted({*counts, *store.sizes}):
+        members = store.rows[np.array(store.groups) == size]
+        if sorted(members.tolist()) != list(range(len(members))):
+            yield f"rows of {size} are not numbered one by one"
+        extent = parse_extent(size) or (0, 0)
+        for level in store.levels:
+            dataset = store.dataset(size, level)
+            rows, channels, *cells = dataset.shape
+            if rows != len(members):
+                yield f"{dataset.name} has {rows} rows for {len(members)} images"
+            if channels != dataset.attrs.get("channels") or (level[0] == "P" and channels != store.config["channels"]):
+                yield f"{dataset.name} has {channels} channels, which is not what it says"
+            stride, pool = store.stride(level), store.config["pool"]
+            most = tuple(-(-side // stride) for side in extent)
+            if pool != "none" and tuple(cells) != (parse_extent(pool) or (1, 1)):
+                yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, which is not pool {shown(pool)}"
+            elif pool == "none" and not all(1 <= held <= limit for held, limit in zip(cells, most, strict=True)):
+                yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, where stride {stride} gives {most[0]}×{most[1]}"
+    if len(store.sizes) == 1:
+        for level in store.levels:
+            if not store.links_to(store.sizes[0], level):
+                yield f"/{level} does not lead to /pyramids/{store.sizes[0]}/{level}"
+
+
+def _values(store: Store) -> Iterator[tuple[int, int, list[str]]]:
+    """How many values were read, how many images seen, and what is wrong: NaN or inf where none are counted."""
+    seen = 0
+    for size in store.sizes:
+        images = np.flatnonzero(np.array(store.groups) == size)
+        images = images[np.argsort(store.rows[images])]
+        for position, level in enumerate(store.levels):
+            dataset, column = store.dataset(size, level), store.levels.index(level)
+            for start, block in _blocks(dataset):
+                here = images[start : start + len(block)]
+                status = store.status[here]
+                bad = (~np.isfinite(block)).reshape(len(block), -1).sum(axis=1)
+                wrong = here[(status == DONE) & (bad != store.nonfinite[here, column])]
+                filled = here[(status == FAILED) & ~np.isnan(block).reshape(len(block), -1).all(axis=1)]
+                found = [*_first(f"not as finite in {level} as the file says", store, wrong)]
+                found += _first(f"failed, but with values in {level}", store, filled)
+                seen += len(block) if position == len(store.levels) - 1 else 0
+                yield block.size, seen, found
+
+
+def _blocks(dataset: h5py.Dataset) -> Iterator[tuple[int, np.ndarray]]:
+    each = max(1, int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize)
+    step = max(1, BLOCK // each)
+    for start in range(0, len(dataset), step):
+        yield start, dataset[start : start + step]
+
+
+def _first(what: str, store: Store, indices: Sequence[int] | np.ndarray) -> Iterator[str]:
+    """One line for all `indices`, with the first of them by name."""
+    if len(indices):
+        others = f" and {len(indices) - 1} others" if len(indices) > 1 else ""
+        yield f"{shown(store.paths[int(indices[0])])}{others}: {what}"
+
+
+def _options(store: Store, weights: str | None, device: str, offline: bool) -> dict[str, Any]:
+    """The options that computed `store`, for this machine."""
+    options = store.provenance.get("options")
+    if not isinstance(options, dict):
+        raise FpnxError(f"{shown(store.path)} does not say with which options it was made: it cannot be computed again")
+    changed = {"weights": weights} if weights is not None else {}
+    return {**options, **changed, "device": device, "offline": offline}
+
+
+def _compare(store: Store, against: Any, options: dict[str, Any], sample: int) -> tuple[int, float, list[str]]:
+    """Compute a sample again → how many, the largest relative difference, what is wrong."""
+    from fpnx.images import find
+
+    listing = find([against] if isinstance(against, (str, os.PathLike)) else list(against))
+    there = {os.fsdecode(source.name): source for source in listing.sources}
+    problems: list[str] = []
+    missing = [i for i, path in enumerate(store.paths) if path not in there]
+    if len(missing) == len(store):
+        raise FpnxError(f"none of the images of {shown(store.path)} is in {shown(listing.root)}: name the same folder")
+    problems += _first("not among the images any more", store, missing)
+    gone = set(missing)
+    others = [i for i, path in enumerate(store.paths) if i not in gone and there[path].bytes != store.bytes[i]]
+    problems += _first("another file than then", store, others)
+    usable = [item.index for item in store if item.index not in gone.union(others)]
+    chosen = sorted({usable[round(i)] for i in np.linspace(0, len(usable) - 1, min(sample, len(usable)))})
+    if not chosen:
+        return 0, 0.0, problems
+    try:
+        config = ExtractConfig(**options)
+    except TypeError as error:
+        raise FpnxError(f"{shown(store.path)} was made with options that this fpnx does not know: {error}") from error
+    largest = 0.0
+    for index, computed in _computed(store, config, [(i, there[store.paths[i]]) for i in chosen]):
+        difference = _difference(store, index, computed)
+        largest = max(largest, difference)
+        if not difference <= _tolerance(store):
+            problems.append(f"{shown(store.paths[index])}: computed again it differs by {difference:.2g} of its level")
+    return len(chosen), largest, problems
+
+
+def _computed(store: Store, config: ExtractConfig, chosen: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """(index, level → (C, H, W)) of each image, one by one, as `extract` computes it."""
+    # Here, since a look at the file alone needs no torch.
+    from fpnx.engine import Engine, resolve_device
+    from fpnx.images import decode, pillow_within_limits
+    from fpnx.model import build_model
+    from fpnx.planning import identity_of
+
+    model = build_model(config)
+    recipe = model.recipe.sized(config)
+    fields = different_fields(store.config, identity_of(model, recipe, config))
+    if fields:
+        raise FpnxError(
+            f"{shown(store.path)} cannot be computed again here ({'; '.join(map(shown, fields))}): "
+            f"bring the same weights with --weights"
+        )
+    engine = Engine(model, recipe, config, resolve_device(config.device))
+    with pillow_within_limits():
+        for index, source in chosen:
+            picture = decode(source, config.max_pixels)
+            size = recipe.input_size((picture.height, picture.width), config.max_pixels)
+            features = engine([recipe.resize(picture, size)])
+            yield index, {level: values[0] for level, values in features.arrays.items()}
+
+
+def _difference(store: Store, index: int, computed: dict[str, np.ndarray]) -> float:
+    """The largest difference of any level, relative to the level's largest value; inf where NaN or inf differ."""
+    largest = 0.0
+    for level, again in computed.items():
+        stored = store[index][level].astype(np.float64)
+        if stored.shape != again.shape or not np.array_equal(np.isfinite(stored), np.isfinite(again)):
+            return float("inf")
+        finite = np.isfinite(stored)
+        if finite.any():
+            scale = float(np.abs(stored[finite]).max()) or 1.0
+            largest = max(largest, float(np.abs(stored[finite] - again[finite]).max()) / scale)
+    return largest
+
+
+def _tolerance(store: Store) -> float:
+    precision = "float32" if store.config.get("precision") == "float32" else "reduced"
+    return max(TOLERANCES[precision], TOLERANCES[str(store.config["dtype"])])

@@ -1,0 +1,273 @@
+"""The executable form gives the numbers of the plain model, whatever it folds, fuses, packs or reorders."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import models
+from torchvision.ops import FrozenBatchNorm2d
+
+from fpnx.backbones import Backbone, _tapped, tap_shapes
+from fpnx.convolutions import Convolution, can_pack
+from fpnx.executable import make_executable
+from fpnx.model import PyramidModel, create_model
+from fpnx.pyramid import FeaturePyramid
+from fpnx.recombination import ExecutablePyramid, _Recombined, _UpsampledConvolution
+
+EQUAL = 1e-5  # of each level's greatest magnitude
+SIZES = [(64, 64), (96, 160), (75, 101), (33, 64)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def images(batch: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    drawn = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+    return drawn.contiguous(memory_format=torch.channels_last)
+
+
+def unsettled(model: PyramidModel) -> PyramidModel:
+    """The model with norms and biases that are not those of a fresh one, so that losing them would show."""
+    generator = torch.Generator().manual_seed(7)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.3, generator=generator)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def assert_equal_levels(made: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], bound: float = EQUAL) -> None:
+    assert list(made) == list(wanted)
+    for name, level in wanted.items():
+        assert made[name].shape == level.shape
+        assert (made[name].float() - level).abs().max() <= bound * level.abs().max(), name
+
+
+def model_of(network: nn.Module, nodes: dict[int, str], levels: tuple[str, ...]) -> PyramidModel:
+    body = _tapped(network.eval(), {node: f"C{k}" for k, node in nodes.items()})
+    channels = {int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, (128, 128)).items()}
+    fpn = FeaturePyramid(channels, 64, "pool")
+    fpn.draw(0)
+    weights = create_model("mobilenet_v2", weights="random").weights
+    return PyramidModel(Backbone("own", body, nodes, channels), fpn, levels, weights).eval()
+
+
+OTHERS = {
+    "resnet18": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
+    "densenet121": {
+        2: "features.denseblock1",
+        3: "features.denseblock2",
+        4: "features.denseblock3",
+        5: "features.norm5",
+    },
+    "efficientnet_b0": {2: "features.2", 3: "features.3", 4: "features.5", 5: "features.8"},
+    "mobilenet_v3_small": {2: "features.1", 3: "features.3", 4: "features.8", 5: "features.12"},
+    "convnext_tiny": {2: "features.1", 3: "features.3", 4: "features.5", 5: "features.7"},
+    "regnet_y_400mf": {2: "trunk_output.block1", 3: "trunk_output.block2", 4: "trunk_output.block3"},
+    "shufflenet_v2_x0_5": {2: "maxpool", 3: "stage2", 4: "stage3", 5: "conv5"},
+}
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "vgg16"])
+def test_equals_the_model(name, packs):
+    model = unsettled(
+        create_model(name, weights="random", levels="C2,C4,P2-P7", channels=200 if name[0] == "m" else 48)
+    )
+    made = make_executable(model)
+    for size in SIZES:
+        if packs:
+            assert made.pack(size) is can_pack(torch.float32)
+        with torch.inference_mode():
+            assert_equal_levels(made(images(2, size)), model(images(2, size)))
+            assert_equal_levels(made(images(1, size)), model(images(1, size)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_equals_the_model_of_any_family(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = models.get_model(name, weights=None)
+    model = unsettled(model_of(network, OTHERS[name], ("C2", "P2", "P3", "P4")))
+    made = make_executable(model)
+    for size in [(64, 96), (75, 101)]:
+        with torch.inference_mode():
+            wanted = model(images(2, size))
+            assert_equal_levels(made(images(2, size)), wanted)
+            made.pack(size)
+            assert_equal_levels(made(images(2, size)), wanted)
+
+
+@pytest.mark.parametrize("levels", ["C2", "C4", "P4", "P5", "C3,P4-P6", "P7", "P2", "P6"])
+def test_computes_only_what_levels_need(levels):
+    model = unsettled(create_model("resnet50", weights="random", levels=levels, channels=16))
+    made = make_executable(model)
+    with torch.inference_mode():
+        assert_equal_levels(made(images(1, (64, 96))), model(images(1, (64, 96))))
+    held = sum(isinstance(module, Convolution) for module in made.body.modules())
+    assert held == {"C2": 11, "C4": 43}.get(levels, 53)
+
+
+def test_folds_and_fuses_everything_in_a_resnet():
+    made = make_executable(create_model("resnet50", weights="random", levels="P2-P5", channels=16))
+    assert {node.op for node in made.body.graph.nodes} == {"placeholder", "call_module", "output"}
+    called = [made.body.get_submodule(node.target) for node in made.body.graph.nodes if node.op == "call_module"]
+    assert [type(module) for module in called if not isinstance(module, Convolution)] == [nn.MaxPool2d]
+    assert sum(module.accumulates for module in called if isinstance(module, Convolution)) == 16
+
+
+def test_leaves_the_model_as_it_was():
+    model = unsettled(create_model("mobilenet_v2", weights="random", levels="P2-P5", channels=32))
+    before, code = copy.deepcopy(model.state_dict()), model.body.code
+    made = make_executable(model, dtype=torch.bfloat16)
+    made.pack((64, 64))
+    assert model.body.code == code
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with torch.no_grad():
+        reference = make_executable(model)
+        wanted = reference(images(1, (64, 64)))
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert_equal_levels(reference(images(1, (64, 64))), wanted, 0)
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+def test_frozen_norms_any_eps_and_norms_in_the_pyramid(packs):
+    def frozen(width: int) -> nn.Module:
+        return FrozenBatchNorm2d(width, eps=0.0)
+
+    network = models.resnet18(weights=None, norm_layer=frozen)
+    model = model_of(network, OTHERS["resnet18"], ("P2", "P3", "P6"))
+    for block, eps in [(model.fpn.inner_blocks[0], 1e-3), (model.fpn.layer_blocks[1], 0.1)]:
+        block.append(nn.BatchNorm2d(64, eps=eps))
+        block.append(nn.ReLU())
+    model.fpn.layer_blocks[0].append(nn.GroupNorm(4, 64))
+    model = unsettled(model.eval())
+    made = make_executable(model)
+    assert not any(isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)) for module in made.modules())
+    if packs:
+        made.pack((64, 96))
+    with torch.inference_mode():
+        assert_equal_levels(made(images(2, (64, 96))), model(images(2, (64, 96))))
+
+
+class Awkward(nn.Module):
+    """What must not be fused: a convolution used twice, one read by others, sums that broadcast or come too early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.shared, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.gate, self.own = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.pooled, self.one, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 8, 1)
+        self.same = nn.Conv2d(8, 8, 3, padding="same", padding_mode="reflect")
+        self.relu = nn.ReLU()
+        self.out = nn.Conv2d(8, 8, 3, 2, 1)
+        self.beside = nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = self.norm(self.shared(x)) + self.shared(self.relu(x))
+        y = self.gate(x)
+        x = y * self.relu(y) + x
+        x = self.own(x) + x
+        x = x + self.pooled(F.adaptive_avg_pool2d(x, 1))
+        z = self.last(self.one(x) + x)
+        z += x
+        w = self.same(z) + z
+        return self.relu(self.out(w) + self.beside(z))
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+def test_leaves_alone_what_cannot_be_fused(packs):
+    torch.manual_seed(3)
+    model = unsettled(model_of(Awkward(), {2: "relu_2"}, ("C2", "P2")))
+    made = make_executable(model)
+    if packs:
+        made.pack((32, 48))
+    with torch.inference_mode():
+        assert_equal_levels(made(images(2, (32, 48))), model(images(2, (32, 48))))
+
+
+def test_reorders_by_counting():
+    def ways(name: str, channels: int = 256) -> dict[str, int]:
+        model = create_model(name, weights="random", levels="P2-P5", channels=channels)
+        made = ExecutablePyramid(model.fpn, model.levels, model.channels)
+        return {k: way.steps for k, way in made.recombined.items() if isinstance(way, _Recombined)}
+
+    assert ways("resnet50") == {}
+    assert ways("vgg16") == {}
+    # P2: 9·24 + 4·32 + 25/16·96 + 25/64·256 = 594 of 2304 for each cell and channel; P3: 9·32 + 4·96 + 25/16·256 = 1072
+    assert ways("mobilenet_v2") == {"2": 3, "3": 2}
+    assert ways("mobilenet_v2", 16) == {}
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (4, 3)], ids=str)
+def test_a_convolution_of_an_upsampled_map(scale, size):
+    generator = torch.Generator().manual_seed(scale)
+    kernel = torch.randn(5, 3, 3, 3, generator=generator).double()
+    x = torch.randn(2, 3, *size, generator=generator)
+    wanted = F.conv2d(F.interpolate(x, scale_factor=scale, mode="nearest").double(), kernel, padding=1) + 1
+    level = torch.ones_like(wanted, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    _UpsampledConvolution(kernel, scale)(x, level)
+    torch.testing.assert_close(level, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_biases_reach_the_border_of_a_reordered_level():
+    """With all weights zero, the lateral biases alone: 9 cells inside, 6 at an edge, 4 in a corner."""
+    fpn = FeaturePyramid({2: 1, 3: 1, 4: 1}, 32)
+    for parameter in fpn.parameters():
+        parameter.data.zero_()
+    for block, bias in zip(fpn.inner_blocks, (1.0, 10.0, 100.0), strict=True):
+        block[0].bias.data.fill_(bias)
+    fpn.layer_blocks[0][0].weight.data.fill_(1 / 32)
+    fpn.layer_blocks[0][0].bias.data.fill_(0.5)
+    made = ExecutablePyramid(fpn, ["P2"], {"C2": 1, "C3": 1, "C4": 1})
+    assert made.recombined["2"].steps == 2
+    taps = {"C2": torch.zeros(1, 1, 8, 12), "C3": torch.zeros(1, 1, 4, 6), "C4": torch.zeros(1, 1, 2, 3)}
+    with torch.no_grad():
+        level = made.eval()(taps)["P2"][0, 0]
+    assert level[0, 0].item() == pytest.approx(4 * 111 + 0.5)
+    assert level[0, 5].item() == pytest.approx(6 * 111 + 0.5)
+    assert level[7, 11].item() == pytest.approx(4 * 111 + 0.5)
+    assert level[3, 0].item() == pytest.approx(6 * 111 + 0.5)
+    assert level[4, 5].item() == pytest.approx(9 * 111 + 0.5)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "vgg16"])
+def test_bfloat16_is_near(name):
+    model = create_model(name, weights="random", levels="P2-P5", channels=64)
+    made = make_executable(model, dtype=torch.bfloat16)
+    made.pack((64, 96))
+    with torch.inference_mode():
+        levels = made(images(2, (64, 96)).bfloat16())
+        wanted = model(images(2, (64, 96)))
+    assert {level.dtype for level in levels.values()} == {torch.bfloat16}
+    for level, reference in zip(levels.values(), wanted.values(), strict=True):
+        error = (level.float() - reference).norm() / reference.norm()
+        assert error < {"vgg16": 0.02, "resnet50": 0.1, "mobilenet_v2": 0.2}[name]
+
+
+def test_types_that_onednn_does_not_pack_are_computed_plainly():
+    model = unsettled(create_model("mobilenet_v2", weights="random", levels="P2-P5", channels=256))
+    made = make_executable(model, dtype=torch.float64)
+    assert made.pack((64, 64)) is False
+    with torch.inference_mode():
+        assert_equal_levels(made(images(1, (64, 64)).double()), model(images(1, (64, 64))))
