@@ -12,7 +12,7 @@ import numpy as np
 
 from fpnx.errors import StoreError, shown
 
-__all__ = ["attribute_text", "attribute_whole", "member", "names", "open_hdf5", "parsed", "table"]
+__all__ = ["attribute_text", "attribute_whole", "check_bytes", "member", "names", "open_hdf5", "parsed", "table"]
 
 TEXT_LIMIT = 1 << 24  # bytes of one attribute; ours are a few kB
 NAME_LIMIT = 1 << 16  # bytes of one name, where the file does not tell the sum: paths end at 4096
@@ -83,7 +83,7 @@ def table(parent: h5py.Group, name: str, dtype: Any, shape: tuple[int, ...]) -> 
             f"{_file(parent)} is not a whole fpnx file: {dataset.name} is {held} {dataset.shape}, "
             f"where {wanted} {shape} belongs"
         )
-    _check_bytes(dataset, dataset.size * held.itemsize)
+    check_bytes(dataset, dataset.size * held.itemsize)
     values: np.ndarray = dataset[...]
     return values.astype(wanted, copy=False)
 
@@ -99,18 +99,18 @@ def names(parent: h5py.Group, name: str) -> list[bytes]:
         raise StoreError(f"{_file(parent)} is not a whole fpnx file: {dataset.name} is no list of names")
     count = dataset.shape[0]
     if dataset.dtype.kind != "O":
-        _check_bytes(dataset, dataset.dtype.itemsize * count)
+        check_bytes(dataset, dataset.dtype.itemsize * count)
         return [bytes(value) for value in dataset[:]]
     start, stored = dataset.id.get_offset(), dataset.id.get_storage_size()
     if start is None or not count or stored % count:
         return _one_by_one(dataset)
     # A string is kept as its length (4 bytes) and where its bytes are. Many may share one large text, so that a
     # small file could fill the memory: the lengths are added up before anything is read.
-    _check_bytes(dataset, stored)
+    check_bytes(dataset, stored)
     references = np.fromfile(_path(dataset), np.uint8, stored, offset=start)
     if references.size == stored:
         lengths = references.reshape(count, stored // count)[:, :4].copy().view("<u4")
-        _check_bytes(dataset, int(lengths.sum(dtype=np.int64)))
+        check_bytes(dataset, int(lengths.sum(dtype=np.int64)))
     return [bytes(value) for value in dataset[:]]
 
 
@@ -174,8 +174,12 @@ def _one_by_one(dataset: h5py.Dataset) -> list[bytes]:
     return found
 
 
-def _check_bytes(dataset: h5py.Dataset, count: int) -> None:
-    """Refuse what would take more than 16 times the file and 16 MiB; repacked by another tool it may be compressed."""
+def check_bytes(dataset: h5py.Dataset, count: int) -> None:
+    """Refuse what would take more than 16 times the file and 16 MiB; repacked by another tool it may be compressed.
+
+    Raises:
+        StoreError: naming the dataset.
+    """
     if count > 16 * os.path.getsize(_path(dataset)) + (1 << 24):
         raise StoreError(f"{_file(dataset)} is not to be trusted: {dataset.name} claims to be larger than the file")
 

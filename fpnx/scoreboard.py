@@ -105,13 +105,13 @@ def _stage_rows(stages: Sequence[str]) -> Rows:
                 return ""
             whole = sum(spread(samples).median for samples in column.stages.values())
             found = spread(column.stages[stage])
-            return f"{_range(found)} {100 * found.median / whole:>3.0f}"
+            return f"{_range(found)} {100 * found.median / max(whole, 1e-9):>3.0f}"
 
         return show
 
     def forward(column: Column) -> str:
         found, whole = spread(column.forward), sum(spread(samples).median for samples in column.stages.values())
-        return f"{_range(found)} {100 * found.median / whole:>3.0f}"
+        return f"{_range(found)} {100 * found.median / max(whole, 1e-9):>3.0f}"
 
     def together(column: Column) -> str:
         return f"{_range(_percent(column.accounted()))}   {NOTHING}"
@@ -242,7 +242,9 @@ def _part(part: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    """At most four characters up to 9999, three digits that count."""
+    """At most four characters, three digits that count; thousands above 9999."""
+    if value >= 9999.5:
+        return f"{value / 1000:.0f}k"
     if value >= 99.95:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from fpnx.config import DTYPES, level_number, parse_extent, parse_levels
 from fpnx.errors import FpnxError, NotDoneError, StoreError, shown
-from fpnx.hdf5 import attribute_text, attribute_whole, member, names, open_hdf5, parsed, table
+from fpnx.hdf5 import attribute_text, attribute_whole, check_bytes, member, names, open_hdf5, parsed, table
 
 __all__ = [
     "DONE",
@@ -251,6 +251,7 @@ class Store:
                 f"{shown(self.path)} is not a whole fpnx file: {dataset.name} is {dataset.dtype} {dataset.shape}, "
                 f"where {shown(stored)} (n, C, H, W) belongs"
             )
+        check_bytes(dataset, dataset.size * dataset.dtype.itemsize)
         if int(dataset.attrs.get("stride", 0)) != 2 ** level_number(level):
             raise StoreError(f"{shown(self.path)} is not a whole fpnx file: {dataset.name} has another stride")
         self._checked.add((size, level))

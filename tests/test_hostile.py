@@ -331,6 +331,10 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
         replaced("images/path", None, shape=(1 << 40,), dtype="S16", chunks=(1024,)),
         "claims to be larger than the file",
     ),
+    "huge level": (
+        replaced("pyramids/64x64/P4", None, shape=(3, 1 << 30, 64, 64), dtype="f4", chunks=(1, 8, 8, 8)),
+        "claims to be larger than the file",
+    ),
     "level type": (replaced("pyramids/64x64/P4", np.zeros((3, 8, 4, 4), "i4")), "float32 (n, C, H, W) belongs"),
     "foreign": (attribute("format", "other"), "not one of fpnx's"),
     "format list": (attribute("format", ["fpnx"] * 3), "no single value"),
