@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,12 @@ MERGE = "lateral + top-down"
 TOP = "top block"
 
 
-def timed_body(body: fx.GraphModule, deepest: str, stopwatch: Stopwatch) -> fx.GraphModule:
+def timed_body(body: fx.GraphModule, stopwatch: Stopwatch) -> fx.GraphModule:
     """A copy of `body`, with the same parameters, that gives its taps and marks `"C2"`, `"C3"`, … as it goes.
 
-    A step belongs to the finest tap that needs it. What no tap up to `deepest` needs is left out.
+    A step belongs to the finest tap that needs it.
     """
-    outputs: dict[str, fx.Node] = next(node for node in body.graph.nodes if node.op == "output").args[0]
-    taps = {name: node for name, node in outputs.items() if level_number(name) <= level_number(deepest)}
+    taps: dict[str, fx.Node] = next(node for node in body.graph.nodes if node.op == "output").args[0]
     stages = _stages(taps)
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     names = {stage: f"mark_{stage}" for stage in stages.values()}
@@ -44,11 +43,11 @@ def timed_body(body: fx.GraphModule, deepest: str, stopwatch: Stopwatch) -> fx.G
 
 
 @contextmanager
-def marked(blocks: Mapping[str, nn.Module], stopwatch: Stopwatch) -> Iterator[None]:
-    """While it lasts, each of the pyramid's `blocks` (stage → module) marks the stopwatch with its stage, and what
+def marked(blocks: Sequence[tuple[str, nn.Module]], stopwatch: Stopwatch) -> Iterator[None]:
+    """While it lasts, each of the pyramid's `blocks` (stage, module) marks the stopwatch with its stage, and what
     goes on before it with `"lateral + top-down"`."""
     hooks = []
-    for stage, block in blocks.items():
+    for stage, block in blocks:
         hooks.append(block.register_forward_pre_hook(_before(stopwatch)))
         hooks.append(block.register_forward_hook(_after(stopwatch, stage)))
     try:

@@ -28,12 +28,12 @@ from fpnx.engine import Engine, resolve_device
 from fpnx.errors import FpnxError, ImageError, Interrupted, shown
 from fpnx.findings import Column, Findings
 from fpnx.images import Source, decode, find, pillow_within_limits
+from fpnx.machine import available_memory, usable_cpus
 from fpnx.model import build_model
 from fpnx.photographs import HEIGHT, WIDTH, fill, make_photographs
 from fpnx.planning import Plan, make_plan
 from fpnx.rival import Rival
 from fpnx.specimens import Specimen
-from fpnx.stopwatch import available_memory
 
 __all__ = ["benchmark"]
 
@@ -62,7 +62,8 @@ def benchmark(*, listener: Listener | None = None, **options: Any) -> Findings:
     config, hears = BenchmarkConfig(**options), listener or Listener()
     if config.plot is not None and not Path(config.plot).absolute().parent.is_dir():
         raise FpnxError(f"plot {shown(config.plot)}: its folder does not exist: make it, or name another")
-    resolve_device(config.device)
+    for name in config.device.split(","):
+        resolve_device(name)
     with stoppable(hears) as stop, pillow_within_limits(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fpnx-")))
         session = _Session(config, folder, stop, hears)
@@ -308,9 +309,9 @@ def _machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "system": platform.platform(),
         "processor": _processor(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": usable_cpus(),
         "torch_threads": torch.get_num_threads(),
-        "memory_bytes": available_memory(torch.device("cpu")),
+        "memory_bytes": available_memory(),
         "device": str(device),
     }
     if device.type == "cuda":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fpnx.anatomy import MERGE, TOP, marked, peak_bytes, timed_body
-from fpnx.config import level_number
-from fpnx.engine import Engine
+from fpnx.batching import Batches, lanes_for
+from fpnx.engine import Engine, exact_arithmetic
 from fpnx.errors import FpnxError
+from fpnx.executable import Executable
 from fpnx.extraction import extract
 from fpnx.images import Listing, decode
+from fpnx.machine import available_memory
 from fpnx.planning import Plan
-from fpnx.stopwatch import PeakMemory, Stopwatch, available_memory
+from fpnx.stopwatch import PeakMemory, Stopwatch
 from fpnx.writer import Layout, Writer
 
 __all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "Specimen"]
@@ -45,7 +47,8 @@ class Specimen:
         self.plan, self.engine = plan, engine
         self.size = _most_common(plan)
         self.group = f"{self.size[0]}x{self.size[1]}"
-        self.batch_size = plan.batch_size_for(self.size)
+        first_choice = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.group, 1)
+        self.batch_size = plan.batch_size or first_choice[0]
         self.images = 0
         self.files, self._folder, self._name = folder / "files", folder, name
         members = [i for i, name in enumerate(plan.layout.groups) if name == self.group]
@@ -55,7 +58,7 @@ class Specimen:
         self._stopwatch = Stopwatch(plan.device)
         self._writer: Writer | None = None
         self._batch: Tensor | None = None
-        self._network = _Network(engine, self._stopwatch)
+        self._network = _Network(engine.executable, self._stopwatch)
 
     def needs(self) -> int:
         """Bytes that an extraction takes at least, beside what is loaded already."""
@@ -65,13 +68,16 @@ class Specimen:
 
     def obstacle(self) -> str | None:
         """Why its batch cannot fit into memory; None where it may."""
-        there, needed = available_memory(self.plan.device), self.needs()
-        if there is None or needed <= there:
+        cuda = self.plan.device.type == "cuda"
+        there = torch.cuda.mem_get_info(self.plan.device)[0] if cuda else available_memory()
+        needed = self.needs()
+        if needed <= there:
             return None
         return f"does not fit: it needs about {needed / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB can be had"
 
     def warm_up(self) -> None:
         """Take the first, slow turns, and settle the length of an end-to-end run."""
+        self.engine.prepare(self.size)
         for _ in range(2):
             ms = self.stages()
             self.forward()
@@ -105,9 +111,9 @@ class Specimen:
     def forward(self) -> float:
         """One batch through the network and nothing else, as it is in a run: milliseconds per image."""
         assert self._batch is not None, "stages() comes first"
-        with _computing(self.engine):
+        with torch.inference_mode(), exact_arithmetic(self.plan.device):
             self._stopwatch.start()
-            self.engine.model(self._batch)
+            self.engine.executable(self._batch)
             self._stopwatch.mark("forward")
         return 1000 * self._stopwatch.seconds()["forward"] / self.batch_size
 
@@ -144,15 +150,16 @@ class Specimen:
     def _computed(self, pixels: Sequence[np.ndarray]) -> dict[str, float]:
         """Seconds of each stage between pixels and arrays; keeps the network's input and the arrays."""
         recipe, device, watch = self.plan.recipe, self.plan.device, self._stopwatch
-        with _computing(self.engine):
+        sizes = [(image.shape[0], image.shape[1]) for image in pixels]
+        with torch.inference_mode(), exact_arithmetic(device):
             watch.start()
             raw = torch.from_numpy(np.stack(pixels)).to(device)
             watch.mark(UPLOAD)
-            self._batch = recipe.pad(recipe.normalise(raw), self.size)
+            self._batch = recipe.pad(recipe.normalise(raw), self.size).to(self.engine.dtype)
             watch.mark(RESIZE)
             levels = self._network(self._batch)
-            plain = {name: level.to(self.engine.stored).contiguous() for name, level in levels.items()}
-            self._arrays = {name: level.cpu().numpy() for name, level in plain.items()}
+            stored = {name: self.engine.in_stored_form(name, level, sizes) for name, level in levels.items()}
+            self._arrays = {name: level.cpu().numpy() for name, level in stored.items()}
             watch.mark(DOWNLOAD)
         return watch.seconds()
 
@@ -168,39 +175,25 @@ class Specimen:
 
 
 class _Network:
-    """An engine's forward pass, with a mark at the end of each stage."""
+    """A forward pass in its executable form, with a mark at the end of each stage."""
 
-    def __init__(self, engine: Engine, stopwatch: Stopwatch) -> None:
-        model = engine.model
-        self._levels, self._fpn, self._stopwatch = model.levels, model.fpn, stopwatch
-        self._wanted = [name for name in model.levels if name[0] == "P"]
-        last = model.fpn.last_level
-        deepest = f"C{last}" if self._wanted else max(model.levels, key=level_number)
-        self._body = timed_body(model.body, deepest, stopwatch)
-        self._blocks: dict[str, nn.Module] = {}
-        for k, block in enumerate(model.fpn.layer_blocks, model.fpn.first_level):
-            self._blocks[f"output P{k}"] = block
-        self._ends_with = TOP if any(level_number(name) > last for name in self._wanted) else MERGE
+    def __init__(self, executable: Executable, stopwatch: Stopwatch) -> None:
+        self._levels, self._pyramid, self._stopwatch = executable.levels, executable.pyramid, stopwatch
+        self._body = timed_body(executable.body, stopwatch)
+        self._blocks: list[tuple[str, nn.Module]] = []
+        if self._pyramid is not None:
+            outputs = [*self._pyramid.output.items(), *self._pyramid.recombined.items()]
+            self._blocks += [(f"output P{k}", block) for k, block in outputs]
+            self._blocks += [(TOP, block) for block in self._pyramid.extra.values()]
+            self._ends_with = TOP if self._pyramid.above else MERGE
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         levels: dict[str, Tensor] = self._body(images)
-        if self._wanted:
+        if self._pyramid is not None:
             with marked(self._blocks, self._stopwatch):
-                levels = levels | self._fpn(levels, self._wanted)
+                levels = levels | self._pyramid(levels)
             self._stopwatch.mark(self._ends_with)
         return {name: levels[name] for name in self._levels}
-
-
-@contextmanager
-def _computing(engine: Engine) -> Iterator[None]:
-    """The modes in which an engine computes."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        if engine.device.type == "cuda":
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
-        if engine.autocast is not None:
-            stack.enter_context(torch.autocast(engine.device.type, dtype=engine.autocast))
-        yield
 
 
 def _most_common(plan: Plan) -> tuple[int, int]:

@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["PeakMemory", "Spread", "Stopwatch", "available_memory", "spread"]
+__all__ = ["PeakMemory", "Spread", "Stopwatch", "spread"]
 
 
 class Stopwatch:
@@ -106,22 +106,6 @@ def spread(samples: Sequence[float]) -> Spread:
     """At least one sample → its `Spread`."""
     low, median, high = np.percentile(np.asarray(samples, np.float64), (10, 50, 90)).tolist()
     return Spread(median, low, high, len(samples))
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on `device`, within this process's limits; None where nobody knows."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = []
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        found += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError), open(limit) as file, open(used) as other:
-            found.append(int(file.read()) - int(other.read()))
-    return min(found, default=None)
 
 
 def _between(before: torch.cuda.Event | float, now: torch.cuda.Event | float) -> float:

@@ -45,7 +45,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
         Image.fromarray(pixels).save(folder / f"{i}.png")
     (folder / "bad.jpg").write_bytes(b"no image")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fpnx.specimens.available_memory", lambda _: 256 << 20)  # a small machine
+        patch.setattr("fpnx.specimens.available_memory", lambda: 256 << 20)  # a small machine
         return benchmark(
             **TINY,
             levels="P2,C3,P5,P6",
@@ -259,7 +259,7 @@ def test_bad_requests_are_one_line(fpnx: Callable[..., Any], arguments: list[str
 
 
 def test_nothing_that_fits_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpnx.specimens.available_memory", lambda _: 1 << 20)
+    monkeypatch.setattr("fpnx.specimens.available_memory", lambda: 1 << 20)
     with pytest.raises(FpnxError, match="nothing can be measured: mobilenet_v2 float32 batch 4 does not fit"):
         benchmark(**TINY, batch_size=4, images=str(photos))
 

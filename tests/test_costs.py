@@ -12,6 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork
 import fpnx
 from fpnx.anatomy import MERGE, marked, peak_bytes, timed_body
 from fpnx.costs import Cost, count_costs
+from fpnx.executable import make_executable
 from fpnx.stopwatch import Stopwatch
 
 
@@ -84,7 +85,7 @@ def test_only_what_the_levels_need_is_counted(levels: str, top_block: str | None
 @pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2", "vgg16"])
 def test_a_timed_body_computes_the_same(backbone: str) -> None:
     model = fpnx.create_model(backbone, weights="random")
-    body = timed_body(model.body, "C5", Stopwatch(torch.device("cpu")))
+    body = timed_body(model.body, Stopwatch(torch.device("cpu")))
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = model.body(images), body(images)
@@ -96,7 +97,7 @@ def test_a_timed_body_computes_the_same(backbone: str) -> None:
 
 
 def test_each_convolution_belongs_to_its_stage() -> None:
-    body = timed_body(resnet50().body, "C5", Stopwatch(torch.device("cpu")))
+    body = timed_body(resnet50().body, Stopwatch(torch.device("cpu")))
     counts: list[int] = [0]
     for module in (body.get_submodule(str(n.target)) for n in body.graph.nodes if n.op == "call_module"):
         if isinstance(module, torch.nn.Conv2d):
@@ -110,8 +111,8 @@ def test_each_convolution_belongs_to_its_stage() -> None:
 def test_marks_come_in_order_and_shallow_levels_stop_early() -> None:
     watch = Stopwatch(torch.device("cpu"))
     images = torch.zeros(1, 3, 64, 64)
-    for deepest, expected in (("C5", ["C2", "C3", "C4", "C5"]), ("C3", ["C2", "C3"])):
-        body = timed_body(resnet50().body, deepest, watch)
+    for levels, expected in (("P2", ["C2", "C3", "C4", "C5"]), ("C2,C3", ["C2", "C3"])):
+        body = timed_body(make_executable(resnet50(levels)).body, watch)
         watch.start()
         with torch.inference_mode():
             assert list(body(images)) == expected
@@ -122,7 +123,7 @@ def test_marks_come_in_order_and_shallow_levels_stop_early() -> None:
 
 def test_blocks_are_marked_only_while_it_lasts() -> None:
     model, watch = resnet50(), Stopwatch(torch.device("cpu"))
-    blocks = {f"output P{k}": block for k, block in enumerate(model.fpn.layer_blocks, 2)}
+    blocks = [(f"output P{k}", block) for k, block in enumerate(model.fpn.layer_blocks, 2)]
     taps = model.taps(torch.zeros(1, 3, 64, 64))
     watch.start()
     with torch.inference_mode():
