@@ -19,11 +19,13 @@ MERGE = "lateral + top-down"
 TOP = "top block"
 
 
-def timed_body(body: fx.GraphModule, stopwatch: Stopwatch) -> fx.GraphModule:
+def timed_body(body: nn.Module, stopwatch: Stopwatch) -> nn.Module:
     """A copy of `body`, with the same parameters, that gives its taps and marks `"C2"`, `"C3"`, … as it goes.
 
-    A step belongs to the finest tap that needs it.
+    A step belongs to the finest tap that needs it. A body that could not be traced is one stage, `"backbone"`.
     """
+    if not isinstance(body, fx.GraphModule):
+        return _Marked(body, stopwatch)
     taps: dict[str, fx.Node] = next(node for node in body.graph.nodes if node.op == "output").args[0]
     stages = _stages(taps)
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -58,7 +60,12 @@ def marked(blocks: Sequence[tuple[str, nn.Module]], stopwatch: Stopwatch) -> Ite
 
 
 def peak_bytes(model: PyramidModel, size: tuple[int, int]) -> int:
-    """Bytes of all float32 maps alive at once, at most, for one image of `size` (height, width). Computes nothing."""
+    """Bytes of all float32 maps alive at once, at most, for one image of `size` (height, width). Computes nothing.
+
+    Of a body that could not be traced nothing is known before it runs: 0.
+    """
+    if not isinstance(model.body, fx.GraphModule):
+        return 0
     whole = _Whole(model)
     graph = fx.GraphModule(whole, fx.Tracer().trace(whole))
     graph.graph.eliminate_dead_code()
@@ -105,6 +112,17 @@ class _Mark(nn.Module):
         self._stopwatch.mark(self._stage)
 
 
+class _Marked(nn.Module):
+    def __init__(self, body: nn.Module, stopwatch: Stopwatch) -> None:
+        super().__init__()
+        self._body, self._stopwatch = body, stopwatch
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        taps: dict[str, Tensor] = self._body(images)
+        self._stopwatch.mark("backbone")
+        return taps
+
+
 class _Whole(nn.Module):
     """What a model computes, in a form that can be traced."""
 
@@ -114,9 +132,8 @@ class _Whole(nn.Module):
 
     def forward(self, images: Any) -> dict[str, Any]:
         taps = self.model.body(images)
-        wanted = [name for name in self.model.levels if name[0] == "P"]
-        pyramid = self.model.fpn(taps, wanted) if wanted else {}
-        return {name: taps[name] if name[0] == "C" else pyramid[name] for name in self.model.levels}
+        pyramid = self.model.fpn(taps, self.model.levels)
+        return {name: pyramid[name] if name in pyramid else taps[name] for name in self.model.levels}
 
 
 class _Walk(nn.Module):

@@ -31,6 +31,7 @@ __all__ = [
     "VisualizeConfig",
     "fingerprint",
     "level_number",
+    "level_place",
     "ordered_levels",
     "parse_channels",
     "parse_extent",
@@ -396,14 +397,12 @@ def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
 
 def ordered_levels(names: Iterable[str]) -> tuple[str, ...]:
     """Level names from fine to coarse, C before P of the same stride."""
-    return tuple(
-        sorted(
-            names,
-            key=lambda name: (
-                (UNSTRIDED_LEVELS.index(name), "") if name in UNSTRIDED_LEVELS else (level_number(name), name[0])
-            ),
-        )
-    )
+    return tuple(sorted(names, key=lambda name: (level_place(name), name[0])))
+
+
+def level_place(name: str) -> int:
+    """Where a level stands from fine to coarse: k, or its place among names that are not one per stride."""
+    return UNSTRIDED_LEVELS.index(name) if name in UNSTRIDED_LEVELS else level_number(name)
 
 
 def level_number(name: str) -> int:

@@ -40,7 +40,7 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
         return sum(by_module.get(f"{type(model).__name__}.fpn.{name}", {}).values())
 
     costs = []
-    if any(level[0] == "P" for level in model.levels):
+    if set(model.levels) & set(model.fpn.levels):
         for part, name in (("laterals", "inner_blocks"), ("outputs", "layer_blocks"), ("top block", "extra_blocks")):
             if name == "extra_blocks" and model.fpn.top_block is None:
                 continue

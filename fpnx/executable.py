@@ -25,7 +25,7 @@ COMPOSITE = (nn.Sequential, SqueezeExcitation)  # looked into; every other modul
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)  # nothing to do in eval mode
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 FUNCTIONS = {F.relu: nn.ReLU, torch.relu: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.hardswish: nn.Hardswish}
-SIDE = 256  # of the image for which shapes are followed through a body
+SIDE = 256  # of the image for which shapes are followed through a body, where it takes any size
 
 
 class Executable(nn.Module):
@@ -37,7 +37,7 @@ class Executable(nn.Module):
 
     def __init__(
         self,
-        body: fx.GraphModule,
+        body: nn.Module,
         pyramid: ExecutablePyramid | None,
         levels: tuple[str, ...],
         device: torch.device,
@@ -87,14 +87,31 @@ def make_executable(
     """
     device = torch.device(device)
     assert not model.training, "an executable form is for inference"
-    p_levels = tuple(name for name in model.levels if name[0] == "P")
+    p_levels = tuple(name for name in model.levels if name in model.fpn.levels)
     pyramid = ExecutablePyramid(model.fpn, p_levels, model.channels, recombined) if p_levels else None
-    needed = {name for name in model.levels if name[0] == "C"} | set(pyramid.taps if pyramid is not None else ())
-    body = _fused(_inlined(model.body, needed))
+    needed = set(model.levels).difference(p_levels) | set(pyramid.taps if pyramid is not None else ())
+    body: nn.Module
+    if isinstance(model.body, fx.GraphModule):
+        body = _fused(_inlined(model.body, needed), model.size or (SIDE, SIDE))
+    else:
+        body = _OneAtATime(copy.deepcopy(model.body))
     for module in (body, pyramid):
         if module is not None:
             _prepare(module, device, dtype)
     return Executable(body, pyramid, model.levels, device, dtype).eval().requires_grad_(False)
+
+
+class _OneAtATime(nn.Module):
+    """A body that could not be traced, as it is. Its taps are read by hooks, which all threads would share."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self._turn = body, threading.Lock()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        with self._turn:
+            taps: dict[str, Tensor] = self.body(images)
+        return taps
 
 
 def _prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -158,12 +175,12 @@ def _held(body: nn.Module, graph: fx.Graph) -> dict[str, Any]:
     return held
 
 
-def _fused(body: fx.GraphModule) -> fx.GraphModule:
+def _fused(body: fx.GraphModule, size: tuple[int, int]) -> fx.GraphModule:
     """Fold norms, then additions, then activations into the convolutions before them."""
     graph, uses = body.graph, dict[Any, int]()
     for node in graph.nodes:
         uses[node.target] = uses.get(node.target, 0) + 1
-    shapes = _shapes(body)
+    shapes = _shapes(body, size)
     for node in list(graph.nodes):
         convolution = _convolution(body, node)
         if convolution is None or uses[node.target] > 1:
@@ -219,14 +236,14 @@ def _fuse_addition(
         _replace(after, last)
 
 
-def _shapes(body: fx.GraphModule) -> dict[str, Any]:
-    """Shape of every step's result for an image of SIDE × SIDE, by the step's name; None where it has none."""
+def _shapes(body: fx.GraphModule, size: tuple[int, int]) -> dict[str, Any]:
+    """Shape of every step's result for an image of `size`, by the step's name; None where it has none."""
     meta = copy.deepcopy(body).to("meta")
     for part in meta.modules():
         if isinstance(part, Convolution):
             part.prepare(torch.device("meta"), torch.float32)
     with torch.no_grad():
-        ShapeProp(meta).propagate(torch.empty(1, 3, SIDE, SIDE, device="meta"))
+        ShapeProp(meta).propagate(torch.empty(1, 3, *size, device="meta"))
     return {node.name: getattr(node.meta.get("tensor_meta"), "shape", None) for node in meta.graph.nodes}
 
 

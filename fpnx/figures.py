@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fpnx.config import PictureConfig, level_number, parse_levels
+from fpnx.config import PictureConfig, level_place, parse_levels
 from fpnx.errors import FpnxError
 from fpnx.images import pillow_within_limits
 from fpnx.lettering import DPI, fitted, width_of, write
@@ -108,7 +108,7 @@ def draw(
     source = next((scene.source_size for scene in scenes if not scene.missing), (1, 1))
     tile, side = tile_size(source, every, config), max((found.side for found in every), default=1)
     panel = (side * (tile[0] + BETWEEN) - BETWEEN, side * (tile[1] + BETWEEN) - BETWEEN)
-    columns = sorted({level_number(found.level) for found in every})
+    columns = sorted({level_place(found.level) for found in every})
     step = max(panel[1], LEAST_COLUMN) + GAP
     page = _Page(2 * MARGIN + (len(columns) + 1) * step - GAP)
     page.paragraph(scenes[0].path, size=15, lines=3, fontweight="bold")
@@ -120,16 +120,16 @@ def draw(
         if scene.missing:
             page.paragraph(scene.missing, lines=2, color=DIM)
             continue
-        rows = [row for row in "CP" if any(found.level[0] == row for found in row_of_maps)]
+        taps = [found for found in row_of_maps if found.level[0] == "C"]
+        rows = [row for row in (taps, [found for found in row_of_maps if found not in taps]) if row]
         for row in rows:
             top = page.y + 2 * LINE + 14
-            if row == rows[0]:
+            if row is rows[0]:
                 _draw_source(page, scene, config, panel, (MARGIN, top), step - GAP)
-            for found in row_of_maps:
-                if found.level[0] == row:
-                    left = MARGIN + (columns.index(level_number(found.level)) + 1) * step
-                    pixels = assembled(scene, found, tile, side, config, table)
-                    _draw_level(page, found, pixels, table, tile, (left, top), step - GAP)
+            for found in row:
+                left = MARGIN + (columns.index(level_place(found.level)) + 1) * step
+                pixels = assembled(scene, found, tile, side, config, table)
+                _draw_level(page, found, pixels, table, tile, (left, top), step - GAP)
             page.y = top + panel[0] + BAR + LINE + 8
     return page.finished()
 

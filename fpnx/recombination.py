@@ -35,20 +35,22 @@ class ExecutablePyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.first, self.last, self.top_block = pyramid.first_level, pyramid.last_level, pyramid.top_block
-        self.levels = tuple(name for name in pyramid.levels if name in levels)
-        numbers = [int(name[1:]) for name in self.levels]
-        self.outputs = {k for k in numbers if k <= self.last}
-        self.above = [k for k in numbers if k > self.last]
+        self.p7_relu = pyramid.p7_relu
+        # By number: names need not tell it where levels are not one per stride.
+        self.levels = {k: name for k, name in enumerate(pyramid.levels, self.first) if name in levels}
+        self.outputs = {k for k in self.levels if k <= self.last}
+        self.above = [k for k in self.levels if k > self.last]
         if self.above and self.top_block in ("pool", "p5"):
             self.outputs.add(self.last)
         self.taps = [f"C{k}" for k in range(min(self.outputs, default=self.last), self.last + 1)]
-        counted = range(min(self.outputs, default=self.last + 1), self.last + 1)
+        none = self.last if self.above and self.top_block == "m5" else self.last + 1
+        counted = range(min(self.outputs, default=none), self.last + 1)
         self.lateral = nn.ModuleDict({str(k): _block(pyramid.inner_blocks[k - self.first]) for k in counted})
         self.output = nn.ModuleDict(
             {str(k): _block(pyramid.layer_blocks[k - self.first]) for k in counted if k in self.outputs}
         )
         self.extra = nn.ModuleDict()
-        if self.above and self.top_block in ("c5", "p5"):
+        if self.above and self.top_block in ("c5", "p5", "m5"):
             self.extra.update({name: _block(block) for name, block in pyramid.extra_blocks.items()})
         self.recombined = nn.ModuleDict()
         for k in sorted(self.outputs) if recombined else ():
@@ -59,17 +61,17 @@ class ExecutablePyramid(nn.Module):
 
     def forward(self, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         merged: dict[int, Tensor] = {}
-        levels: dict[str, Tensor] = {}
+        levels: dict[int, Tensor] = {}
         for k in sorted(self.outputs, reverse=True):
             way = self._way(k, taps)
             if way is None:
-                levels[f"P{k}"] = self.output[str(k)](self._merged(k, taps, merged))
+                levels[k] = self.output[str(k)](self._merged(k, taps, merged))
             else:
                 sources = [taps[f"C{n}"] for n in range(k, k + way.steps)]
-                levels[f"P{k}"] = way(sources, self._merged(k + way.steps, taps, merged))
+                levels[k] = way(sources, self._merged(k + way.steps, taps, merged))
         for k in range(self.last + 1, max(self.above, default=0) + 1):
-            levels[f"P{k}"] = self._top(k, taps, levels)
-        return {name: levels[name] for name in self.levels}
+            levels[k] = self._top(k, taps, merged, levels)
+        return {name: levels[k] for k, name in self.levels.items()}
 
     def _way(self, k: int, taps: Mapping[str, Tensor]) -> _Recombined | None:
         """The other order for P_k, where there is a better one and these maps allow it."""
@@ -86,13 +88,17 @@ class ExecutablePyramid(nn.Module):
             merged[k] = lateral if k == self.last else _add_upsampled(lateral, self._merged(k + 1, taps, merged))
         return merged[k]
 
-    def _top(self, k: int, taps: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> Tensor:
+    def _top(
+        self, k: int, taps: Mapping[str, Tensor], merged: dict[int, Tensor], levels: Mapping[int, Tensor]
+    ) -> Tensor:
         if self.top_block == "pool":
-            return levels[f"P{k - 1}"][:, :, ::2, ::2]
-        if k == self.last + 1:
-            x = taps[f"C{self.last}"] if self.top_block == "c5" else levels[f"P{self.last}"]
+            return levels[k - 1][:, :, ::2, ::2]
+        if k > self.last + 1:
+            x = F.relu(levels[k - 1]) if self.p7_relu else levels[k - 1]
+        elif self.top_block == "p5":
+            x = levels[self.last]
         else:
-            x = F.relu(levels[f"P{k - 1}"])
+            x = taps[f"C{self.last}"] if self.top_block == "c5" else self._merged(self.last, taps, merged)
         level: Tensor = self.extra[f"p{k}"](x)
         return level
 

@@ -131,7 +131,7 @@ def about_model(backbone: str, levels: tuple[str, ...], provenance: Mapping[str,
     """`"resnet50, trained (…) · pyramid: untrained, seed 0"`, from what a file or a run says of itself."""
     weights = provenance.get("weights", {})
     body, pyramid = (_part(weights.get(part, {})) for part in ("backbone", "pyramid"))
-    if not any(level.startswith("P") for level in levels):
+    if all(level.startswith("C") for level in levels):
         pyramid = "none in this file"
     return f"{shown(backbone)}: {body} · pyramid: {pyramid}"
 

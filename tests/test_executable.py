@@ -11,13 +11,15 @@ from torch import nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
-from fpnx.backbones import Backbone, _tapped, tap_shapes
+from fpnx.backbones import Backbone, tap_shapes
 from fpnx.convolutions import Convolution, can_pack, native_on_cpu
 from fpnx.engine import slow_precision
 from fpnx.executable import make_executable
 from fpnx.model import PyramidModel, create_model
 from fpnx.pyramid import FeaturePyramid
 from fpnx.recombination import ExecutablePyramid, _Recombined, _UpsampledConvolution
+from fpnx.stages import Stages, Tap, tapped
+from tests.test_backbones import FAMILIES
 
 EQUAL = 1e-5  # of each level's greatest magnitude
 SIZES = [(64, 64), (96, 160), (75, 101), (33, 64)]
@@ -58,28 +60,12 @@ def assert_equal_levels(made: dict[str, torch.Tensor], wanted: dict[str, torch.T
 
 
 def model_of(network: nn.Module, nodes: dict[int, str], levels: tuple[str, ...]) -> PyramidModel:
-    body = _tapped(network.eval(), {node: f"C{k}" for k, node in nodes.items()})
+    body = tapped(network.eval(), Stages(taps={k: Tap(node=node) for k, node in nodes.items()}, traced=True))
     channels = {int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, (128, 128)).items()}
     fpn = FeaturePyramid(channels, 64, "pool")
     fpn.draw(0)
     weights = create_model("mobilenet_v2", weights="random").weights
     return PyramidModel(Backbone("own", body, nodes, channels), fpn, levels, weights).eval()
-
-
-OTHERS = {
-    "resnet18": {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"},
-    "densenet121": {
-        2: "features.denseblock1",
-        3: "features.denseblock2",
-        4: "features.denseblock3",
-        5: "features.norm5",
-    },
-    "efficientnet_b0": {2: "features.2", 3: "features.3", 4: "features.5", 5: "features.8"},
-    "mobilenet_v3_small": {2: "features.1", 3: "features.3", 4: "features.8", 5: "features.12"},
-    "convnext_tiny": {2: "features.1", 3: "features.3", 4: "features.5", 5: "features.7"},
-    "regnet_y_400mf": {2: "trunk_output.block1", 3: "trunk_output.block2", 4: "trunk_output.block3"},
-    "shufflenet_v2_x0_5": {2: "maxpool", 3: "stage2", 4: "stage3", 5: "conv5"},
-}
 
 
 @pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
@@ -98,14 +84,12 @@ def test_equals_the_model(name, packs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_equals_the_model_of_any_family(name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = models.get_model(name, weights=None)
-    model = unsettled(model_of(network, OTHERS[name], ("C2", "P2", "P3", "P4")))
+    side = FAMILIES[name]
+    model = unsettled(create_model(name, weights="random", levels="C2,P2-P4", channels=64))
     made = make_executable(model)
-    for size in [(64, 96), (75, 101)]:
+    for size in [side] if name == "maxvit_t" else [side, (96, 160)]:
         with torch.inference_mode():
             wanted = model(images(2, size))
             assert_equal_levels(made(images(2, size)), wanted)
@@ -154,7 +138,7 @@ def test_frozen_norms_any_eps_and_norms_in_the_pyramid(packs):
         return FrozenBatchNorm2d(width, eps=0.0)
 
     network = models.resnet18(weights=None, norm_layer=frozen)
-    model = model_of(network, OTHERS["resnet18"], ("P2", "P3", "P6"))
+    model = model_of(network, {2: "layer1", 3: "layer2", 4: "layer3", 5: "layer4"}, ("P2", "P3", "P6"))
     for block, eps in [(model.fpn.inner_blocks[0], 1e-3), (model.fpn.layer_blocks[1], 0.1)]:
         block.append(nn.BatchNorm2d(64, eps=eps))
         block.append(nn.ReLU())
@@ -283,3 +267,64 @@ def test_a_precision_that_the_processor_lacks_is_told():
         assert (told is None) == native_on_cpu(dtype)
         assert told is None or f"no {name} arithmetic" in told
     assert not native_on_cpu(torch.float64)
+
+
+class Untraceable(torch.nn.Module):
+    """Four stages of stride 2 and a branch on values, which no tracer follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = torch.nn.ModuleList(
+            torch.nn.Conv2d(i, o, 3, stride=s, padding=1)
+            for i, o, s in [(3, 8, 4), (8, 12, 2), (12, 16, 2), (16, 20, 2)]
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            x = stage(x)
+            if bool((x.mean() > 1e9).item()) if x.device.type != "meta" else False:
+                x = x * 2
+        return x.mean((2, 3))
+
+
+def test_a_body_that_cannot_be_traced_is_shared_by_threads_one_at_a_time():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = create_model(Untraceable().eval(), channels=8, levels="C2,C5,P2-P5")
+    assert not isinstance(model.body, torch.fx.GraphModule)
+    executable = make_executable(model)
+    images = [torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(i)) for i in range(24)]
+    with torch.no_grad():
+        expected = [model(image) for image in images]
+
+    def run(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return executable(image)
+
+    with ThreadPoolExecutor(4) as pool:
+        for levels, wanted in zip(pool.map(run, images), expected, strict=True):
+            for name, level in wanted.items():
+                assert (levels[name] - level).abs().max() <= 1e-5 * level.abs().max(), name
+
+
+@pytest.mark.parametrize("top_block", ["pool", "c5", "p5", "m5"])
+@pytest.mark.parametrize("levels", ["all", "above", "finest"])
+def test_every_kind_of_pyramid(top_block, levels):
+    """Norms after the convolutions, every top block with and without its ReLU, and levels with names of their own."""
+    channels = {3: 8, 4: 12, 5: 16}
+    taps = {
+        f"C{k}": images(2, (48 >> (k - 3), 32 >> (k - 3)), k)[:, :1].expand(-1, n, -1, -1) for k, n in channels.items()
+    }
+    taps = {name: (tap + torch.arange(tap.shape[1]).view(1, -1, 1, 1)).contiguous() for name, tap in taps.items()}
+    for norm, relu, names in [(None, True, ()), ("batch", False, ()), (None, False, "abcde")]:
+        count = 4 if top_block == "pool" else 5
+        fpn = FeaturePyramid(channels, 32, top_block, norm=norm, p7_relu=relu, names=tuple(names)[:count])
+        fpn.draw(1)
+        wanted = {"all": fpn.levels, "above": fpn.levels[3:], "finest": fpn.levels[:1]}[levels]
+        fpn.eval()
+        made = ExecutablePyramid(fpn, wanted, {f"C{k}": n for k, n in channels.items()}).eval()
+        for part in made.modules():
+            if isinstance(part, Convolution):
+                part.prepare(torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            assert_equal_levels(made(taps), fpn(taps, wanted))
