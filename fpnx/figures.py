@@ -120,8 +120,8 @@ def draw(
         if scene.missing:
             page.paragraph(scene.missing, lines=2, color=DIM)
             continue
-        taps = [found for found in row_of_maps if found.level[0] == "C"]
-        rows = [row for row in (taps, [found for found in row_of_maps if found not in taps]) if row]
+        by_kind = ([m for m in row_of_maps if (m.level[0] == "C") is tap] for tap in (True, False))
+        rows = [row for row in by_kind if row]
         for row in rows:
             top = page.y + 2 * LINE + 14
             if row is rows[0]:
