@@ -32,7 +32,7 @@ __all__ = ["STAGES", "Clock", "compute"]
 
 STAGES = ("decode", "resize", "forward", "write")
 AHEAD = 1  # decoded batches that wait, besides one for each lane
-UNWRITTEN = 2  # computed batches of a lane that wait to be written
+UNWRITTEN = 1  # computed batches of a lane that wait to be written, besides the one in hand
 WORTH_PREPARING = 8  # images of a size for which laying out the weights pays
 HEED = 0.1  # seconds within which a signal is heard
 

@@ -1,7 +1,7 @@
 """The engine for CUDA: copies in, computing and copies out on streams of their own, several batches in flight.
 
 The calling thread puts work in order and does not wait; `Features.ready` is where somebody does. What is in flight
-is bounded by whoever calls: the pipeline keeps two batches that are not yet written, so memory is three batches'.
+is bounded by whoever calls: the pipeline keeps one batch that is not yet written beside the one that it starts.
 
 Every hand-over between streams has an order and an owner: the next stream waits for the one before
 (`wait_stream`), and memory of one stream that another reads is said to be in use there (`record_stream`), lest the

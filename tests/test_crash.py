@@ -206,7 +206,7 @@ def killed_at_random(runs: Runs, many: Path, reference: Path, count: int, seed: 
     line = ("extract", many, "-o", output, "--resume", "--max-failed", "1", *LINE)
     for i in range(count):
         whole = {"once_there": str(part_of(output))} if chance.random() < 0.7 else {}
-        code, _, told = runs(*line, signals=[(chance.random() * 0.6, signal.SIGKILL)], **whole)
+        code, _, told = runs(*line, signals=[(chance.random() * 1.0, signal.SIGKILL)], **whole)
         assert code in (0, -signal.SIGKILL), told
         if part_of(output).exists():
             assert not output.exists()
