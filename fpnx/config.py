@@ -290,6 +290,7 @@ class VisualizeConfig(PictureConfig):
             _freeze(self, name, (value,) if isinstance(value, str) else tuple(value or ()) or None)
 
 
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(InputConfig):
     """Everything that `fpnx benchmark` can be asked for.
 

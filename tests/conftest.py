@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+
+# Before torch is loaded: tests run side by side, and more threads than cores would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 import subprocess
 import sys

@@ -260,7 +260,7 @@ BAD = {
     "output exists": (("photos", "--weights", "random", "-o", "there.h5"), "--resume"),
     "output folder": (("photos", "--weights", "random", "-o", "no/where.h5"), "does not exist"),
     "output is a folder": (("photos", "--weights", "random", "-o", "empty"), "is a folder"),
-    "weights not to be had": (("photos", "--offline"), "resnet50-11ad3fa6.pth"),
+    "weights not to be had": (("photos", "--weights", "imagenet", "--offline"), "resnet50-11ad3fa6.pth"),
     "weights of another": (
         ("photos", "--weights", "VGG16_Weights.IMAGENET1K_V1", "--backbone", "resnet50"),
         "for vgg16",
