@@ -87,7 +87,10 @@ def test_the_two_commands_for_a_fresh_machine() -> None:
     assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
 
 
-def test_the_example_output_is_what_comes_out(place: Path, fpnx: Callable[..., Any]) -> None:
+def test_the_example_output_is_what_comes_out(
+    place: Path, fpnx: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # however long the folder's own name is
     code, out, _ = fpnx("extract", "sample_images/", "--weights", "random")
     assert code == 0
     example = next(block for block in blocks("") if block.startswith("$ fpnx extract"))
