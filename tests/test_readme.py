@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import ROOT, copied
 
@@ -71,10 +72,11 @@ def test_command_lines(line: str, place: Path, fpnx: Callable[..., Any]) -> None
 def test_python(place: Path, fpnx: Callable[..., Any]) -> None:
     assert fpnx("extract", "sample_images", "--weights", "random")[0] == 0
     names: dict[str, Any] = {}
+    torch.manual_seed(0)  # of the head's first parameters
     for block in blocks("python"):
         exec(block, names)
     assert names["item"].path == "animals/chelsea.jpg"
-    assert names["loss"].isfinite()  # how small it gets depends on where the head began
+    assert names["loss"].item() < 10
     assert names["pyramid"]["P2"].shape == (1, 256, 57, 76)
     assert names["result"].done == 5
 
