@@ -23,9 +23,10 @@ from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import lock
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.gallery import Gallery, check_gallery
-from fpnx.images import Listing, find, pillow_within_limits
+from fpnx.images import find, pillow_within_limits
 from fpnx.pipeline import STAGES, Clock, compute
 from fpnx.planning import Plan, check_output, make_plan, real_output
+from fpnx.shards import parse_shard, shard_path
 from fpnx.store import DONE, PENDING, Store, open_store
 from fpnx.writer import Writer, part_of
 
@@ -107,7 +108,7 @@ def extract(
     Args:
         images: files, folders, or `"@list.txt"`.
         output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; with `format="png"`
-            the folder for pictures (`"out_png"`).
+            the folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`.
         listener: hears of the progress.
         options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
             `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
@@ -122,14 +123,14 @@ def extract(
     """
     config = ExtractConfig(**options)
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    target, hears = real_output(Path(output or DEFAULT_OUTPUTS[config.format])), listener or Listener()
+    named, hears = Path(output or DEFAULT_OUTPUTS[config.format]), listener or Listener()
+    shard = None if config.shard is None else parse_shard(config.shard)
+    target = real_output(named if shard is None else shard_path(named, shard))
     draws = config.format == "png"
     if not draws:
         check_output(target, config)
     with stoppable(hears) as stop, pillow_within_limits():
-        listing = find(paths)
-        if config.limit is not None:
-            listing = Listing(listing.root, listing.sources[: config.limit], listing.skipped)
+        listing = find(paths, config.limit, shard)
         with nullcontext(True) if config.dry_run else lock(target) as alone:
             if not alone:
                 hears.message("files cannot be locked here: see to it that no second run writes this output")
