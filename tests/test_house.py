@@ -56,6 +56,7 @@ ORDER = [
     "batching",
     "planning",
     "control",
+    "outputs",
     "writer",
     "disk",
     "machine",
