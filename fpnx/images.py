@@ -139,7 +139,7 @@ def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, sha
     if shard is None:
         return Listing(root, tuple(sources), skipped)
     cut = Cut.of(shard, len(sources), list_fingerprint((s.name, s.bytes, s.mtime_ns) for s in sources))
-    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), skipped, cut=cut)
+    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), skipped, cut)
 
 
 def list_lines(listing: Listing) -> Iterator[bytes]:
@@ -364,7 +364,7 @@ def _from_list(path: bytes, limit: int | None, shard: Shard | None) -> Listing:
             f"none of the {len(sources)} images is as it was listed in {shown(path)}, such as "
             f"{shown(sources[0].path)} ({why}): bring them back, or list them again"
         )
-    return Listing(told.root, sources, told.skipped, cut=told.cut)
+    return Listing(told.root, sources, told.skipped, told.cut)
 
 
 def _not_as_listed(source: Source) -> str:
