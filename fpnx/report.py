@@ -144,6 +144,8 @@ def show_result(result: Result) -> None:
     if bad:
         console.print(f"NaN or infinite values: {', '.join(f'{n} in {level}' for level, n in bad.items())}")
     _show_failures(console, result.failed)
+    for line in result.lost:
+        console.print(Text(line), soft_wrap=True)
     if result.stopped:
         console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))
     else:
@@ -289,9 +291,10 @@ def _show_plan(plan: Plan) -> None:
         if config.format == "png"
         else (
             "output",
-            f"{shown(plan.output)}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
+            f"{shown(facts['output'])}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
             f"{_bytes(facts['bytes_needed'])} needed, {_bytes(facts['bytes_free'])} free",
         ),
+        *([("scratch", f"{shown(facts['scratch'])}: worked on there, then sent whole")] if plan.destination else []),
     ]
     _facts(console, *rows)
     if pyramid and weights["pyramid"]["trained"] is False:
