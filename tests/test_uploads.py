@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 import tarfile
@@ -14,7 +15,6 @@ import boto3
 import h5py
 import numpy as np
 import pytest
-from botocore.exceptions import ClientError
 
 import fpnx as package
 from fpnx import remote, services
@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {
     "backbone": "mobilenet_v2", "weights": "random", "size": 64, "levels": "P4-P5", "channels": 8, "device": "cpu",
 }  # fmt: skip
 LINE = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+NUMBERS = itertools.count()
 LARGE = {**SMALL, "size": 128, "levels": "P2", "channels": 256}  # a megabyte an image
 
 
@@ -65,12 +66,10 @@ class Bucket:
         return f"{self.url}/{key}"
 
     def get(self, key: str) -> bytes | None:
-        try:
-            with self._client.get_object(Bucket=self.name, Key=key)["Body"] as body:
-                return bytes(body.read())
-        except ClientError as error:
-            assert error.response["Error"]["Code"] in ("NoSuchKey", "404")
+        if key not in [held["Key"] for held in self._client.list_objects_v2(Bucket=self.name).get("Contents", [])]:
             return None
+        with self._client.get_object(Bucket=self.name, Key=key)["Body"] as body:
+            return bytes(body.read())
 
     def unfinished(self) -> int:
         """How many uploads in parts were begun and neither finished nor given up."""
@@ -81,15 +80,13 @@ class Bucket:
 
 
 @pytest.fixture
-def bucket(
-    port: int, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bucket]:
+def bucket(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    made = Bucket(port, f"b{abs(hash(request.node.name)) % 10**12}")
+    made = Bucket(port, f"bucket-{next(NUMBERS)}")
     with remote.connections():
         yield made
     made.close()
@@ -312,7 +309,7 @@ class Meddler(Listener):
 def test_an_object_that_appears_meanwhile_is_not_replaced(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
     target = f"{bucket.url}/out.h5"
     with pytest.raises(StoreError, match="cannot be read as HDF5"):
-        package.extract(photos, target, listener=Meddler("MB sent", lambda: bucket.put("out.h5", b"other")), **SMALL)
+        package.extract(photos, target, listener=Meddler("verifying", lambda: bucket.put("out.h5", b"other")), **SMALL)
     assert bucket.get("out.h5") == b"other"
     assert scratch(tmp_path) == ["out.h5"]
     with pytest.raises(StoreError, match="cannot be read as HDF5"):
@@ -328,10 +325,29 @@ def test_the_same_run_that_was_quicker_counts(bucket: Bucket, photos: Path, tmp_
     package.extract(photos, tmp_path / "other.h5", **SMALL)
     content = (tmp_path / "other.h5").read_bytes()
     result = package.extract(
-        photos, target, listener=Meddler("MB sent", lambda: bucket.put("out.h5", content)), **SMALL
+        photos, target, listener=Meddler("verifying", lambda: bucket.put("out.h5", content)), **SMALL
     )
     assert (result.done, result.output, scratch(tmp_path)) == (6, target, [])
     assert bucket.get("out.h5") == content
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
+def test_what_is_there_is_replaced_only_if_it_may_be(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: bool
+) -> None:
+    monkeypatch.setattr(services, "PART", 5 << 20 if parts else 1 << 26)
+    content = os.urandom(11 << 20)
+    (tmp_path / "x.bin").write_bytes(content)
+    url, told = bucket.put("x.bin", b"old").encode(), list[int]()
+
+    def send(replace: bool) -> bool:
+        return remote.send(str(tmp_path / "x.bin"), url, replace, told.append, lambda: True)
+
+    assert not send(False)
+    assert bucket.get("x.bin") == b"old"
+    assert send(True)
+    assert bucket.get("x.bin") == content
+    assert (told[-1], bucket.unfinished()) == (len(content), 0)
 
 
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
