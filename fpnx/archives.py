@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from fpnx.errors import FpnxError, shown
 
@@ -91,8 +91,9 @@ def catalogue(read: Callable[[int, int], bytes], size: int, what: str) -> Catalo
         raise FpnxError(f"{what} is compressed with {how}: only plain tar archives can be read at any place")
     headers = _Headers(read)
     try:
-        tar = tarfile.TarFile(
-            fileobj=cast(BinaryIO, headers), mode="r", encoding="utf-8", errors="surrogateescape", debug=0
+        # Any: what is typed of tarfile lacks `members`, and takes `sparse` for a number.
+        tar: Any = tarfile.TarFile(
+            fileobj=cast(BinaryIO, headers), mode="r", encoding="utf-8", errors="surrogateescape"
         )
     except (FpnxError, OSError):
         raise
@@ -145,7 +146,7 @@ class _Found:
         self._links: dict[bytes, tuple[bytes, Member | None]] = {}
         self._replaced, self._outside = 0, 0
 
-    def add(self, info: tarfile.TarInfo) -> None:
+    def add(self, info: Any) -> None:
         if info.isdir():
             return
         name = _normal(_raw(info.name))

@@ -10,7 +10,7 @@ from fpnx import remote, urls
 from fpnx.archives import is_archive, is_compressed
 from fpnx.contents import NOT_FOUND, Source, locate, members_of, source_of
 from fpnx.errors import FpnxError, shown
-from fpnx.services import Facts
+from fpnx.services import NO_FOLDERS, Facts
 
 __all__ = ["EXTENSIONS", "Found", "find_file", "find_in_archive", "find_listed", "find_remote", "is_image"]
 
@@ -71,6 +71,9 @@ def find_listed(paths: Sequence[bytes], where: str = "") -> Found:
         FpnxError: for a missing file, or where not one address can be had.
     """
     paths = [urls.checked(path) if urls.is_url(path) else path for path in paths]
+    for path in filter(urls.is_url, paths):
+        if urls.names_folder(path):
+            raise FpnxError(f"{where}{shown(path)} names a folder: a list names images")
     simple = [path for path in paths if urls.is_url(path) and b".tar" not in urls.plain(path).lower()]
     answers = dict(zip(simple, remote.about_all(simple), strict=True))
     failures = [answer for answer in answers.values() if isinstance(answer, remote.RemoteError)]
@@ -113,9 +116,11 @@ def find_remote(url: bytes) -> Found:
     """
     url = urls.checked(url)
     if urls.is_web(url):
+        if urls.names_folder(url):
+            raise FpnxError(f"{shown(url)}: {NO_FOLDERS}")
         return _find_object(url)
     missing: remote.RemoteError | None = None
-    if not url.endswith(b"/") and urls.bucket_and_key(url)[1]:
+    if not urls.names_folder(url):
         try:
             return _find_object(url)
         except remote.RemoteError as error:
@@ -124,7 +129,7 @@ def find_remote(url: bytes) -> Found:
             missing = error
     root = urls.glob_root(url)
     found = _find_below(url.rstrip(b"/")) if root == url else _find_globbed(url, root)
-    if missing is not None and not found.sources and not found.skipped:
+    if missing is not None and root == url and not found.sources and not found.skipped:
         raise missing
     return found
 

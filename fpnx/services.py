@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from fpnx.errors import FpnxError
 from fpnx.urls import bucket_and_key
 
-__all__ = ["AbandonedError", "AnswerError", "Facts", "Service", "connect", "error_code"]
+__all__ = ["AbandonedError", "AnswerError", "Facts", "NO_FOLDERS", "Service", "connect", "error_code"]
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 EXTRA = 'pip install "fpnx[remote]"'
@@ -343,13 +343,18 @@ def _google_facts(told: dict[str, Any]) -> Facts:
 
 
 def _callback(sent: Callable[[int], None]) -> Any:
-    class Sent(import_module("fsspec.callbacks").Callback):  # type: ignore[misc]
+    """An fsspec callback that tells `sent` of further bytes."""
+    base: Any = import_module("fsspec.callbacks").Callback
+
+    class Sent(base):
+        _total = 0
+
         def relative_update(self, inc: int = 1) -> None:
-            sent(inc)
+            self.absolute_update(self._total + inc)
 
         def absolute_update(self, value: int) -> None:
-            sent(value - self.value)
-            self.value = value
+            more, self._total = value - self._total, value
+            sent(more)
 
     return Sent()
 

@@ -21,6 +21,7 @@ __all__ = [
     "is_url",
     "is_web",
     "joined",
+    "names_folder",
     "plain",
     "with_name",
 ]
@@ -77,6 +78,11 @@ def folder_of(url: bytes) -> bytes:
     start = url.index(b"://") + 3
     end = plain(url).rfind(b"/", start)
     return plain(url)[:end] if end >= 0 else plain(url)
+
+
+def names_folder(url: bytes) -> bool:
+    """Whether an address ends with its host, its bucket, or a slash."""
+    return plain(url).endswith(b"/") or b"/" not in plain(url).partition(b"://")[2]
 
 
 def with_name(url: str, name: str) -> str:

@@ -119,7 +119,7 @@ def web_server() -> Iterator[Web]:
             time.sleep(file.waits)
             if file.breaks > 0 and status == 200:
                 file.breaks -= 1
-                self.wfile.write(body[: len(body) // 2])
+                self.wfile.write((b"" if file.length else b"%x\r\n" % len(body)) + body[: len(body) // 2])
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
             elif file.length:

@@ -176,9 +176,9 @@ def test_no_secret_is_written_anywhere(
     refused = fpnx("extract", f"http://me:SECRET@127.0.0.1:{web.port}/a.jpg", *LINE)
     assert (refused[0], refused[1]) == (2, "")
     assert refused[2].count("\n") == 1
-    missing = fpnx("extract", signed[3], *LINE)
+    missing = fpnx("extract", signed[3], "-o", "two.h5", *LINE)
     assert (missing[0], missing[2]) == (2, f"fpnx: {web.url}/missing.jpg?…: not found (404)\n")
-    twice = fpnx("extract", signed[0], signed[0].replace("token", "other"), *LINE)
+    twice = fpnx("extract", signed[0], signed[0].replace("token", "other"), "-o", "two.h5", *LINE)
     assert "a.jpg is given twice" in twice[2]
     for text in (
         out,
