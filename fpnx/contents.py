@@ -17,9 +17,10 @@ from fpnx.archives import Catalogue, Member, catalogue
 from fpnx.errors import FpnxError, ImageError, shown
 from fpnx.services import Facts
 
-__all__ = ["NOT_FOUND", "Piece", "RemoteFile", "Source", "locate", "members_of", "opened", "source_of"]
+__all__ = ["NOT_FOUND", "Piece", "RemoteFile", "Source", "locate", "members_of", "opened", "source_of", "text_file"]
 
 CATALOGUES = 4  # archives whose headers are kept, for members that are asked for by name
+LARGEST_LIST = 1 << 30  # bytes of a list that is fetched
 CHANGED, NOT_FOUND = "changed after it was listed", "not found"
 
 
@@ -70,6 +71,19 @@ def locate(path: bytes) -> Source:
         if (member := held.members.get(name)) is None:
             raise FpnxError(f"{shown(archive)} has no member {shown(name)}: tar -tf shows what it has") from error
         return source_of(archive, facts, name, member)
+
+
+def text_file(path: bytes) -> BinaryIO:
+    """A list, opened for reading; one at an address is fetched.
+
+    Raises:
+        OSError: where it cannot be opened.
+        RemoteError: where it cannot be had.
+    """
+    if not urls.is_url(path):
+        return open(path, "rb")
+    address = urls.checked(path)
+    return io.BytesIO(remote.read(address, remote.about(address), most=LARGEST_LIST))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from fpnx.disk import lock
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.gallery import Gallery, check_gallery
 from fpnx.images import find, pillow_within_limits
+from fpnx.outputs import check_output
 from fpnx.pipeline import STAGES, Clock, compute
-from fpnx.planning import Plan, check_output, make_plan
+from fpnx.planning import Plan, make_plan
 from fpnx.remote import connections
+from fpnx.shards import parse_shard
 from fpnx.store import DONE, PENDING, Store, open_store
 from fpnx.uploads import check_goal, deliver, goal_of, work_folder
 from fpnx.writer import Writer, part_of
@@ -114,7 +116,7 @@ def extract(
         images: files, folders, `.tar` archives, `s3://`, `gs://` and `https://` addresses, or `"@list.txt"`.
         output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; an address
             (`"s3://bucket/out.h5"`) is worked on below `scratch` and sent when it is whole; with `format="png"` the
-            folder for pictures (`"out_png"`).
+            folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`.
         listener: hears of the progress.
         options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
             `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
@@ -129,18 +131,17 @@ def extract(
     """
     config = ExtractConfig(**options)
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    goal, hears = goal_of(output or DEFAULT_OUTPUTS[config.format], config), listener or Listener()
+    shard, hears = None if config.shard is None else parse_shard(config.shard), listener or Listener()
+    goal = goal_of(output or DEFAULT_OUTPUTS[config.format], config, shard)
     target, draws = goal.local, config.format == "png"
     with connections(), work_folder(goal):
         if not draws:
             check_output(target, config)
         finished = check_goal(goal, config)
         with stoppable(hears) as stop, pillow_within_limits():
-            listing = find(paths)
+            listing = find(paths, config.limit, shard)
             for remark in (*listing.remarks, *listing.lost):
                 hears.message(remark)
-            if config.limit is not None:
-                listing = replace(listing, sources=listing.sources[: config.limit])
             with nullcontext(True) if config.dry_run else lock(target) as alone:
                 if not alone:
                     hears.message("files cannot be locked here: see to it that no second run writes this output")

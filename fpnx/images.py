@@ -13,11 +13,12 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fpnx.contents import Source, opened
+from fpnx.contents import Source, opened, text_file
 from fpnx.discovery import EXTENSIONS, Found, find_file, find_listed, find_remote, is_image
 from fpnx.errors import FpnxError, ImageError, shown
-from fpnx.remote import about, read
-from fpnx.urls import checked, common_root, inside, is_url, joined
+from fpnx.lists import is_list, list_fingerprint, listed_path, read_list, written_list
+from fpnx.shards import Cut, Shard
+from fpnx.urls import common_root, inside, is_url, joined
 
 __all__ = [
     "EXTENSIONS",
@@ -27,6 +28,7 @@ __all__ = [
     "as_rgb",
     "decode",
     "find",
+    "list_lines",
     "pillow_within_limits",
     "upright_size",
 ]
@@ -36,7 +38,6 @@ BACKGROUND = (255, 255, 255)  # what shows through transparency, as on a page
 ORIENTATION = 0x0112
 TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143
 LARGEST_TILE = 1 << 20  # pixels that a TIFF's tile may have, however small the limit
-LARGEST_LIST = 1 << 30  # bytes of a list that is fetched
 BYTES_A_PIXEL, MORE_BYTES = 16, 1 << 26  # how large a file may be: four channels of 32 bits, and what goes with them
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -61,31 +62,45 @@ NOT_IMAGES = (  # how files that pretend to be images begin
 class Listing:
     """The images of a run in their order, the folder that names are relative to, and what was passed over.
 
-    `remarks` are what the user should know of it, and `lost` the archives that may have had more images, a line each.
+    `cut` tells of which list they are a slice, where they are a shard's; `remarks` what the user should know of it,
+    and `lost` which archives may have had more images, a line each.
     """
 
     root: bytes
     sources: tuple[Source, ...]
     skipped: int
+    cut: Cut | None = None
     remarks: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
 
 
-def find(images: Sequence[str | os.PathLike[str]]) -> Listing:
+def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, shard: Shard | None = None) -> Listing:
     """Files, folders (recursive; known extensions; hidden files left out), addresses and `@lists` → a listing.
 
     Names are relative to the one folder given, else to the common parent of all. They are in byte order; a list
     keeps its own. A list has a path a line (or NUL-separated), relative to the current directory, or to the list where
     that is an address. A named file is always listed, whatever its extension. A plain tar archive that is named stands
-    for the images in it, as a folder does. For `s3://` and the like see `fpnx.discovery`.
+    for the images in it, as a folder does. For `s3://` and the like see `fpnx.discovery`. A list that `fpnx list` wrote
+    stands alone; names, sizes and times are its own, and no image is looked at: one that has changed since is found
+    out when it is opened.
+
+    Args:
+        images: what to look for.
+        limit: take the first so many images only.
+        shard: of these, take the slice that is this shard's.
 
     Raises:
-        FpnxError: a missing input, the same path twice, or no image at all.
+        FpnxError: a missing input, the same path twice, no image at all, or a list none of whose images is there.
     """
     if isinstance(images, (str, bytes, os.PathLike)):
         images = [images]
     if not images:
         raise FpnxError("no images given: name files, folders or @list.txt")
+    for argument in map(os.fsencode, images):
+        if argument.startswith(b"@") and not os.path.lexists(argument) and is_list(argument[1:]):
+            if len(images) > 1:
+                raise FpnxError(f"{shown(argument)} is from fpnx list and stands alone: name no other images beside it")
+            return _from_list(argument[1:], limit, shard)
     found, listed = Found(), False
     for argument in map(os.fsencode, images):
         if argument.startswith(b"@") and not os.path.lexists(argument):
@@ -104,7 +119,24 @@ def find(images: Sequence[str | os.PathLike[str]]) -> Listing:
     if not listed:
         sources.sort(key=lambda source: source.name)
     _refuse_twice(sources)
-    return Listing(root, tuple(sources), found.skipped, tuple(found.remarks), tuple(found.lost))
+    del sources[limit if limit is not None else len(sources) :]
+    remarks, lost = tuple(found.remarks), tuple(found.lost)
+    if shard is None:
+        return Listing(root, tuple(sources), found.skipped, None, remarks, lost)
+    cut = Cut.of(shard, len(sources), list_fingerprint((s.name, s.bytes, s.mtime_ns) for s in sources))
+    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), found.skipped, cut, remarks, lost)
+
+
+def list_lines(listing: Listing) -> Iterator[bytes]:
+    """A listing as a file, which `find(["@list.txt"])` reads; see `fpnx.lists`.
+
+    Raises:
+        FpnxError: for an image that is not where its name says.
+    """
+    for source in listing.sources:
+        if source.path != listed_path(listing.root, source.name):
+            raise FpnxError(f"{shown(source.path)} cannot be listed: its name is {shown(source.name)}")
+    return written_list(listing.root, [(s.name, s.bytes, s.mtime_ns) for s in listing.sources], listing.skipped)
 
 
 def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:
@@ -305,13 +337,37 @@ def _walk(folder: bytes) -> Found:
     return found
 
 
+def _from_list(path: bytes, limit: int | None, shard: Shard | None) -> Listing:
+    told = read_list(path, limit, shard)
+    sources = tuple(Source(name, listed_path(told.root, name), size, mtime) for name, size, mtime in told.records)
+    _refuse_twice(sources)
+    # A disk that is not mounted is no reason to fail image by image; a single changed one is.
+    reasons = map(_not_as_listed, sources)
+    if (why := next(reasons, "")) and all(reasons):
+        raise FpnxError(
+            f"none of the {len(sources)} images is as it was listed in {shown(path)}, such as "
+            f"{shown(sources[0].path)} ({why}): bring them back, or list them again"
+        )
+    return Listing(told.root, sources, told.skipped, told.cut)
+
+
+def _not_as_listed(source: Source) -> str:
+    """Why a file is not what its list says; empty where it is, or is no file on a disk."""
+    if b"://" in source.path:
+        return ""
+    try:
+        about = os.stat(source.path)
+    except NotADirectoryError:  # a member of an archive: whether it is the same is seen when it is opened
+        return ""
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return "" if (about.st_size, about.st_mtime_ns) == (source.bytes, source.mtime_ns) else "changed"
+
+
 def _read_list(path: bytes) -> list[bytes]:
     try:
-        if is_url(path):
-            content = read(checked(path), about(checked(path)), most=LARGEST_LIST)
-        else:
-            with open(path, "rb") as file:
-                content = file.read()
+        with text_file(path) as file:
+            content = file.read()
     except OSError as error:
         raise FpnxError(f"list {shown(path)}: {error.strerror}") from error
     lines = content.split(b"\0") if b"\0" in content else [line.rstrip(b"\r") for line in content.split(b"\n")]

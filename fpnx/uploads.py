@@ -16,11 +16,12 @@ from fpnx.config import ExtractConfig
 from fpnx.control import Listener, Stop
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.images import Listing
-from fpnx.planning import real_output
+from fpnx.outputs import real_output
 from fpnx.remote import RemoteError, about, check_writable, send
 from fpnx.services import AbandonedError
+from fpnx.shards import Shard, shard_path
 from fpnx.store import open_store
-from fpnx.urls import bucket_and_key, checked, is_url, is_web
+from fpnx.urls import bucket_and_key, checked, is_url, is_web, with_name
 from fpnx.verification import verify
 from fpnx.writer import part_of, refuse_other_run
 
@@ -49,8 +50,9 @@ class Goal:
         return self.local.with_name(MAY_REPLACE)
 
 
-def goal_of(output: str | os.PathLike[str], config: ExtractConfig) -> Goal:
-    """Where `output` is made. What is for a store has a folder of its own below `--scratch`, the same each time.
+def goal_of(output: str | os.PathLike[str], config: ExtractConfig, shard: Shard | None = None) -> Goal:
+    """Where `output`, or a shard of it, is made. What is for a store has a folder of its own below `--scratch`, the
+    same each time.
 
     Raises:
         FpnxError: for what cannot be an output.
@@ -59,18 +61,21 @@ def goal_of(output: str | os.PathLike[str], config: ExtractConfig) -> Goal:
     if not is_url(os.fsencode(text)):
         if config.scratch is not None:
             raise FpnxError(f"scratch {shown(config.scratch)} is for outputs in stores: {shown(text)} is made in place")
-        return Goal(real_output(Path(text)))
+        return Goal(real_output(Path(text) if shard is None else shard_path(Path(text), shard)))
     url = checked(os.fsencode(text))
     name = bucket_and_key(url)[1].rpartition("/")[2]
     if is_web(url) or not name or config.format != "h5":
         what = "pictures go into a folder on a disk" if config.format != "h5" else "name an object in a store"
         raise FpnxError(f"output {shown(url)}: {what}, such as {'out_png' if config.format != 'h5' else _example(url)}")
+    if shard is not None:
+        name = shard_path(Path(name), shard).name
+    target = with_name(os.fsdecode(url), name)
     scratch = Path(config.scratch or tempfile.gettempdir())
     if not scratch.is_dir():
         raise FpnxError(f"scratch folder {shown(scratch)} does not exist: make it, or name another with --scratch")
     user = os.getuid() if hasattr(os, "getuid") else 0
-    folder = scratch.resolve() / f"fpnx-{user}-{hashlib.sha256(url).hexdigest()[:16]}"
-    return Goal(folder / name, os.fsdecode(url))
+    folder = scratch.resolve() / f"fpnx-{user}-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}"
+    return Goal(folder / name, target)
 
 
 @contextmanager
