@@ -327,7 +327,7 @@ def benchmark(
 
 
 @app.command("list")
-def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> None:
+def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> int:
     """List images once, with sizes and times, for shards that need not look for them again: extract @list.txt.
 
     [dim]fpnx list photos/ > list.txt[/dim]
@@ -341,7 +341,10 @@ def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.writelines(list_lines(listing))
     sys.stdout.buffer.flush()
-    report.Terminal().message(f"{len(listing.sources)} images, {listing.skipped} other files passed over")
+    told = f"{len(listing.sources)} images, {listing.skipped} other files passed over"
+    for line in (*listing.remarks, *listing.lost, told):
+        report.Terminal().message(line)
+    return 1 if listing.lost else 0
 
 
 @app.command()

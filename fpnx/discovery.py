@@ -12,7 +12,7 @@ from fpnx.contents import NOT_FOUND, Source, locate, members_of, source_of
 from fpnx.errors import FpnxError, shown
 from fpnx.services import NO_FOLDERS, Facts
 
-__all__ = ["EXTENSIONS", "Found", "find_file", "find_in_archive", "find_listed", "find_remote", "is_image"]
+__all__ = ["EXTENSIONS", "Found", "find_file", "find_in_archive", "find_listed", "find_remote", "is_image", "matching"]
 
 EXTENSIONS = frozenset(
     b".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
@@ -134,6 +134,15 @@ def find_remote(url: bytes) -> Found:
     return found
 
 
+def matching(pattern: bytes) -> list[bytes]:
+    """The addresses of all objects that a glob matches, in byte order.
+
+    Raises:
+        FpnxError: where they cannot be listed.
+    """
+    return [url for url, _ in _matching(urls.checked(pattern))]
+
+
 def is_image(name: bytes) -> bool:
     """Whether a name has an extension of images that fpnx reads."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
@@ -155,9 +164,13 @@ def _find_below(root: bytes) -> Found:
 
 def _find_globbed(pattern: bytes, root: bytes) -> Found:
     """The images that a glob matches, and those in archives that it matches."""
-    matches, fixed = urls.glob_pattern(pattern), urls.glob_start(urls.inside(pattern, root))
-    below = remote.below(root, fixed)
-    return _gathered(root, [(url, facts) for url, facts in below if matches.fullmatch(url)], archives=True)
+    return _gathered(root, _matching(pattern), archives=True)
+
+
+def _matching(pattern: bytes) -> list[tuple[bytes, Facts]]:
+    root, matches = urls.glob_root(pattern), urls.glob_pattern(pattern)
+    below = remote.below(root, urls.glob_start(urls.inside(pattern, root)))
+    return [(url, facts) for url, facts in below if matches.fullmatch(url)]
 
 
 def _gathered(root: bytes, below: Sequence[tuple[bytes, Facts]], archives: bool) -> Found:

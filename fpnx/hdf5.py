@@ -12,10 +12,10 @@ import numpy as np
 
 from fpnx.contents import RemoteFile
 from fpnx.errors import StoreError, shown
-from fpnx.remote import RemoteError
+from fpnx.remote import RemoteError, about
 from fpnx.urls import checked, is_url
 
-__all__ = ["attribute_text", "attribute_whole", "check_bytes", "member", "names", "open_hdf5", "parsed", "table"]
+__all__ = ["attribute_text", "attribute_whole", "check_bytes", "file_state", "member", "names", "open_hdf5", "parsed", "table"]
 
 TEXT_LIMIT = 1 << 24  # bytes of one attribute; ours are a few kB
 NAME_LIMIT = 1 << 16  # bytes of one name, where the file does not tell the sum: paths end at 4096
@@ -52,6 +52,15 @@ def open_hdf5(path: str) -> h5py.File:
         match = re.search(r"\((.*)\)", str(error), re.DOTALL)
         reason = shown(" ".join((match[1] if match else str(error)).split()))
         raise StoreError(f"{shown(path)} cannot be read as HDF5, it may be truncated: {reason}") from error
+
+
+def file_state(file: h5py.File) -> tuple[int, ...]:
+    """What tells a file from one that has taken its name."""
+    if _is_remote(file):
+        facts = about(os.fsencode(_path(file)))
+        return facts.bytes, facts.mtime_ns
+    held = os.fstat(file.id.get_vfd_handle())
+    return held.st_dev, held.st_ino, held.st_size
 
 
 def _open_remote(path: str) -> h5py.File:

@@ -21,6 +21,7 @@ from typing import Any
 from fpnx.contents import text_file
 from fpnx.errors import FpnxError, shown
 from fpnx.shards import Cut, Shard
+from fpnx.urls import is_url
 
 __all__ = ["Listed", "Record", "is_list", "list_fingerprint", "listed_path", "read_list", "written_list"]
 
@@ -49,7 +50,7 @@ def listed_path(root: bytes, name: bytes) -> bytes:
 def is_list(path: str | bytes) -> bool:
     """Whether `fpnx list` wrote this file; what is read of a pipe would be lost to who reads it next."""
     try:
-        if not os.path.isfile(path):
+        if not is_url(os.fsencode(path)) and not os.path.isfile(path):
             return False
         with text_file(os.fsencode(path)) as file:
             return file.read(len(MARK)) == MARK

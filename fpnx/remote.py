@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as NotYetError
@@ -94,7 +95,8 @@ class RemoteError(FpnxError):
 
 @contextmanager
 def connections() -> Iterator[None]:
-    """Whatever connections are made inside are closed at the end, once the last of several such blocks is left."""
+    """Whatever connections are made inside are closed at the end, once the last of several such blocks is left; those
+    that are made outside, when the process ends."""
     global _users
     with _lock:
         _users += 1
@@ -103,12 +105,18 @@ def connections() -> Iterator[None]:
     finally:
         with _lock:
             _users -= 1
-            unused = [] if _users else list(_services.values())
-            if unused:
-                _services.clear()
-        for service in unused:
-            with suppress(Exception):  # nothing is lost: they are only not closed politely
-                _wait(service, service.close, 5)
+            last = _users == 0
+        if last:
+            _close_all()
+
+
+def _close_all() -> None:
+    with _lock:
+        unused = list(_services.values())
+        _services.clear()
+    for service in unused:
+        with suppress(Exception):  # nothing is lost: they are only not closed politely
+            _wait(service, service.close, 5)
 
 
 def about(url: bytes) -> Facts:
@@ -253,6 +261,7 @@ def _service(scheme: str) -> Service:
     with _lock:
         if name not in _services:
             _services[name] = connect(name)
+            atexit.register(_close_all)
         return _services[name]
 
 

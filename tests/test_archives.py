@@ -18,7 +18,7 @@ import fpnx as package
 from fpnx.archives import Catalogue, catalogue
 from fpnx.contents import Source, opened
 from fpnx.errors import FpnxError, ImageError
-from fpnx.images import decode, find, upright_size
+from fpnx.images import decode, find, list_lines, upright_size
 from tests.conftest import document, noise_image
 
 LIMIT = 10**8
@@ -353,6 +353,25 @@ def test_features_from_an_archive_are_those_of_the_files(tmp_path: Path, photos:
         for path in files.paths:
             assert np.abs(archive[path]["P4"] - files[path]["P4"]).max() < 1e-5
     assert package.verify(tmp_path / "archive.h5", against=tmp_path / "x.tar", device="cpu").problems == ()
+
+
+def test_a_list_of_members(tmp_path: Path, fpnx: Callable[..., Any]) -> None:
+    path = packed(tmp_path / "x.tar", [(f"{i}.jpg", jpeg(i)) for i in range(4)])
+    listing = find([path])
+    (tmp_path / "list.txt").write_bytes(b"".join(list_lines(listing)))
+    assert find([f"@{tmp_path / 'list.txt'}"]).root == listing.root
+    for index in (0, 1):
+        assert fpnx("extract", "@list.txt", "--shard", f"{index}/2", *LINE)[0] == 0
+    with package.open("out.shard-*.h5") as store:
+        assert store.paths == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+        assert store.bytes.tolist() == [len(jpeg(i)) for i in range(4)]
+    os.utime(path, ns=(0, listing.sources[0].mtime_ns + 1))
+    with pytest.raises(ImageError, match="changed after it was listed"):
+        decode(find([f"@{tmp_path / 'list.txt'}"]).sources[0], LIMIT)
+    path.write_bytes(path.read_bytes()[:1000])
+    code, _, err = fpnx("list", path)
+    assert code == 1
+    assert "ends early" in err
 
 
 def test_resume_sees_a_changed_archive(tmp_path: Path) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
+import shlex
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +27,7 @@ from fpnx.control import Listener
 from fpnx.errors import FpnxError, ImageError, Interrupted, StoreError
 from fpnx.images import decode, find, upright_size
 from fpnx.uploads import goal_of
-from tests.conftest import document, noise_image
+from tests.conftest import ROOT, document, noise_image
 from tests.stores import KEYS, Line, free_port, s3_server, web_server
 
 LIMIT = 10**8
@@ -38,6 +42,16 @@ LARGE = {**SMALL, "size": 128, "levels": "P2", "channels": 256}  # a megabyte an
 def jpeg(seed: int = 1, size: tuple[int, int] = (60, 40)) -> bytes:
     held = io.BytesIO()
     noise_image(seed, size).save(held, "JPEG")
+    return held.getvalue()
+
+
+def archive(contents: dict[str, bytes]) -> bytes:
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as tar:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
     return held.getvalue()
 
 
@@ -141,20 +155,15 @@ def test_other_ways_to_name_objects(bucket: Bucket, tmp_path: Path) -> None:
 
 
 def test_archives_in_a_bucket(bucket: Bucket) -> None:
-    held = io.BytesIO()
-    with tarfile.open(fileobj=held, mode="w") as tar:
-        for name in ("d/01.jpg", "e/01.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(jpeg())
-            tar.addfile(info, io.BytesIO(jpeg()))
+    content = archive({"d/01.jpg": jpeg(), "e/01.jpg": jpeg()})
     for key in ("s/0.tar", "s/1.tar"):
-        bucket.put(key, held.getvalue())
+        bucket.put(key, content)
     listing = find([f"{bucket.url}/s/*.tar"])
     assert [s.name for s in listing.sources] == [f"{i}.tar/{d}/01.jpg".encode() for i in (0, 1) for d in "de"]
     assert decode(listing.sources[3], LIMIT).size == (60, 40)
     assert upright_size(listing.sources[0], LIMIT) == (40, 60)
     assert [source.name for source in find([f"{bucket.url}/s/1.tar"]).sources] == [b"d/01.jpg", b"e/01.jpg"]
-    bucket.put("s/1.tar", held.getvalue() + bytes(512))
+    bucket.put("s/1.tar", content + bytes(512))
     with pytest.raises(ImageError, match="changed after it was listed"):
         decode(listing.sources[3], LIMIT)
 
@@ -222,7 +231,7 @@ def test_from_a_bucket_into_a_bucket(bucket: Bucket, photos: Path, tmp_path: Pat
     assert (code, bucket.unfinished()) == (0, 0), err
     assert f"6 of 6 images are in {target}" in out
     assert f"{tmp_path / 'scratch'}" in out
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert list((tmp_path / "scratch").glob("fpnx-*")) == []
     (tmp_path / "got.h5").write_bytes(bucket.get("out/features.h5") or b"")
     assert package.verify(tmp_path / "got.h5").problems == ()
     with package.open(tmp_path / "got.h5") as got, package.open(local.output) as same, package.open(target) as there:
@@ -247,14 +256,14 @@ def test_from_a_bucket_into_a_bucket(bucket: Bucket, photos: Path, tmp_path: Pat
     bucket.put("in/a.jpg", jpeg(7))
     code, out, err = fpnx("extract", f"{bucket.url}/in/", "-o", target, "--resume", *LINE, "--levels", "P5")
     assert (code, "0 added, 0 removed, 1 changed" in err) == (2, True)
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert list((tmp_path / "scratch").glob("fpnx-*")) == []
 
 
 def test_a_dry_run_writes_nothing(bucket: Bucket, photos: Path, tmp_path: Path, fpnx: Callable[..., Any]) -> None:
     code, out, _ = fpnx("extract", photos, "-o", f"{bucket.url}/out.h5", "--dry-run", *LINE)
     assert code == 0
     assert f"{bucket.url}/out.h5" in out
-    assert (bucket.get("out.h5"), list((tmp_path / "scratch").iterdir())) == (None, [])
+    assert (bucket.get("out.h5"), list((tmp_path / "scratch").glob("fpnx-*"))) == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -451,6 +460,73 @@ def test_other_objects_are_no_stores(bucket: Bucket, fpnx: Callable[..., Any], t
         assert (code, err.count("\n")) == (2, 1)
         assert reason in err
     assert "not found" in fpnx("info", f"{bucket.url}/nothing.h5")[2]
+
+
+def test_shards_into_a_bucket_and_out_of_it(
+    bucket: Bucket, photos: Path, tmp_path: Path, fpnx: Callable[..., Any]
+) -> None:
+    for source in find([photos]).sources:
+        bucket.put(f"in/{source.name.decode()}", Path(os.fsdecode(source.path)).read_bytes())
+    listed = subprocess.run(
+        [sys.executable, "-m", "fpnx", "list", f"{bucket.url}/in/"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )
+    assert b"6 images, 0 other files passed over" in listed.stderr
+    given, target = f"@{bucket.put('list.txt', listed.stdout)}", f"{bucket.url}/out.h5"
+    for index in (1, 0):
+        code, _, err = fpnx("extract", given, "-o", target, "--shard", f"{index}/2", *LINE)
+        assert code == 0, err
+    assert bucket.get("out.shard-00001-of-00002.h5") is not None
+    assert scratch(tmp_path) == []
+    assert fpnx("extract", f"{bucket.url}/in/", "-o", "whole.h5", *LINE)[0] == 0
+    package.verify(f"{bucket.url}/out.shard-*.h5")
+    assert fpnx("merge", "merged.h5", f"{bucket.url}/out.shard-*.h5")[0] == 0
+    with package.open(tmp_path / "merged.h5") as merged, package.open(tmp_path / "whole.h5") as whole:
+        assert (merged.paths, merged.root) == (whole.paths, whole.root)
+        assert merged.mtimes_ns.tolist() == whole.mtimes_ns.tolist()
+        for path in whole.paths:
+            assert np.abs(merged[path]["P4"] - whole[path]["P4"]).max() < 1e-5
+    with pytest.raises(StoreError, match="no file is called"):
+        package.open(f"{bucket.url}/nothing.shard-*.h5")
+
+
+def command_lines() -> list[str]:
+    """What the README says of stores."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("fpnx ") and "s3://" in line]
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_command_lines_of_the_readme(bucket: Bucket, fpnx: Callable[..., Any], line: str) -> None:
+    for key in ("photos/a.jpg", "photos/b/c.jpg"):
+        bucket.put(key, jpeg())
+    bucket.put("shards/0.tar", archive({"a.jpg": jpeg()}))
+    code, _, err = fpnx(*shlex.split(line.replace("s3://bucket/", f"{bucket.url}/"))[1:], *LINE)
+    assert code == 0, err
+
+
+def test_nothing_is_left_open(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
+    bucket.put("a.jpg", (photos / "a.jpg").read_bytes())
+    code = f"""
+import gc, fpnx
+assert fpnx.extract("{bucket.url}/a.jpg", "{bucket.url}/out.h5", **{SMALL!r}).done == 1
+with fpnx.open("{bucket.url}/out.h5") as store:
+    assert store["a.jpg"]["P4"].shape == (8, 4, 4)
+gc.collect()
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", code],  # -X dev makes aiohttp refuse moto's headers
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nclosed" not in done.stderr
 
 
 @pytest.mark.slow
