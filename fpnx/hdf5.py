@@ -15,7 +15,17 @@ from fpnx.errors import StoreError, shown
 from fpnx.remote import RemoteError, about
 from fpnx.urls import checked, is_url
 
-__all__ = ["attribute_text", "attribute_whole", "check_bytes", "file_state", "member", "names", "open_hdf5", "parsed", "table"]
+__all__ = [
+    "attribute_text",
+    "attribute_whole",
+    "check_bytes",
+    "file_state",
+    "member",
+    "names",
+    "open_hdf5",
+    "parsed",
+    "table",
+]
 
 TEXT_LIMIT = 1 << 24  # bytes of one attribute; ours are a few kB
 NAME_LIMIT = 1 << 16  # bytes of one name, where the file does not tell the sum: paths end at 4096
