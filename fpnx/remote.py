@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as NotYetError
@@ -19,7 +20,7 @@ __all__ = ["Ranges", "RemoteError", "about", "about_all", "below", "check_writab
 SECONDS = 120  # for one question, its second tries included
 SLOWEST = 100_000  # bytes a second, below which an object is given up
 WAITS = (0.5, 2.0)  # seconds before the second and the third try
-TOGETHER = 32  # questions that are under way at once
+TOGETHER, CROWD = 32, 1024  # questions that are under way at once, and that wait for their turn
 HEED = 0.1  # seconds within which a signal is heard
 LEAST_AHEAD, MOST_AHEAD = 1 << 16, 1 << 23  # bytes that are read ahead: more while reads follow on each other
 CHANGED = "changed after it was listed"
@@ -80,7 +81,7 @@ PASSING = {  # errors after which another try may succeed; botocore has tried ag
 
 Answer = TypeVar("Answer")
 
-_services: dict[str, Service] = {}
+_services: dict[tuple[int, str], Service] = {}  # by process, since no loop survives a fork, and by scheme
 _users = 0
 _lock = threading.Lock()
 
@@ -112,7 +113,7 @@ def connections() -> Iterator[None]:
 
 def _close_all() -> None:
     with _lock:
-        unused = list(_services.values())
+        unused = [service for (process, _), service in _services.items() if process == os.getpid()]
         _services.clear()
     for service in unused:
         with suppress(Exception):  # nothing is lost: they are only not closed politely
@@ -140,7 +141,11 @@ def about_all(urls: Sequence[bytes]) -> list[Facts | RemoteError]:
                 return RemoteError(url, _reason(error))
 
     async def every() -> list[Facts | RemoteError]:
-        return await asyncio.gather(*(one(services[_scheme(url)], url) for url in urls))
+        answers: list[Facts | RemoteError] = []
+        for first in range(0, len(urls), CROWD):
+            crowd = urls[first : first + CROWD]
+            answers += await asyncio.gather(*(one(services[_scheme(url)], url) for url in crowd))
+        return answers
 
     services = {scheme: _service(scheme) for scheme in {_scheme(url) for url in urls}}
     return _wait(next(iter(services.values())), every, None) if services else []
@@ -257,12 +262,12 @@ def _scheme(url: bytes) -> str:
 
 
 def _service(scheme: str) -> Service:
-    name = "http" if scheme == "https" else scheme
+    key = os.getpid(), "http" if scheme == "https" else scheme
     with _lock:
-        if name not in _services:
-            _services[name] = connect(name)
+        if key not in _services:
+            _services[key] = connect(key[1])
             atexit.register(_close_all)
-        return _services[name]
+        return _services[key]
 
 
 def _ask(url: bytes, work: Callable[[Service], Awaitable[Answer]], seconds: float | None = SECONDS) -> Answer:

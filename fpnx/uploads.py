@@ -103,6 +103,8 @@ def work_folder(goal: Goal) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
+            if not (goal.local.exists() or part_of(goal.local).exists()):
+                goal.permit.unlink(missing_ok=True)
             folder.rmdir()
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,30 @@ def test_reading_ahead_grows_and_shrinks(web: Web) -> None:
     assert ranges(2_000_000, 5) == b""
 
 
+def test_a_long_list_is_asked_for_in_crowds(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "CROWD", 3)
+    urls = [web.put(f"/{i}.jpg", bytes(i + 1)) for i in range(10)]
+    assert [source.bytes for source in find([lists(tmp_path, *urls)]).sources] == list(range(1, 11))
+
+
+def test_a_fork_makes_connections_of_its_own(web: Web) -> None:
+    url = web.put("/a.jpg", jpeg()).encode()
+    assert remote.about(url).bytes == len(jpeg())
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that threads are running is the point
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, str(remote.about(url).bytes).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        assert told.read() == str(len(jpeg()))
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_run_and_its_resume(web: Web, tmp_path: Path) -> None:
     names = [f"{i}.jpg" for i in range(6)]
     urls = [web.put(f"/{name}", jpeg(i)) for i, name in enumerate(names)]
@@ -375,6 +400,7 @@ def test_ctrl_c_while_a_server_says_nothing(web: Web, tmp_path: Path, signals: i
     assert (tmp_path / "out.h5.part").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_open(web: Web, tmp_path: Path) -> None:
     url = web.put("/a.jpg", jpeg())
     code = f"""

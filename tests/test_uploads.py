@@ -329,6 +329,7 @@ def test_an_object_that_appears_meanwhile_is_not_replaced(bucket: Bucket, photos
         assert len(store) == 6
 
 
+@pytest.mark.slow
 def test_the_same_run_that_was_quicker_counts(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
     target = f"{bucket.url}/out.h5"
     package.extract(photos, tmp_path / "other.h5", **SMALL)
@@ -427,6 +428,7 @@ def test_an_interrupted_run_goes_on(bucket: Bucket, photos: Path, tmp_path: Path
     assert (result.done, scratch(tmp_path)) == (6, [])
 
 
+@pytest.mark.slow
 def test_an_overwriting_run_that_was_interrupted_may_still_replace(
     bucket: Bucket, photos: Path, tmp_path: Path
 ) -> None:
@@ -439,6 +441,7 @@ def test_an_overwriting_run_that_was_interrupted_may_still_replace(
     assert (bucket.get("out.h5") != b"old", scratch(tmp_path)) == (True, [])
 
 
+@pytest.mark.slow
 def test_failed_images_do_not_hold_the_file_back(bucket: Bucket, photos: Path, fpnx: Callable[..., Any]) -> None:
     (photos / "bad.jpg").write_bytes(b"no image")
     code, out, _ = fpnx("extract", photos, "-o", f"{bucket.url}/out.h5", "--json", *LINE)
@@ -462,6 +465,7 @@ def test_other_objects_are_no_stores(bucket: Bucket, fpnx: Callable[..., Any], t
     assert "not found" in fpnx("info", f"{bucket.url}/nothing.h5")[2]
 
 
+@pytest.mark.slow
 def test_shards_into_a_bucket_and_out_of_it(
     bucket: Bucket, photos: Path, tmp_path: Path, fpnx: Callable[..., Any]
 ) -> None:
@@ -509,6 +513,7 @@ def test_command_lines_of_the_readme(bucket: Bucket, fpnx: Callable[..., Any], l
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_nothing_is_left_open(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
     bucket.put("a.jpg", (photos / "a.jpg").read_bytes())
     code = f"""
