@@ -143,6 +143,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._file, self._closed = open_hdf5(self.path), False
+        self._place = os.path.abspath(self.path) if os.path.exists(self.path) else self.path  # wherever one goes then
         try:
             self._read_header()
         except FpnxError:
@@ -357,7 +358,7 @@ class Store:
         if self._closed:
             raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
         if not self._file:
-            self._file = open_hdf5(self.path)
+            self._file = open_hdf5(self._place)
             if file_state(self._file) != self._state:
                 self._file.close()
                 raise StoreError(f"{shown(self.path)} is another file than when it was opened: open it again")

@@ -171,6 +171,10 @@ def test_globs_and_single_shards(made: list[Path], tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     with fpnx.open("out.shard-*.h5") as store:
         assert (len(store), store.path, len(store.shards)) == (11, "out.shard-*.h5", 4)
+        store.release()
+        monkeypatch.chdir("/")
+        assert (store[10]["P4"] == 11).all()
+    monkeypatch.chdir(tmp_path)
     with fpnx.open(made[1]) as store:
         assert (len(store), store.shards) == (3, ())
         assert str(store.cut) == "1/4: images 2 to 4 of 11"
@@ -527,6 +531,32 @@ def test_an_interrupted_merge_leaves_nothing_that_passes_for_done(tmp_path: Path
     fpnx.merge(tmp_path / "out.h5", made)
     assert_same_tables(tmp_path / "out.h5", tmp_path / "whole.h5")
     assert not fresh.exists()
+
+
+BOUNDED = """
+import resource
+import fpnx.merging
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fpnx.merging.merge("out.h5", "out.shard-*.h5")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss counts in other units")
+def test_a_merge_takes_little_memory(tmp_path: Path) -> None:
+    layout = layout_of(["3200x3200"] * 1000)
+    for index in range(2):
+        fill(shard_path(tmp_path / "out.h5", Shard(index, 2)), part(layout, index, 2))
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (tmp_path / "out.h5").stat().st_size > 400_000_000
+    assert int(done.stdout) < 150_000, done.stderr  # kB
 
 
 FULL = """
