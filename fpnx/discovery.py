@@ -74,7 +74,7 @@ def find_listed(paths: Sequence[bytes], where: str = "") -> Found:
     for path in filter(urls.is_url, paths):
         if urls.names_folder(path):
             raise FpnxError(f"{where}{shown(path)} names a folder: a list names images")
-    simple = [path for path in paths if urls.is_url(path) and b".tar" not in urls.plain(path).lower()]
+    simple = [path for path in paths if urls.is_url(path) and not _may_be_packed(path)]
     answers = dict(zip(simple, remote.about_all(simple), strict=True))
     failures = [answer for answer in answers.values() if isinstance(answer, remote.RemoteError)]
     if failures and len(failures) == len(set(paths)):
@@ -146,6 +146,10 @@ def matching(pattern: bytes) -> list[bytes]:
 def is_image(name: bytes) -> bool:
     """Whether a name has an extension of images that fpnx reads."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _may_be_packed(url: bytes) -> bool:
+    return is_archive(urls.plain(url)) or b".tar/" in url.lower()
 
 
 def _find_object(url: bytes) -> Found:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from fpnx.errors import FpnxError, shown
-from fpnx.services import AbandonedError, AnswerError, Facts, Service, connect, error_code
+from fpnx.services import AbandonedError, AnswerError, Facts, Service, connect, error_code, refusal
 from fpnx.urls import checked
 
 __all__ = ["Ranges", "RemoteError", "about", "about_all", "below", "check_writable", "connections", "read", "send"]
@@ -315,6 +315,10 @@ def _reason(error: BaseException) -> str:
         return f"the credentials are not accepted ({code})"
     if code in CODES:
         return CODES[code]
+    if isinstance(status := getattr(error, "code", None), int):  # of Google's client
+        return str(refusal(status))
+    if str(error).startswith("Forbidden:"):  # likewise, without a code
+        return str(refusal(403))
     known = next((REASONS[name] for name in _names(error) if name in REASONS), "")
     return f"{known or type(error).__name__}{f' ({shown(code)})' if code else ''}"
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from fpnx.errors import FpnxError
 from fpnx.urls import bucket_and_key
 
-__all__ = ["AbandonedError", "AnswerError", "Facts", "NO_FOLDERS", "Service", "connect", "error_code"]
+__all__ = ["AbandonedError", "AnswerError", "Facts", "NO_FOLDERS", "Service", "connect", "error_code", "refusal"]
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 EXTRA = 'pip install "fpnx[remote]"'
@@ -104,7 +104,7 @@ def connect(scheme: str) -> Service:
 
 
 def stamp(modified: datetime | None, etag: str | None) -> int:
-    """What stands for a file's mtime in ns; see `Facts`. Half seconds are dropped: not every answer tells them."""
+    """What stands for a file's mtime in ns; see `Facts`. Fractions of seconds are dropped: not every answer has them."""
     if modified is not None:
         moment = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
         return int(moment.timestamp()) * 1_000_000_000
@@ -195,7 +195,7 @@ class _S3:
                     await send("overwrite")
                     return True
                 return False
-            if code not in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+            if replace or code not in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
                 raise
             # If the answer to our own first try got lost, what is there now is ours.
             told = await self._call("head_object", Bucket=bucket, Key=key)
@@ -269,11 +269,11 @@ class _Web:
             if answer.status < 400:
                 return _web_facts(answer)
             if answer.status in (404, 410):
-                raise _refusal(answer.status)
+                raise refusal(answer.status)
         # HEAD may be forbidden, or signed for nothing but GET.
         async with await self._ask("GET", url, Range="bytes=0-0") as answer:
             if answer.status >= 400:
-                raise _refusal(answer.status)
+                raise refusal(answer.status)
             return _web_facts(answer)
 
     async def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, Facts]]:
@@ -284,7 +284,7 @@ class _Web:
         part = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
         async with await self._ask("GET", url, **part) as answer:
             if answer.status >= 400:
-                raise _refusal(answer.status)
+                raise refusal(answer.status)
             if end is not None and (
                 answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
             ):
@@ -318,7 +318,8 @@ def error_code(error: BaseException | None) -> str:
     return ""
 
 
-def _refusal(status: int) -> AnswerError:
+def refusal(status: int) -> AnswerError:
+    """What an HTTP status that is no success means."""
     words = {401: "no permission", 403: "no permission", 404: "not found", 410: "not found"}
     return AnswerError(f"{words.get(status, 'refused')} ({status})", again=status in (408, 425, 429) or status >= 500)
 

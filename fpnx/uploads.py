@@ -27,7 +27,7 @@ from fpnx.writer import part_of, refuse_other_run
 
 __all__ = ["Goal", "check_goal", "deliver", "goal_of", "work_folder"]
 
-MAY_REPLACE = "may-replace"  # stands beside the work that was begun with --overwrite, for a later --resume
+MAY_REPLACE = ".may-replace"  # stands beside the work that was begun with --overwrite, for a later --resume
 MB = 1_000_000
 
 
@@ -47,7 +47,7 @@ class Goal:
     @property
     def permit(self) -> Path:
         """Is there if an object may be replaced."""
-        return self.local.with_name(MAY_REPLACE)
+        return self.local.with_name(self.local.name + MAY_REPLACE)
 
 
 def goal_of(output: str | os.PathLike[str], config: ExtractConfig, shard: Shard | None = None) -> Goal:

@@ -37,8 +37,8 @@ class Manners:
         content: the bytes of the file.
         status: of every answer.
         head: status of answers to HEAD, where it is another.
-        ranges, length, modified: whether it knows Range, Content-Length and Last-Modified.
-        etag: its ETag.
+        ranges, length: whether it knows Range and Content-Length.
+        modified, etag: its Last-Modified and ETag; empty: none.
         breaks: so many first answers end in the middle.
         waits: seconds before the body.
         leads: where a redirect leads.
@@ -58,7 +58,7 @@ class Manners:
 
 @dataclass
 class Web:
-    """A web server: `files` by path without the query, and the (method, path with query) of every request."""
+    """A web server: `files` by path without the query, and method, path with query and Range of every request."""
 
     files: dict[str, Manners] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
@@ -180,15 +180,13 @@ class Line:
     """A line to a server on loopback, by way of `port`, that breaks where it is told.
 
     Attributes:
-        cut_after: bytes of a request after which connections end; None: never.
-        silent: takes connections and never answers.
-        requests: the first line of every request that came first on its connection, or after an answer.
+        cut_after: bytes from a client after which its connection ends; None: never.
+        silent: whether it takes connections and never answers.
     """
 
     def __init__(self, server: int) -> None:
-        self._server, self.cut_after, self.silent = server, None, False
-        self.cut_after: int | None
-        self.passed = 0
+        self._server, self.silent = server, False
+        self.cut_after: int | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self.port = int(self._listener.getsockname()[1])
@@ -206,17 +204,15 @@ class Line:
                 continue
             server = socket.create_connection(("127.0.0.1", self._server))
             self._open.append(server)
-            for source, target, counts in ((client, server, True), (server, client, False)):
-                threading.Thread(target=self._pass, args=(source, target, counts), daemon=True).start()
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(target=self._pass, args=(source, target, source is client), daemon=True).start()
 
-    def _pass(self, source: socket.socket, target: socket.socket, counts: bool) -> None:
+    def _pass(self, source: socket.socket, target: socket.socket, from_client: bool) -> None:
         through = 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 through += len(data)
-                if counts:
-                    self.passed = max(self.passed, through)
-                if counts and self.cut_after is not None and through > self.cut_after:
+                if from_client and self.cut_after is not None and through > self.cut_after:
                     break
                 target.sendall(data)
         for end in (source, target):
