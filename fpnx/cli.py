@@ -13,7 +13,7 @@ import typer
 
 from fpnx._version import __version__
 from fpnx.config import SAMPLE, BenchmarkConfig, ExtractConfig, VisualizeConfig
-from fpnx.errors import FpnxError, Interrupted
+from fpnx.errors import FpnxError, Interrupted, shown
 
 __all__ = ["app", "main"]
 
@@ -33,11 +33,24 @@ def _option(panel: str, flag: str, help: str, metavar: str | None = None) -> Any
 
 
 Images = Annotated[
-    list[str], typer.Argument(help="Files, folders (searched recursively), or @list.txt with a path a line.")
+    list[str],
+    typer.Argument(
+        help="Files, folders (searched recursively), .tar archives, s3://, gs:// and https:// addresses, "
+        "or @list.txt with a path a line."
+    ),
 ]
 Output = Annotated[
     str | None,
-    typer.Option("-o", "--output", help="File or folder to make (default out.h5, out_png).", rich_help_panel="Output"),
+    typer.Option(
+        "-o",
+        "--output",
+        help="File or folder to make (default out.h5, out_png), or s3://bucket/out.h5.",
+        rich_help_panel="Output",
+    ),
+]
+Scratch = Annotated[
+    str | None,
+    _option("Output", "--scratch", "Where an output for a store is worked on (default $TMPDIR).", "FOLDER"),
 ]
 Format = Annotated[str, _option("Output", "--format", "Features, or a heatmap grid an image.", "h5|png")]
 Json = Annotated[bool, _option("Output", "--json", "One JSON document on stdout.")]
@@ -183,6 +196,7 @@ def extract(
     commit_every: CommitEvery = ExtractConfig.commit_every,
     max_failed: MaxFailed = str(ExtractConfig.max_failed),
     strict: Strict = ExtractConfig.strict,
+    scratch: Scratch = ExtractConfig.scratch,
     dry_run: DryRun = ExtractConfig.dry_run,
     json: Json = False,
     device: Device = ExtractConfig.device,
@@ -313,7 +327,7 @@ def benchmark(
 
 
 @app.command("list")
-def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> None:
+def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> int:
     """List images once, with sizes and times, for shards that need not look for them again: extract @list.txt.
 
     [dim]fpnx list photos/ > list.txt[/dim]
@@ -327,7 +341,10 @@ def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.writelines(list_lines(listing))
     sys.stdout.buffer.flush()
-    report.Terminal().message(f"{len(listing.sources)} images, {listing.skipped} other files passed over")
+    told = f"{len(listing.sources)} images, {listing.skipped} other files passed over"
+    for line in (*listing.remarks, *listing.lost, told):
+        report.Terminal().message(line)
+    return 1 if listing.lost else 0
 
 
 @app.command()
@@ -455,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(f"{error.format_message()} (fpnx --help shows what there is)", wants_json, 2)
         if os.environ.get("FPNX_TRACEBACK"):
             traceback.print_exc()
-        what = f"{type(error).__name__}: {error}"
+        what = shown(f"{type(error).__name__}: {error}")
         hint = "this is a fault of fpnx; FPNX_TRACEBACK=1 shows where, please report it"
         return _complain(f"{what} ({hint})", wants_json, FAULT_OF_OURS)
 

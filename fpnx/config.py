@@ -141,7 +141,11 @@ class InputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """What is stored, and how a run treats what is there and what fails."""
+    """What is stored, and how a run treats what is there and what fails.
+
+    `scratch`: the folder below which an output for a store (`s3://bucket/out.h5`) is worked on; None: that for
+    temporary files.
+    """
 
     format: str = "h5"
     dtype: str = "float32"
@@ -151,6 +155,7 @@ class OutputConfig:
     commit_every: float = 5.0
     max_failed: str | int = "0"
     strict: bool = False
+    scratch: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("format", self.format, FORMATS)

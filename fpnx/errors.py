@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 
 __all__ = ["FpnxError", "ImageError", "Interrupted", "NotDoneError", "StoreError", "nearest", "shown"]
+
+# What of a URL may be a secret: user and password, and the query, which signs requests. Other schemes have no query.
+USER = re.compile(r"(?<=://)(?:[^/?#\s@]*@|[^/?#\s@:]*:(?!\d+/)[^\s@]*@)")
+QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
 
 
 class FpnxError(Exception):
@@ -37,8 +42,11 @@ class Interrupted(BaseException):
 
 
 def shown(name: str | bytes | os.PathLike[str]) -> str:
-    """A file name as a terminal may see it: control characters and undecodable bytes are escaped."""
+    """A file name as a terminal may see it: control characters and undecodable bytes are escaped, and of a URL what
+    may be a secret is left out."""
     text = os.fsdecode(name)
+    if "://" in text:
+        text = QUERY.sub(r"\1?…", USER.sub("…@", text))
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

@@ -25,11 +25,13 @@ from fpnx.disk import lock
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.gallery import Gallery, check_gallery
 from fpnx.images import find, pillow_within_limits
-from fpnx.outputs import check_output, real_output
+from fpnx.outputs import check_output
 from fpnx.pipeline import STAGES, Clock, compute
 from fpnx.planning import Plan, make_plan
-from fpnx.shards import parse_shard, shard_path
+from fpnx.remote import connections
+from fpnx.shards import parse_shard
 from fpnx.store import DONE, PENDING, Store, open_store
+from fpnx.uploads import check_goal, deliver, goal_of, work_folder
 from fpnx.writer import Writer, part_of
 
 __all__ = ["Result", "extract"]
@@ -44,7 +46,7 @@ class Result:
     """How a run ended.
 
     Attributes:
-        output: the file.
+        output: the file, or its address.
         images, done: how many there are in it, and how many hold features.
         failed: (path, reason) of each failed image.
         computed: how many this run computed.
@@ -54,10 +56,11 @@ class Result:
         too_small: levels stored as float16 whose values, in the images looked at, are all too small for it.
         stopped: why `strict` ended it early; None where it did not.
         complete: whether `output` has its final name.
+        lost: archives that may have had more images, a line each; each counts as a failed image.
         facts: what was planned, as plain values.
     """
 
-    output: Path
+    output: Path | str
     images: int
     done: int
     failed: tuple[tuple[str, str], ...]
@@ -71,6 +74,7 @@ class Result:
     stopped: str | None = None
     complete: bool = True
     dry_run: bool = False
+    lost: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -82,7 +86,8 @@ class Result:
     def exit_code(self) -> int:
         """0, or 1 where more images failed than allowed or `strict` stopped the run."""
         not_finite = self.strict and any(self.nonfinite.values())
-        return 1 if self.stopped or not_finite or len(self.failed) > self.allowed_failures else 0
+        failures = len(self.failed) + len(self.lost)
+        return 1 if self.stopped or not_finite or failures > self.allowed_failures else 0
 
     def to_json(self) -> dict[str, Any]:
         """All of this as plain values."""
@@ -93,6 +98,7 @@ class Result:
             "done": self.done,
             "computed": self.computed,
             "failed": [{"path": path, "reason": reason} for path, reason in self.failed],
+            "lost": list(self.lost),
             "seconds": self.seconds,
             "images_per_second": self.images_per_second,
             "ms_per_image": dict(self.timings),
@@ -113,9 +119,10 @@ def extract(
     """Images → pyramid levels in an HDF5 file, or drawn; `fpnx extract` as a function.
 
     Args:
-        images: files, folders, or `"@list.txt"`.
-        output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; with `format="png"`
-            the folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`.
+        images: files, folders, `.tar` archives, `s3://`, `gs://` and `https://` addresses, or `"@list.txt"`.
+        output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; an address
+            (`"s3://bucket/out.h5"`) is worked on below `scratch` and sent when it is whole; with `format="png"` the
+            folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`.
         listener: hears of the progress.
         options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
             `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
@@ -130,30 +137,46 @@ def extract(
     """
     config = ExtractConfig(**options)
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    named, hears = Path(output or DEFAULT_OUTPUTS[config.format]), listener or Listener()
-    shard = None if config.shard is None else parse_shard(config.shard)
-    target = real_output(named if shard is None else shard_path(named, shard))
-    draws = config.format == "png"
-    if not draws:
-        check_output(target, config)
-    with stoppable(hears) as stop, pillow_within_limits():
-        listing = find(paths, config.limit, shard)
-        with nullcontext(True) if config.dry_run else lock(target) as alone:
-            if not alone:
-                hears.message("files cannot be locked here: see to it that no second run writes this output")
-            if draws:
-                check_gallery(target, listing, config)
-            else:
-                check_output(target, config)  # again: another run may have ended since
-            plan = make_plan(target, config, listing, hears)
-            hears.planned(plan)
-            if config.dry_run:
-                return _result(plan, None, Clock(), dry_run=True)
-            if not draws and config.resume and target.exists() and not part_of(target).exists():
-                with open_store(target) as store:
-                    _refuse_unfinished(target, store)
-                    return _result(plan, store, Clock())
-            return _run(plan, stop, hears)
+    shard, hears = None if config.shard is None else parse_shard(config.shard), listener or Listener()
+    goal = goal_of(output or DEFAULT_OUTPUTS[config.format], config, shard)
+    target, draws = goal.local, config.format == "png"
+    with connections(), work_folder(goal):
+        if not draws:
+            check_output(target, config)
+        finished = check_goal(goal, config)
+        with stoppable(hears) as stop, pillow_within_limits():
+            listing = find(paths, config.limit, shard)
+            for remark in (*listing.remarks, *listing.lost):
+                hears.message(remark)
+            with nullcontext(True) if config.dry_run else lock(target) as alone:
+                if not alone:
+                    hears.message("files cannot be locked here: see to it that no second run writes this output")
+                if draws:
+                    check_gallery(target, listing, config)
+                else:
+                    check_output(target, config)  # again: another run may have ended since
+                plan = make_plan(target, config, listing, hears, goal.url, finished)
+                hears.planned(plan)
+                if config.dry_run:
+                    return _result(plan, None, Clock(), dry_run=True)
+                result = None if draws else _finished(plan, finished)
+                if result is None:
+                    result = _run(plan, stop, hears)
+                if goal.url is not None and finished is None and result.complete:
+                    deliver(goal, plan.layout.config, listing, stop, hears)
+                return result
+
+
+def _finished(plan: Plan, address: str | None) -> Result | None:
+    """How the run ended that a complete output is of; None where there is none to go on from."""
+    if not plan.config.resume or part_of(plan.output).exists():
+        return None
+    output = plan.output if plan.output.exists() else address
+    if output is None:
+        return None
+    with open_store(output) as store:
+        _refuse_unfinished(plan.output, store)
+        return _result(plan, store, Clock())
 
 
 def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
@@ -205,7 +228,7 @@ def _result(
     failed = tuple(store.failures()) if store is not None else ()
     count = len(plan.listing.sources)
     return Result(
-        output=plan.output,
+        output=plan.destination or plan.output,
         images=count,
         done=int((store.status == DONE).sum()) if store is not None else 0,
         failed=failed,
@@ -219,6 +242,7 @@ def _result(
         stopped=stopped,
         complete=store is not None and stopped is None,
         dry_run=dry_run,
+        lost=plan.listing.lost,
         facts=plan.facts(),
     )
 

@@ -10,9 +10,22 @@ from typing import Any, TypeVar
 import h5py
 import numpy as np
 
+from fpnx.contents import RemoteFile
 from fpnx.errors import StoreError, shown
+from fpnx.remote import RemoteError, about
+from fpnx.urls import checked, is_url
 
-__all__ = ["attribute_text", "attribute_whole", "check_bytes", "member", "names", "open_hdf5", "parsed", "table"]
+__all__ = [
+    "attribute_text",
+    "attribute_whole",
+    "check_bytes",
+    "file_state",
+    "member",
+    "names",
+    "open_hdf5",
+    "parsed",
+    "table",
+]
 
 TEXT_LIMIT = 1 << 24  # bytes of one attribute; ours are a few kB
 NAME_LIMIT = 1 << 16  # bytes of one name, where the file does not tell the sum: paths end at 4096
@@ -21,11 +34,13 @@ Kind = TypeVar("Kind", h5py.Group, h5py.Dataset)
 
 
 def open_hdf5(path: str) -> h5py.File:
-    """The file, opened for reading, also while it is being written.
+    """The file, opened for reading, also while it is being written; or the object of a store.
 
     Raises:
         StoreError: where it is missing, no file, no HDF5, or truncated.
     """
+    if is_url(os.fsencode(path)):
+        return _open_remote(path)
     if not os.path.exists(path):
         part = f"{path}.part"
         hint = f"; {shown(part)} is there: continue it with --resume" if os.path.exists(part) else ""
@@ -47,6 +62,24 @@ def open_hdf5(path: str) -> h5py.File:
         match = re.search(r"\((.*)\)", str(error), re.DOTALL)
         reason = shown(" ".join((match[1] if match else str(error)).split()))
         raise StoreError(f"{shown(path)} cannot be read as HDF5, it may be truncated: {reason}") from error
+
+
+def file_state(file: h5py.File) -> tuple[int, ...]:
+    """What tells a file from one that has taken its name."""
+    if _is_remote(file):
+        facts = about(os.fsencode(_path(file)))
+        return facts.bytes, facts.mtime_ns
+    held = os.fstat(file.id.get_vfd_handle())
+    return held.st_dev, held.st_ino, held.st_size
+
+
+def _open_remote(path: str) -> h5py.File:
+    try:
+        return h5py.File(RemoteFile(checked(os.fsencode(path))), "r")
+    except RemoteError as error:
+        raise StoreError(str(error)) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"{shown(path)} cannot be read as HDF5: it is another file, or truncated") from error
 
 
 def member(parent: h5py.Group, name: str, kind: type[Kind]) -> Kind:
@@ -102,7 +135,7 @@ def names(parent: h5py.Group, name: str) -> list[bytes]:
         check_bytes(dataset, dataset.dtype.itemsize * count)
         return [bytes(value) for value in dataset[:]]
     start, stored = dataset.id.get_offset(), dataset.id.get_storage_size()
-    if start is None or not count or stored % count:
+    if start is None or not count or stored % count or _is_remote(dataset):
         return _one_by_one(dataset)
     # A string is kept as its length (4 bytes) and where its bytes are. Many may share one large text, so that a
     # small file could fill the memory: the lengths are added up before anything is read.
@@ -180,8 +213,13 @@ def check_bytes(dataset: h5py.Dataset, count: int) -> None:
     Raises:
         StoreError: naming the dataset.
     """
-    if count > 16 * os.path.getsize(_path(dataset)) + (1 << 24):
+    size = dataset.file.id.get_filesize() if _is_remote(dataset) else os.path.getsize(_path(dataset))
+    if count > 16 * size + (1 << 24):
         raise StoreError(f"{_file(dataset)} is not to be trusted: {dataset.name} claims to be larger than the file")
+
+
+def _is_remote(held: h5py.Group | h5py.Dataset) -> bool:
+    return bool(held.file.driver == "fileobj")
 
 
 def _path(held: h5py.Group | h5py.Dataset) -> str:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fpnx.contents import Source, opened, text_file
+from fpnx.discovery import EXTENSIONS, Found, find_file, find_listed, find_remote, is_image
 from fpnx.errors import FpnxError, ImageError, shown
 from fpnx.lists import is_list, list_fingerprint, listed_path, read_list, written_list
 from fpnx.shards import Cut, Shard
+from fpnx.urls import common_root, inside, is_url, joined
 
 __all__ = [
     "EXTENSIONS",
@@ -32,9 +34,6 @@ __all__ = [
 ]
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-EXTENSIONS = frozenset(
-    b".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
-)
 BACKGROUND = (255, 255, 255)  # what shows through transparency, as on a page
 ORIENTATION = 0x0112
 TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143
@@ -60,35 +59,30 @@ NOT_IMAGES = (  # how files that pretend to be images begin
 
 
 @dataclass(frozen=True)
-class Source:
-    """One image file: `name` as stored, `path` to open, size in bytes and mtime (ns) when it was listed."""
-
-    name: bytes
-    path: bytes
-    bytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
 class Listing:
     """The images of a run in their order, the folder that names are relative to, and what was passed over.
 
-    `cut` tells of which list they are a slice, where they are a shard's.
+    `cut` tells of which list they are a slice, where they are a shard's; `remarks` what the user should know of it,
+    and `lost` which archives may have had more images, a line each.
     """
 
     root: bytes
     sources: tuple[Source, ...]
     skipped: int
     cut: Cut | None = None
+    remarks: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, shard: Shard | None = None) -> Listing:
-    """Files, folders (recursive; known extensions; hidden files left out) and `@lists` → a listing.
+    """Files, folders (recursive; known extensions; hidden files left out), addresses and `@lists` → a listing.
 
     Names are relative to the one folder given, else to the common parent of all. They are in byte order; a list
-    keeps its own. A list has a path a line (or NUL-separated), relative to the current directory. A named file
-    is always listed, whatever its extension. A list that `fpnx list` wrote stands alone; names, sizes and times are
-    its own, and no image is looked at: one that has changed since is found out when it is opened.
+    keeps its own. A list has a path a line (or NUL-separated), relative to the current directory, or to the list where
+    that is an address. A named file is always listed, whatever its extension. A plain tar archive that is named stands
+    for the images in it, as a folder does. For `s3://` and the like see `fpnx.discovery`. A list that `fpnx list` wrote
+    stands alone; names, sizes and times are its own, and no image is looked at: one that has changed since is found
+    out when it is opened.
 
     Args:
         images: what to look for.
@@ -107,39 +101,30 @@ def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, sha
             if len(images) > 1:
                 raise FpnxError(f"{shown(argument)} is from fpnx list and stands alone: name no other images beside it")
             return _from_list(argument[1:], limit, shard)
-    found: list[tuple[bytes, os.stat_result]] = []
-    roots: list[bytes] = []
-    skipped, listed = 0, False
+    found, listed = Found(), False
     for argument in map(os.fsencode, images):
-        named = argument
         if argument.startswith(b"@") and not os.path.lexists(argument):
             listed = True
-            for path in _read_list(argument[1:]):
-                found.append((path, _stat(path, b"in " + argument[1:] + b": ")))
-                roots.append(os.path.dirname(path))
-            continue
-        path, about = os.path.abspath(named), _stat(named)
-        if stat.S_ISDIR(about.st_mode):
-            roots.append(path)
-            inside, passed = _walk(path)
-            found += inside
-            skipped += passed
+            found.add(find_listed(_read_list(argument[1:]), f"in {shown(argument[1:])}: "))
+        elif is_url(argument):
+            found.add(find_remote(argument))
+        elif os.path.isdir(argument):
+            found.add(_walk(os.path.abspath(argument)))
         else:
-            roots.append(os.path.dirname(path))
-            found.append((path, about))
-    if not found:
-        more = f" ({skipped} other files)" if skipped else ""
-        raise FpnxError(f"no images in {', '.join(map(shown, images))}{more}: known extensions are {_extensions()}")
-    root = os.path.commonpath(roots)
-    sources = [Source(os.path.relpath(p, root), p, s.st_size, s.st_mtime_ns) for p, s in found]
+            found.add(find_file(os.path.abspath(argument)))
+    if not found.sources:
+        raise _nothing(images, found)
+    root, names = _named(found)
+    sources = [replace(source, name=name) for source, name in zip(found.sources, names, strict=True)]
     if not listed:
         sources.sort(key=lambda source: source.name)
     _refuse_twice(sources)
     del sources[limit if limit is not None else len(sources) :]
+    remarks, lost = tuple(found.remarks), tuple(found.lost)
     if shard is None:
-        return Listing(root, tuple(sources), skipped)
+        return Listing(root, tuple(sources), found.skipped, None, remarks, lost)
     cut = Cut.of(shard, len(sources), list_fingerprint((s.name, s.bytes, s.mtime_ns) for s in sources))
-    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), skipped, cut)
+    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), found.skipped, cut, remarks, lost)
 
 
 def list_lines(listing: Listing) -> Iterator[bytes]:
@@ -160,7 +145,7 @@ def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:
     Raises:
         ImageError: with the reason why it cannot be read.
     """
-    with _opened(source, max_pixels) as image:
+    with _opened(source, max_pixels, whole=False) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
@@ -246,21 +231,13 @@ def pillow_within_limits() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(source: Source, max_pixels: int, whole: bool = True) -> Iterator[Image.Image]:
     """The file opened by Pillow; whatever goes wrong inside becomes an `ImageError` with a short reason."""
     try:
-        if not stat.S_ISREG(os.stat(source.path).st_mode):  # opening a device may already do something
-            raise ImageError("not a regular file")
-        # Without O_NONBLOCK a FIFO that was put in the file's place would block for ever.
-        descriptor = os.open(source.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            _check_unchanged(file, source)
-            if source.bytes > BYTES_A_PIXEL * max_pixels + MORE_BYTES:  # texts and profiles are read whole
-                raise ImageError(f"a file of {source.bytes} bytes, too large for images of at most {max_pixels} pixels")
-            with _recognised(file) as image:
-                _check_pixels(image, max_pixels)
-                yield image
-            _check_unchanged(file, source)
+        most = BYTES_A_PIXEL * max_pixels + MORE_BYTES  # texts and profiles are read whole
+        with opened(source, most, whole) as file, _recognised(file) as image:
+            _check_pixels(image, max_pixels)
+            yield image
     except ImageError:
         raise
     except MemoryError as error:
@@ -284,14 +261,6 @@ def _recognised(file: BinaryIO) -> Image.Image:
         raise ImageError(reason or f"not an image that fpnx reads ({', '.join(FORMATS)})") from None
 
 
-def _check_unchanged(file: BinaryIO, source: Source) -> None:
-    about = os.fstat(file.fileno())
-    if not stat.S_ISREG(about.st_mode):
-        raise ImageError("not a regular file")
-    if (about.st_size, about.st_mtime_ns) != (source.bytes, source.mtime_ns):
-        raise ImageError("changed after it was listed")
-
-
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise ImageError(f"{image.height}×{image.width} pixels, over the limit of {max_pixels}")
@@ -309,19 +278,33 @@ def _orientation(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def _stat(path: bytes, where: bytes = b"") -> os.stat_result:
-    try:
-        return os.stat(path)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise FpnxError(f"{shown(where + path)}: {why}; name files, folders or @list.txt") from error
+def _named(found: Found) -> tuple[bytes, list[bytes]]:
+    """The root, and each source's name relative to it.
+
+    Raises:
+        FpnxError: for files and addresses together, which have no common parent.
+    """
+    paths = [source.name for source in found.sources]
+    if not any(map(is_url, found.roots)):
+        root = os.path.commonpath(found.roots)
+        return root, [os.path.relpath(path, root) for path in paths]
+    if not all(map(is_url, found.roots)):
+        raise FpnxError("images on a disk and images at addresses (s3://, https://, …) are two runs: name the one kind")
+    root = common_root(found.roots)
+    return root, [inside(path, root) for path in paths]
 
 
-def _walk(folder: bytes) -> tuple[list[tuple[bytes, os.stat_result]], int]:
+def _nothing(images: Sequence[str | os.PathLike[str]], found: Found) -> FpnxError:
+    more = f" ({found.skipped} other files)" if found.skipped else ""
+    where = ", ".join(map(shown, images))
+    lost = f"; {found.lost[0]}" if found.lost else ""
+    return FpnxError(f"no images in {where}{more}: known extensions are {_extensions()}{lost}")
+
+
+def _walk(folder: bytes) -> Found:
     """Image files below `folder`, and how many other files. Real folders go before links, so that a folder
     reached both ways keeps its own name, and each is visited once, so that loops end."""
-    found: list[tuple[bytes, os.stat_result]] = []
-    skipped = 0
+    found = Found([folder])
     visited: set[tuple[int, int]] = set()
     folders: list[bytes] = [folder]
     links: list[bytes] = []
@@ -336,7 +319,7 @@ def _walk(folder: bytes) -> tuple[list[tuple[bytes, os.stat_result]], int]:
         except OSError as error:
             if here == folder:
                 raise FpnxError(f"{shown(here)}: {error.strerror}") from error
-            skipped += 1
+            found.skipped += 1
             continue
         for entry in entries:
             try:
@@ -344,13 +327,14 @@ def _walk(folder: bytes) -> tuple[list[tuple[bytes, os.stat_result]], int]:
                     continue
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
-                    found.append((entry.path, entry.stat()))
+                elif is_image(entry.name) and entry.is_file():
+                    about = entry.stat()
+                    found.sources.append(Source(entry.path, entry.path, about.st_size, about.st_mtime_ns))
                 else:
-                    skipped += 1
+                    found.skipped += 1
             except OSError:  # a link that leads nowhere, or to itself
-                skipped += 1
-    return found, skipped
+                found.skipped += 1
+    return found
 
 
 def _from_list(path: bytes, limit: int | None, shard: Shard | None) -> Listing:
@@ -380,17 +364,19 @@ def _not_as_listed(source: Source) -> str:
     return "" if (about.st_size, about.st_mtime_ns) == (source.bytes, source.mtime_ns) else "changed"
 
 
-def _read_list(path: bytes) -> Iterable[bytes]:
+def _read_list(path: bytes) -> list[bytes]:
     try:
-        with open(path, "rb") as file:
+        with text_file(path) as file:
             content = file.read()
     except OSError as error:
         raise FpnxError(f"list {shown(path)}: {error.strerror}") from error
     lines = content.split(b"\0") if b"\0" in content else [line.rstrip(b"\r") for line in content.split(b"\n")]
-    paths = [os.path.abspath(line) for line in lines if line]
-    if not paths:
+    lines = [line for line in lines if line]
+    if not lines:
         raise FpnxError(f"list {shown(path)} names no image: put a path on each line")
-    return paths
+    if is_url(path):
+        return [joined(path, line) for line in lines]
+    return [line if is_url(line) else os.path.abspath(line) for line in lines]
 
 
 def _refuse_twice(sources: Iterable[Source]) -> None:

@@ -18,8 +18,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fpnx.contents import text_file
 from fpnx.errors import FpnxError, shown
 from fpnx.shards import Cut, Shard
+from fpnx.urls import is_url
 
 __all__ = ["Listed", "Record", "is_list", "list_fingerprint", "listed_path", "read_list", "written_list"]
 
@@ -48,9 +50,9 @@ def listed_path(root: bytes, name: bytes) -> bytes:
 def is_list(path: str | bytes) -> bool:
     """Whether `fpnx list` wrote this file; what is read of a pipe would be lost to who reads it next."""
     try:
-        if not os.path.isfile(path):
+        if not is_url(os.fsencode(path)) and not os.path.isfile(path):
             return False
-        with open(path, "rb") as file:
+        with text_file(os.fsencode(path)) as file:
             return file.read(len(MARK)) == MARK
     except (OSError, ValueError):
         return False
@@ -85,7 +87,7 @@ def read_list(path: str | bytes, limit: int | None = None, shard: Shard | None =
         FpnxError: for a list that is not as it was written.
     """
     try:
-        with open(path, "rb") as file:
+        with text_file(os.fsencode(path)) as file:
             head = _head(path, file.readline(LONGEST))
             total = head["images"] if limit is None else min(limit, head["images"])
             mine = shard.slice(total) if shard is not None else range(total)
@@ -117,7 +119,7 @@ def _head(path: str | bytes, line: bytes) -> dict[str, Any]:
     if version != VERSION:
         raise FpnxError(f"list {shown(path)} has format version {shown(str(version))}, this fpnx reads {VERSION}")
     counts, texts = [head.get(name) for name in ("images", "skipped")], [head.get(name) for name in ("sha256", "root")]
-    if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(t, str) and t for t in texts):
+    if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(t, str) for t in texts):
         raise _altered(path, "its first line lacks what belongs there")
     return dict(head)
 

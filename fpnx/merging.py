@@ -77,7 +77,8 @@ def merge(
     target, hears = real_output(Path(output)), listener or Listener()
     _check_output(target, overwrite)
     with stoppable(hears) as stop, open_shards(shards) as store:
-        if target.exists() and any(os.path.samefile(shard.path, target) for shard in store.shards):
+        here = [shard.path for shard in store.shards if os.path.exists(shard.path)]  # others are in a store
+        if target.exists() and any(os.path.samefile(path, target) for path in here):
             raise FpnxError(f"output {shown(target)} is one of the shards: name another")
         layout = _layout(store)
         with lock(target) as alone:

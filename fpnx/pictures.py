@@ -22,6 +22,7 @@ from fpnx.images import find, pillow_within_limits
 from fpnx.page import Page, write_page
 from fpnx.panels import colour_table
 from fpnx.places import Places, save_png
+from fpnx.remote import connections
 from fpnx.scales import Scales, measure
 from fpnx.scenes import Scene, about_model, find_photo, scene_of
 from fpnx.selection import select
@@ -100,6 +101,7 @@ def visualize(
     _check_outputs(folder, None if html is None else Path(html), config)
     with ExitStack() as stack:
         stack.enter_context(pillow_within_limits())
+        stack.enter_context(connections())
         beyond = 0
         named = _are_stores(paths, config)
         if not named:

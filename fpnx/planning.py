@@ -23,6 +23,7 @@ from fpnx.machine import usable_cpus
 from fpnx.model import PyramidModel, build_model
 from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
+from fpnx.urls import is_url
 from fpnx.writer import Layout, part_of, refuse_other_run
 
 __all__ = ["LevelShape", "Plan", "identity_of", "make_plan"]
@@ -61,6 +62,7 @@ class Plan:
     cpus: int
     bytes_free: int
     done_before: int = 0
+    destination: str | None = None  # the store's address that the output is sent to
 
     @property
     def shapes(self) -> list[LevelShape]:
@@ -81,7 +83,8 @@ class Plan:
         """All of this as plain values."""
         weights = self.model.weights
         return {
-            "output": str(self.output),
+            "output": self.destination or str(self.output),
+            "scratch": str(self.output.parent) if self.destination else None,
             "images": len(self.listing.sources),
             "skipped": self.listing.skipped,
             "shard": None if self.listing.cut is None else self.listing.cut.to_json(),
@@ -114,14 +117,25 @@ class Plan:
         }
 
 
-def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: Listener) -> Plan:
+def make_plan(
+    output: Path,
+    config: ExtractConfig,
+    listing: Listing,
+    listener: Listener,
+    destination: str | None = None,
+    finished: str | None = None,
+) -> Plan:
+    """Settle everything that a run on `output` will do.
+
+    `destination` is the address that the output is sent to, and `finished` that of one which is there already.
+    """
     devices = tuple(resolve_device(name) for name in config.device.split(","))
     model = build_model(config)
     recipe = model.recipe.sized(config)
     precision = resolve_precision(config.precision)
     identity = identity_of(model, recipe, config)
-    workers = config.workers if isinstance(config.workers, int) else min(DECODERS, usable_cpus())
-    before = _before(output, config)
+    workers = config.workers if isinstance(config.workers, int) else _decoders(listing)
+    before = _before(output, config) or finished
     done_before = 0
     if before is not None:
         with open_store(before) as store:
@@ -159,6 +173,7 @@ def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: L
         cpus=usable_cpus(),
         bytes_free=free_bytes(output.parent) + (0 if before else _dropped(output)),
         done_before=done_before,
+        destination=destination,
     )
     if before is None and config.format == "h5" and layout.total_bytes() > plan.bytes_free:
         raise disk_error(OSError(28, ""), output, layout.total_bytes())
@@ -175,6 +190,11 @@ def identity_of(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> d
         "precision": resolve_precision(config.precision),
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
+
+
+def _decoders(listing: Listing) -> int:
+    """Threads that decode: as many as cores; where images come over a network, of which they mostly wait, the most."""
+    return DECODERS if any(is_url(source.path) for source in listing.sources) else min(DECODERS, usable_cpus())
 
 
 def _dropped(output: Path) -> int:

@@ -149,6 +149,8 @@ def show_result(result: Result) -> None:
         levels = ", ".join(result.too_small)
         console.print(f"values of {levels} are too small for float16 (all below 6.1e-05): store --dtype float32")
     _show_failures(console, result.failed)
+    for line in result.lost:
+        console.print(Text(line), soft_wrap=True)
     if result.stopped:
         console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))
     else:
@@ -310,9 +312,10 @@ def _show_plan(plan: Plan) -> None:
         if config.format == "png"
         else (
             "output",
-            f"{shown(plan.output)}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
+            f"{shown(facts['output'])}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
             f"{_bytes(facts['bytes_needed'])} needed, {_bytes(facts['bytes_free'])} free",
         ),
+        *([("scratch", f"{shown(facts['scratch'])}: worked on there, then sent whole")] if plan.destination else []),
     ]
     _facts(console, *rows)
     if pyramid and weights["pyramid"]["trained"] is False:

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from fpnx.config import InputConfig
+from fpnx.contents import locate
 from fpnx.errors import FpnxError, ImageError, StoreError, shown
-from fpnx.images import Source, decode
+from fpnx.images import decode
 from fpnx.store import Item
 
 __all__ = ["Photo", "Scene", "about_model", "find_photo", "scene_of"]
@@ -113,11 +114,10 @@ def find_photo(item: Item) -> Photo:
     store, row = item.store, item.index
     path = os.fsencode(os.path.join(store.root, item.path))
     try:
-        about = os.stat(path)
-    except (OSError, ValueError) as error:
+        source = locate(path)
+    except (OSError, ValueError, FpnxError) as error:
         return Photo(None, f"source not found ({getattr(error, 'strerror', None) or error}): {shown(path)}")
-    changed = (about.st_size, about.st_mtime_ns) != (int(store.bytes[row]), int(store.mtimes_ns[row]))
-    source = Source(os.fsencode(item.path), path, about.st_size, about.st_mtime_ns)
+    changed = (source.bytes, source.mtime_ns) != (int(store.bytes[row]), int(store.mtimes_ns[row]))
     try:
         picture = decode(source, InputConfig.max_pixels)
     except ImageError as error:

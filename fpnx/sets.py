@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from fpnx.discovery import matching
 from fpnx.errors import StoreError, shown
 from fpnx.lists import list_fingerprint
 from fpnx.shards import Cut, Shard
 from fpnx.store import PENDING, Store, different_fields, open_store
+from fpnx.urls import is_url
 
 try:
     import resource
@@ -238,7 +240,8 @@ def open_shards(paths: Paths) -> ShardSet:
     found: list[str] = []
     for name in given:
         if glob.has_magic(name) and not os.path.lexists(name):
-            there = sorted(glob.glob(name))
+            raw = os.fsencode(name)
+            there = list(map(os.fsdecode, matching(raw))) if is_url(raw) else sorted(glob.glob(name))
             if not there:
                 raise StoreError(f"no file is called {shown(name)}: name the shards that fpnx extract --shard wrote")
             found += there

@@ -13,7 +13,7 @@ import numpy as np
 
 from fpnx.config import DTYPES, UNSTRIDED_LEVELS, level_number, parse_extent, parse_levels
 from fpnx.errors import FpnxError, NotDoneError, StoreError, shown
-from fpnx.hdf5 import attribute_text, attribute_whole, check_bytes, member, names, open_hdf5, parsed, table
+from fpnx.hdf5 import attribute_text, attribute_whole, check_bytes, file_state, member, names, open_hdf5, parsed, table
 from fpnx.shards import Cut
 
 __all__ = [
@@ -346,7 +346,7 @@ class Store:
     def release(self) -> None:
         """Close the file until something of it is asked for; what was read of it stays."""
         if self._file:
-            self._state = _state(self._file)
+            self._state = file_state(self._file)
             self._file.close()
 
     def close(self) -> None:
@@ -359,7 +359,7 @@ class Store:
             raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
         if not self._file:
             self._file = open_hdf5(self._place)
-            if _state(self._file) != self._state:
+            if file_state(self._file) != self._state:
                 self._file.close()
                 raise StoreError(f"{shown(self.path)} is another file than when it was opened: open it again")
             self._pyramids = member(self._file, "pyramids", h5py.Group)
@@ -370,14 +370,6 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _state(file: h5py.File) -> tuple[int, ...]:
-    """What tells a file from one that has taken its name."""
-    if file.driver == "fileobj":
-        return (file.id.get_filesize(),)
-    about = os.fstat(file.id.get_vfd_handle())
-    return about.st_dev, about.st_ino, about.st_size
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:

@@ -14,6 +14,7 @@ import numpy as np
 from fpnx.config import SAMPLE, ExtractConfig, fingerprint, parse_extent
 from fpnx.control import Listener
 from fpnx.errors import FpnxError, shown
+from fpnx.remote import connections
 from fpnx.sets import ShardSet, open_pyramids
 from fpnx.store import DONE, FAILED, PENDING, Store, different_fields
 
@@ -89,7 +90,7 @@ def verify(
     if sample < 1:
         raise FpnxError(f"sample {sample}: take 1 image or more")
     hears = listener or Listener()
-    with open_pyramids(file) as store:
+    with connections(), open_pyramids(file) as store:
         problems, values, before = [*_whole(store)], 0, 0
         for part in store.each():
             part.check()
@@ -237,7 +238,8 @@ def _compare(store: Store, against: Any, options: dict[str, Any], sample: int) -
         raise FpnxError(f"none of the images of {shown(store.path)} is in {shown(listing.root)}: name the same folder")
     problems += _first("not among the images any more", store, missing)
     gone = set(missing)
-    others = [i for i, path in enumerate(store.paths) if i not in gone and there[path].bytes != store.bytes[i]]
+    known = [i for i, path in enumerate(store.paths) if i not in gone and min(there[path].bytes, store.bytes[i]) >= 0]
+    others = [i for i in known if there[store.paths[i]].bytes != store.bytes[i]]
     problems += _first("another file than then", store, others)
     usable = [item.index for item in store if item.index not in gone.union(others)]
     chosen = sorted({usable[round(i)] for i in np.linspace(0, len(usable) - 1, min(sample, len(usable)))})

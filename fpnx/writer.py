@@ -338,7 +338,7 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) 
     there = dict(zip(store.paths, zip(store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True), strict=True))
     asked = {os.fsdecode(s.name): (s.bytes, s.mtime_ns) for s in listing.sources}
     added, removed = len(asked.keys() - there.keys()), len(there.keys() - asked.keys())
-    changed = sum(there[name] != asked[name] for name in asked.keys() & there.keys())
+    changed = sum(_differ(there[name], asked[name]) for name in asked.keys() & there.keys())
     moved = not (added or removed or changed) and list(there) != list(asked)
     if added or removed or changed or moved:
         what = "in another order" if moved else f"{added} added, {removed} removed, {changed} changed"
@@ -353,6 +353,13 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) 
             f"{shown(store.path)} was cut from another list ({alike}): bring the same one, take another output, or "
             f"start over with --overwrite"
         )
+
+
+def _differ(before: tuple[int, int], now: tuple[int, int]) -> bool:
+    """Whether (bytes, mtime) tell of two versions. Of an image at an address either may be unknown; see `Facts`."""
+    if min(before[0], now[0]) < 0:
+        return before[1] != now[1] and 0 not in (before[1], now[1])
+    return before != now
 
 
 def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> None:

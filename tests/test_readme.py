@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ def blocks(language: str) -> list[str]:
 
 
 def command_lines() -> list[str]:
-    """Lines that call fpnx itself, without comments and the virtual environment's path."""
+    """Lines that call fpnx itself, without comments and the virtual environment's path.
+
+    Those that speak of stores are run in tests/test_uploads.py, where there is one.
+    """
     lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     calls = [re.sub(r".*\.venv/bin/fpnx", "fpnx", line) for line in lines if re.search(r"(^|/)fpnx ", line)]
-    return sorted(set(calls))
+    return sorted({line for line in calls if "://" not in line})
 
 
 @pytest.fixture
@@ -35,6 +39,8 @@ def place(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(samples, tmp_path / "sample_images")
     copied(samples, tmp_path / "photos", 3)
     shutil.copy(samples / "animals" / "chelsea.jpg", tmp_path / "cat.jpg")
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(tmp_path / "photos", "photos")
     (tmp_path / "list.txt").write_text("photos/00001.jpg\nphotos/00000.jpg\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
