@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable
 
-__all__ = ["FpnxError", "ImageError", "Interrupted", "NotDoneError", "StoreError", "nearest", "shown"]
+__all__ = ["BusyError", "FpnxError", "ImageError", "Interrupted", "NotDoneError", "StoreError", "nearest", "shown"]
 
 
 class FpnxError(Exception):
@@ -19,6 +19,10 @@ class ImageError(FpnxError):
 
 class StoreError(FpnxError):
     """A file that is not a whole fpnx store: truncated, foreign, of a future version, or locked."""
+
+
+class BusyError(StoreError):
+    """A file that another run is writing."""
 
 
 class NotDoneError(FpnxError, LookupError):

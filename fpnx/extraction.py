@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fpnx._version import __version__
 from fpnx.config import ExtractConfig
 from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import lock
+from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.gallery import Gallery, check_gallery
 from fpnx.images import Listing, find, pillow_within_limits
@@ -29,7 +30,7 @@ from fpnx.planning import Plan, check_output, make_plan, real_output
 from fpnx.store import DONE, PENDING, Store, open_store
 from fpnx.writer import Writer, part_of
 
-__all__ = ["Result", "extract"]
+__all__ = ["DEFAULT_OUTPUTS", "Result", "extract"]
 
 DEFAULT_OUTPUTS = {"h5": "out.h5", "png": "out_png"}
 
@@ -100,15 +101,19 @@ def extract(
     output: str | os.PathLike[str] | None = None,
     *,
     listener: Listener | None = None,
+    equipment: Equipment | None = None,
+    barred: Mapping[bytes, str] | None = None,
     **options: Any,
 ) -> Result:
-    """Images → pyramid levels in an HDF5 file, or drawn; `fpnx extract` as a function.
+    """`fpnx.extract` in this process.
 
     Args:
         images: files, folders, or `"@list.txt"`.
         output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; with `format="png"`
             the folder for pictures (`"out_png"`).
         listener: hears of the progress.
+        equipment: lends its model, for runs of many parts.
+        barred: by name, images that must not be opened, and why; they fail.
         options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
             `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
 
@@ -130,6 +135,9 @@ def extract(
         listing = find(paths)
         if config.limit is not None:
             listing = Listing(listing.root, listing.sources[: config.limit], listing.skipped)
+        if barred:
+            sources = tuple(replace(source, barred=barred.get(source.name, "")) for source in listing.sources)
+            listing = replace(listing, sources=sources)
         with nullcontext(True) if config.dry_run else lock(target) as alone:
             if not alone:
                 hears.message("files cannot be locked here: see to it that no second run writes this output")
@@ -137,7 +145,7 @@ def extract(
                 check_gallery(target, listing, config)
             else:
                 check_output(target, config)  # again: another run may have ended since
-            plan = make_plan(target, config, listing, hears)
+            plan = make_plan(target, config, listing, hears, equipment)
             hears.planned(plan)
             if config.dry_run:
                 return _result(plan, None, Clock(), dry_run=True)

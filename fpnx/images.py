@@ -58,12 +58,16 @@ NOT_IMAGES = (  # how files that pretend to be images begin
 
 @dataclass(frozen=True)
 class Source:
-    """One image file: `name` as stored, `path` to open, size in bytes and mtime (ns) when it was listed."""
+    """One image file: `name` as stored, `path` to open, size in bytes and mtime (ns) when it was listed.
+
+    `barred` is why it must not be opened at all, where it must not.
+    """
 
     name: bytes
     path: bytes
     bytes: int
     mtime_ns: int
+    barred: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,8 @@ def pillow_within_limits() -> Iterator[None]:
 def _opened(source: Source, max_pixels: int) -> Iterator[Image.Image]:
     """The file opened by Pillow; whatever goes wrong inside becomes an `ImageError` with a short reason."""
     try:
+        if source.barred:
+            raise ImageError(source.barred)
         if not stat.S_ISREG(os.stat(source.path).st_mode):  # opening a device may already do something
             raise ImageError("not a regular file")
         # Without O_NONBLOCK a FIFO that was put in the file's place would block for ever.

@@ -19,10 +19,11 @@ from fpnx.config import ExtractConfig, parse_extent
 from fpnx.control import Listener
 from fpnx.disk import disk_error, free_bytes
 from fpnx.engine import resolve_device, resolve_precision
+from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, ImageError, shown
 from fpnx.images import Listing, Source, upright_size
 from fpnx.machine import usable_cpus
-from fpnx.model import PyramidModel, build_model
+from fpnx.model import PyramidModel
 from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
 from fpnx.writer import Layout, part_of, refuse_other_run
@@ -63,6 +64,7 @@ class Plan:
     workers: int
     cpus: int
     bytes_free: int
+    equipment: Equipment
     done_before: int = 0
 
     @property
@@ -160,13 +162,31 @@ def real_output(output: Path) -> Path:
     return real
 
 
-def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: Listener) -> Plan:
+def make_plan(
+    output: Path,
+    config: ExtractConfig,
+    listing: Listing,
+    listener: Listener,
+    equipment: Equipment | None = None,
+    *,
+    handed_out: bool = False,
+) -> Plan:
+    """Settle everything, with a model of `equipment` or a new one.
+
+    With `handed_out` others will do the work: to them is left what takes a look at images or at the disk's space, and
+    where sizes differ the layout has no shapes.
+
+    Raises:
+        FpnxError: for what cannot be carried out.
+    """
     devices = tuple(resolve_device(name) for name in config.device.split(","))
-    model = build_model(config)
+    equipment = equipment or Equipment()
+    model = equipment.model(config)
     recipe = model.recipe.sized(config)
     precision = resolve_precision(config.precision)
     identity = identity_of(model, recipe, config)
-    workers = config.workers if isinstance(config.workers, int) else min(DECODERS, usable_cpus())
+    cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
+    workers = config.workers if isinstance(config.workers, int) else min(DECODERS, cpus)
     before = _before(output, config)
     done_before = 0
     if before is not None:
@@ -175,6 +195,10 @@ def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: L
             sizes, groups, rows = store.input_sizes, store.groups, store.rows
             errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
             done_before = int((store.status == DONE).sum())
+    elif handed_out and recipe.sizing != "stretch":
+        count = len(listing.sources)
+        sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
+        groups, rows = [""] * count, np.full(count, -1, np.int64)
     else:
         sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, listener)
         groups, rows = _group(model, recipe, sizes, errors)
@@ -202,11 +226,12 @@ def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: L
         precision=precision,
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         workers=workers,
-        cpus=usable_cpus(),
+        cpus=cpus,
         bytes_free=free_bytes(output.parent) + (0 if before else _dropped(output)),
+        equipment=equipment,
         done_before=done_before,
     )
-    if before is None and config.format == "h5" and layout.total_bytes() > plan.bytes_free:
+    if before is None and config.format == "h5" and not handed_out and layout.total_bytes() > plan.bytes_free:
         raise disk_error(OSError(28, ""), output, layout.total_bytes())
     return plan
 
