@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from fpnx.extraction import Result
     from fpnx.figures import figure
     from fpnx.heatmaps import heatmap
+    from fpnx.merging import Merged, merge
     from fpnx.model import PyramidModel, create_model, save_weights
+    from fpnx.sets import open_pyramids as open
     from fpnx.store import Item, Store
-    from fpnx.store import open_store as open
     from fpnx.verification import Verification, verify
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "FpnxError",
     "Interrupted",
     "Item",
+    "Merged",
     "PyramidDataset",
     "PyramidModel",
     "Result",
@@ -38,6 +40,7 @@ __all__ = [
     "extract",
     "figure",
     "heatmap",
+    "merge",
     "open",
     "save_weights",
     "verify",
@@ -48,6 +51,7 @@ _HOMES = {
     "FpnxError": ("errors", "FpnxError"),
     "Interrupted": ("errors", "Interrupted"),
     "Item": ("store", "Item"),
+    "Merged": ("merging", "Merged"),
     "PyramidDataset": ("dataset", "PyramidDataset"),
     "PyramidModel": ("model", "PyramidModel"),
     "Result": ("extraction", "Result"),
@@ -57,7 +61,8 @@ _HOMES = {
     "extract": ("dispatch", "extract"),
     "figure": ("figures", "figure"),
     "heatmap": ("heatmaps", "heatmap"),
-    "open": ("store", "open_store"),
+    "merge": ("merging", "merge"),
+    "open": ("sets", "open_pyramids"),
     "save_weights": ("model", "save_weights"),
     "verify": ("verification", "verify"),
 }

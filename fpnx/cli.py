@@ -93,6 +93,10 @@ ShortSide = Annotated[int | None, _option("Input", "--short-side", "Keep the asp
 LongSide = Annotated[int | None, _option("Input", "--long-side", "With --short-side: longer side at most N.", "N")]
 MaxPixels = Annotated[int, _option("Input", "--max-pixels", "Refuse larger images and inputs.", "N")]
 Limit = Annotated[int | None, _option("Input", "--limit", "Only the first N images.", "N")]
+ShardChoice = Annotated[
+    str | None,
+    _option("Input", "--shard", "Only slice I of N (0 to N-1); auto: SLURM's or RANK's number.", "I/N|auto/N"),
+]
 
 Dtype = Annotated[str, _option("Output", "--dtype", "How features are stored.", "float32|float16")]
 Pool = Annotated[str, _option("Output", "--pool", "Pool each level, over what is not padding.", "none|avg|max|HxW")]
@@ -175,6 +179,7 @@ def extract(
     long_side: LongSide = ExtractConfig.long_side,
     max_pixels: MaxPixels = ExtractConfig.max_pixels,
     limit: Limit = ExtractConfig.limit,
+    shard: ShardChoice = ExtractConfig.shard,
     output: Output = None,
     format: Format = ExtractConfig.format,  # noqa: A002
     dtype: Dtype = ExtractConfig.dtype,
@@ -317,20 +322,63 @@ def benchmark(
     return findings.exit_code
 
 
+@app.command("list")
+def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> None:
+    """List images once, with sizes and times, for shards that need not look for them again: extract @list.txt.
+
+    [dim]fpnx list photos/ > list.txt[/dim]
+
+    [dim]fpnx list photos/ scans/ --limit 1000 > list.txt[/dim]
+    """
+    from fpnx import report
+    from fpnx.images import find, list_lines
+
+    listing = find(images, limit)
+    sys.stdout.flush()
+    sys.stdout.buffer.writelines(list_lines(listing))
+    sys.stdout.buffer.flush()
+    report.Terminal().message(f"{len(listing.sources)} images, {listing.skipped} other files passed over")
+
+
 @app.command()
-def info(
-    file: Annotated[str, typer.Argument(help="What fpnx extract wrote, also while it is being written.")],
+def merge(
+    output: Annotated[str, typer.Argument(help="File to make.")],
+    shards: Annotated[list[str], typer.Argument(help="All shards of a run, in any order.")],
+    overwrite: Overwrite = ExtractConfig.overwrite,
     json: Json = False,
 ) -> None:
-    """Show what a file holds, and a snippet that reads it.
+    """Copy all shards of a run into one file, as a whole run would have written it.
+
+    [dim]fpnx merge out.h5 out.shard-*.h5[/dim]
+
+    [dim]fpnx merge out.h5 'node?/out.shard-*.h5' --overwrite[/dim]
+    """
+    from fpnx import merging, report
+
+    terminal = report.Terminal(json)
+    try:
+        merged = merging.merge(output, shards, overwrite=overwrite, listener=terminal)
+    finally:
+        terminal.close()
+    report.show_json(merged.to_json()) if json else report.show_merged(merged)
+
+
+@app.command()
+def info(
+    files: Annotated[
+        list[str], typer.Argument(help="What fpnx extract wrote, also while it is being written; or all shards.")
+    ],
+    json: Json = False,
+) -> None:
+    """Show what a file, or a run's shards together, hold, and a snippet that reads it.
 
     [dim]fpnx info out.h5[/dim]
 
-    [dim]fpnx info out.h5.part --json[/dim]
+    [dim]fpnx info out.shard-*.h5 --json[/dim]
     """
-    from fpnx import report, store
+    from fpnx import report, sets
 
-    with store.open_store(file) as opened:
+    with sets.open_pyramids(_one_or_more(files)) as opened:
         report.show_json(report.store_facts(opened)) if json else report.show_info(opened)
 
 
@@ -361,7 +409,9 @@ def models(
 
 @app.command()
 def verify(
-    file: Annotated[str, typer.Argument(help="What fpnx extract wrote; also an unfinished .part.")],
+    files: Annotated[
+        list[str], typer.Argument(help="What fpnx extract wrote; also an unfinished .part; or all shards of a run.")
+    ],
     against: Annotated[
         list[str] | None, _option("Compare", "--against", "The images: compute some again and compare.", "IMAGES")
     ] = None,
@@ -375,7 +425,7 @@ def verify(
 ) -> int:
     """Check that all of a file is there and is what it says. Reads every value; exit code 1 where it is not.
 
-    [dim]fpnx verify out.h5[/dim]
+    [dim]fpnx verify out.shard-*.h5[/dim]
 
     [dim]fpnx verify out.h5 --against photos/ --sample 20[/dim]
     """
@@ -384,7 +434,7 @@ def verify(
     terminal = report.Terminal(json)
     try:
         found = verification.verify(
-            file,
+            _one_or_more(files),
             against=against,
             sample=sample,
             weights=weights,
@@ -427,6 +477,11 @@ def _options(context: typer.Context, config: type) -> dict[str, Any]:
     """The parameters of a command that are fields of `config`."""
     names = [field.name for field in dataclasses.fields(config)]
     return {name: context.params[name] for name in names if name in context.params}
+
+
+def _one_or_more(files: list[str]) -> str | list[str]:
+    """A single file stands for itself; several are shards."""
+    return files[0] if len(files) == 1 else files
 
 
 def _complain(text: str, wants_json: bool, code: int) -> int:

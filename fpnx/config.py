@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fpnx.errors import FpnxError, nearest, shown
+from fpnx.shards import parse_shard
 
 __all__ = [
     "TOP_BLOCKS",
@@ -258,9 +259,14 @@ class PictureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig, EngineConfig):
-    """Everything that `fpnx extract` can be asked for."""
+    """Everything that `fpnx extract` can be asked for.
+
+    `shard`: `"3/16"` works on the fourth of sixteen slices of the images, those that `limit` leaves; `"auto/16"` asks
+    the environment which, and is kept as that number.
+    """
 
     limit: int | None = None
+    shard: str | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -269,6 +275,8 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureCo
         self._check_engine()
         if self.limit is not None:
             _check_whole("limit", self.limit, 1, 2**63 - 1)
+        if self.shard is not None:
+            _freeze(self, "shard", str(parse_shard(self.shard)))
         drawn = [f.name for f in fields(PictureConfig) if getattr(self, f.name) != f.default]
         if self.format != "png" and drawn:
             raise FpnxError(f"{drawn[0].replace('_', ' ')} is for pictures: give --format png beside it")

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from fpnx.errors import FpnxError
-from fpnx.store import DONE, Store, open_store
+from fpnx.errors import FpnxError, shown
+from fpnx.sets import open_pyramids
+from fpnx.store import DONE, Store
 
 __all__ = ["PyramidDataset", "ShapeBatchSampler"]
 
@@ -23,7 +24,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
     `target` is given, `"target": target(path)`. The file is opened in each worker process on first use.
 
     Args:
-        path: what `fpnx extract` wrote.
+        path: what `fpnx extract` wrote: a file, or a run's shards as a glob or as paths in any order.
         levels: names; None takes all in the file.
         target: from a stored path to its label.
 
@@ -33,16 +34,17 @@ class PyramidDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         levels: Iterable[str] | None = None,
         target: Callable[[str], Any] | None = None,
     ) -> None:
-        self.path, self.target = os.fspath(path), target
-        with open_store(self.path) as store:
+        self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(one) for one in path]
+        self.target = target
+        with open_pyramids(self.path) as store:
             self.levels = store.levels if levels is None else tuple(levels)
             for level in self.levels:
                 if level not in store.levels:
-                    raise FpnxError(f"no level {level!r} in {self.path}: it has {', '.join(store.levels)}")
+                    raise FpnxError(f"no level {level!r} in {shown(store.path)}: it has {', '.join(store.levels)}")
             self.indices: list[int] = np.flatnonzero(store.status == DONE).tolist()
             self.groups: list[str] = [store.groups[index] for index in self.indices]
         self._opened: tuple[int, Store] | None = None
@@ -51,7 +53,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
     def store(self) -> Store:
         """The store, opened by this very process: an HDF5 handle does not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), open_store(self.path))
+            self._opened = (os.getpid(), open_pyramids(self.path))
         return self._opened[1]
 
     def __len__(self) -> int:

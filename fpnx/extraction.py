@@ -24,9 +24,10 @@ from fpnx.disk import lock
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.gallery import Gallery, check_gallery
-from fpnx.images import Listing, find, pillow_within_limits
+from fpnx.images import find, pillow_within_limits
 from fpnx.pipeline import STAGES, Clock, compute
 from fpnx.planning import Plan, check_output, make_plan, real_output
+from fpnx.shards import parse_shard, shard_path
 from fpnx.store import DONE, PENDING, Store, open_store
 from fpnx.writer import Writer, part_of
 
@@ -110,7 +111,7 @@ def extract(
     Args:
         images: files, folders, or `"@list.txt"`.
         output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; with `format="png"`
-            the folder for pictures (`"out_png"`).
+            the folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`.
         listener: hears of the progress.
         equipment: lends its model, for runs of many parts.
         barred: by name, images that must not be opened, and why; they fail.
@@ -127,14 +128,14 @@ def extract(
     """
     config = ExtractConfig(**options)
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    target, hears = real_output(Path(output or DEFAULT_OUTPUTS[config.format])), listener or Listener()
+    named, hears = Path(output or DEFAULT_OUTPUTS[config.format]), listener or Listener()
+    shard = None if config.shard is None else parse_shard(config.shard)
+    target = real_output(named if shard is None else shard_path(named, shard))
     draws = config.format == "png"
     if not draws:
         check_output(target, config)
     with stoppable(hears) as stop, pillow_within_limits():
-        listing = find(paths)
-        if config.limit is not None:
-            listing = Listing(listing.root, listing.sources[: config.limit], listing.skipped)
+        listing = find(paths, config.limit, shard)
         if barred:
             sources = tuple(replace(source, barred=barred.get(source.name, "")) for source in listing.sources)
             listing = replace(listing, sources=sources)

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fpnx.errors import FpnxError, ImageError, shown
+from fpnx.lists import is_list, list_fingerprint, listed_path, read_list, written_list
+from fpnx.shards import Cut, Shard
 
 __all__ = [
     "EXTENSIONS",
@@ -24,6 +26,7 @@ __all__ = [
     "as_rgb",
     "decode",
     "find",
+    "list_lines",
     "pillow_within_limits",
     "upright_size",
 ]
@@ -72,27 +75,42 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a run in their order, the folder that names are relative to, and what was passed over."""
+    """The images of a run in their order, the folder that names are relative to, and what was passed over.
+
+    `cut` tells of which list they are a slice, where they are a shard's.
+    """
 
     root: bytes
     sources: tuple[Source, ...]
     skipped: int
+    cut: Cut | None = None
 
 
-def find(images: Sequence[str | os.PathLike[str]]) -> Listing:
+def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, shard: Shard | None = None) -> Listing:
     """Files, folders (recursive; known extensions; hidden files left out) and `@lists` → a listing.
 
     Names are relative to the one folder given, else to the common parent of all. They are in byte order; a list
     keeps its own. A list has a path a line (or NUL-separated), relative to the current directory. A named file
-    is always listed, whatever its extension.
+    is always listed, whatever its extension. A list that `fpnx list` wrote stands alone; names, sizes and times are
+    its own, and no image is looked at: one that has changed since is found out when it is opened.
+
+    Args:
+        images: what to look for.
+        limit: take the first so many images only.
+        shard: of these, take the slice that is this shard's.
 
     Raises:
-        FpnxError: a missing input, the same path twice, or no image at all.
+        FpnxError: a missing input, the same path twice, no image at all, or a list none of whose images is there.
     """
     if isinstance(images, (str, bytes, os.PathLike)):
         images = [images]
     if not images:
         raise FpnxError("no images given: name files, folders or @list.txt")
+    for argument in map(os.fsencode, images):
+        if argument.startswith(b"@") and not os.path.lexists(argument) and is_list(argument[1:]):
+            if len(images) > 1:
+                raise FpnxError(f"{shown(argument)} is from fpnx list and stands alone: name no other images beside it")
+            return _from_list(argument[1:], limit, shard)
     found: list[tuple[bytes, os.stat_result]] = []
     roots: list[bytes] = []
     skipped, listed = 0, False
@@ -121,7 +139,23 @@ def find(images: Sequence[str | os.PathLike[str]]) -> Listing:
     if not listed:
         sources.sort(key=lambda source: source.name)
     _refuse_twice(sources)
-    return Listing(root, tuple(sources), skipped)
+    del sources[limit if limit is not None else len(sources) :]
+    if shard is None:
+        return Listing(root, tuple(sources), skipped)
+    cut = Cut.of(shard, len(sources), list_fingerprint((s.name, s.bytes, s.mtime_ns) for s in sources))
+    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), skipped, cut)
+
+
+def list_lines(listing: Listing) -> Iterator[bytes]:
+    """A listing as a file, which `find(["@list.txt"])` reads; see `fpnx.lists`.
+
+    Raises:
+        FpnxError: for an image that is not where its name says.
+    """
+    for source in listing.sources:
+        if source.path != listed_path(listing.root, source.name):
+            raise FpnxError(f"{shown(source.path)} cannot be listed: its name is {shown(source.name)}")
+    return written_list(listing.root, [(s.name, s.bytes, s.mtime_ns) for s in listing.sources], listing.skipped)
 
 
 def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:
@@ -323,6 +357,31 @@ def _walk(folder: bytes) -> tuple[list[tuple[bytes, os.stat_result]], int]:
             except OSError:  # a link that leads nowhere, or to itself
                 skipped += 1
     return found, skipped
+
+
+def _from_list(path: bytes, limit: int | None, shard: Shard | None) -> Listing:
+    told = read_list(path, limit, shard)
+    sources = tuple(Source(name, listed_path(told.root, name), size, mtime) for name, size, mtime in told.records)
+    _refuse_twice(sources)
+    # A disk that is not mounted is no reason to fail image by image; a single changed one is.
+    reasons = map(_not_as_listed, sources)
+    if (why := next(reasons, "")) and all(reasons):
+        raise FpnxError(
+            f"none of the {len(sources)} images is as it was listed in {shown(path)}, such as "
+            f"{shown(sources[0].path)} ({why}): bring them back, or list them again"
+        )
+    return Listing(told.root, sources, told.skipped, told.cut)
+
+
+def _not_as_listed(source: Source) -> str:
+    """Why a file is not what its list says; empty where it is, or is no file on a disk."""
+    if b"://" in source.path:
+        return ""
+    try:
+        about = os.stat(source.path)
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return "" if (about.st_size, about.st_mtime_ns) == (source.bytes, source.mtime_ns) else "changed"
 
 
 def _read_list(path: bytes) -> Iterable[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,8 @@ from fpnx.places import Places, save_png
 from fpnx.scales import Scales, measure
 from fpnx.scenes import Scene, about_model, find_photo, scene_of
 from fpnx.selection import select
-from fpnx.store import FAILED, Item, Store, open_store
+from fpnx.sets import open_pyramids
+from fpnx.store import FAILED, Item, Store
 
 __all__ = ["Pictures", "visualize"]
 
@@ -105,7 +107,9 @@ def visualize(
             beyond = max(0, len(find(paths).sources) - config.limit)
             paths = _extracted(paths, Path(temporary), config, hears)
         stop = stack.enter_context(stoppable(hears))
-        show = _Show([stack.enter_context(open_store(path)) for path in paths], named, config, stop, hears)
+        stores = [stack.enter_context(open_pyramids(path)) for path in paths]
+        _refuse_shards_apart(stores)
+        show = _Show(stores, named, config, stop, hears)
         pictures = tuple(show.pictures(folder)) if folder is not None else ()
         page = None
         if html is not None:
@@ -232,6 +236,14 @@ def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
         return store[row], ""
     except NotDoneError as error:
         return None, str(error)
+
+
+def _refuse_shards_apart(stores: Sequence[Store]) -> None:
+    """Shards of one run have no image in common that could be compared: a shell may have taken a pattern apart."""
+    runs = [(store.fingerprint, store.cut.list) for store in stores if store.cut]
+    if len(set(runs)) < len(runs):
+        pattern = re.sub(r"\.shard-\d+-", ".shard-*-", stores[0].path)
+        raise FpnxError(f"these are shards of one run: give them as one, in quotes: '{shown(pattern)}'")
 
 
 def _full_path(item: Item) -> str:

@@ -89,6 +89,7 @@ class Plan:
             "output": str(self.output),
             "images": len(self.listing.sources),
             "skipped": self.listing.skipped,
+            "shard": None if self.listing.cut is None else self.listing.cut.to_json(),
             "done_before": self.done_before,
             "root": os.fsdecode(self.listing.root),
             "backbone": self.model.backbone,

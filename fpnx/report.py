@@ -20,6 +20,7 @@ from fpnx.errors import shown
 
 if TYPE_CHECKING:
     from fpnx.extraction import Result
+    from fpnx.merging import Merged
     from fpnx.pictures import Pictures
     from fpnx.planning import Plan
     from fpnx.store import Store
@@ -30,6 +31,7 @@ __all__ = [
     "complain",
     "show_info",
     "show_json",
+    "show_merged",
     "show_pictures",
     "show_result",
     "show_verification",
@@ -172,6 +174,13 @@ def show_pictures(result: Pictures) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
+def show_merged(result: Merged) -> None:
+    """What was merged, and where it is."""
+    failed = f", {result.failed} of them failed" if result.failed else ""
+    line = f"{result.images} images of {result.shards} shards are in {shown(result.output)}{failed}"
+    _stdout().print(Text(f"{line} ({_bytes(result.bytes)})"), soft_wrap=True)
+
+
 def show_info(store: Store) -> None:
     """What a file holds, and a snippet that reads it."""
     console = _stdout()
@@ -182,6 +191,8 @@ def show_info(store: Store) -> None:
         console,
         ("file", f"{shown(store.path)}{'' if store.complete else ' (unfinished)'}"),
         ("images", f"{counts['done']} done, {counts['failed']} failed, {counts['pending']} pending"),
+        *([("shard", str(store.cut))] if store.cut else []),
+        *([("shards", str(facts["shards"]))] if facts["shards"] else []),
         ("root", shown(store.root)),
         ("backbone", f"{facts['config']['backbone']}, {_part(weights['backbone'])}"),
         ("pyramid", f"{', '.join(store.levels)}, {_part(weights['pyramid'])}"),
@@ -197,7 +208,7 @@ def show_info(store: Store) -> None:
     bad = {level: count for level, count in store.nonfinite_by_level().items() if count}
     if bad:
         console.print(f"NaN or infinite values: {', '.join(f'{n} in {level}' for level, n in bad.items())}")
-    console.print("\nread it with h5py alone:\n")
+    console.print("\nread them as one:\n" if facts["shards"] else "\nread it with h5py alone:\n")
     console.print(Text(reading_snippet(store)), soft_wrap=True)
 
 
@@ -205,7 +216,8 @@ def show_verification(found: Verification) -> None:
     """What was looked at, and what is wrong."""
     console = _stdout()
     console.print(Text(f"{shown(found.file)}: {found.done} done, {found.failed} failed, {found.pending} pending"))
-    console.print(f"{found.values} values read", end="")
+    shards = f" in {found.shards} shards" if found.shards else ""
+    console.print(f"{found.values} values read{shards}", end="")
     if found.compared:
         console.print(
             f", {found.compared} images computed again, largest difference {found.largest_difference:.1g}", end=""
@@ -242,6 +254,8 @@ def store_facts(store: Store) -> dict[str, Any]:
         "file": store.path,
         "complete": store.complete,
         "images": {"total": len(store), **states},
+        "shard": store.cut.to_json() if store.cut else None,
+        "shards": len(store.shards),
         "root": store.root,
         "levels": levels,
         "failed": [{"path": path, "reason": reason} for path, reason in store.failures()],
@@ -252,8 +266,11 @@ def store_facts(store: Store) -> dict[str, Any]:
 
 
 def reading_snippet(store: Store) -> str:
-    """Python that reads this very file with h5py alone."""
+    """Python that reads this very file with h5py alone; or a set of shards with fpnx."""
     level = store.levels[0]
+    if store.shards:
+        one = f"item = next(iter(store)); print(item.path, item[{level!r}].shape)"
+        return f"import fpnx\n\nwith fpnx.open({store.path!r}) as store:\n    {one}\n"
     lines = [
         "import h5py",
         "",
@@ -284,6 +301,7 @@ def _show_plan(plan: Plan) -> None:
     needed = f"{_bytes(facts['bytes_needed'])} needed, " if plan.layout.shapes else ""  # workers look at sizes
     rows = [
         ("images", f"{facts['images']} in {shown(facts['root'])}{passed}{before}"),
+        *([("shard", str(plan.listing.cut))] if plan.listing.cut else []),
         ("backbone", f"{facts['backbone']}, {_part(weights['backbone'])}"),
         (
             "pyramid",

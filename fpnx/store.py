@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import h5py
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from fpnx.config import DTYPES, UNSTRIDED_LEVELS, level_number, parse_extent, parse_levels
 from fpnx.errors import FpnxError, NotDoneError, StoreError, shown
 from fpnx.hdf5 import attribute_text, attribute_whole, check_bytes, member, names, open_hdf5, parsed, table
+from fpnx.shards import Cut
 
 __all__ = [
     "DONE",
@@ -34,6 +35,8 @@ FORMAT = "fpnx"
 FORMAT_VERSION = 1
 PENDING, DONE, FAILED = 0, 1, 2
 ERROR_BYTES = 240  # of a failed image's reason, UTF-8
+
+Opened = TypeVar("Opened", bound="Store")
 
 
 class Box(NamedTuple):
@@ -130,12 +133,16 @@ class Store:
         config: what the stored numbers depend on, as a dict.
         provenance: versions, command, weights and which parts are trained, recipe, device, time.
         paths: stored paths of all images (str), by row.
+        cut: which slice of which list it is, where it is a shard; else None.
         complete: whether this is a finished file (not a `.part`).
+        shards: the stores of all shards, where it is a set of them; see `fpnx.sets`.
     """
+
+    shards: Sequence[Store] = ()
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._file = open_hdf5(self.path)
+        self._file, self._closed = open_hdf5(self.path), False
         try:
             self._read_header()
         except FpnxError:
@@ -159,6 +166,7 @@ class Store:
         self.provenance: dict[str, Any] = parsed(file, "provenance")
         self.fingerprint = attribute_text(file, "fingerprint").decode("ascii", "replace")
         self._check_told()
+        self.cut = Cut.from_json(parsed(file, "shard")) if "shard" in file.attrs else None
         self.root: str = os.fsdecode(attribute_text(file, "root"))
         self.levels: tuple[str, ...] = self._known_levels()
         images = member(file, "images", h5py.Group)
@@ -198,12 +206,16 @@ class Store:
         if not told or any(part.get("trained") not in (True, False, None) for part in parts):
             raise StoreError(f"{shown(self.path)} is not a whole fpnx file: its config or provenance is incomplete")
 
+    def each(self) -> Iterator[Store]:
+        """The store of every file: this one; of a set the shards in order, each open when its turn comes."""
+        yield self
+
     def refresh(self) -> None:
         """Read again what changes while a run goes on: status, source sizes, errors, counts of NaN and inf.
 
         The status comes first: whatever it calls done was written before.
         """
-        images, count = member(self._file, "images", h5py.Group), len(self.paths)
+        images, count = member(self._opened(), "images", h5py.Group), len(self.paths)
         self.status: np.ndarray = table(images, "status", np.uint8, (count,))
         self.source_sizes: np.ndarray = table(images, "source_size", np.int32, (count, 2))
         statistics = member(self._file, "stats", h5py.Group)
@@ -228,20 +240,24 @@ class Store:
     def failures(self) -> list[tuple[str, str]]:
         """(path, reason) of every failed image."""
         failed = np.flatnonzero(self.status == FAILED).tolist()
-        reasons = self._errors[:] if failed else []
+        reasons = self.errors() if failed else np.empty(0)
         return [(self.paths[i], bytes(reasons[i]).decode(errors="replace")) for i in failed]
+
+    def errors(self) -> np.ndarray:
+        """(N,) reasons of all images, in at most `ERROR_BYTES` bytes each; empty where none failed."""
+        reasons: np.ndarray = self._errors[:]
+        return reasons
 
     @property
     def _errors(self) -> h5py.Dataset:
         """Opened anew each time: an open dataset may hand out what it read before a writer changed it."""
-        return member(self._file["images"], "error", h5py.Dataset)
+        return member(self._opened()["images"], "error", h5py.Dataset)
 
     @property
     def sizes(self) -> list[str]:
         """The network-input sizes in this file, `"224x224"`, as the names of groups below `/pyramids`."""
-        return sorted(
-            (name for name in self._pyramids if parse_extent(name)), key=lambda name: parse_extent(name) or ()
-        )
+        self._opened()
+        return sorted(filter(parse_extent, self._pyramids), key=lambda name: parse_extent(name) or ())
 
     def dataset(self, size: str, level: str) -> h5py.Dataset:
         """The (n, C, H, W) dataset of one size and level; attrs stride, channels, valid.
@@ -249,8 +265,7 @@ class Store:
         Raises:
             StoreError: where it is not in this file, or not of this form.
         """
-        if not self._file:
-            raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
+        self._opened()
         if (size, level) in self._checked:
             return self._pyramids[f"{size}/{level}"]
         dataset = member(member(self._pyramids, size, h5py.Group), level, h5py.Dataset)
@@ -279,7 +294,7 @@ class Store:
 
     def links_to(self, size: str, level: str) -> bool:
         """Whether `/P3` leads to the dataset of this size and level."""
-        link = self._file.get(level, getlink=True)
+        link = self._opened().get(level, getlink=True)
         return isinstance(link, h5py.SoftLink) and link.path == f"/pyramids/{size}/{level}"
 
     def stride(self, level: str) -> int:
@@ -327,15 +342,39 @@ class Store:
         done = int((self.status == DONE).sum())
         return f"Store({self.path!r}, {done} of {len(self)} images, {', '.join(self.levels)})"
 
+    def release(self) -> None:
+        """Close the file until something of it is asked for; what was read of it stays."""
+        if self._file:
+            self._state = _state(self._file)
+            self._file.close()
+
     def close(self) -> None:
         """Close the file; items of this store can no longer read."""
+        self._closed = True
         self._file.close()
 
-    def __enter__(self) -> Store:
+    def _opened(self) -> h5py.File:
+        if self._closed:
+            raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
+        if not self._file:
+            self._file = open_hdf5(self.path)
+            if _state(self._file) != self._state:
+                self._file.close()
+                raise StoreError(f"{shown(self.path)} is another file than when it was opened: open it again")
+            self._pyramids = member(self._file, "pyramids", h5py.Group)
+        return self._file
+
+    def __enter__(self: Opened) -> Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _state(file: h5py.File) -> tuple[int, ...]:
+    """What tells a file from one that has taken its name."""
+    about = os.fstat(file.id.get_vfd_handle())
+    return about.st_dev, about.st_ino, about.st_size
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:

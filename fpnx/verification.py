@@ -14,7 +14,8 @@ import numpy as np
 from fpnx.config import SAMPLE, ExtractConfig, fingerprint, parse_extent
 from fpnx.control import Listener
 from fpnx.errors import FpnxError, shown
-from fpnx.store import DONE, FAILED, PENDING, Store, different_fields, open_store
+from fpnx.sets import ShardSet, open_pyramids
+from fpnx.store import DONE, FAILED, PENDING, Store, different_fields
 
 __all__ = ["Verification", "verify"]
 
@@ -28,10 +29,11 @@ class Verification:
     """What was looked at, and what is wrong.
 
     Attributes:
-        file: the file.
+        file: the file, or the pattern of a set of shards.
         images, done, failed, pending: how many there are.
         values: how many stored numbers were read.
         problems: one line for each thing that is not as it should be; empty where the file verifies.
+        shards: how many files it is, where it is a set of them; else 0.
         compared: images that were computed again.
         largest_difference: between stored and computed values, relative to the largest of their level.
     """
@@ -43,6 +45,7 @@ class Verification:
     pending: int
     values: int
     problems: tuple[str, ...]
+    shards: int = 0
     compared: int = 0
     largest_difference: float = 0.0
 
@@ -58,7 +61,7 @@ class Verification:
 
 
 def verify(
-    file: str | os.PathLike[str],
+    file: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     sample: int = SAMPLE,
@@ -70,7 +73,8 @@ def verify(
     """Look at everything in `file`; with `against`, compute some of its images again and compare.
 
     Args:
-        file: what `fpnx extract` wrote, or its `.part`; reads every stored value.
+        file: what `fpnx extract` wrote, or its `.part`; or all shards of a run, as a glob or paths in any order.
+            Every stored value is read.
         against: the images that it was made from: files, folders, or `"@list.txt"`.
         sample: how many images are computed again, evenly spread over those that are done.
         weights: where the weights are now, if not where the file says.
@@ -79,21 +83,25 @@ def verify(
         listener: hears of the progress.
 
     Raises:
-        FpnxError: a file that cannot be read as fpnx's at all, or images or weights that cannot be had.
+        FpnxError: a file that cannot be read as fpnx's at all, a set that is not complete and of one run, or images
+            or weights that cannot be had.
     """
     if sample < 1:
         raise FpnxError(f"sample {sample}: take 1 image or more")
     hears = listener or Listener()
-    with open_store(file) as store:
-        store.check()
-        problems = [*_tables(store), *_groups(store)]
-        values = 0
-        if not problems:  # the rows of a wrong table would only be wrong again
-            total = len(store.paths)
-            for read, seen, found in _values(store):
-                values += read
-                problems += found
-                hears.progress("images", seen, total)
+    with open_pyramids(file) as store:
+        problems, values, before = [*_whole(store)], 0, 0
+        for part in store.each():
+            part.check()
+            wrong = [*_tables(part), *_groups(part)]
+            if not wrong:  # the rows of a wrong table would only be wrong again
+                for read, seen, found in _values(part):
+                    values += read
+                    wrong += found
+                    hears.progress("images", before + seen, len(store))
+            before += len(part)
+            where = "" if part is store else f"{shown(os.path.basename(part.path))}: "
+            problems += [where + problem for problem in wrong]
         states = {state: int((store.status == state).sum()) for state in (PENDING, DONE, FAILED)}
         told = Verification(
             file=store.path,
@@ -103,6 +111,7 @@ def verify(
             pending=states[PENDING],
             values=values,
             problems=tuple(problems),
+            shards=len(store.shards),
         )
         if against is None:
             return told
@@ -111,12 +120,23 @@ def verify(
         return replace(told, problems=(*problems, *found), compared=compared, largest_difference=largest)
 
 
+def _whole(store: Store) -> Iterator[str]:
+    """What is wrong with a set of shards that each may be right."""
+    if isinstance(store, ShardSet):
+        if why := store.altered():
+            yield why
+        if len(set(store.paths)) != len(store.paths):
+            yield "a path stands in two shards"
+
+
 def _tables(store: Store) -> Iterator[str]:
     """What is wrong with the tables, without a look at the features."""
     if store.fingerprint != fingerprint(store.config):
         yield "the fingerprint is not the sha256 of the config: one of them was changed"
     if len(set(store.paths)) != len(store.paths):
         yield "a path stands there twice"
+    if store.cut and len(store) != len(store.cut.slice):
+        yield f"it has {len(store)} images, where shard {store.cut.shard} of {store.cut.images} has another number"
     done, failed = store.status == DONE, store.status == FAILED
     if pending := int((store.status == PENDING).sum()):
         yield f"{pending} of {len(store)} images are pending: continue with fpnx extract --resume"
@@ -129,7 +149,7 @@ def _tables(store: Store) -> Iterator[str]:
     yield from _first("done without a row", store, np.flatnonzero(done & (store.rows < 0)))
     yield from _first("done without a source size", store, np.flatnonzero(done & (store.source_sizes <= 0).any(axis=1)))
     placed = store.rows >= 0
-    yield from _first("in a group without a row", store, np.flatnonzero(~placed & (np.array(store.groups) != "")))
+    yield from _first("in a group without a row", store, np.flatnonzero(~placed & (np.array(store.groups, str) != "")))
     extents = np.array([parse_extent(name) or (0, 0) for name in store.groups]).reshape(-1, 2)
     wrong = placed & ((store.input_sizes < 1) | (store.input_sizes > extents)).any(axis=1)
     yield from _first("of an input size that is not that of its group", store, np.flatnonzero(wrong))
@@ -139,7 +159,7 @@ def _groups(store: Store) -> Iterator[str]:
     """What is wrong with the places of images: each has its own row, and each row its image."""
     counts = Counter(name for name in store.groups if name)
     for size in sorted({*counts, *store.sizes}):
-        members = store.rows[np.array(store.groups) == size]
+        members = store.rows[np.array(store.groups, str) == size]
         if sorted(members.tolist()) != list(range(len(members))):
             yield f"rows of {size} are not numbered one by one"
         extent = parse_extent(size) or (0, 0)
@@ -166,7 +186,7 @@ def _values(store: Store) -> Iterator[tuple[int, int, list[str]]]:
     """How many values were read, how many images seen, and what is wrong: NaN or inf where none are counted."""
     seen = 0
     for size in store.sizes:
-        images = np.flatnonzero(np.array(store.groups) == size)
+        images = np.flatnonzero(np.array(store.groups, str) == size)
         images = images[np.argsort(store.rows[images])]
         for position, level in enumerate(store.levels):
             dataset, column = store.dataset(size, level), store.levels.index(level)

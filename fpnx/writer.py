@@ -20,7 +20,7 @@ from fpnx.hdf5 import open_hdf5
 from fpnx.images import Listing
 from fpnx.store import DONE, ERROR_BYTES, FAILED, FORMAT, FORMAT_VERSION, PENDING, Store, different_fields
 
-__all__ = ["Layout", "Writer", "part_of", "refuse_other_run"]
+__all__ = ["Layout", "Place", "Writer", "make_file", "part_of", "refuse_other_run"]
 
 TABLE_BYTES = 8 + 8 + 8 + 8 + 1 + ERROR_BYTES + 8 + 16 + 16  # per image, without its path and statistics
 VALID_RULE = "rows ceil(input_height / stride), columns ceil(input_width / stride) of a map are not padding"
@@ -82,7 +82,7 @@ def part_of(output: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where the rows of a dataset are in the file."""
 
     offset: int
@@ -90,16 +90,26 @@ class _Place:
     dtype: np.dtype[Any]
 
     @classmethod
-    def of(cls, dataset: h5py.Dataset) -> _Place:
+    def of(cls, dataset: h5py.Dataset) -> Place:
         """Raises StoreError for one that is not a plain stretch of the file."""
-        offset = dataset.id.get_offset()
+        offset = dataset.id.get_offset() if dataset.size else 0  # what is empty has no place, and needs none
         if offset is None or dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:
             raise StoreError(f"{shown(dataset.file.filename)} was packed by another tool: it cannot be continued")
         return cls(offset, dataset.shape, dataset.dtype)
 
-    def row(self, index: int) -> int:
-        """Offset of one row."""
-        return self.offset + index * int(np.prod(self.shape[1:])) * self.dtype.itemsize
+    @property
+    def bytes(self) -> int:
+        """How many it takes."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def write(self, disk: OpenFile, first: int, values: np.ndarray) -> None:
+        """Rows from `first` on, in the dataset's own type."""
+        assert values.shape[1:] == self.shape[1:], f"{values.shape} for {self.shape}"
+        assert 0 <= first <= first + len(values) <= self.shape[0], f"rows {first} to {first + len(values)}"
+        row = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        # The bytes themselves, not a copy: features are megabytes an image.
+        raw = np.ascontiguousarray(values, self.dtype).reshape(-1).view(np.uint8).data
+        disk.write(self.offset + first * row, raw)
 
 
 class Writer:
@@ -129,7 +139,7 @@ class Writer:
             held["stats/nonfinite"] = file["stats/nonfinite"]
             for group in dict.fromkeys(filter(None, self._groups)):
                 held |= {f"{group}/{level}": file[f"pyramids/{group}/{level}"] for level in self._levels}
-            self._places = {name: _Place.of(dataset) for name, dataset in held.items()}
+            self._places = {name: Place.of(dataset) for name, dataset in held.items()}
         self._bytes = os.path.getsize(part)
         self._disk = disk or OpenFile(part)
         self._fresh: dict[int, int] = {}
@@ -151,18 +161,7 @@ class Writer:
             part.unlink(missing_ok=True)
             fresh.unlink(missing_ok=True)
             try:
-                # Space comes first: HDF5 must not be told to write where there is none.
-                with open(fresh, "xb") as probe:
-                    claim(probe.fileno(), layout.total_bytes())
-                with h5py.File(fresh, "w", locking="best-effort") as file:
-                    claim(file.id.get_vfd_handle(), layout.total_bytes())
-                    _lay_out(file, layout, provenance)
-                    file.flush()
-                    size = file.id.get_filesize()
-                with open(fresh, "r+b") as laid_out:
-                    laid_out.truncate(size)  # the estimate was larger
-                    claimed = claim(laid_out.fileno(), size)
-                    os.fsync(laid_out.fileno())
+                claimed = make_file(fresh, layout, provenance)
                 os.replace(fresh, part)
                 sync_folder(part.parent)
             finally:
@@ -284,12 +283,7 @@ class Writer:
         self._disk.close()
 
     def _write(self, name: str, first: int, values: np.ndarray) -> None:
-        """Rows of one dataset from `first` on, in its own type."""
-        place = self._places[name]
-        assert values.shape[1:] == place.shape[1:], f"{name}: {values.shape} for {place.shape}"
-        assert 0 <= first <= first + len(values) <= place.shape[0], f"{name}: rows {first} to {first + len(values)}"
-        # The bytes themselves, not a copy: features are megabytes an image.
-        self._disk.write(place.row(first), np.ascontiguousarray(values, place.dtype).reshape(-1).view(np.uint8).data)
+        self._places[name].write(self._disk, first, values)
 
     def _mark(self, states: Mapping[int, int]) -> None:
         indices = sorted(states)
@@ -309,6 +303,27 @@ class Writer:
             told = disk_error(error, self.output, self._bytes)
             self._failure = FpnxError(f"{told}; what was committed is kept: continue it with --resume")
             raise self._failure from error
+
+
+def make_file(path: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool:
+    """Lay out a file where none is, pending and durable, and claim its space; False where that cannot be promised.
+
+    Raises:
+        OSError, RuntimeError: where the disk refuses.
+    """
+    # Space comes first: HDF5 must not be told to write where there is none.
+    with open(path, "xb") as probe:
+        claim(probe.fileno(), layout.total_bytes())
+    with h5py.File(path, "w", locking="best-effort") as file:
+        claim(file.id.get_vfd_handle(), layout.total_bytes())
+        _lay_out(file, layout, provenance)
+        file.flush()
+        size = file.id.get_filesize()
+    with open(path, "r+b") as laid_out:
+        laid_out.truncate(size)  # the estimate was larger
+        claimed = claim(laid_out.fileno(), size)
+        os.fsync(laid_out.fileno())
+    return claimed
 
 
 def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) -> None:
@@ -336,6 +351,13 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) 
             f"{shown(store.path)} was made from other images ({what}): "
             f"bring the same ones, take another output, or start over with --overwrite"
         )
+    if store.cut != listing.cut:
+        was, asked_for = (f"shard {cut}" if cut else "no shard" for cut in (store.cut, listing.cut))
+        alike = "its list had other images outside this shard" if was == asked_for else f"it is {was}, not {asked_for}"
+        raise FpnxError(
+            f"{shown(store.path)} was cut from another list ({alike}): bring the same one, take another output, or "
+            f"start over with --overwrite"
+        )
 
 
 def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> None:
@@ -346,6 +368,8 @@ def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> 
     file.attrs["fingerprint"] = layout.fingerprint
     file.attrs["root"] = np.array(layout.listing.root, dtype=h5py.string_dtype())
     file.attrs["provenance"] = json.dumps(provenance)
+    if layout.listing.cut is not None:
+        file.attrs["shard"] = json.dumps(layout.listing.cut.to_json())
     status, errors = np.zeros(count, np.uint8), np.zeros(count, h5py.string_dtype("utf-8", ERROR_BYTES))
     for index, reason in layout.errors.items():  # of headers: these have no row, so nothing is left to do
         status[index], errors[index] = FAILED, _clipped(reason)

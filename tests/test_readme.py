@@ -63,7 +63,11 @@ def test_command_lines(line: str, place: Path, fpnx: Callable[..., Any]) -> None
         assert code == 2
         assert "put maskrcnn_resnet50_fpn_v2" in error
         return
-    if "out.h5" in arguments and arguments[0] != "extract":
+    if ">" in arguments:  # the shell's
+        arguments = arguments[: arguments.index(">")]
+    if any("out.shard-" in argument for argument in arguments):
+        assert fpnx("extract", "photos", "--shard", "0/1", "--weights", "random", "--size", "64")[0] == 0
+    elif "out.h5" in arguments and arguments[0] != "extract":
         assert fpnx("extract", "sample_images", "--weights", "random", "--size", "64", "--channels", "8")[0] == 0
     code, _, error = fpnx(*small(arguments))
     assert code == 0, error
