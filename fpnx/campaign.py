@@ -149,6 +149,7 @@ class _Campaign:
         self.count = 0
         self.standing: list[Standing] = []
         self.reports: dict[int, Report] = {}
+        self._shown: tuple[int, str] | None = None
 
     @property
     def total(self) -> int:
@@ -214,6 +215,7 @@ class _Campaign:
             _remove(self.target)
         if todo:
             self._write_list()
+            self._tell({})
             stopped = self._follow(hand_out(self._job(), todo), stop)
             self.look()
         result = self.result(time.monotonic() - started, stopped)
@@ -336,11 +338,13 @@ class _Campaign:
         finished = {index: each.finished for index, each in enumerate(self.standing)} | dict(told)
         ended = sum(each.complete for each in self.standing) + sum(r.state == "complete" for r in self.reports.values())
         failed = sum(len(each.failed) for each in self.standing) + sum(r.failed for r in self.reports.values())
-        self.listener.standing(
-            f"{ended} of {self.count} shards, {self.plan.config.actors} actors"
-            + (f", {failed} failed" if failed else "")
-        )
-        self.listener.progress("images", min(sum(finished.values()), self.total), self.total)
+        standing = f"{ended} of {self.count} shards, {self.plan.config.actors} actors"
+        standing += f", {failed} failed" if failed else ""
+        shown_now = (min(sum(finished.values()), self.total), standing)
+        if shown_now != self._shown:
+            self._shown = shown_now
+            self.listener.standing(standing)
+            self.listener.progress("images", shown_now[0], self.total)
 
     def _unfinished(self) -> str:
         missing = [index for index, each in enumerate(self.standing) if not each.complete]

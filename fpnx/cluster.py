@@ -29,8 +29,6 @@ STORE_BYTES = 100 << 20  # of Ray's object store on this machine: all that trave
 DEFAULTS = {  # of Ray's environment; what the user has set stands
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 TOKEN_FILE = Path(".ray", "auth_token")
@@ -118,7 +116,10 @@ class Handed:
 
 
 def _reports(ray: Any, board: Any, job: Job, shards: Sequence[int], seats: Seats) -> Iterator[Report]:
-    """One row a shard, through a pool of actors, each of which has one in hand."""
+    """One row a shard, through a pool of actors, each of which has one in hand.
+
+    Ray Data starts actors again that died, and gives them their row once more, without end: the ledger sets the limit.
+    """
     data = ray.data
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -132,8 +133,6 @@ def _reports(ray: Any, board: Any, job: Job, shards: Sequence[int], seats: Seats
         compute=data.ActorPoolStrategy(size=min(seats.actors, len(shards)), max_tasks_in_flight_per_actor=1),
         num_cpus=seats.cpus,
         num_gpus=seats.gpus,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     for row in made.iter_rows():
         yield Report(**json.loads(row["report"]))
@@ -200,20 +199,21 @@ def connected() -> Iterator[Cluster]:
     known = any(os.environ.get(name) for name in TOKENS) or Path.home().joinpath(TOKEN_FILE).is_file()
     if address == "local" and os.environ["RAY_AUTH_MODE"] == "token" and not known:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    with warnings.catch_warnings(), _quiet():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
         import ray.data
         import ray.util.scheduling_strategies
 
         theirs = ray.is_initialized()
-        if not theirs:
-            _connect(ray, address)
-        try:
-            yield Cluster(ray, address)
-        finally:
+        with _quiet():
             if not theirs:
-                ray.shutdown()
+                _connect(ray, address)
+            try:
+                yield Cluster(ray, address)
+            finally:
+                if not theirs:
+                    ray.shutdown()
 
 
 def _connect(ray: Any, address: str) -> None:
@@ -248,15 +248,15 @@ def _signals_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Ray's remarks on its own doings are kept off the terminal; its log files have them."""
-    loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    handlers = [handler for name in ("ray", "ray.data") for handler in logging.getLogger(name).handlers]
+    levels = [(each, each.level) for each in handlers if isinstance(each, logging.StreamHandler)]
+    for handler, _ in levels:
+        handler.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for handler, level in levels:
+            handler.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

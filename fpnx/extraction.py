@@ -25,8 +25,9 @@ from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.gallery import Gallery, check_gallery
 from fpnx.images import find, pillow_within_limits
+from fpnx.outputs import check_output, real_output
 from fpnx.pipeline import STAGES, Clock, compute
-from fpnx.planning import Plan, check_output, make_plan, real_output
+from fpnx.planning import Plan, make_plan
 from fpnx.shards import parse_shard, shard_path
 from fpnx.store import DONE, PENDING, Store, open_store
 from fpnx.writer import Writer, part_of

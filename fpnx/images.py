@@ -379,6 +379,8 @@ def _not_as_listed(source: Source) -> str:
         return ""
     try:
         about = os.stat(source.path)
+    except NotADirectoryError:  # a member of an archive: whether it is the same is seen when it is opened
+        return ""
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
     return "" if (about.st_size, about.st_mtime_ns) == (source.bytes, source.mtime_ns) else "changed"

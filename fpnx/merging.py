@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from fpnx._version import __version__
-from fpnx.config import ExtractConfig
+from fpnx.config import OutputConfig
 from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import OpenFile, disk_error, free_bytes, lock, sync_folder
 from fpnx.errors import FpnxError, Interrupted, StoreError, shown
 from fpnx.hdf5 import open_hdf5
 from fpnx.images import Listing, Source
-from fpnx.planning import check_output, real_output
+from fpnx.outputs import check_output, real_output
 from fpnx.sets import ShardSet, open_shards
 from fpnx.store import DONE, FAILED, Store
 from fpnx.writer import Layout, Place, make_file, part_of
@@ -97,7 +97,7 @@ def merge(
 
 
 def _check_output(target: Path, overwrite: bool) -> None:
-    check_output(target, ExtractConfig(overwrite=True))
+    check_output(target, OutputConfig(overwrite=True))
     there = [path for path in (target, part_of(target)) if path.exists()]
     if there and not overwrite:
         what = "exists" if target in there else "holds an unfinished run"

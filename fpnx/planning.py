@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +17,12 @@ from fpnx.config import ExtractConfig, parse_extent
 from fpnx.control import Listener
 from fpnx.disk import disk_error, free_bytes
 from fpnx.engine import resolve_device, resolve_precision
+<<<<<<< HEAD
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, ImageError, shown
+=======
+from fpnx.errors import FpnxError, ImageError
+>>>>>>> 2ab1770924c04810b738cd87df0cae6a18ed4705
 from fpnx.images import Listing, Source, upright_size
 from fpnx.machine import usable_cpus
 from fpnx.model import PyramidModel
@@ -28,10 +30,9 @@ from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
 from fpnx.writer import Layout, part_of, refuse_other_run
 
-__all__ = ["LevelShape", "Plan", "check_output", "identity_of", "make_plan", "real_output"]
+__all__ = ["LevelShape", "Plan", "identity_of", "make_plan"]
 
 DECODERS = 16  # threads at most, unless more are asked for
-WORKING_NAMES = (".part", ".part.new", ".lock")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Plan:
         }
 
 
+<<<<<<< HEAD
 def check_output(output: Path, config: ExtractConfig) -> None:
     """Refuse a name that cannot be written, or that holds what nobody asked to continue or replace.
 
@@ -180,6 +182,9 @@ def make_plan(
     Raises:
         FpnxError: for what cannot be carried out.
     """
+=======
+def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: Listener) -> Plan:
+>>>>>>> 2ab1770924c04810b738cd87df0cae6a18ed4705
     devices = tuple(resolve_device(name) for name in config.device.split(","))
     equipment = equipment or Equipment()
     model = equipment.model(config)

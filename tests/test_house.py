@@ -64,6 +64,7 @@ ORDER = [
     "batching",
     "planning",
     "control",
+    "outputs",
     "writer",
     "disk",
     "machine",

@@ -435,37 +435,41 @@ def test_a_set_is_drawn_as_one_file(made: list[Path], fpnx: Callable[..., Any]) 
     assert pictures == sorted(path.name for path in Path("whole").iterdir()) == [f"{i}.png.png" for i in (0, 1, 2, 5)]
 
 
-def test_sixteen_shards_of_a_real_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "count", "images"),
+    [
+        ("native", 4, 9),
+        pytest.param("native", 16, 19, marks=pytest.mark.slow),
+        pytest.param(64, 16, 19, marks=pytest.mark.slow),
+    ],
+)
+def test_shards_of_a_real_run(tmp_path: Path, size: str | int, count: int, images: int) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     sizes = [(96, 64), (64, 96), (80, 80), (96, 64), (160, 64)]
-    for i in range(19):
+    for i in range(images):
         noise_image(i, sizes[i % 5 if i < 15 else 0]).save(photos / f"{i:02}.jpg")
     (photos / "03.jpg").write_bytes(b"")  # its header fails
     cut = (photos / "07.jpg").read_bytes()
     (photos / "07.jpg").write_bytes(cut[: len(cut) // 2])  # its pixels fail
-    for size in ("native", 64):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        options = {**OPTIONS, "size": size}
-        fpnx.extract(photos, folder / "whole.h5", **options)
-        shards = [fpnx.extract(photos, folder / "out.h5", shard=f"{i}/16", **options).output for i in range(16)]
-        fpnx.merge(folder / "out.h5", folder / "out.shard-*.h5")
-        assert_same_tables(folder / "out.h5", folder / "whole.h5")
-        with fpnx.open(shards) as store, fpnx.open(folder / "out.h5") as one, fpnx.open(folder / "whole.h5") as whole:
-            assert_same_reading(store, one)
-            assert (int((store.status == DONE).sum()), int((store.status == FAILED).sum())) == (17, 2)
-            for level in whole.levels:
-                largest = max(float(np.abs(item[level]).max()) for item in whole)
-                for item in whole:
-                    assert np.abs(store[item.path][level] - item[level]).max() <= 1e-5 * largest
-        for shard in store.shards:
-            for row in range(len(shard)):
-                for level in shard.levels if shard.groups[row] else ():
-                    first = shard.cut.first if shard.cut else 0
-                    assert raw(folder / "out.h5", first + row, level) == raw(Path(shard.path), row, level)
-        assert verify(folder / "out.h5", against=photos, sample=4).problems == ()
-        assert verify(shards, against=photos, sample=4).problems == ()
+    options = {**OPTIONS, "size": size}
+    fpnx.extract(photos, tmp_path / "whole.h5", **options)
+    shards = [fpnx.extract(photos, tmp_path / "out.h5", shard=f"{i}/{count}", **options).output for i in range(count)]
+    fpnx.merge(tmp_path / "out.h5", tmp_path / "out.shard-*.h5")
+    assert_same_tables(tmp_path / "out.h5", tmp_path / "whole.h5")
+    with fpnx.open(shards) as store, fpnx.open(tmp_path / "out.h5") as one, fpnx.open(tmp_path / "whole.h5") as whole:
+        assert_same_reading(store, one)
+        assert (int((store.status == DONE).sum()), int((store.status == FAILED).sum())) == (images - 2, 2)
+        for level in whole.levels:
+            largest = max(float(np.abs(item[level]).max()) for item in whole)
+            for item in whole:
+                assert np.abs(store[item.path][level] - item[level]).max() <= 1e-5 * largest
+    for shard in store.shards:
+        first = shard.cut.first if shard.cut else 0
+        for row in range(len(shard)):
+            for level in shard.levels if shard.groups[row] else ():
+                assert raw(tmp_path / "out.h5", first + row, level) == raw(Path(shard.path), row, level)
+    assert verify(shards, against=photos, sample=2).problems == ()
 
 
 LARGE = ["3200x3200"] * 12  # 0.4 MB an image: progress is told for each MB
@@ -538,10 +542,11 @@ def test_interrupted_is_what_callers_can_catch(tmp_path: Path) -> None:
 
 FEW_FILES = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 import numpy as np
+import torch
 import fpnx
 from fpnx.merging import merge
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
 with fpnx.open("out.shard-*.h5") as store:
     order = np.random.default_rng(0).permutation(len(store))
     for i in order[:400].tolist():
@@ -556,12 +561,12 @@ print(merged.shards, merged.images, merged.done)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs ulimit")
-@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
-def test_more_shards_than_open_files(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "files"), [(80, 64), pytest.param(2000, 256, marks=pytest.mark.slow)])
+def test_more_shards_than_open_files(tmp_path: Path, count: int, files: int) -> None:
     layout = layout_of(["64x64"] * (count + count // 2))
     fill_set(tmp_path, layout, count)
     done = subprocess.run(
-        [sys.executable, "-c", FEW_FILES],
+        [sys.executable, "-c", FEW_FILES, str(files)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
