@@ -26,7 +26,8 @@ from fpnx.images import Listing, find, pillow_within_limits
 from fpnx.ledger import Ledger
 from fpnx.lists import is_list, list_fingerprint, written_list
 from fpnx.pipeline import STAGES
-from fpnx.planning import DECODERS, Plan, check_output, make_plan, real_output
+from fpnx.outputs import check_output, real_output
+from fpnx.planning import DECODERS, Plan, make_plan
 from fpnx.quarantine import Quarantine
 from fpnx.seats import Node, Seats, seats_on
 from fpnx.shards import Cut, Shard, shard_path

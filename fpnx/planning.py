@@ -17,12 +17,8 @@ from fpnx.config import ExtractConfig, parse_extent
 from fpnx.control import Listener
 from fpnx.disk import disk_error, free_bytes
 from fpnx.engine import resolve_device, resolve_precision
-<<<<<<< HEAD
 from fpnx.equipment import Equipment
-from fpnx.errors import FpnxError, ImageError, shown
-=======
 from fpnx.errors import FpnxError, ImageError
->>>>>>> 2ab1770924c04810b738cd87df0cae6a18ed4705
 from fpnx.images import Listing, Source, upright_size
 from fpnx.machine import usable_cpus
 from fpnx.model import PyramidModel
@@ -120,51 +116,6 @@ class Plan:
         }
 
 
-<<<<<<< HEAD
-def check_output(output: Path, config: ExtractConfig) -> None:
-    """Refuse a name that cannot be written, or that holds what nobody asked to continue or replace.
-
-    Raises:
-        FpnxError: saying what is there, and the ways on.
-    """
-    if output.name.endswith(WORKING_NAMES):
-        stem = re.sub(r"(\.(part|new|lock))+$", "", str(output))
-        raise FpnxError(f"output {shown(output)}: fpnx keeps such names for itself: name the output {shown(stem)}")
-    try:
-        if "\0" in str(output):
-            raise ValueError("a name cannot hold a null byte")
-        there = [path for path in (output, part_of(output)) if path.exists()]
-        about = os.stat(output) if output in there else None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise FpnxError(f"output {shown(output)}: {why}: name another with -o") from error
-    if about is not None and stat.S_ISDIR(about.st_mode):
-        raise FpnxError(f"output {shown(output)} is a folder: name a file in it, such as {shown(output / 'out.h5')}")
-    if about is not None and not stat.S_ISREG(about.st_mode):
-        raise FpnxError(f"output {shown(output)} is not a regular file: name another with -o")
-    if not output.parent.is_dir():
-        raise FpnxError(f"output folder {shown(output.parent)} does not exist: make it, or name another with -o")
-    if there and not (config.resume or config.overwrite):
-        what = "exists" if output in there else "holds an unfinished run"
-        raise FpnxError(
-            f"{shown(there[0])} {what}: continue it with --resume, replace it with --overwrite, or name another with -o"
-        )
-
-
-def real_output(output: Path) -> Path:
-    """Where a link leads, so that the work goes on beside the real file and the link stays a link.
-
-    Raises:
-        FpnxError: for a link that leads round to itself.
-    """
-    if not os.path.islink(output):  # False, too, for names that cannot be: `check_output` tells of those
-        return output
-    real = Path(os.path.realpath(output))
-    if os.path.islink(real):
-        raise FpnxError(f"output {shown(output)} is a link that leads nowhere: name another with -o")
-    return real
-
-
 def make_plan(
     output: Path,
     config: ExtractConfig,
@@ -182,9 +133,6 @@ def make_plan(
     Raises:
         FpnxError: for what cannot be carried out.
     """
-=======
-def make_plan(output: Path, config: ExtractConfig, listing: Listing, listener: Listener) -> Plan:
->>>>>>> 2ab1770924c04810b738cd87df0cae6a18ed4705
     devices = tuple(resolve_device(name) for name in config.device.split(","))
     equipment = equipment or Equipment()
     model = equipment.model(config)
