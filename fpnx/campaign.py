@@ -25,8 +25,8 @@ from fpnx.extraction import DEFAULT_OUTPUTS, Result
 from fpnx.images import Listing, find, pillow_within_limits
 from fpnx.ledger import Ledger
 from fpnx.lists import is_list, list_fingerprint, written_list
-from fpnx.pipeline import STAGES
 from fpnx.outputs import check_output, real_output
+from fpnx.pipeline import STAGES
 from fpnx.planning import DECODERS, Plan, make_plan
 from fpnx.quarantine import Quarantine
 from fpnx.seats import Node, Seats, seats_on

@@ -8,8 +8,11 @@ import json
 import logging
 import os
 import queue
+import re
 import secrets
 import signal
+import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +33,8 @@ DEFAULTS = {  # of Ray's environment; what the user has set stands
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+RAYS_OWN = re.compile(rb"\[\d{4}-\d\d-\d\d [^\]]*\] (\([^)]*\) )?\w+\.cc:\d+:")
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 TOKEN_FILE = Path(".ray", "auth_token")
 
@@ -206,7 +211,7 @@ def connected() -> Iterator[Cluster]:
         import ray.util.scheduling_strategies
 
         theirs = ray.is_initialized()
-        with _quiet():
+        with _quiet(ray):
             if not theirs:
                 _connect(ray, address)
             try:
@@ -220,14 +225,17 @@ def _connect(ray: Any, address: str) -> None:
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options |= {"num_cpus": usable_cpus(), "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    said: list[bytes] = []
     try:
-        with _signals_kept():
+        with _signals_kept(), _quiet_start(said):
             ray.init(**options)
     except Exception as error:
         where = "a cluster on this machine" if address == "local" else f"the cluster at RAY_ADDRESS {shown(address)}"
+        why = _first_line(error)
+        if any(b"InvalidAuthToken" in line for line in said):
+            why = f"it does not take this token (RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']} here)"
         raise FpnxError(
-            f"{where} cannot be had: {_first_line(error)}: see to it that it runs, and that both sides have the same "
-            f"Ray, the same RAY_AUTH_MODE (here {os.environ['RAY_AUTH_MODE']}) and the same token"
+            f"{where} cannot be had: {why}: see to it that it runs the same Ray, with the same RAY_AUTH_MODE and token"
         ) from error
 
 
@@ -246,17 +254,42 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(ray: Any) -> Iterator[None]:
     """Ray's remarks on its own doings are kept off the terminal; its log files have them."""
     handlers = [handler for name in ("ray", "ray.data") for handler in logging.getLogger(name).handlers]
     levels = [(each, each.level) for each in handlers if isinstance(each, logging.StreamHandler)]
+    printer = ray._private.worker  # prints of dead workers to stdout; what silences it is what Ray's debugger sets
+    printed = getattr(printer, "_worker_logs_enabled", True)
     for handler, _ in levels:
         handler.setLevel(logging.CRITICAL)
+    printer._worker_logs_enabled = False
     try:
         yield
     finally:
+        printer._worker_logs_enabled = printed
         for handler, level in levels:
             handler.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet_start(said: list[bytes]) -> Iterator[None]:
+    """The same for what is not Python in Ray: it is told to be quiet, would tell that it was, and goes to `said`."""
+    if LOG_LEVEL in os.environ:
+        yield
+        return
+    os.environ[LOG_LEVEL] = "fatal"
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            said += held
+            os.write(2, b"".join(line for line in said if not RAYS_OWN.match(line)))
 
 
 def _first_line(error: BaseException) -> str:
