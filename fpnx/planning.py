@@ -26,7 +26,7 @@ from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
 from fpnx.writer import Layout, part_of, refuse_other_run
 
-__all__ = ["LevelShape", "Plan", "identity_of", "make_plan"]
+__all__ = ["DECODERS", "LevelShape", "Plan", "identity_of", "make_plan"]
 
 DECODERS = 16  # threads at most, unless more are asked for
 

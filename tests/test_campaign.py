@@ -130,7 +130,8 @@ def test_all_shards_together_are_what_one_run_makes(tmp_path: Path, images: Path
             with fpnx.open(file) as store:
                 assert store.fingerprint == whole.fingerprint
                 for item in store:
-                    np.testing.assert_array_equal(item["P4"], whole[item.path]["P4"], err_msg=str(shard))
+                    wanted = whole[item.path]["P4"]
+                    assert np.abs(item["P4"] - wanted).max() <= 1e-5 * np.abs(wanted).max(), (shard, item.path)
 
 
 def test_the_same_command_goes_on(tmp_path: Path, images: Path) -> None:
@@ -169,7 +170,7 @@ def test_other_images_or_options_are_refused_before_anything_begins(tmp_path: Pa
         with pytest.raises(FpnxError, match=why):
             run(images, output, crew, **options)
     noise_image(9, (64, 64)).save(images / "9.jpg")
-    with pytest.raises(FpnxError, match="was cut from another list"):
+    with pytest.raises(FpnxError, match="was made from other images .1 added, 0 removed"):
         run(images, output, crew)
     assert crew.handed == []
     assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {"images": before["images"]}
