@@ -143,6 +143,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._file, self._closed = open_hdf5(self.path), False
+        self._place = os.path.abspath(self.path) if os.path.exists(self.path) else self.path  # wherever one goes then
         try:
             self._read_header()
         except FpnxError:
@@ -357,7 +358,7 @@ class Store:
         if self._closed:
             raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
         if not self._file:
-            self._file = open_hdf5(self.path)
+            self._file = open_hdf5(self._place)
             if _state(self._file) != self._state:
                 self._file.close()
                 raise StoreError(f"{shown(self.path)} is another file than when it was opened: open it again")
@@ -373,6 +374,8 @@ class Store:
 
 def _state(file: h5py.File) -> tuple[int, ...]:
     """What tells a file from one that has taken its name."""
+    if file.driver == "fileobj":
+        return (file.id.get_filesize(),)
     about = os.fstat(file.id.get_vfd_handle())
     return about.st_dev, about.st_ino, about.st_size
 

@@ -46,7 +46,7 @@ def part(layout: Layout, index: int, count: int) -> Layout:
     groups = [layout.groups[i] for i in cut.slice]
     return replace(
         layout,
-        listing=Listing(layout.listing.root, tuple(sources[i] for i in cut.slice), 0, cut),
+        listing=Listing(layout.listing.root, tuple(sources[i] for i in cut.slice), 0, cut=cut),
         sizes=layout.sizes[cut.first : cut.slice.stop],
         groups=groups,
         rows=np.array([groups[:i].count(name) if name else -1 for i, name in enumerate(groups)], np.int64),
@@ -171,6 +171,10 @@ def test_globs_and_single_shards(made: list[Path], tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     with fpnx.open("out.shard-*.h5") as store:
         assert (len(store), store.path, len(store.shards)) == (11, "out.shard-*.h5", 4)
+        store.release()
+        monkeypatch.chdir("/")
+        assert (store[10]["P4"] == 11).all()
+    monkeypatch.chdir(tmp_path)
     with fpnx.open(made[1]) as store:
         assert (len(store), store.shards) == (3, ())
         assert str(store.cut) == "1/4: images 2 to 4 of 11"
@@ -470,6 +474,7 @@ def test_shards_of_a_real_run(tmp_path: Path, size: str | int, count: int, image
             for level in shard.levels if shard.groups[row] else ():
                 assert raw(tmp_path / "out.h5", first + row, level) == raw(Path(shard.path), row, level)
     assert verify(shards, against=photos, sample=2).problems == ()
+    assert fpnx.extract(photos, tmp_path / "out.h5", resume=True, **options).computed == 0  # it is a whole run's
 
 
 LARGE = ["3200x3200"] * 12  # 0.4 MB an image: progress is told for each MB
@@ -526,6 +531,62 @@ def test_an_interrupted_merge_leaves_nothing_that_passes_for_done(tmp_path: Path
     fpnx.merge(tmp_path / "out.h5", made)
     assert_same_tables(tmp_path / "out.h5", tmp_path / "whole.h5")
     assert not fresh.exists()
+
+
+BOUNDED = """
+import resource
+import fpnx.merging
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fpnx.merging.merge("out.h5", "out.shard-*.h5")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss counts in other units")
+def test_a_merge_takes_little_memory(tmp_path: Path) -> None:
+    layout = layout_of(["3200x3200"] * 1000)
+    for index in range(2):
+        fill(shard_path(tmp_path / "out.h5", Shard(index, 2)), part(layout, index, 2))
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (tmp_path / "out.h5").stat().st_size > 400_000_000
+    assert int(done.stdout) < 150_000, done.stderr  # kB
+
+
+FULL = """
+import resource, sys
+import fpnx.merging
+from fpnx.control import Listener
+class Fills(Listener):
+    def progress(self, what, done, total):
+        if done == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
+if sys.argv[1] == "at first":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, -1))
+fpnx.merging.merge("out.h5", "out.shard-*.h5", listener=Fills())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs ulimit")
+@pytest.mark.parametrize("when", ["at first", "on the way"])
+def test_a_disk_that_refuses_leaves_nothing(tmp_path: Path, when: str) -> None:
+    fill_set(tmp_path, layout_of(LARGE), 2)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, when],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "FpnxError: out.h5 may not become" in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_interrupted_is_what_callers_can_catch(tmp_path: Path) -> None:
