@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from fpnx.bodies import tapped
 from fpnx.errors import FpnxError
 from fpnx.pyramid import seeded_generator
 from fpnx.shelf import recall, remember
-from fpnx.stages import PROBES, NoStagesError, Stages, Tap, find_stages, on_meta, run_on_meta, tapped
+from fpnx.stages import PROBES, NoStagesError, Stages, Tap, find_stages
+from fpnx.tracing import on_meta, run_on_meta
 from fpnx.zoo import TIMM, build_network, builder_versions, known_name, names, native_side, quiet
 
 __all__ = [
@@ -33,11 +31,9 @@ __all__ = [
     "one_size",
     "parameter_shapes",
     "survey",
-    "survey_all",
     "tap_shapes",
 ]
 
-WORTH_A_PROCESS = 12  # networks to measure: fewer take less time than loading torch once more
 SCHEME = 1  # of finding and keeping stages; a change makes what is kept on disk void
 SIZE_KEYWORDS = ("input_size", "image_size", "img_size")  # how builders call the one size that they build for
 
@@ -99,7 +95,6 @@ class Survey:
 
 def backbone_names() -> list[str]:
     """Torchvision's classifiers that have stages. Measures those that were not met before."""
-    survey_all(names())
     return [name for name in names() if survey(name).stages is not None]
 
 
@@ -128,21 +123,6 @@ def known_survey(name: str) -> Survey | None:
         if kept is not None:
             _surveys[name] = kept
     return _surveys.get(name)
-
-
-def survey_all(wanted: Sequence[str], progress: Callable[[int], None] = lambda done: None) -> None:
-    """Measure what was not met before, in several processes where that pays; `progress` hears how many are known."""
-    missing = [name for name in wanted if known_survey(name) is None]
-    progress(len(wanted) - len(missing))
-    workers = min(os.cpu_count() or 1, 8, len(missing) // WORTH_A_PROCESS)
-    with ExitStack() as stack:
-        found: Iterable[Survey] = map(survey, missing)
-        if workers > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-            found = pool.map(survey, missing, chunksize=2)
-        for i, (name, each) in enumerate(zip(missing, found, strict=True), 1):
-            _surveys[name] = each
-            progress(len(wanted) - len(missing) + i)
 
 
 _surveys: dict[str, Survey] = {}

@@ -23,7 +23,7 @@ from fpnx._version import __version__
 from fpnx.ceilings import MatrixProduct, write_speed
 from fpnx.config import BenchmarkConfig
 from fpnx.control import Listener, Stop, stoppable
-from fpnx.costs import count_costs
+from fpnx.costs import count_costs, count_executed
 from fpnx.engine import Engine, resolve_device
 from fpnx.errors import FpnxError, ImageError, Interrupted, shown
 from fpnx.findings import Column, Findings
@@ -89,6 +89,7 @@ class _Session:
         self._notes: list[str] = []
         self._specimens: list[tuple[Column, Specimen]] = []
         self._rivals: list[tuple[Column, Rival]] = []
+        self._executed: dict[Engine, int] = {}
         self._products: dict[str, MatrixProduct] = {}
         self._disk_bytes = DISK[0]
         self._done = self._total = 0
@@ -107,12 +108,11 @@ class _Session:
         self._check_baseline(plans)
         self.findings.machine, self.findings.workers = _machine(plans[0].device), plans[0].workers
         self.findings.facts.update(self._facts(plans[0]))
-        engines: dict[tuple[str, str], Engine] = {}
+        engines: dict[tuple[str, str, int | None], Engine] = {}
         for plan in plans:
-            key = plan.model.backbone, plan.precision
+            key = plan.model.backbone, plan.precision, plan.batch_size
             engines.setdefault(key, Engine(plan.model, plan.recipe, plan.config, plan.device))
-            name = f"{len(self._specimens)}"
-            self._add(Specimen(plan, engines[key], self._folder, name), files)
+            self._add(Specimen(plan, engines[key], self._folder, f"{len(self._specimens)}"), files)
         if not self._alive():
             column = self.findings.columns[0]
             raise FpnxError(f"nothing can be measured: {column.name} {column.reason}")
@@ -160,6 +160,8 @@ class _Session:
                     stages, forward = specimen.stages(), specimen.forward()
                     column.add_stages(stages)
                     column.forward.append(forward)
+                    if specimen.plan.device.type == "cpu":
+                        column.core.append(specimen.core_time())
             for column, rival in self._rivals_alive():
                 with self._step(what, column):
                     column.forward.append(rival.forward())
@@ -208,6 +210,7 @@ class _Session:
         for column in self.findings.columns:
             column.stages.clear()
             column.forward.clear()
+            column.core.clear()
             column.end_to_end.clear()
 
     def _files(self) -> list[Path]:
@@ -267,13 +270,17 @@ class _Session:
         self._specimens.append((column, specimen))
         with self._step("preparations", column):
             if column.reason is None:
+                engine = specimen.engine
+                if engine not in self._executed:  # before its weights are packed
+                    self._executed[engine] = count_executed(engine.executable, specimen.size)
+                column.executed = self._executed[engine]
                 specimen.warm_up()
                 column.images = specimen.images
                 fill(specimen.files, files, specimen.images)
 
-    def _compare_precisions(self, engines: Mapping[tuple[str, str], Engine]) -> None:
+    def _compare_precisions(self, engines: Mapping[tuple[str, str, int | None], Engine]) -> None:
         """The error of each level against float32, on one batch."""
-        exact = {backbone: engine for (backbone, precision), engine in engines.items() if precision == "float32"}
+        exact = {backbone: engine for (backbone, precision, _), engine in engines.items() if precision == "float32"}
         for column, specimen in self._alive():
             if column.precision == "float32":
                 continue
@@ -287,7 +294,8 @@ class _Session:
     def _add_rivals(self) -> None:
         for backbone in dict.fromkeys(column.backbone for column, _ in self._alive()):
             column, specimen = next(pair for pair in self._alive() if pair[0].backbone == backbone)
-            ours = replace(column, plain_script=True, precision="float32", stages={}, forward=[], end_to_end=[])
+            ours = replace(column, plain_script=True, precision="float32", executed=None, stages={})
+            ours.forward, ours.core, ours.end_to_end = [], [], []
             ours.rss = ours.added = ours.cuda = None
             ours.errors = {}
             self.findings.columns.append(ours)

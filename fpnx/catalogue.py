@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
-from fpnx.backbones import create_backbone, known_survey, survey, survey_all
+from fpnx.backbones import create_backbone, known_survey, survey
 from fpnx.errors import FpnxError, nearest
 from fpnx.hub import timm_weights
 from fpnx.published import COCO, best_weights, native_recipe, published_weights
 from fpnx.pyramid import FeaturePyramid
-from fpnx.stages import Stages, on_meta, run_on_meta
+from fpnx.stages import Stages
+from fpnx.tracing import on_meta, run_on_meta
 from fpnx.zoo import TIMM, build_network, names, timm_library
 
-__all__ = ["FPN_CHANNELS", "details", "is_backbone", "overview"]
+__all__ = ["FPN_CHANNELS", "details", "entries", "is_backbone", "matching", "overview"]
 
 FPN_CHANNELS = 256  # of the pyramid whose parameters and operations are counted
 
@@ -26,35 +27,43 @@ def is_backbone(word: str) -> bool:
     return timm_library().is_model(word[len(TIMM) :]) if word.startswith(TIMM) else word in names()
 
 
-def overview(
-    word: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Any]:
-    """All backbones whose name holds `word`, as plain values; no weights are loaded.
-
-    `backbones`: each with its taps, the parameters of the whole classifier, and the kinds of weights. `refused`: those
-    without stages, and why. Of timm's networks (`word` begins with `timm/`) only those met before have taps.
+def matching(word: str | None = None) -> list[str]:
+    """The backbones whose name holds `word`: torchvision's, or timm's where it begins with `timm/`.
 
     Raises:
-        FpnxError: where no name holds `word`.
+        FpnxError: where there is none.
     """
     word = word or ""
     if word.startswith(TIMM):
         found = [f"{TIMM}{name}" for name in timm_library().list_models() if word[len(TIMM) :] in name]
     else:
         found = [name for name in names() if word in name]
-        survey_all(found, lambda done: progress(done, len(found)))
     if not found:
         raise FpnxError(f"no backbone's name holds {word!r}{nearest(word, names())}: fpnx models lists them all")
-    surveys = {name: known_survey(name) for name in found}
+    return found
+
+
+def entries(found: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """One backbone after the other, as plain values; no weights are loaded.
+
+    Each has its taps, the parameters of the whole classifier, and the kinds of weights; or, without stages, why it is
+    `refused`. Torchvision's are measured where they were not met before, a tenth of a second each; of timm's only
+    those met before have taps.
+    """
+    for name in found:
+        each = known_survey(name) if name.startswith(TIMM) else survey(name)
+        if each is not None and each.stages is None:
+            yield {"name": name, "refused": each.refused}
+        else:
+            yield {"name": name, "taps": _taps(each.stages if each else None), **_published_facts(name)}
+
+
+def overview(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`entries` as one document: `backbones`, and those `refused` with the reason."""
+    found = list(rows)
     return {
-        "backbones": [
-            {"name": name, "taps": _taps(each.stages if each else None), **_published_facts(name)}
-            for name, each in surveys.items()
-            if each is None or each.stages is not None
-        ],
-        "refused": [
-            {"name": name, "reason": each.refused} for name, each in surveys.items() if each and each.stages is None
-        ],
+        "backbones": [row for row in found if "refused" not in row],
+        "refused": [{"name": row["name"], "reason": row["refused"]} for row in found if "refused" in row],
     }
 
 

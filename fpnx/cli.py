@@ -395,16 +395,13 @@ def models(
     """
     from fpnx import catalogue, report, tables
 
-    terminal = report.Terminal(json)
-    try:
-        if word is not None and catalogue.is_backbone(word):
-            found, show = catalogue.details(word), tables.show_details
-        else:
-            found = catalogue.overview(word, lambda done, total: terminal.progress("backbones", done, total))
-            show = tables.show_overview
-    finally:
-        terminal.close()
-    report.show_json(found) if json else show(found)
+    if word is not None and catalogue.is_backbone(word):
+        found = catalogue.details(word)
+        report.show_json(found) if json else tables.show_details(found)
+    else:
+        names = catalogue.matching(word)
+        rows = catalogue.entries(names)
+        report.show_json(catalogue.overview(rows)) if json else tables.show_overview(names, rows)
 
 
 @app.command()

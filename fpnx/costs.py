@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fpnx.executable import Executable
 from fpnx.model import PyramidModel
 
-__all__ = ["Cost", "count_costs"]
+__all__ = ["Cost", "count_costs", "count_executed"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
             costs.append(Cost(part, _parameters(blocks), count))
     backbone = counter.get_total_flops() - sum(cost.flops for cost in costs)
     return (Cost("backbone", _parameters(model.body), backbone), *costs)
+
+
+def count_executed(executable: Executable, size: tuple[int, int]) -> int:
+    """Operations of one image of `size` (height, width) in the executable form: fewer where levels are recombined.
+
+    Counted likewise, by computing one image; weights that are packed already are not seen.
+    """
+    image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        executable(image.contiguous(memory_format=torch.channels_last))
+    return int(counter.get_total_flops())
 
 
 def _parameters(module: nn.Module) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ from fpnx.store import valid_extent
 
 __all__ = ["Engine", "Features", "exact_arithmetic", "resolve_device", "resolve_precision", "slow_precision"]
 
+SPARE = 32  # arrays kept at most: those of a batch's levels, for a few batches
 STORED = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -28,12 +31,14 @@ STORED = {"float32": torch.float32, "float16": torch.float16}
 class Features:
     """What a batch gave: level → (B, C, H, W) in the stored type, and level → NaN or infinite values by image.
 
-    Both may still be on their way: `ready()` waits for them.
+    Both may still be on their way: `ready()` waits for them. Who has no more use for the arrays may say so with
+    `give_back()`: then the next batch is put there.
     """
 
     arrays: Mapping[str, np.ndarray]
     nonfinite: Mapping[str, Sequence[int]]
     ready: Callable[[], None] = lambda: None
+    give_back: Callable[[], None] = lambda: None
 
 
 class Engine:
@@ -49,20 +54,27 @@ class Engine:
         self.recipe, self.device = recipe, device
         self.pool, self.stored = config.pool, STORED[config.dtype]
         self._strides = {name: model.stride(name) for name in model.levels}
+        self._spare, self._coming = _Spare(), set[tuple[int, int]]()
 
     def prepare(self, size: tuple[int, int]) -> None:
-        """Get ready for several batches of images of a padded `size` (height, width)."""
-        self.executable.pack(size)
+        """Hear that several batches of images of a padded `size` (height, width) will come."""
+        self._coming.add(size)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> Features:
         """Images of one padded size, each (h, w, 3), 0..255 → their features."""
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with torch.inference_mode():
-            levels = self.executable(self.batch(pixels, sizes).to(self.dtype))
+            images = self.batch(pixels, sizes).to(self.dtype)
+            several = (images.shape[2], images.shape[3]) in self._coming
+            levels = self.executable.pack(images) if several else self.executable(images)
             stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}
             del levels
             nonfinite = {name: _count_nonfinite(level) for name, level in stored.items()}
-            return Features({name: level.cpu().numpy() for name, level in stored.items()}, nonfinite)
+            arrays = {name: level.cpu().numpy() for name, level in stored.items()}
+            return Features(arrays, nonfinite, give_back=lambda: self._spare.keep(stored.values()))
+
+    def release(self) -> None:
+        """Give memory back that is only kept for speed: what it computes with stays."""
 
     def batch(self, pixels: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> Tensor:
         """(B, 3, H, W) float32 input of the network, in channels-last layout."""
@@ -79,7 +91,7 @@ class Engine:
             level = self._pooled(level.float(), self._strides[name], sizes)
         if level.device.type != "cpu":  # cast and layout in one pass
             return level.to(self.stored, memory_format=torch.contiguous_format).contiguous()
-        return _channels_first(level.to(self.stored))
+        return self._channels_first(level.to(self.stored))
 
     def _pooled(self, level: Tensor, stride: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """Pool each image over its valid cells, so that padding never enters."""
@@ -92,17 +104,39 @@ class Engine:
             pooled.append(pooling(valid, extent))
         return torch.stack(pooled)
 
+    def _channels_first(self, level: Tensor) -> Tensor:
+        """A map in (B, C, H, W) order in memory. Image by image each is a transposed matrix, which PyTorch copies in
+        blocks: 2.3 times as fast as the map as a whole."""
+        if not level.is_contiguous(memory_format=torch.channels_last):
+            return level.contiguous()
+        channels, height, width = level.shape[1:]
+        ordered = self._spare.take(level.shape, level.dtype)
+        for source, target in zip(level, ordered, strict=True):
+            target.view(channels, height * width).copy_(source.permute(1, 2, 0).reshape(height * width, channels).t())
+        return ordered
 
-def _channels_first(level: Tensor) -> Tensor:
-    """A map in (B, C, H, W) order in memory. Image by image each is a transposed matrix, which PyTorch copies in
-    blocks: 2.3 times as fast as the map as a whole."""
-    if not level.is_contiguous(memory_format=torch.channels_last):
-        return level.contiguous()
-    channels, height, width = level.shape[1:]
-    ordered = torch.empty(level.shape, dtype=level.dtype)
-    for source, target in zip(level, ordered, strict=True):
-        target.view(channels, height * width).copy_(source.permute(1, 2, 0).reshape(height * width, channels).t())
-    return ordered
+
+class _Spare:
+    """Memory of batches that are written, for those to come: fresh pages would cost as much as the writing."""
+
+    def __init__(self) -> None:
+        self._kept = deque[Tensor](maxlen=SPARE)
+        self._turn = threading.Lock()
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        with self._turn:
+            for i, held in enumerate(self._kept):
+                if held.shape == shape and held.dtype == dtype:
+                    del self._kept[i]
+                    return held
+        return torch.empty(shape, dtype=dtype)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        with self._turn:
+            for tensor in tensors:
+                # Two levels may be one map under two names.
+                if all(tensor.data_ptr() != held.data_ptr() for held in self._kept):
+                    self._kept.append(tensor)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import PIL
 import torch
 import torchvision
@@ -34,6 +35,8 @@ from fpnx.writer import Writer, part_of
 
 __all__ = ["DEFAULT_OUTPUTS", "Result", "extract"]
 
+LEAST_NORMAL = float(np.finfo(np.float16).smallest_normal)  # smaller values lose digits in float16, and end as 0
+IMAGES_LOOKED_AT = 8
 DEFAULT_OUTPUTS = {"h5": "out.h5", "png": "out_png"}
 
 
@@ -49,6 +52,7 @@ class Result:
         seconds: of computing, without loading the model.
         timings: milliseconds per computed image, by stage.
         nonfinite: NaN and infinite values, by level; in a strict run they are errors.
+        too_small: levels stored as float16 whose values, in the images looked at, are all too small for it.
         stopped: why `strict` ended it early; None where it did not.
         complete: whether `output` has its final name.
         facts: what was planned, as plain values.
@@ -64,6 +68,7 @@ class Result:
     nonfinite: Mapping[str, int]
     allowed_failures: int
     strict: bool = False
+    too_small: tuple[str, ...] = ()
     stopped: str | None = None
     complete: bool = True
     dry_run: bool = False
@@ -93,6 +98,7 @@ class Result:
             "images_per_second": self.images_per_second,
             "ms_per_image": dict(self.timings),
             "nonfinite": dict(self.nonfinite),
+            "too_small": list(self.too_small),
             "stopped": self.stopped,
             "exit_code": self.exit_code,
         }
@@ -217,10 +223,27 @@ def _result(
         nonfinite=store.nonfinite_by_level() if store is not None else {},
         allowed_failures=0 if plan.config.strict else plan.config.allowed_failures(count),
         strict=plan.config.strict,
+        too_small=_too_small(store) if isinstance(store, Store) else (),
         stopped=stopped,
         complete=store is not None and stopped is None,
         dry_run=dry_run,
         facts=plan.facts(),
+    )
+
+
+def _too_small(store: Store) -> tuple[str, ...]:
+    """Levels whose values are all below float16's normal numbers in a few images, the first and others at a distance.
+
+    The scale of a level is the network's, so that a few images tell. NaN counts as large: it is told elsewhere.
+    """
+    if store.config.get("dtype") != "float16":
+        return ()
+    done = np.flatnonzero(store.status == DONE)
+    looked_at = [store[i] for i in done[:: len(done) // IMAGES_LOOKED_AT + 1].tolist()]
+    return tuple(
+        level
+        for level in store.levels
+        if looked_at and all(np.abs(item[level]).max(initial=0) < LEAST_NORMAL for item in looked_at)
     )
 
 

@@ -20,9 +20,11 @@ class Column:
 
     Attributes:
         reason: why there are no samples: it does not fit into memory, or failed; else None.
+        executed: operations of one image as they are executed, a multiply-add as two; None: as `costs` has them.
         stages: milliseconds per image by stage, in their order.
         forward: milliseconds per image of the network alone, measured as one.
-        end_to_end: images/s from files to a file.
+        core: milliseconds of processor time per image, all stages together, while every core is at them.
+        end_to_end: images/s from files to a file, from the first batches on.
         images: of one end-to-end run.
         rss, added, cuda: peak bytes of an end-to-end run; see `PeakMemory`.
         errors: relative error of each level against float32, ‖a − b‖ / ‖b‖.
@@ -37,8 +39,10 @@ class Column:
     reason: str | None = None
     shapes: Sequence[LevelShape] = ()
     costs: Sequence[Cost] = ()
+    executed: int | None = None
     stages: dict[str, list[float]] = field(default_factory=dict)
     forward: list[float] = field(default_factory=list)
+    core: list[float] = field(default_factory=list)
     end_to_end: list[float] = field(default_factory=list)
     rss: int | None = None
     added: int | None = None
@@ -57,7 +61,7 @@ class Column:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations for one image."""
+        """Floating-point operations for one image, as the model is defined."""
         return sum(cost.flops for cost in self.costs)
 
     @property
@@ -82,8 +86,12 @@ class Column:
         return spread([together / whole for together, whole in zip(sums, self.forward, strict=False)])
 
     def achieved(self) -> Spread:
-        """FLOP/s of the forward pass."""
-        return spread([1000 * self.flops / ms for ms in self.forward])
+        """FLOP/s of the forward pass, of the operations that are executed."""
+        return spread([1000 * (self.executed or self.flops) / ms for ms in self.forward])
+
+    def allowed(self, cpus: int) -> Spread:
+        """Images/s that the stages' own processor time allows on `cpus` cores."""
+        return spread([1000 * cpus / ms for ms in self.core])
 
     def busy(self, workers: int, disk: float) -> dict[str, float]:
         """Share of an end-to-end run in which each part works, by what its stages take alone; at most 1.

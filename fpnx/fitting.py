@@ -47,6 +47,5 @@ class Fitting:
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(t in str(error) for t in TOLD):
                 raise
-        if self._engine.device.type == "cuda":  # only now: the error held on to what had been computed
-            torch.cuda.empty_cache()
+        self._engine.release()  # only now: the error held on to what had been computed
         return None

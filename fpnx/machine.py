@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_memory", "usable_cpus"]
+__all__ = ["available_memory", "keep_freed_memory", "usable_cpus"]
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -34,6 +38,21 @@ def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
             if most.isdigit() and used.isdigit():
                 found.append(max(int(most) - int(used), 0))
     return min(found, default=4 * 2**30)  # elsewhere than on Linux: assume little
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees for what it takes next; with another C library nothing happens.
+
+    By default large blocks go back to the system, which zeroes every page of the next one: up to a fifth of the time
+    that small networks take. Threads get no arenas of their own, since those end with a heap that is empty for a
+    moment. What can be in use at once does not change.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(None)
+            library.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+            library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+            library.mallopt(M_ARENA_MAX, 1)
 
 
 def _own_groups(controller: str, proc: Path, cgroups: Path) -> Iterator[Path]:

@@ -23,6 +23,7 @@ from fpnx.errors import ImageError, Interrupted, shown
 from fpnx.fitting import Fitting
 from fpnx.gallery import Gallery
 from fpnx.images import Budget, decode
+from fpnx.machine import keep_freed_memory
 from fpnx.planning import Plan
 from fpnx.store import DONE
 from fpnx.writer import Writer
@@ -89,6 +90,7 @@ def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, list
     finished = total - len(pending)
     listener.progress("images", finished, total)
     clock.start()
+    keep_freed_memory()
     if plan.config.strict and plan.layout.errors:
         return _strictly(plan, *next(iter(plan.layout.errors.items())))
     if not pending:
@@ -319,6 +321,7 @@ class _Scribe:
         with self._clock("forward"):
             features.ready()
         self._timed(lambda: self._writer.put(indices, features.arrays, sizes, features.nonfinite))
+        features.give_back()
 
     def _timed(self, work: Callable[[], None]) -> None:
         with self._clock("write"):

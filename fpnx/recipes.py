@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -118,8 +119,7 @@ class Recipe:
             images = images.clone(memory_format=torch.channels_last)
         if self.value_range != 255.0:
             images.mul_(self.value_range).div_(255.0) if self.value_range != 1.0 else images.div_(255.0)
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return images.sub_(mean).div_(std)
+        return images.sub_(_by_channel(self.mean, images.device)).div_(_by_channel(self.std, images.device))
 
     def pad(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(B, 3, H, W) normalised → padded right and bottom with zeros to `size` (height, width)."""
@@ -194,3 +194,10 @@ class Recipe:
                 new_short, new_long = int(self.long_side * new_short / new_long), self.long_side
         new_short, new_long = max(new_short, 1), max(new_long, 1)
         return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+@functools.lru_cache(maxsize=64)
+def _by_channel(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """(1, 3, 1, 1) float32, made once: each copy to a GPU would wait for all that it has to do."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)

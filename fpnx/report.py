@@ -150,6 +150,9 @@ def show_result(result: Result) -> None:
     bad = {level: count for level, count in result.nonfinite.items() if count}
     if bad:
         console.print(f"NaN or infinite values: {', '.join(f'{n} in {level}' for level, n in bad.items())}")
+    if result.too_small:
+        levels = ", ".join(result.too_small)
+        console.print(f"values of {levels} are too small for float16 (all below 6.1e-05): store --dtype float32")
     _show_failures(console, result.failed)
     if result.stopped:
         console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))

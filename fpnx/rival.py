@@ -34,7 +34,7 @@ class Rival:
         folder = folder / f"plain {specimen.plan.model.backbone}"  # of its own: there may be several
         folder.mkdir()
         self.output, self.rss = folder / "out.h5", None
-        self._images, self._batch_size = specimen.images, specimen.batch_size
+        self._batch_size = specimen.batch_size
         parameters = folder / "parameters.pt"
         plan = specimen.plan
         torch.save({name: value.cpu().contiguous() for name, value in plan.model.state_dict().items()}, parameters)
@@ -77,7 +77,7 @@ class Rival:
         """All images into a file: images/s."""
         answer = self._ask("end to end")
         self.rss = answer["rss"]
-        return self._images / float(answer["seconds"])
+        return float(answer["images_per_second"])
 
     def features(self, level: str, count: int) -> np.ndarray:
         """The first `count` rows of a level that it wrote last."""

@@ -124,7 +124,7 @@ def _stage_rows(stages: Sequence[str]) -> Rows:
 
 
 def _throughput_rows(findings: Findings) -> Rows:
-    disk = spread(findings.disk) if findings.disk else None
+    disk, cpus = spread(findings.disk) if findings.disk else None, findings.machine.get("cpus", 1)
 
     def ceiling(column: Column) -> Spread | None:
         samples = findings.ceilings.get(column.precision)
@@ -132,6 +132,9 @@ def _throughput_rows(findings: Findings) -> Rows:
 
     def share(what: Spread, whole: Spread | None) -> str:
         return f"{100 * what.median / whole.high:.0f}" if whole else NOTHING
+
+    def reached(column: Column) -> str:
+        return f"{100 * spread(column.end_to_end).median / column.allowed(cpus).median:.0f}"
 
     def written(column: Column) -> Spread:
         return spread([rate * column.bytes_per_image for rate in column.end_to_end])
@@ -145,6 +148,9 @@ def _throughput_rows(findings: Findings) -> Rows:
         ("achieved, GFLOP/s", lambda c: _range(_over(c.achieved(), 1e9))),
         ("matrix product, GFLOP/s", lambda c: _range(_over(w, 1e9)) if (w := ceiling(c)) else NOTHING),
         ("achieved of its best, %", lambda c: share(c.achieved(), ceiling(c))),
+        ("core time, ms", lambda c: _range(spread(c.core)) if c.core else NOTHING),
+        ("it allows, images/s", lambda c: _range(c.allowed(cpus)) if c.core else NOTHING),
+        ("reached of that, %", lambda c: reached(c) if c.core else NOTHING),
         ("written, MB/s", lambda c: _range(_over(written(c), 1e6))),
         ("disk, MB/s", lambda _: _range(_over(disk, 1e6)) if disk else NOTHING),
         ("written of its best, %", lambda c: share(written(c), disk)),

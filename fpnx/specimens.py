@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fpnx.anatomy import MERGE, TOP, marked, peak_bytes, timed_body
 from fpnx.batching import Batches, lanes_for
+from fpnx.control import Listener
 from fpnx.engine import Engine, exact_arithmetic
 from fpnx.errors import FpnxError
 from fpnx.executable import Executable
@@ -78,6 +80,7 @@ class Specimen:
     def warm_up(self) -> None:
         """Take the first, slow turns, and settle the length of an end-to-end run."""
         self.engine.prepare(self.size)
+        self.features()  # lays the weights out
         for _ in range(2):
             ms = self.stages()
             self.forward()
@@ -86,7 +89,7 @@ class Specimen:
         each = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.group)
         wanted = min(1000 * SECONDS / max(reading, network, writing), BYTES / each)
         batches = math.ceil(max(wanted, IMAGES) / self.batch_size)
-        self.images = max(batches, BATCHES) * self.batch_size
+        self.images = max(batches, BATCHES) * self.batch_size + self._first()
 
     def stages(self) -> dict[str, float]:
         """One batch through every stage, one after the other: milliseconds per image by stage."""
@@ -117,23 +120,56 @@ class Specimen:
             self._stopwatch.mark("forward")
         return 1000 * self._stopwatch.seconds()["forward"] / self.batch_size
 
+    def core_time(self) -> float:
+        """Processor time through all stages, every core at a batch of its own: milliseconds per image.
+
+        For what computes on processors. Cores share caches and the way to memory, so one alone would take less.
+        """
+        spent: list[float] = []
+        writing = threading.Lock()
+
+        def chain() -> None:
+            torch.set_num_threads(1)
+            started = time.thread_time()
+            features = self.engine(self._pixels())
+            with writing:
+                self._put(features.arrays)
+            spent.append(time.thread_time() - started)
+
+        threads_before = torch.get_num_threads()
+        threads = [threading.Thread(target=chain) for _ in range(lanes_for(self.plan, self.images))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        torch.set_num_threads(threads_before)  # each thread set its own number, and with it that of threads to come
+        return 1000 * sum(spent) / len(spent) / self.batch_size
+
     def end_to_end(self, memory: bool = False) -> tuple[float, PeakMemory | None]:
-        """The files of the plan into a new file, as `fpnx extract` does it: images/s, and what it took of memory."""
+        """The files of the plan into a new file, as `fpnx extract` does it: images/s, and what it took of memory.
+
+        The rate is that from the first batches on: what comes before them is the same for a million images.
+        """
         output = self._folder / "measured.h5"
         options = asdict(self.plan.config) | {"batch_size": self.batch_size, "limit": self.images, "overwrite": True}
-        peak = PeakMemory(self.plan.device)
+        peak, under_way = PeakMemory(self.plan.device), _UnderWay(self._first())
         try:
             with peak if memory else nullcontext():
-                result = extract(self.files, output, **options)
+                result = extract(self.files, output, listener=under_way, **options)
+                ended = time.perf_counter()
         finally:
             output.unlink(missing_ok=True)
         if result.failed:
             raise FpnxError(f"{result.failed[0][0]}: {result.failed[0][1]}: measure with images that can be read")
-        return result.images_per_second, peak if memory else None
+        return (result.done - under_way.done) / (ended - under_way.since), peak if memory else None
 
     def features(self, engine: Engine | None = None) -> dict[str, np.ndarray]:
         """The features of the batch, (B, C, H, W) by level, from its own engine or another, as a run uses it."""
         return dict((engine or self.engine)(self._pixels()).arrays)
+
+    def _first(self) -> int:
+        """Images of the first batches, one for each that is computed at the same time."""
+        return lanes_for(self.plan, IMAGES) * self.batch_size
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -167,11 +203,27 @@ class Specimen:
         """Seconds for one batch until it is on the disk, in a file laid out for it as a run lays it out."""
         if self._writer is None:
             self._writer = Writer.create(self._folder / f"{self._name}.h5", _layout(self.plan, self._members), {})
-        finite = {level: [0] * self.batch_size for level in self._arrays}
+        self._source_sizes = source_sizes
         started = time.perf_counter()
-        self._writer.put(range(self.batch_size), self._arrays, source_sizes, finite)
+        self._put(self._arrays)
         self._writer.commit()
         return time.perf_counter() - started
+
+    def _put(self, arrays: Mapping[str, np.ndarray]) -> None:
+        assert self._writer is not None, "stages() comes first"
+        finite = {level: [0] * self.batch_size for level in arrays}
+        self._writer.put(range(self.batch_size), arrays, self._source_sizes, finite)
+
+
+class _UnderWay(Listener):
+    """Notes when the first images of a run were done, and how many."""
+
+    def __init__(self, first: int) -> None:
+        self._first, self.done, self.since = first, 0, 0.0
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if what == "images" and not self.done and done >= self._first:
+            self.done, self.since = done, time.perf_counter()
 
 
 class _Network:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, TypeGuard
 
-import torch
-import torchvision
 from torch import Tensor, fx, nn
 
-__all__ = ["PROBES", "NoStagesError", "Stages", "Tap", "find_stages", "on_meta", "run_on_meta", "tapped"]
+from fpnx.tracing import Trace, leaves, run_on_meta
+
+__all__ = ["PROBES", "NoStagesError", "Stages", "Tap", "find_stages"]
 
 # Two sizes, neither square: strides are taken from differences, which no padding or valid convolution distorts.
 PROBES = ((448, 672), (896, 1344))
 LEVELS = {4: 2, 8: 3, 16: 4, 32: 5}  # stride → k of C_k
-
-# Kept whole when tracing: torchvision's own blocks, as `torchvision.models.feature_extraction` does.
-LEAVES = tuple(
-    block for block in vars(torchvision.ops).values() if isinstance(block, type) and issubclass(block, nn.Module)
-)
 
 
 class NoStagesError(Exception):
@@ -82,8 +72,8 @@ def find_stages(build: Callable[[tuple[int, int]], nn.Module], sizes: Sequence[t
     """
     networks = [build(size) for size in sizes]
     try:
-        first = _Recorder(_Trace(networks[0]))
-        second = first if networks[1] is networks[0] else _Recorder(_Trace(networks[1]))
+        first = _Recorder(Trace(networks[0]))
+        second = first if networks[1] is networks[0] else _Recorder(Trace(networks[1]))
     except Exception:  # control flow on data, compiled parts, …: torch.fx names no exception for them
         return Stages(taps=_chosen(_hooked_maps(networks, sizes)), traced=False)
     small = _Recording(first, sizes[0])
@@ -91,120 +81,10 @@ def find_stages(build: Callable[[tuple[int, int]], nn.Module], sizes: Sequence[t
     return Stages(taps=_chosen(_traced_maps(small, large)), traced=True)
 
 
-def tapped(network: nn.Module, stages: Stages) -> nn.Module:
-    """The part of `network` that its taps need, in eval mode; forward gives `{"C2": (B, C, H, W), ...}`.
-
-    It shares the network's parameters and keeps their names. Traced: an `fx.GraphModule`, without what lies behind
-    the last tap. A network that several threads run at once must be one that could be traced.
-    """
-    if not stages.traced:
-        return _Hooked(network, stages.taps).eval()
-    trace = _Trace(network)
-    graph, outputs = trace.graph, dict[str, fx.Node]()
-    named = {name: node for node, names in trace.names.items() for name in names}
-    output = next(node for node in graph.nodes if node.op == "output")
-    named |= {f"output[{i}]": node for i, node in enumerate(_leaves(output.args[0])) if isinstance(node, fx.Node)}
-    for level, tap in sorted(stages.taps.items()):
-        node = named[tap.node]
-        with graph.inserting_after(node):
-            if tap.channels_last:
-                node = graph.call_method("permute", (node, 0, 3, 1, 2))
-        if tap.overwritten:
-            with graph.inserting_after(node):
-                node = graph.call_method("clone", (node,))
-        outputs[f"C{level}"] = node
-    graph.erase_node(output)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    last = max(order[node] for node in outputs.values())
-    for node in reversed(list(graph.nodes)):
-        if order[node] > last:
-            graph.erase_node(node)
-    graph.output(outputs)
-    # What changes a tensor in place is used though nothing reads its result.
-    graph.eliminate_dead_code(lambda node: _acts(network, node))
-    body = fx.GraphModule(network, graph)
-    # Tensors that the network's code made as it was traced are no parameters of it.
-    body._non_persistent_buffers_set |= set(body._buffers) - set(network.state_dict())
-    return body.eval()
-
-
-def on_meta(network: nn.Module) -> nn.Module:
-    """A copy of `network` on the meta device, which holds no data; nothing real is copied on the way."""
-    tensors = chain(
-        network.parameters(),
-        network.buffers(),
-        (value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)),
-    )
-    twins: dict[int, Any] = {}
-    for tensor in tensors:
-        twin = tensor.detach().to("meta")
-        twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(network, twins)
-
-
-def run_on_meta(network: Callable[[Tensor], Any], size: tuple[int, int]) -> Any:
-    """What `network`, on the meta device, gives for one image of `size` (height, width)."""
-    with torch.no_grad(), torch.device("meta"):
-        return network(torch.empty(1, 3, *size))
-
-
-class _Trace:
-    """The graph of a network, and for every node the names that it goes by, innermost first."""
-
-    def __init__(self, network: nn.Module) -> None:
-        tracer = _Tracer()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of shapes that become constants: they belong to the network's own code
-            self.graph = tracer.trace(network)
-        self.network, self.names = network, tracer.names
-
-
-class _Tracer(fx.Tracer):
-    """Notes names as it traces: a node that ends a module bears that module's name too.
-
-    Other operations are named for their module and themselves (`features.relu`), numbered from the second on
-    (`features.relu_1`).
-    """
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_modules=(math, torchvision.ops))
-        self.names: dict[fx.Node, list[str]] = {}
-        self._module = ""
-        self._times: dict[str, int] = {}
-        self._made: dict[fx.Node, int] = {}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        outer, self._module = self._module, self.path_of_module(m)
-        before = len(self._made)
-        try:
-            if self.is_leaf_module(m, self._module):
-                return self.create_proxy("call_module", self._module, args, kwargs)
-            out = forward(*args, **kwargs)
-            if isinstance(out, fx.Proxy) and self._made[out.node] >= before:  # else: its input, untouched
-                self.names[out.node].append(self._counted(self._module))
-            return out
-        finally:
-            self._module = outer
-
-    def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> fx.Proxy:
-        proxy = super().create_proxy(kind, *args, **kwargs)
-        self._made[proxy.node] = len(self._made)
-        own = [] if kind == "call_module" else [re.sub(r"_\d+$", "", str(proxy.node))]
-        self.names[proxy.node] = [self._counted(".".join([*([self._module] if self._module else []), *own]))]
-        return proxy
-
-    def _counted(self, name: str) -> str:
-        times = self._times[name] = self._times.get(name, 0) + 1
-        return name if times == 1 else f"{name}_{times - 1}"
-
-
 class _Recorder(fx.Interpreter):
     """Runs a trace and notes each node's value and who changed whose memory."""
 
-    def __init__(self, trace: _Trace) -> None:
+    def __init__(self, trace: Trace) -> None:
         super().__init__(fx.GraphModule(trace.network, trace.graph), garbage_collect_values=False)
         self.names = {
             mine: trace.names.get(theirs, []) for mine, theirs in zip(self.graph.nodes, trace.graph.nodes, strict=True)
@@ -213,7 +93,7 @@ class _Recorder(fx.Interpreter):
         self.writes: list[tuple[fx.Node, int]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        read = [value for node in n.all_input_nodes for value in _leaves(self.values[node]) if _is_tensor(value)]
+        read = [value for node in n.all_input_nodes for value in leaves(self.values[node]) if _is_tensor(value)]
         before = [tensor._version for tensor in read]
         value = self.values[n] = super().run_node(n)
         changed = [tensor for tensor, version in zip(read, before, strict=True) if tensor._version != version]
@@ -230,53 +110,7 @@ class _Recording:
         self.size, self.names = size, recorder.names
         self.values, self.writes = recorder.values, recorder.writes
         output = next(node for node in self.values if node.op == "output")
-        self.outputs = [node for node in _leaves(output.args[0]) if isinstance(node, fx.Node)]
-
-
-class _Hooked(nn.Module):
-    """A network as it is, under its own parameter names, read at the outputs of its modules or at its own."""
-
-    def __init__(self, network: nn.Module, taps: Mapping[int, Tap]) -> None:
-        super().__init__()
-        # The network's registries are ours: names, devices and training mode are those of one module.
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[registry] = network.__dict__[registry]
-        self.__dict__["_network"] = network
-        self.__dict__["_taps"] = dict(taps)
-
-    def train(self, mode: bool = True) -> _Hooked:
-        self.__dict__["_network"].training = mode
-        return super().train(mode)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        network, taps = self.__dict__["_network"], self.__dict__["_taps"]
-        held: dict[str, Tensor] = {}
-        hooked = {tap.node: tap for tap in taps.values() if not tap.node.startswith("output[")}
-        stops = len(hooked) == len(taps)
-
-        def keep(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                held[name] = output.clone() if hooked[name].overwritten else output
-                if stops and len(held) == len(taps):
-                    raise _Enough
-
-            return hook
-
-        handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in hooked]
-        try:
-            outputs = network(images)
-            held |= {f"output[{i}]": value for i, value in enumerate(_leaves(outputs))}
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        maps = {f"C{level}": (held[tap.node], tap.channels_last) for level, tap in sorted(taps.items())}
-        return {name: value.permute(0, 3, 1, 2) if last else value for name, (value, last) in maps.items()}
-
-
-class _Enough(BaseException):
-    """All taps are there: the rest of the network need not run."""
+        self.outputs = [node for node in leaves(output.args[0]) if isinstance(node, fx.Node)]
 
 
 def _traced_maps(small: _Recording, large: _Recording) -> list[_Map]:
@@ -361,7 +195,7 @@ def _observed(network: nn.Module, size: tuple[int, int]) -> tuple[list[Any], dic
         for handle in handles:
             handle.remove()
     once = {name: entry[0] for name, entry in calls.items() if len(entry) == 1 and _is_map(entry[0][0])}
-    return list(_leaves(outputs)), once
+    return list(leaves(outputs)), once
 
 
 def _measured(names: tuple[str, ...], values: tuple[Any, Any], sizes: Sequence[tuple[int, int]]) -> _Map | None:
@@ -409,15 +243,6 @@ def _chosen(maps: Sequence[_Map]) -> dict[int, Tap]:
     return taps
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What nested lists, tuples and dicts hold, in order."""
-    if isinstance(value, (Mapping, list, tuple)) and not isinstance(value, torch.Size):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _leaves(item)
-    else:
-        yield value
-
-
 def _is_tensor(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor)
 
@@ -427,17 +252,8 @@ def _is_map(value: Any) -> bool:
 
 
 def _holds_tensor(value: Any) -> bool:
-    return any(map(_is_tensor, _leaves(value)))
+    return any(map(_is_tensor, leaves(value)))
 
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _acts(network: nn.Module, node: fx.Node) -> bool:
-    """Whether a node does something though nothing reads its result: checks a size, or changes a tensor in place."""
-    if node.op == "call_module":
-        return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    writes = node.op.startswith("call_") and (re.search(r"[a-z]_$", name) or name == "setitem")
-    return bool(writes) or node.is_impure() or bool(node.kwargs.get("inplace"))

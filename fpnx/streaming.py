@@ -21,6 +21,7 @@ from fpnx.config import ExtractConfig
 from fpnx.engine import Engine, Features
 from fpnx.model import PyramidModel
 from fpnx.recipes import Recipe
+from fpnx.replays import Replays
 
 __all__ = ["StreamingEngine", "make_engine"]
 
@@ -32,6 +33,7 @@ class StreamingEngine(Engine):
         super().__init__(model, recipe, config, device)
         self._in, self._compute, self._out = (torch.cuda.Stream(device) for _ in range(3))
         self._compute.wait_stream(torch.cuda.current_stream(device))  # the weights are on their way there
+        self._forward = Replays(self.executable)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> Features:
         """Images of one padded size, each (h, w, 3), 0..255 → their features, once `ready()` has returned."""
@@ -43,7 +45,7 @@ class StreamingEngine(Engine):
             with torch.cuda.stream(self._compute):
                 padded = self.recipe.padded(sizes[0])
                 images = torch.cat([self.recipe.pad(self.recipe.normalise(part), padded) for part in arrived])
-                levels = self.executable(images.to(self.dtype, memory_format=torch.channels_last))
+                levels = self._forward(images.to(self.dtype, memory_format=torch.channels_last))
                 stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}
                 counts = {name: (~torch.isfinite(level)).sum(dim=(1, 2, 3)) for name, level in stored.items()}
             for part in arrived:
@@ -55,6 +57,11 @@ class StreamingEngine(Engine):
                 done = torch.cuda.Event()
                 done.record(self._out)
         return Features(arrays, nonfinite, done.synchronize)
+
+    def release(self) -> None:
+        """Give memory back that is only kept for speed."""
+        self._forward.forget()
+        torch.cuda.empty_cache()
 
     def _stacks(self, pixels: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Sequence[np.ndarray]]:
         """The images that can be copied as one array: all of them, or each alone where padding makes up for sizes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,24 +16,28 @@ __all__ = ["show_details", "show_overview"]
 LEVELS = ("C2", "C3", "C4", "C5")
 
 
-def show_overview(found: Mapping[str, Any]) -> None:
-    """One row a backbone: channels at strides 4, 8, 16 and 32, parameters, kinds of weights."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("backbone", no_wrap=True)
-    for level in LEVELS:
-        table.add_column(f"{level} /{2 ** int(level[1:])}", justify="right", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("weights", no_wrap=True)
-    for row in found["backbones"]:
+def show_overview(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """One line a backbone, as soon as it is known: channels at strides 4 to 32, parameters, kinds of weights."""
+    console, refused = Console(highlight=False), []
+    width = max(map(len, (*names, "backbone")))
+
+    def line(name: str, cells: Iterable[str], parameters: str, weights: str) -> None:
+        text = "".join([f"{name:<{width}}", *(f"{cell:>8}" for cell in cells), f"{parameters:>12}", f"  {weights}"])
+        console.print(Text(text), soft_wrap=True)
+
+    for i, row in enumerate(rows):
+        if "refused" in row:
+            refused.append(f"no pyramid: {row['name']} {row['refused']}")
+            continue
+        if i == len(refused):
+            line("backbone", [f"{level} /{2 ** int(level[1:])}" for level in LEVELS], "parameters", "weights")
         channels = {tap["level"]: str(tap["channels"]) for tap in row["taps"]}
         cells = [channels.get(level, "–" if channels else "") for level in LEVELS]
-        table.add_row(row["name"], *cells, _millions(row["parameters"]), ", ".join(row["weights"]))
-    console = Console(highlight=False)
-    if found["backbones"]:
-        console.print(table)
+        line(row["name"], cells, _millions(row["parameters"]), ", ".join(row["weights"]))
+    if len(refused) < len(names):
         console.print("\nchannels at each stride; parameters of the whole classifier; weights are also names and files")
-    for row in found["refused"]:
-        console.print(Text(f"no pyramid: {row['name']} {row['reason']}"), soft_wrap=True)
+    for reason in refused:
+        console.print(Text(reason), soft_wrap=True)
     console.print("fpnx models NAME tells more of one; fpnx models timm/ lists timm's, where that is installed")
 
 

@@ -16,13 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
+import fpnx
 from fpnx.benchmarks import benchmark
 from fpnx.ceilings import MatrixProduct, write_speed
 from fpnx.charts import draw_stages
 from fpnx.config import BenchmarkConfig, ExtractConfig
 from fpnx.control import Listener
-from fpnx.costs import Cost
+from fpnx.costs import Cost, count_costs, count_executed
 from fpnx.errors import FpnxError, Interrupted
+from fpnx.executable import make_executable
 from fpnx.findings import Column, Findings
 from fpnx.photographs import fill, make_photographs
 from fpnx.planning import LevelShape
@@ -74,6 +76,7 @@ def test_every_stage_of_every_configuration_has_its_samples(findings: Findings) 
         assert column.rss > 50e6
         assert column.cuda is None
     assert [len(samples) for samples in findings.ceilings.values()] == [6, 6]
+    assert all(len(column.core) == 6 and min(column.core) > 0 for column in findings.columns)
     assert list(findings.ceilings) == ["float32", "bfloat16"]
     assert len(findings.disk) == 2
 
@@ -297,6 +300,10 @@ def test_figures_follow_from_samples() -> None:
     assert found.bytes_per_image == 4_000_000
     assert found.achieved() == Spread(1e11, 1e11, 1e11, 1)  # 2 GFLOP in 20 ms
     assert found.accounted().median == pytest.approx(18 / 20)
+    found.executed, found.core = 1_000_000_000, [25.0]  # levels recombined: half the operations
+    assert found.achieved().median == 5e10
+    assert found.flops == 2_000_000_000
+    assert found.allowed(cpus=2).median == 80  # two cores, 25 ms an image
     busy = found.busy(workers=2, disk=200e6)
     # 40 images/s: 20 ms each in the network, 6 ms in two threads, 4 MB each onto a disk of 200 MB/s
     assert busy == {"network": pytest.approx(0.8), "decoding": pytest.approx(0.12), "writing": pytest.approx(0.8)}
@@ -345,6 +352,15 @@ def test_peak_memory_sees_what_is_held_for_a_moment() -> None:
     assert small.added < 50e6
     assert large.rss >= large.added
     assert large.cuda is None
+
+
+def test_operations_are_counted_as_they_are_executed() -> None:
+    size = (64, 96)
+    for backbone, fewer in (("resnet50", False), ("mobilenet_v2", True)):
+        model = fpnx.create_model(backbone, weights="random", levels="P2-P5")
+        defined = sum(cost.flops for cost in count_costs(model, size))
+        assert count_executed(make_executable(model, recombined=False), size) == defined
+        assert (count_executed(make_executable(model), size) < 0.8 * defined) is fewer
 
 
 def test_ceilings_are_positive_and_leave_nothing_behind(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import fpnx
 from fpnx.checkpoints import read_checkpoint
+from fpnx.conventions import DETECTRON2_RECIPE, MMDETECTION_RECIPE
 from fpnx.errors import FpnxError
 from fpnx.layouts import recognise
 from fpnx.mmdetection import read_config
-from fpnx.weights import DETECTRON2_RECIPE, MMDETECTION_RECIPE
 from tests.reference_networks import D2Detector, D2ResNet, MMDetector, randomise
 
 RNG = np.random.default_rng(0)

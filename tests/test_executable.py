@@ -12,13 +12,14 @@ from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
 from fpnx.backbones import Backbone, tap_shapes
+from fpnx.bodies import tapped
 from fpnx.convolutions import Convolution, can_pack, native_on_cpu
 from fpnx.engine import slow_precision
 from fpnx.executable import make_executable
 from fpnx.model import PyramidModel, create_model
 from fpnx.pyramid import FeaturePyramid
 from fpnx.recombination import ExecutablePyramid, _Recombined, _UpsampledConvolution
-from fpnx.stages import Stages, Tap, tapped
+from fpnx.stages import Stages, Tap
 from tests.test_backbones import FAMILIES
 
 EQUAL = 1e-5  # of each level's greatest magnitude
@@ -76,9 +77,10 @@ def test_equals_the_model(name, packs):
     )
     made = make_executable(model)
     for size in SIZES:
-        if packs:
-            assert made.pack(size) is can_pack(torch.float32)
         with torch.inference_mode():
+            if packs:
+                assert_equal_levels(made.pack(images(2, size)), model(images(2, size)))
+                assert (size in made.packed) is can_pack(torch.float32)
             assert_equal_levels(made(images(2, size)), model(images(2, size)))
             assert_equal_levels(made(images(1, size)), model(images(1, size)))
 
@@ -93,7 +95,7 @@ def test_equals_the_model_of_any_family(name):
         with torch.inference_mode():
             wanted = model(images(2, size))
             assert_equal_levels(made(images(2, size)), wanted)
-            made.pack(size)
+            made.pack(images(1, size))
             assert_equal_levels(made(images(2, size)), wanted)
 
 
@@ -119,7 +121,7 @@ def test_leaves_the_model_as_it_was():
     model = unsettled(create_model("mobilenet_v2", weights="random", levels="P2-P5", channels=32))
     before, code = copy.deepcopy(model.state_dict()), model.body.code
     made = make_executable(model, dtype=torch.bfloat16)
-    made.pack((64, 64))
+    made.pack(images(1, (64, 64)).bfloat16())
     assert model.body.code == code
     after = model.state_dict()
     assert list(after) == list(before)
@@ -147,7 +149,7 @@ def test_frozen_norms_any_eps_and_norms_in_the_pyramid(packs):
     made = make_executable(model)
     assert not any(isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)) for module in made.modules())
     if packs:
-        made.pack((64, 96))
+        made.pack(images(1, (64, 96)))
     with torch.inference_mode():
         assert_equal_levels(made(images(2, (64, 96))), model(images(2, (64, 96))))
 
@@ -185,7 +187,7 @@ def test_leaves_alone_what_cannot_be_fused(packs):
     model = unsettled(model_of(Awkward(), {2: "relu_2"}, ("C2", "P2")))
     made = make_executable(model)
     if packs:
-        made.pack((32, 48))
+        made.pack(images(1, (32, 48)))
     with torch.inference_mode():
         assert_equal_levels(made(images(2, (32, 48))), model(images(2, (32, 48))))
 
@@ -240,7 +242,7 @@ def test_biases_reach_the_border_of_a_reordered_level():
 def test_bfloat16_is_near(name):
     model = create_model(name, weights="random", levels="P2-P5", channels=64)
     made = make_executable(model, dtype=torch.bfloat16)
-    made.pack((64, 96))
+    made.pack(images(1, (64, 96)).bfloat16())
     with torch.inference_mode():
         levels = made(images(2, (64, 96)).bfloat16())
         wanted = model(images(2, (64, 96)))
@@ -253,8 +255,9 @@ def test_bfloat16_is_near(name):
 def test_types_that_onednn_does_not_pack_are_computed_plainly():
     model = unsettled(create_model("mobilenet_v2", weights="random", levels="P2-P5", channels=256))
     made = make_executable(model, dtype=torch.float64)
-    assert made.pack((64, 64)) is False
     with torch.inference_mode():
+        assert_equal_levels(made.pack(images(1, (64, 64)).double()), model(images(1, (64, 64))))
+        assert not made.packed
         assert_equal_levels(made(images(1, (64, 64)).double()), model(images(1, (64, 64))))
 
 

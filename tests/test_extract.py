@@ -161,6 +161,18 @@ def test_pooling_is_over_valid_cells(fpnx: Run, photos: Path) -> None:
         assert grid[0]["P2"].shape == grid[0]["P5"].shape == (8, 3, 2)
 
 
+def test_values_too_small_for_float16_are_told(fpnx: Run, photos: Path) -> None:
+    # Drawn at random, MobileNetV2's maps shrink from stage to stage, down to 1e-9.
+    options = ["--weights", "random", "--backbone", "mobilenet_v2", "--size", "64", "--overwrite", "-o", "o.h5"]
+    code, out, _ = fpnx("extract", photos, *options, "--dtype", "float16")
+    assert code == 0
+    assert "P5 are too small for float16" in out
+    _, out, _ = fpnx("extract", photos, *options)
+    assert "too small" not in out
+    code, out, _ = fpnx("extract", photos, *options, "--dtype", "float16", "--backbone", "vgg16", "--levels", "C2,C5")
+    assert (code, "too small" in out) == (0, False)
+
+
 def test_float16(fpnx: Run, photos: Path) -> None:
     options = ("--weights", "random", "--backbone", "resnet50", "--size", "64", "--channels", "8")
     assert fpnx("extract", photos, *options, "-o", "single.h5")[0] == 0

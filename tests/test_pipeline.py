@@ -15,9 +15,10 @@ from PIL import Image
 
 import fpnx
 from fpnx.batching import Batches, lanes_for
-from fpnx.config import RunConfig
+from fpnx.config import ExtractConfig, RunConfig
 from fpnx.engine import Engine
 from fpnx.errors import FpnxError
+from fpnx.replays import Replays
 from tests.conftest import noise_image
 
 TINY: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "size": 64}
@@ -57,6 +58,38 @@ def test_batches_get_smaller_towards_the_end():
     made = [len(batch) for batch in Batches(plan(["64x64"] * 20, batch_size=8), range(20), 2)]
     assert made == [8, 6, 3, 2, 1]
     assert [len(b) for b in Batches(plan(["64x64"], batch_size=8), [0], 1)] == [1]
+
+
+def test_what_cannot_be_recorded_is_computed_as_before():
+    passes = []
+
+    def forward(images):
+        passes.append(images.shape)
+        return {"P2": images * 2}
+
+    replays = Replays(forward)
+    for k in range(8):
+        images = torch.full((1, 3, 2 + k % 2, 2), float(k))
+        assert torch.equal(replays(images)["P2"], images * 2)
+    assert len(passes) == 8
+    replays.forget()
+    assert torch.equal(replays(images)["P2"], images * 2)
+
+
+def test_memory_that_is_given_back_is_used_again():
+    model = fpnx.create_model("mobilenet_v2", weights="random", levels="P2,P3", channels=16)
+    engine = Engine(model, model.recipe, ExtractConfig(), torch.device("cpu"))
+    images = [[np.asarray(noise_image(k, (64, 64)))] * 2 for k in range(3)]
+    alone = [{name: values.copy() for name, values in engine(batch).arrays.items()} for batch in images]
+    first, second = engine(images[0]), engine(images[1])  # both in use: neither may be touched
+    first.give_back()
+    first.give_back()  # twice must not lend it to two batches
+    third, fourth = engine(images[2]), engine(images[0])
+    for features, wanted in ((second, alone[1]), (third, alone[2]), (fourth, alone[0])):
+        for name, values in features.arrays.items():
+            np.testing.assert_array_equal(values, wanted[name])
+    assert np.shares_memory(third.arrays["P2"], first.arrays["P2"])
+    assert not np.shares_memory(fourth.arrays["P2"], first.arrays["P2"])
 
 
 def test_the_fastest_batch_size_is_kept():
@@ -166,7 +199,11 @@ def test_a_fault_in_a_lane_reaches_the_caller(tmp_path, many, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("sizing", [{"size": 64}, {"size": "native"}], ids=["fixed", "native"])
+@pytest.mark.parametrize(
+    "sizing",
+    [{"size": 64}, {"size": "native"}, {"size": 64, "batch_size": 2}],
+    ids=["fixed", "native", "steady"],  # steady: as many batches of one shape as it takes to record them
+)
 def test_cuda_gives_the_numbers_of_the_cpu(tmp_path, many, sizing):
     options = {**TINY, **sizing}
     fpnx.extract(many, tmp_path / "cpu.h5", device="cpu", **options)
