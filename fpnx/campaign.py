@@ -339,8 +339,8 @@ class _Campaign:
         finished = {index: each.finished for index, each in enumerate(self.standing)} | dict(told)
         ended = sum(each.complete for each in self.standing) + sum(r.state == "complete" for r in self.reports.values())
         failed = sum(len(each.failed) for each in self.standing) + sum(r.failed for r in self.reports.values())
-        standing = f"{ended} of {self.count} shards, {self.plan.config.actors} actors"
-        standing += f", {failed} failed" if failed else ""
+        standing = f"shards {ended} of {self.count}, actors {self.plan.config.actors}"
+        standing += f", failed {failed}" if failed else ""
         shown_now = (min(sum(finished.values()), self.total), standing)
         if shown_now != self._shown:
             self._shown = shown_now

@@ -96,7 +96,10 @@ class Handed:
         if event is None:
             return False
         if isinstance(event, BaseException):
-            raise FpnxError(f"Ray gave up ({_first_line(event)}); what was done is kept: the same command goes on")
+            raise FpnxError(
+                f"Ray gave up ({_cause(event)}): see to it that the same fpnx[ray] is installed on every machine; what "
+                f"was done is kept: the same command goes on"
+            )
         return event
 
     def finished(self) -> Mapping[int, int]:
@@ -290,6 +293,12 @@ def _quiet_start(said: list[bytes]) -> Iterator[None]:
             held.seek(0)
             said += held
             os.write(2, b"".join(line for line in said if not RAYS_OWN.match(line)))
+
+
+def _cause(error: BaseException) -> str:
+    """What happened on the other machine: the last line of the trace that Ray hands on."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() if line.strip()]
+    return shown(lines[-1] if lines else type(error).__name__)
 
 
 def _first_line(error: BaseException) -> str:

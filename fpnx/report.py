@@ -300,7 +300,7 @@ def _show_plan(plan: Plan) -> None:
     before = f", {facts['done_before']} done before" if facts["done_before"] else ""
     pyramid = not all(level.startswith("C") for level in plan.model.levels)
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
-    engine = f"{config.engine}, {config.shards} shards, {config.actors} actors of {config.cpus} processors"
+    engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
     needed = f"{_bytes(facts['bytes_needed'])} needed, " if plan.layout.shapes else ""  # workers look at sizes
     rows = [
         ("images", f"{facts['images']} in {shown(facts['root'])}{passed}{before}"),

@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this one machine, in a process of its own: `python -m tests.machines CPUS CPUS …`.
 
-It prints its address, and then obeys lines: `lose 0` kills the first of these nodes without a farewell. When its input
-ends, so does it.
+A node may also claim GPUs, `CPUS:GPUS`, which Ray believes. It prints its address, and then obeys lines: `lose 0` kills
+the first of these nodes without a farewell. When its input ends, so does it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Machines:
 
 
 @contextmanager
-def machines(*cpus: int, pythonpath: str = str(ROOT), folder: Path) -> Iterator[Machines]:
-    """Nodes with so many processors each, beside a head that has none."""
+def machines(*nodes: int | str, pythonpath: str = str(ROOT), folder: Path) -> Iterator[Machines]:
+    """Nodes with so many processors each (and GPUs: `"2:1"`), beside a head that has none."""
     settings = {**SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": pythonpath}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | settings
     log = open(folder / "machines.log", "w")  # noqa: SIM115
     with log, subprocess.Popen(
-        [sys.executable, "-m", "tests.machines", *map(str, cpus)],
-        cwd=ROOT, env={**environment, "PYTHONPATH": os.pathsep.join([pythonpath, str(ROOT)])},
+        [sys.executable, "-m", "tests.machines", *map(str, nodes)],
+        cwd=ROOT, env=environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
     ) as process:  # fmt: skip
         assert process.stdin is not None
@@ -57,13 +57,14 @@ def machines(*cpus: int, pythonpath: str = str(ROOT), folder: Path) -> Iterator[
             process.wait(60)
 
 
-def main(cpus: list[int]) -> None:
+def main(offers: list[list[int]]) -> None:
     """Start the nodes, tell where they are, and obey."""
     from ray.cluster_utils import Cluster
 
     own: Any = {"include_dashboard": False, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **own})
-    nodes = [cluster.add_node(num_cpus=count, object_store_memory=100 << 20) for count in cpus]
+    kinds = [dict(zip(("num_cpus", "num_gpus"), offer, strict=False)) for offer in offers]
+    nodes = [cluster.add_node(object_store_memory=100 << 20, **kind) for kind in kinds]
     cluster.wait_for_nodes()
     print(json.dumps({"address": cluster.address}), flush=True)
     for line in sys.stdin:
@@ -74,4 +75,4 @@ def main(cpus: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]])
+    main([[int(number) for number in argument.split(":")] for argument in sys.argv[1:]])

@@ -119,7 +119,7 @@ def test_all_shards_together_are_what_one_run_makes(tmp_path: Path, images: Path
     assert names(tmp_path) == {"out.list.txt", *(f"out.shard-0000{i}-of-00003.h5" for i in range(3))}
     assert crew.handed == [[0, 1, 2]]
     assert heard.progressed[-1] == ("images", 7, 7)
-    assert heard.standings[-1] == "3 of 3 shards, 1 actors, 1 failed"
+    assert heard.standings[-1] == "shards 3 of 3, actors 1, failed 1"
     told = result.to_json()["engine"]
     assert [(each["shard"], each["done"], each["failed"], each["state"]) for each in told["shards"]] == [
         (0, 2, 0, "complete"), (1, 1, 1, "complete"), (2, 3, 0, "complete")

@@ -59,6 +59,7 @@ def started(images: Path, output: Path, environment: dict[str, str], *more: str)
     return subprocess.Popen(
         command(images, output, "--json", *more),
         env={**environment, "PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])},
+        cwd=output.parent,  # Ray lets its workers import what lies there
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -140,10 +141,10 @@ def test_a_machine_alone(images: Path, whole: Path, output: Path) -> None:
     assert (told["done"], told["complete"], told["engine"]["actors"], told["engine"]["cpus"]) == (COUNT, True, 2, 1)
     lines = [line for line in err.splitlines() if line]
     assert all("images" in line for line in lines), err
-    assert any("8 shards, 2 actors" in line for line in lines), err
+    assert any("of 8, actors 2" in line for line in lines), err
     assert_whole(output, whole)
     assert any("raylet" in line for line in running)
-    assert not any("dashboard.py" in line for line in running), running
+    assert not any("dashboard.py" in line and "--disable-frontend" not in line for line in running), running
     deadline = time.monotonic() + 30
     while processes_of(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -216,6 +217,23 @@ def test_a_token_that_is_not_theirs(images: Path, output: Path) -> None:
     assert (process.returncode, err) == (2, f"fpnx: {told['error']}\n")
     assert "it does not take this token (RAY_AUTH_MODE is token here)" in told["error"]
     assert not list(output.parent.glob("out.*"))
+
+
+def test_what_is_wrong_on_every_machine_is_told(images: Path, output: Path) -> None:
+    """One that claims a GPU which it has not: its actor sees it, in every shard, and nothing is hidden or aborted."""
+    with machines("2:1", folder=output.parent) as cluster:
+        told = ended(started(images, output, cluster.environment, "--shards", "2"), code=1)
+    assert (told["device"], told["engine"]["actors"], told["engine"]["cpus"]) == ("cuda", 1, 2)
+    assert told["stopped"].startswith("2 of 2 shards are not finished, such as shard 0 (device cuda: ")
+    assert [each["state"] for each in told["engine"]["shards"]] == ["failed"] * 2
+    assert not list(output.parent.glob("*.attempts"))
+
+
+def test_a_machine_without_fpnx(images: Path, output: Path) -> None:
+    with machines(1, pythonpath="", folder=output.parent) as cluster:
+        told = ended(started(images, output, cluster.environment), code=2)
+    assert "No module named 'fpnx'" in told["error"]
+    assert "fpnx[ray] is installed on every machine" in told["error"]
 
 
 def test_from_python(images: Path, output: Path) -> None:
