@@ -13,8 +13,9 @@ from fpnx._version import __version__
 if TYPE_CHECKING:
     from fpnx.config import ExtractConfig
     from fpnx.dataset import PyramidDataset
+    from fpnx.dispatch import extract
     from fpnx.errors import FpnxError, Interrupted
-    from fpnx.extraction import Result, extract
+    from fpnx.extraction import Result
     from fpnx.figures import figure
     from fpnx.heatmaps import heatmap
     from fpnx.merging import Merged, merge
@@ -57,7 +58,7 @@ _HOMES = {
     "Store": ("store", "Store"),
     "Verification": ("verification", "Verification"),
     "create_model": ("model", "create_model"),
-    "extract": ("extraction", "extract"),
+    "extract": ("dispatch", "extract"),
     "figure": ("figures", "figure"),
     "heatmap": ("heatmaps", "heatmap"),
     "merge": ("merging", "merge"),

@@ -128,6 +128,12 @@ Precision = Annotated[
 ]
 BatchSize = Annotated[str, _option("Run", "--batch-size", "Images in one forward pass.", "auto|N")]
 Workers = Annotated[str, _option("Run", "--workers", "Decoding threads.", "auto|N")]
+Cpus = Annotated[str, _option("Run", "--cpus", "Processors to keep busy; of an engine, by each actor.", "auto|N")]
+EngineChoice = Annotated[
+    str, _option("Run", "--engine", "ray: shards on the cluster of RAY_ADDRESS, or on this machine.", "local|ray")
+]
+Shards = Annotated[str, _option("Run", "--shards", "Files that an engine makes of the images.", "auto|N")]
+Actors = Annotated[str, _option("Run", "--actors", "Workers of an engine; auto takes the whole cluster.", "auto|N")]
 
 Backbones = Annotated[list[str] | None, _option("Model", "--backbone", "Name; again for one more column.", "NAME")]
 Precisions = Annotated[str, _option("Run", "--precision", "As for extract; several with commas.", "NAME,…")]
@@ -203,6 +209,10 @@ def extract(
     precision: Precision = ExtractConfig.precision,
     batch_size: BatchSize = str(ExtractConfig.batch_size),
     workers: Workers = str(ExtractConfig.workers),
+    cpus: Cpus = str(ExtractConfig.cpus),
+    engine: EngineChoice = ExtractConfig.engine,
+    shards: Shards = str(ExtractConfig.shards),
+    actors: Actors = str(ExtractConfig.actors),
     mode: Mode = ExtractConfig.mode,
     overlay: Overlay = ExtractConfig.overlay,
     per_image: PerImage = ExtractConfig.per_image,
@@ -219,11 +229,11 @@ def extract(
     [dim]fpnx extract photos/ -o p.h5 --backbone vgg16 --levels C4,P4 --dtype float16[/dim]
     """
     options = _options(context, ExtractConfig)
-    from fpnx import extraction, report
+    from fpnx import dispatch, report
 
     terminal = report.Terminal(json)
     try:
-        result = extraction.extract(images, output, listener=terminal, **options)
+        result = dispatch.extract(images, output, listener=terminal, **options)
     finally:
         terminal.close()
     report.show_json(result.to_json()) if json else report.show_result(result)

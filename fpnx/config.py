@@ -20,6 +20,8 @@ __all__ = [
     "UNSTRIDED_LEVELS",
     "BenchmarkConfig",
     "DTYPES",
+    "ENGINES",
+    "EngineConfig",
     "ExtractConfig",
     "FileFacts",
     "InputConfig",
@@ -49,6 +51,7 @@ UNSTRIDED_LEVELS = ("0", "1", "pool")
 SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
 FORMATS = ("h5", "png")
+ENGINES = ("local", "ray")
 MODES = ("energy", "mean", "max", "std", "pca", "channels", "similarity")
 PLOTS = (".png", ".svg", ".pdf")
 SAMPLE = 8  # images that `fpnx verify --against` computes again
@@ -179,12 +182,16 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where and how it is computed. Only `precision` changes the numbers."""
+    """Where and how it is computed. Only `precision` changes the numbers.
+
+    `workers` are threads that decode; `cpus` are the processors that a run, or each actor of an engine, keeps busy.
+    """
 
     device: str = "auto"
     precision: str = "auto"
     batch_size: str | int = "auto"
     workers: str | int = "auto"
+    cpus: str | int = "auto"
 
     def __post_init__(self) -> None:
         names = self.device.split(",")
@@ -192,13 +199,28 @@ class RunConfig:
         if not one and not (len(set(names)) == len(names) and all(re.fullmatch(r"cuda:\d+", name) for name in names)):
             raise FpnxError(f"device {self.device!r}: take auto, cpu, cuda, cuda:1, several as cuda:0,cuda:1, or mps")
         _check_choice("precision", self.precision, PRECISIONS)
-        for name, limit in (("batch_size", 65536), ("workers", 1024)):
-            value = getattr(self, name)
-            if value != "auto":
-                if isinstance(value, str) and value.isascii() and value.isdigit():
-                    value = int(value)
-                _check_whole(name.replace("_", " "), value, 1, limit, "auto or ")
-                _freeze(self, name, value)
+        for name, limit in (("batch_size", 65536), ("workers", 1024), ("cpus", 4096)):
+            _freeze(self, name, _auto_or_whole(name.replace("_", " "), getattr(self, name), limit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Who computes: this process, or the workers of an engine, shard by shard.
+
+    `shards` is how many the images are cut into, `actors` how many workers take them; both are the engine's to choose
+    unless told.
+    """
+
+    engine: str = "local"
+    shards: str | int = "auto"
+    actors: str | int = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("engine", self.engine, ENGINES)
+        for name in ("shards", "actors"):
+            _freeze(self, name, _auto_or_whole(name, getattr(self, name), 99_999))
+            if self.engine == "local" and getattr(self, name) != "auto":
+                raise FpnxError(f"{name} {getattr(self, name)} are for an engine: give --engine ray beside it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +263,7 @@ class PictureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig):
+class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig, EngineConfig):
     """Everything that `fpnx extract` can be asked for.
 
     `shard`: `"3/16"` works on the fourth of sixteen slices of the images, those that `limit` leaves; `"auto/16"` asks
@@ -253,8 +275,9 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureCo
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for part in (ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig):
+        for part in (ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig, EngineConfig):
             part.__post_init__(self)
+        self._check_engine()
         if self.limit is not None:
             _check_whole("limit", self.limit, 1, 2**63 - 1)
         if self.shard is not None:
@@ -264,6 +287,17 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureCo
             raise FpnxError(f"{drawn[0].replace('_', ' ')} is for pictures: give --format png beside it")
         if self.format == "png" and self.mode == "pca" and not self.per_image:
             raise FpnxError("mode pca without a file has no basis that its images share: give --per-image beside it")
+
+    def _check_engine(self) -> None:
+        """What the workers of an engine cannot be asked for."""
+        if self.engine == "local":
+            return
+        if self.format != "h5":
+            raise FpnxError(f"engine {self.engine} makes files of features: leave out --format {self.format}")
+        if self.shard is not None:
+            raise FpnxError(f"shard {self.shard} is one and engine {self.engine} makes all of them: give one of them")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise FpnxError(f"device {self.device}: engine {self.engine} hands out devices: take auto, cpu or cuda")
 
     def repeatable(self) -> dict[str, Any]:
         """The options that numbers depend on, as plain values: `ExtractConfig(**them)` computes the same again."""
@@ -476,6 +510,14 @@ def _several(what: str, value: Any) -> tuple[Any, ...]:
     if twice is not None:
         raise FpnxError(f"{what} {twice} is given twice: name each once")
     return tuple(found)
+
+
+def _auto_or_whole(what: str, value: str | int, most: int) -> str | int:
+    if value == "auto":
+        return value
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    _check_whole(what, number, 1, most, "auto or ")
+    return number
 
 
 def _freeze(config: object, name: str, value: object) -> None:

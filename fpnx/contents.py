@@ -39,7 +39,8 @@ class Source:
 
     A `path` is that of a file, an address, or either of a plain tar archive with the name of a member behind it; what
     the `piece` knows of that is found again where it is not given. A member's time is that of its archive. For what an
-    address gives instead of a time, or of a size, see `fpnx.services.Facts`.
+    address gives instead of a time, or of a size, see `fpnx.services.Facts`. `barred` is why it must not be opened at
+    all, where it must not.
     """
 
     name: bytes
@@ -47,6 +48,7 @@ class Source:
     bytes: int
     mtime_ns: int
     piece: Piece | None = None
+    barred: str = ""
 
 
 def locate(path: bytes) -> Source:

@@ -29,6 +29,9 @@ class Listener:
     def progress(self, what: str, done: int, total: int) -> None:
         """`what` is "headers" or "images"; again and again, from the calling thread."""
 
+    def standing(self, text: str) -> None:
+        """How the work stands over all workers of an engine, in a few words; before each `progress`."""
+
     def message(self, text: str) -> None:
         """Something that the user should know."""
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fpnx.errors import FpnxError, StoreError, shown
+from fpnx.errors import BusyError, FpnxError, shown
 
 try:
     import fcntl
@@ -39,7 +39,7 @@ def lock(output: Path) -> Iterator[bool]:
     The lock dies with its process, whatever ends it; the file that is left then means nothing.
 
     Raises:
-        StoreError: naming the host and process that hold it.
+        BusyError: naming the host and process that hold it.
         FpnxError: where nothing can be written beside `output`.
     """
     if fcntl is None:
@@ -59,7 +59,7 @@ def lock(output: Path) -> Iterator[bool]:
                 time.sleep(0.1)  # a run that has just taken the lock is about to write who it is
                 holder = shown(os.read(descriptor, 200).decode(errors="replace").strip())
                 os.close(descriptor)
-                raise StoreError(
+                raise BusyError(
                     f"{shown(output)} is being written by another run ({holder or 'unknown'}): "
                     f"wait for it, or take another output"
                 ) from error
@@ -152,6 +152,13 @@ class OpenFile:
                 fcntl.fcntl(self._handle(), fcntl.F_FULLFSYNC)
                 return
         getattr(os, "fdatasync", os.fsync)(self._handle())
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` is a name of this very file."""
+        try:
+            return os.path.samestat(os.fstat(self._handle()), os.stat(path))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Close; again, nothing happens."""

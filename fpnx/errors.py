@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 
-__all__ = ["FpnxError", "ImageError", "Interrupted", "NotDoneError", "StoreError", "nearest", "shown"]
+__all__ = ["BusyError", "FpnxError", "ImageError", "Interrupted", "NotDoneError", "StoreError", "nearest", "shown"]
 
 # What of a URL may be a secret: user and password, and the query, which signs requests. Other schemes have no query.
 USER = re.compile(r"(?<=://)(?:[^/?#\s@]*@|[^/?#\s@:]*:(?!\d+/)[^\s@]*@)")
@@ -24,6 +24,10 @@ class ImageError(FpnxError):
 
 class StoreError(FpnxError):
     """A file that is not a whole fpnx store: truncated, foreign, of a future version, or locked."""
+
+
+class BusyError(StoreError):
+    """A file that another run is writing."""
 
 
 class NotDoneError(FpnxError, LookupError):

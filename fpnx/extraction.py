@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fpnx._version import __version__
 from fpnx.config import ExtractConfig
 from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import lock
+from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.gallery import Gallery, check_gallery
 from fpnx.images import find, pillow_within_limits
@@ -34,7 +35,7 @@ from fpnx.store import DONE, PENDING, Store, open_store
 from fpnx.uploads import check_goal, deliver, goal_of, work_folder
 from fpnx.writer import Writer, part_of
 
-__all__ = ["Result", "extract"]
+__all__ = ["DEFAULT_OUTPUTS", "Result", "extract"]
 
 LEAST_NORMAL = float(np.finfo(np.float16).smallest_normal)  # smaller values lose digits in float16, and end as 0
 IMAGES_LOOKED_AT = 8
@@ -114,9 +115,11 @@ def extract(
     output: str | os.PathLike[str] | None = None,
     *,
     listener: Listener | None = None,
+    equipment: Equipment | None = None,
+    barred: Mapping[bytes, str] | None = None,
     **options: Any,
 ) -> Result:
-    """Images → pyramid levels in an HDF5 file, or drawn; `fpnx extract` as a function.
+    """`fpnx.extract` in this process.
 
     Args:
         images: files, folders, `.tar` archives, `s3://`, `gs://` and `https://` addresses, or `"@list.txt"`.
@@ -124,6 +127,8 @@ def extract(
             (`"s3://bucket/out.h5"`) is worked on below `scratch` and sent when it is whole; with `format="png"` the
             folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`.
         listener: hears of the progress.
+        equipment: lends its model, for runs of many parts.
+        barred: by name, images that must not be opened, and why; they fail.
         options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
             `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
 
@@ -146,6 +151,9 @@ def extract(
         finished = check_goal(goal, config)
         with stoppable(hears) as stop, pillow_within_limits():
             listing = find(paths, config.limit, shard)
+            if barred:
+                sources = tuple(replace(source, barred=barred.get(source.name, "")) for source in listing.sources)
+                listing = replace(listing, sources=sources)
             for remark in (*listing.remarks, *listing.lost):
                 hears.message(remark)
             with nullcontext(True) if config.dry_run else lock(target) as alone:
@@ -155,7 +163,7 @@ def extract(
                     check_gallery(target, listing, config)
                 else:
                     check_output(target, config)  # again: another run may have ended since
-                plan = make_plan(target, config, listing, hears, goal.url, finished)
+                plan = make_plan(target, config, listing, hears, equipment, destination=goal.url, finished=finished)
                 hears.planned(plan)
                 if config.dry_run:
                     return _result(plan, None, Clock(), dry_run=True)

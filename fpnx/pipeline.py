@@ -26,7 +26,6 @@ from fpnx.images import Budget, decode
 from fpnx.machine import keep_freed_memory
 from fpnx.planning import Plan
 from fpnx.store import DONE
-from fpnx.streaming import make_engine
 from fpnx.writer import Writer
 
 __all__ = ["STAGES", "Clock", "compute"]
@@ -105,7 +104,7 @@ def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, list
         _Scribe(plan, writer, clock) as scribe,
         _Feed(plan, pending, count, clock) as feed,
     ):
-        engines = [make_engine(plan.model, plan.recipe, plan.config, device) for device in plan.devices]
+        engines = [plan.equipment.engine(plan.recipe, plan.config, device) for device in plan.devices]
         threads = max(1, plan.cpus // count) if plan.device.type == "cpu" else 1
         lanes = [_Lane(plan, feed, scribe, engines[i % len(engines)], clock, threads) for i in range(count)]
         try:

@@ -17,16 +17,17 @@ from fpnx.config import ExtractConfig, parse_extent
 from fpnx.control import Listener
 from fpnx.disk import disk_error, free_bytes
 from fpnx.engine import resolve_device, resolve_precision
+from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, ImageError
 from fpnx.images import Listing, Source, upright_size
 from fpnx.machine import usable_cpus
-from fpnx.model import PyramidModel, build_model
+from fpnx.model import PyramidModel
 from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
 from fpnx.urls import is_url
 from fpnx.writer import Layout, part_of, refuse_other_run
 
-__all__ = ["LevelShape", "Plan", "identity_of", "make_plan"]
+__all__ = ["DECODERS", "LevelShape", "Plan", "identity_of", "make_plan"]
 
 DECODERS = 16  # threads at most, unless more are asked for
 
@@ -61,6 +62,7 @@ class Plan:
     workers: int
     cpus: int
     bytes_free: int
+    equipment: Equipment
     done_before: int = 0
     destination: str | None = None  # the store's address that the output is sent to
 
@@ -122,19 +124,29 @@ def make_plan(
     config: ExtractConfig,
     listing: Listing,
     listener: Listener,
+    equipment: Equipment | None = None,
+    *,
     destination: str | None = None,
     finished: str | None = None,
+    handed_out: bool = False,
 ) -> Plan:
-    """Settle everything that a run on `output` will do.
+    """Settle everything that a run on `output` will do, with a model of `equipment` or a new one.
 
     `destination` is the address that the output is sent to, and `finished` that of one which is there already.
+    With `handed_out` others will do the work: to them is left what takes a look at images or at the disk's space, and
+    where sizes differ the layout has no shapes.
+
+    Raises:
+        FpnxError: for what cannot be carried out.
     """
     devices = tuple(resolve_device(name) for name in config.device.split(","))
-    model = build_model(config)
+    equipment = equipment or Equipment()
+    model = equipment.model(config)
     recipe = model.recipe.sized(config)
     precision = resolve_precision(config.precision)
     identity = identity_of(model, recipe, config)
-    workers = config.workers if isinstance(config.workers, int) else _decoders(listing)
+    cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
+    workers = config.workers if isinstance(config.workers, int) else _decoders(listing, cpus)
     before = _before(output, config) or finished
     done_before = 0
     if before is not None:
@@ -143,6 +155,10 @@ def make_plan(
             sizes, groups, rows = store.input_sizes, store.groups, store.rows
             errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
             done_before = int((store.status == DONE).sum())
+    elif handed_out and recipe.sizing != "stretch":
+        count = len(listing.sources)
+        sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
+        groups, rows = [""] * count, np.full(count, -1, np.int64)
     else:
         sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, listener)
         groups, rows = _group(model, recipe, sizes, errors)
@@ -170,12 +186,13 @@ def make_plan(
         precision=precision,
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         workers=workers,
-        cpus=usable_cpus(),
+        cpus=cpus,
         bytes_free=free_bytes(output.parent) + (0 if before else _dropped(output)),
+        equipment=equipment,
         done_before=done_before,
         destination=destination,
     )
-    if before is None and config.format == "h5" and layout.total_bytes() > plan.bytes_free:
+    if before is None and config.format == "h5" and not handed_out and layout.total_bytes() > plan.bytes_free:
         raise disk_error(OSError(28, ""), output, layout.total_bytes())
     return plan
 
@@ -192,9 +209,9 @@ def identity_of(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> d
     return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
 
 
-def _decoders(listing: Listing) -> int:
+def _decoders(listing: Listing, cpus: int) -> int:
     """Threads that decode: as many as cores; where images come over a network, of which they mostly wait, the most."""
-    return DECODERS if any(is_url(source.path) for source in listing.sources) else min(DECODERS, usable_cpus())
+    return DECODERS if any(is_url(source.path) for source in listing.sources) else min(DECODERS, cpus)
 
 
 def _dropped(output: Path) -> int:

@@ -53,7 +53,10 @@ class Terminal(Listener):
         self._console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._started = self._told = time.monotonic()
-        self._first = 0
+        self._first, self._note = 0, ""
+
+    def standing(self, text: str) -> None:
+        self._note = text
 
     def planned(self, plan: Plan) -> None:
         self.close()
@@ -69,7 +72,8 @@ class Terminal(Listener):
             self._advance(what, done, total)
         elif done in (0, total) or now - self._told >= SECONDS_BETWEEN_LINES:
             if done > 0:
-                self._console.print(f"{done} of {total} {what}", highlight=False)
+                note = f" ({self._note})" if self._note else ""
+                self._console.print(f"{done} of {total} {what}{note}", highlight=False)
             self._told = now
 
     def _advance(self, what: str, done: int, total: int) -> None:
@@ -79,6 +83,7 @@ class Terminal(Listener):
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[speed]}"),
+                TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
@@ -87,11 +92,11 @@ class Terminal(Listener):
         if not self._bar.tasks or self._bar.tasks[-1].description != what:
             for task in self._bar.tasks:
                 self._bar.update(task.id, visible=False)
-            self._bar.add_task(what, total=total, completed=done, speed="")
+            self._bar.add_task(what, total=total, completed=done, speed="", note="")
             self._started, self._first = time.monotonic(), done
         seconds = time.monotonic() - self._started
         speed = f"{(done - self._first) / seconds:.1f} {what}/s" if seconds > 0.5 and done > self._first else ""
-        self._bar.update(self._bar.tasks[-1].id, completed=done, speed=speed)
+        self._bar.update(self._bar.tasks[-1].id, completed=done, speed=speed, note=self._note)
 
     def stopping(self, signum: int, at_once: bool) -> None:
         # Plain writes to descriptors, since the signal may have struck in the midst of a buffered one.
@@ -297,6 +302,8 @@ def _show_plan(plan: Plan) -> None:
     before = f", {facts['done_before']} done before" if facts["done_before"] else ""
     pyramid = not all(level.startswith("C") for level in plan.model.levels)
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
+    engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
+    needed = f"{_bytes(facts['bytes_needed'])} needed, " if plan.layout.shapes else ""  # workers look at sizes
     rows = [
         ("images", f"{facts['images']} in {shown(facts['root'])}{passed}{before}"),
         *([("shard", str(plan.listing.cut))] if plan.listing.cut else []),
@@ -307,13 +314,14 @@ def _show_plan(plan: Plan) -> None:
         ),
         *_checkpoint(weights),
         ("recipe", facts["recipe"]["text"]),
+        *([("engine", engine)] if config.engine != "local" else []),
         ("device", f"{facts['device']}, {facts['precision']}, {batch}"),
         ("output", f"{shown(plan.output)}, a picture an image, {config.mode}")
         if config.format == "png"
         else (
             "output",
             f"{shown(facts['output'])}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
-            f"{_bytes(facts['bytes_needed'])} needed, {_bytes(facts['bytes_free'])} free",
+            f"{needed}{_bytes(facts['bytes_free'])} free",
         ),
         *([("scratch", f"{shown(facts['scratch'])}: worked on there, then sent whole")] if plan.destination else []),
     ]

@@ -265,9 +265,14 @@ class Writer:
 
         Raises:
             FpnxError: where the disk refuses.
+            StoreError: where another run has put its own `.part` in the place of this one.
         """
         self.commit()
         assert not bool((self.status == PENDING).any()), "finish() before every image was put"
+        if not self._disk.is_at(part_of(self.output)):
+            raise StoreError(
+                f"{shown(part_of(self.output))} is another run's by now: it goes on with it, and this one ends"
+            )
         self.close()
         with self._writing():
             os.replace(part_of(self.output), self.output)

@@ -1,0 +1,42 @@
+"""A model and its engines, kept from one run to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fpnx.config import ExtractConfig
+from fpnx.engine import Engine
+from fpnx.model import PyramidModel, build_model
+from fpnx.recipes import Recipe
+from fpnx.streaming import make_engine
+
+__all__ = ["Equipment"]
+
+
+class Equipment:
+    """What runs that differ in their images alone can share: it is built when it is first asked for, and kept.
+
+    A run of another config gets, and leaves behind, equipment of its own.
+    """
+
+    def __init__(self) -> None:
+        self._model: PyramidModel | None = None
+        self._options: dict[str, Any] = {}
+        self._engines: dict[torch.device, Engine] = {}
+
+    def model(self, config: ExtractConfig) -> PyramidModel:
+        """The model that `config` asks for; see `build_model`."""
+        options = config.repeatable()
+        if self._model is None or options != self._options:
+            self._engines.clear()
+            self._model, self._options = build_model(config), options
+        return self._model
+
+    def engine(self, recipe: Recipe, config: ExtractConfig, device: torch.device) -> Engine:
+        """What runs that model on `device`."""
+        model = self.model(config)
+        if device not in self._engines:
+            self._engines[device] = make_engine(model, recipe, config, device)
+        return self._engines[device]

@@ -1,0 +1,149 @@
+"""Which images kill the process that computes them: found by halves, each half in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fpnx.disk import sync_folder
+from fpnx.errors import FpnxError, shown
+from fpnx.images import Source
+from fpnx.lists import written_list
+
+__all__ = ["Quarantine", "find_culprits"]
+
+HEED = 0.5  # seconds within which a request to stop is heard
+TRIAL = [sys.executable, "-m", "fpnx.trial"]
+
+
+class Quarantine:
+    """The file `SHARD.failed.json`: why a shard is set apart, and which of its images are to blame."""
+
+    def __init__(self, shard: Path) -> None:
+        self.shard = shard
+        self.path = shard.with_name(shard.name + ".failed.json")
+
+    def culprits(self, run: str) -> dict[bytes, str]:
+        """Name and reason of each image that `run` has found to blame so far."""
+        try:
+            told = json.loads(self.path.read_bytes())
+            if told["run"] != run:
+                return {}
+            return {os.fsencode(each["path"]): str(each["reason"]) for each in told["culprits"]}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError):  # torn, or not ours: it is found out again
+            return {}
+
+    def write(self, run: str, deaths: int, culprits: Mapping[bytes, str]) -> None:
+        """Put down what is known, whole or not at all.
+
+        Raises:
+            FpnxError: where the disk refuses.
+        """
+        told = {
+            "shard": os.fsdecode(self.shard.name),
+            "run": run,
+            "deaths": deaths,
+            "culprits": [{"path": os.fsdecode(name), "reason": reason} for name, reason in culprits.items()],
+        }
+        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
+        try:
+            with open(fresh, "wb") as file:
+                file.write(json.dumps(told, indent=2).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, self.path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise FpnxError(f"cannot write {shown(self.path)}: {error.strerror}") from error
+        sync_folder(self.path.parent)
+
+
+def find_culprits(
+    root: bytes,
+    sources: Sequence[Source],
+    options: Mapping[str, Any],
+    found: Callable[[bytes, str], None],
+    heed: Callable[[], None],
+) -> None:
+    """Compute images in processes of their own, and of each set that kills its process both halves, down to one.
+
+    Takes about three times as long as to compute them all. Images that kill only together are not found.
+
+    Args:
+        root: what names are relative to.
+        sources: the images.
+        options: of `fpnx.extract`.
+        found: hears the name of each image that kills its process alone, and how it does.
+        heed: is called again and again; what it raises ends the search.
+    """
+    death = _death(root, sources, options, heed)
+    if death is None:
+        return
+    if len(sources) == 1:
+        found(sources[0].name, f"kills the process that computes it ({death})")
+        return
+    middle = len(sources) // 2
+    for half in (sources[:middle], sources[middle:]):
+        find_culprits(root, half, options, found, heed)
+
+
+def _death(root: bytes, sources: Iterable[Source], options: Mapping[str, Any], heed: Callable[[], None]) -> str | None:
+    """How a process that computes these images died; None where it ended by itself, whatever came of them."""
+    with tempfile.TemporaryDirectory(prefix="fpnx-") as folder:
+        listed = Path(folder, "list.txt")
+        records = [(source.name, source.bytes, source.mtime_ns) for source in sources]
+        listed.write_bytes(b"".join(written_list(root, records, 0)))
+        request = {
+            "images": [f"@{listed}"],
+            "output": str(Path(folder, "trial.h5")),
+            "options": {**options, "pool": "avg"},  # nobody reads what is computed here: it should be small
+        }
+        # Its input stays open: once that ends, so has this process, and the trial must not outlive it.
+        child = subprocess.Popen(
+            TRIAL, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environment()
+        )
+        with child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.write(json.dumps(request).encode() + b"\n")
+                    child.stdin.flush()
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(HEED)
+                        break
+                    heed()
+            except BaseException:
+                child.kill()
+                raise
+            ended = child.stdout.read().strip() == b"ended"
+    return None if ended else _how(child.returncode)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the folder that this fpnx is in: whoever started this process may have given it one by hand."""
+    home = str(Path(__file__).parent.parent)
+    paths = [home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def _how(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
