@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,6 +264,7 @@ def _archive_and_member(path: bytes) -> tuple[bytes, bytes] | None:
 
 
 _catalogues: dict[bytes, tuple[Facts, Catalogue]] = {}
+_turns: defaultdict[bytes, threading.Lock] = defaultdict(threading.Lock)  # each archive is gone through once
 _lock = threading.Lock()
 
 
@@ -270,28 +272,41 @@ def members_of(path: bytes, mtime_ns: int | None = None) -> tuple[Facts, Catalog
     """Facts on an archive and what is in it; a catalogue is kept, and holds while the archive has its size and time.
 
     Where `mtime_ns` is known, an archive in a store is not asked for its time again: reading from it tells.
+
+    Raises:
+        FpnxError: where it cannot be read, or is no plain tar archive.
     """
     with _lock:
-        kept = _catalogues.get(path)
-        if urls.is_url(path):
-            if kept is not None and mtime_ns == kept[0].mtime_ns:
-                return kept
-            facts = remote.about(path)
-            if facts.bytes < 0:
-                raise FpnxError(f"{shown(path)}: this server does not tell its size: download it first")
-            if kept is None or kept[0] != facts or facts.mtime_ns == 0:
-                kept = facts, catalogue(remote.Ranges(path, facts), facts.bytes, shown(path))
-        else:
-            try:
-                with _regular(path) as file:
-                    about = os.fstat(file.fileno())
-                    facts = Facts(about.st_size, about.st_mtime_ns)
-                    if kept is None or kept[0] != facts:
-                        kept = facts, catalogue(lambda start, count: _at(file, start, count), facts.bytes, shown(path))
-            except (OSError, ImageError) as error:
-                raise FpnxError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error
-        _catalogues.pop(path, None)
-        while len(_catalogues) >= CATALOGUES:
-            _catalogues.pop(next(iter(_catalogues)))
-        _catalogues[path] = kept
+        turn = _turns[path]
+    with turn:
+        with _lock:
+            kept = _catalogues.get(path)
+        if kept is None or not urls.is_url(path) or mtime_ns != kept[0].mtime_ns:
+            kept = _remote_catalogue(path, kept) if urls.is_url(path) else _local_catalogue(path, kept)
+        with _lock:
+            _catalogues.pop(path, None)
+            while len(_catalogues) >= CATALOGUES:
+                _catalogues.pop(next(iter(_catalogues)))
+            _catalogues[path] = kept
         return kept
+
+
+def _remote_catalogue(path: bytes, kept: tuple[Facts, Catalogue] | None) -> tuple[Facts, Catalogue]:
+    facts = remote.about(path)
+    if facts.bytes < 0:
+        raise FpnxError(f"{shown(path)}: this server does not tell its size: download it first")
+    if kept is not None and kept[0] == facts and facts.mtime_ns:
+        return kept
+    return facts, catalogue(remote.Ranges(path, facts), facts.bytes, shown(path))
+
+
+def _local_catalogue(path: bytes, kept: tuple[Facts, Catalogue] | None) -> tuple[Facts, Catalogue]:
+    try:
+        with _regular(path) as file:
+            about = os.fstat(file.fileno())
+            facts = Facts(about.st_size, about.st_mtime_ns)
+            if kept is not None and kept[0] == facts:
+                return kept
+            return facts, catalogue(lambda start, count: _at(file, start, count), facts.bytes, shown(path))
+    except (OSError, ImageError) as error:
+        raise FpnxError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error

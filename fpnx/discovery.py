@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fpnx import remote, urls
@@ -18,6 +19,7 @@ EXTENSIONS = frozenset(
     b".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 UNKNOWN = Facts(-1, 0)
+ARCHIVES_AT_ONCE = 8  # archives of a store whose headers are read side by side
 
 
 @dataclass
@@ -178,7 +180,7 @@ def _matching(pattern: bytes) -> list[tuple[bytes, Facts]]:
 
 
 def _gathered(root: bytes, below: Sequence[tuple[bytes, Facts]], archives: bool) -> Found:
-    found, outside = Found([root]), 0
+    found, packed, outside = Found([root]), list[bytes](), 0
     for url, facts in below:
         name = urls.inside(url, root)
         if _is_hidden(name) or name.endswith(b"/"):  # stores mark folders by objects of nothing
@@ -188,11 +190,16 @@ def _gathered(root: bytes, below: Sequence[tuple[bytes, Facts]], archives: bool)
         elif is_image(name):
             found.sources.append(Source(url, url, facts.bytes, facts.mtime_ns))
         elif archives and is_archive(name):
-            inside = find_in_archive(url)
-            inside.roots = []
-            found.add(inside)
+            packed.append(url)
         else:
             found.skipped += 1
+    readers = ThreadPoolExecutor(ARCHIVES_AT_ONCE)
+    try:
+        for inside in readers.map(find_in_archive, packed):
+            inside.roots = []
+            found.add(inside)
+    finally:
+        readers.shutdown(cancel_futures=True)
     if outside:
         found.skipped += outside
         found.remarks.append(f"{shown(root)}: {outside} objects are left out, since their names lead out of it")

@@ -315,9 +315,9 @@ def _reason(error: BaseException) -> str:
         return f"the credentials are not accepted ({code})"
     if code in CODES:
         return CODES[code]
-    if isinstance(status := getattr(error, "code", None), int):  # of Google's client
+    if "HttpError" in _names(error) and isinstance(status := getattr(error, "code", None), int):  # Google's client
         return str(refusal(status))
-    if str(error).startswith("Forbidden:"):  # likewise, without a code
+    if str(error).startswith("Forbidden:"):  # the same, without a code
         return str(refusal(403))
     known = next((REASONS[name] for name in _names(error) if name in REASONS), "")
     return f"{known or type(error).__name__}{f' ({shown(code)})' if code else ''}"

@@ -104,7 +104,7 @@ def connect(scheme: str) -> Service:
 
 
 def stamp(modified: datetime | None, etag: str | None) -> int:
-    """What stands for a file's mtime in ns; see `Facts`. Fractions of seconds go: not every answer has them."""
+    """What stands for a file's mtime in ns; see `Facts`. Fractions of seconds are dropped: few answers have them."""
     if modified is not None:
         moment = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
         return int(moment.timestamp()) * 1_000_000_000

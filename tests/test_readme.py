@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -118,3 +120,18 @@ def test_the_example_output_is_what_comes_out(
     assert [line.split(" ")[0] for line in shown] == [line.split(" ")[0] for line in real]
     level_lines = [line for line in example.splitlines() if re.match(r"P\d ", line)]
     assert level_lines == [line.rstrip() for line in out.splitlines() if re.match(r"P\d ", line)]
+
+
+@pytest.mark.slow
+def test_the_slurm_script(place: Path) -> None:
+    script = next(block for block in blocks("") if block.startswith("#!/bin/bash"))
+    (place / "run.sbatch").write_text(script.replace("fpnx extract", "fpnx extract --weights random --size 64"))
+    (place / "fpnx").write_text(f'#!/bin/sh\nexec {sys.executable} -m fpnx "$@"\n')
+    (place / "fpnx").chmod(0o755)
+    count = int(re.findall(r"TASK_ID/(\d+)", script)[0])
+    assert f"--array=0-{count - 1} " in script
+    for task in (0, count // 3):  # of the photographs there: none, and the first
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "PYTHONPATH": str(ROOT)}
+        environment["PATH"] = f"{place}{os.pathsep}{os.environ['PATH']}"
+        assert subprocess.run(["bash", "run.sbatch"], cwd=place, env=environment).returncode == 0
+    assert len(list(place.glob("out.shard-*.h5"))) == 2

@@ -23,6 +23,7 @@ import pytest
 import fpnx as package
 from fpnx import remote, services
 from fpnx.config import ExtractConfig
+from fpnx.contents import opened
 from fpnx.control import Listener
 from fpnx.errors import FpnxError, ImageError, Interrupted, StoreError
 from fpnx.images import decode, find, upright_size
@@ -182,6 +183,21 @@ def test_what_cannot_be_had(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> 
     bucket._client.delete_object(Bucket=bucket.name, Key="a.jpg")
     with pytest.raises(ImageError, match=r"^not found$"):
         decode(source, LIMIT)
+
+
+def test_an_answer_that_breaks_is_asked_for_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
+    line = Line(bucket.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
+    content = jpeg() + os.urandom(300_000)
+    source = find([bucket.put("a.jpg", content)]).sources[0]
+    line.breaks = 2
+    with opened(source, LIMIT) as file:
+        assert file.read() == content
+    line.breaks = 3
+    with pytest.raises(ImageError, match=r"^the connection broke$"):
+        decode(source, LIMIT)
+    line.close()
 
 
 @pytest.mark.parametrize(
