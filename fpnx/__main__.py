@@ -1,3 +1,19 @@
-from fpnx.cli import main
+"""`fpnx` and `python -m fpnx`: the command line, also where it is interrupted while it is being loaded."""
 
-raise SystemExit(main())
+from __future__ import annotations
+
+__all__ = ["run"]
+
+
+def run() -> int:
+    """The command line as a program: its exit code."""
+    try:
+        from fpnx.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(run())

@@ -14,6 +14,7 @@ import typer
 from fpnx._version import __version__
 from fpnx.config import SAMPLE, BenchmarkConfig, ExtractConfig, VisualizeConfig
 from fpnx.errors import FpnxError, Interrupted, shown
+from fpnx.outlets import lasting_outlets
 
 __all__ = ["app", "main"]
 
@@ -465,18 +466,23 @@ def verify(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; the one place that turns errors into a line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    wants_json = "--json" in given
+    with lasting_outlets() as outlets:
+        code = _exit_code(given, "--json" in given)
+        # Whoever went away having read enough, as `head` does, takes nothing from the work: its code stands.
+        if why := outlets.refusal():
+            return _complain(why, False, 2)
+        return code
+
+
+def _exit_code(given: list[str], wants_json: bool) -> int:
     try:
         return int(app(given, prog_name="fpnx", standalone_mode=False) or 0)
     except FpnxError as error:
         return _complain(str(error), wants_json, 2)
     except Interrupted as error:
         return _complain(str(error), wants_json, 128 + error.signum)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # Typer makes the one into the other
         return _complain("interrupted", wants_json, 130)
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
             return _complain(f"{error.format_message()} (fpnx --help shows what there is)", wants_json, 2)

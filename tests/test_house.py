@@ -19,6 +19,7 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]) 
 # Each module may import those below it only.
 ORDER = [
     "cli",
+    "outlets",
     "scoreboard",
     "report",
     "tables",
