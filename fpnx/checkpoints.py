@@ -69,6 +69,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
     Raises:
         FpnxError: a file that is damaged, holds no parameters, or asks for code.
     """
+    if file.exists() and not file.is_file():  # opening a FIFO would wait for ever
+        raise FpnxError(f"cannot read weights from {shown(file)}: it is not a regular file")
     try:
         with open(file, "rb") as handle:
             start = handle.read(len(LEGACY_TORCH))
@@ -295,6 +297,10 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], 
 
 def _reason(error: Exception) -> str:
     """Why a file cannot be read, in a line; torch's advice to load it unsafely is left out."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if re.search(r"hasRecord|inline_container|PytorchStreamReader", str(error)):
+        return "it is a zip archive, but no whole torch file"
     asked = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"(?:unsafe|blocklisted) module (\S+)", str(error))
     if asked:
         return f"it asks for {shown(asked[1])}, {REFUSED}"

@@ -438,7 +438,10 @@ def verify(
     offline: Offline = ExtractConfig.offline,
     json: Json = False,
 ) -> int:
-    """Check that all of a file is there and is what it says. Reads every value; exit code 1 where it is not.
+    """Check that a file is whole: its tables agree, and every value is read and as finite as it says.
+
+    That values are those of the images is not checked, unless --against names these. Exit code 1 where it does not
+    verify.
 
     [dim]fpnx verify out.shard-*.h5[/dim]
 

@@ -136,6 +136,8 @@ def _fetched(source: Source, piece: Piece | None, most: int, whole: bool) -> Bin
 @contextmanager
 def _regular(path: bytes) -> Iterator[BinaryIO]:
     """A regular file, opened."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ImageError("broken link")
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device may already do something
         raise ImageError("not a regular file")
     # Without O_NONBLOCK a FIFO that was put in the file's place would block for ever.

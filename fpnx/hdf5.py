@@ -50,11 +50,15 @@ def open_hdf5(path: str) -> h5py.File:
     if not os.path.isfile(path):  # opening a FIFO would wait for ever
         raise StoreError(f"{shown(path)} is not a regular file")
     try:
+        open(path, "rb").close()
+    except OSError as error:  # HDF5 would tell of this in many words, or raise it as it is
+        raise StoreError(f"{shown(path)}: {error.strerror}") from error
+    try:
         # A file that is being written is locked by its writer; ours is laid out so that reading it is safe.
         return h5py.File(path, "r", locking=False)
     except (OSError, RuntimeError, ValueError) as error:
         try:
-            foreign = not h5py.is_hdf5(path) and os.access(path, os.R_OK)
+            foreign = not h5py.is_hdf5(path)
         except ValueError:
             foreign = False
         if foreign:

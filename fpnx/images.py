@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -319,24 +320,29 @@ def _walk(folder: bytes) -> Found:
             visited.add((about.st_dev, about.st_ino))
             entries = sorted(os.scandir(here), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            if here == folder:
-                raise FpnxError(f"{shown(here)}: {error.strerror}") from error
-            found.skipped += 1
-            continue
+            raise FpnxError(
+                f"folder {shown(here)}: {error.strerror}: make it readable, or name the images themselves"
+            ) from error
         for entry in entries:
-            try:
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(entry.path)
-                elif is_image(entry.name) and entry.is_file():
-                    about = entry.stat()
-                    found.sources.append(Source(entry.path, entry.path, about.st_size, about.st_mtime_ns))
-                else:
-                    found.skipped += 1
-            except OSError:  # a link that leads nowhere, or to itself
+            if entry.name.startswith(b"."):
+                continue
+            seen = _about(entry)
+            if entry.is_dir(follow_symlinks=False) or (seen is not None and stat.S_ISDIR(seen.st_mode)):
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif is_image(entry.name) and (seen is None or stat.S_ISREG(seen.st_mode)):
+                size, mtime = (seen.st_size, seen.st_mtime_ns) if seen is not None else (-1, 0)
+                found.sources.append(Source(entry.path, entry.path, size, mtime))
+            else:
                 found.skipped += 1
     return found
+
+
+def _about(entry: os.DirEntry[bytes]) -> os.stat_result | None:
+    """What an entry is, or leads to; None where that cannot be told, as of a broken link: opening it tells why."""
+    try:
+        return entry.stat()
+    except OSError:
+        return None
 
 
 def _from_list(path: bytes, limit: int | None, shard: Shard | None) -> Listing:

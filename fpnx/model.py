@@ -356,6 +356,11 @@ def _fill(model: PyramidModel, weights: Weights) -> None:
             for key in set(given) & set(own)
             if given[key].shape != own[key].shape
         ),
+        "not of floating-point numbers": sorted(
+            f"{key} {str(given[key].dtype).removeprefix('torch.')}"
+            for key in set(given) & set(own)
+            if own[key].is_floating_point() and not given[key].is_floating_point()
+        ),
     }
     told = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
             for what, keys in problems.items() if keys]  # fmt: skip

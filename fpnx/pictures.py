@@ -260,7 +260,10 @@ def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
     """Whether the inputs are files that fpnx wrote; else they are photographs."""
     if not paths:
         raise FpnxError("nothing to draw: name files that fpnx extract wrote, or photographs")
-    are = [path.endswith(STORE_ENDINGS) or (os.path.isfile(path) and h5py.is_hdf5(path)) for path in paths]
+    are = [
+        path.endswith(STORE_ENDINGS) or (os.path.isfile(path) and os.access(path, os.R_OK) and h5py.is_hdf5(path))
+        for path in paths
+    ]
     if any(are) and not all(are):
         raise FpnxError(
             f"{shown(paths[are.index(True)])} is a file of features and {shown(paths[are.index(False)])} is not: "

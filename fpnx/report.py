@@ -232,7 +232,12 @@ def show_verification(found: Verification) -> None:
         console.print(Text(f"  {problem}"), soft_wrap=True)
     if len(found.problems) > FAILURES_SHOWN:
         console.print(f"  and {len(found.problems) - FAILURES_SHOWN} more: --json lists them all")
-    console.print("does not verify" if found.problems else "verified")
+    if found.problems:
+        console.print("does not verify")
+    elif found.compared:
+        console.print("verified: whole, finite as counted, and the same when computed again")
+    else:
+        console.print("verified: whole, finite as counted; values not compared (--against IMAGES does)")
 
 
 def store_facts(store: Store) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def verify(
         raise FpnxError(f"sample {sample}: take 1 image or more")
     hears = listener or Listener()
     with connections(), open_pyramids(file) as store:
+        # What it cannot be compared with is told before all of it is read.
+        again = None if against is None else _Again(store, against, _options(store, weights, device, offline), sample)
         problems, values, before = [*_whole(store)], 0, 0
         for part in store.each():
             part.check()
@@ -114,11 +116,10 @@ def verify(
             problems=tuple(problems),
             shards=len(store.shards),
         )
-        if against is None:
+        if again is None:
             return told
-        options = _options(store, weights, device, offline)
-        compared, largest, found = _compare(store, against, options, sample)
-        return replace(told, problems=(*problems, *found), compared=compared, largest_difference=largest)
+        largest, found = again.compared()
+        return replace(told, problems=(*problems, *found), compared=len(again.chosen), largest_difference=largest)
 
 
 def _whole(store: Store) -> Iterator[str]:
@@ -226,61 +227,80 @@ def _options(store: Store, weights: str | None, device: str, offline: bool) -> d
     return {**options, **changed, "device": device, "offline": offline}
 
 
-def _compare(store: Store, against: Any, options: dict[str, Any], sample: int) -> tuple[int, float, list[str]]:
-    """Compute a sample again → how many, the largest relative difference, what is wrong."""
-    from fpnx.images import find
+class _Again:
+    """A sample of a store's images, and all that it takes to compute them again.
 
-    listing = find([against] if isinstance(against, (str, os.PathLike)) else list(against))
-    there = {os.fsdecode(source.name): source for source in listing.sources}
-    problems: list[str] = []
-    missing = [i for i, path in enumerate(store.paths) if path not in there]
-    if len(missing) == len(store):
-        raise FpnxError(f"none of the images of {shown(store.path)} is in {shown(listing.root)}: name the same folder")
-    problems += _first("not among the images any more", store, missing)
-    gone = set(missing)
-    known = [i for i, path in enumerate(store.paths) if i not in gone and min(there[path].bytes, store.bytes[i]) >= 0]
-    others = [i for i in known if there[store.paths[i]].bytes != store.bytes[i]]
-    problems += _first("another file than then", store, others)
-    usable = [item.index for item in store if item.index not in gone.union(others)]
-    chosen = sorted({usable[round(i)] for i in np.linspace(0, len(usable) - 1, min(sample, len(usable)))})
-    if not chosen:
-        return 0, 0.0, problems
-    try:
-        config = ExtractConfig(**options)
-    except TypeError as error:
-        raise FpnxError(f"{shown(store.path)} was made with options that this fpnx does not know: {error}") from error
-    largest = 0.0
-    for index, computed in _computed(store, config, [(i, there[store.paths[i]]) for i in chosen]):
-        difference = _difference(store, index, computed)
-        largest = max(largest, difference)
-        if not difference <= _tolerance(store):
-            problems.append(f"{shown(store.paths[index])}: computed again it differs by {difference:.2g} of its level")
-    return len(chosen), largest, problems
+    Raises:
+        FpnxError: where there are none of the images, or not the model.
+    """
 
+    def __init__(self, store: Store, against: Any, options: dict[str, Any], sample: int) -> None:
+        # Here, since a look at the file alone needs no torch.
+        from fpnx.images import find
 
-def _computed(store: Store, config: ExtractConfig, chosen: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """(index, level → (C, H, W)) of each image, one by one, as `extract` computes it."""
-    # Here, since a look at the file alone needs no torch.
-    from fpnx.engine import Engine, resolve_device
-    from fpnx.images import decode, pillow_within_limits
-    from fpnx.model import build_model
-    from fpnx.planning import identity_of
+        self._store = store
+        listing = find([against] if isinstance(against, (str, os.PathLike)) else list(against))
+        there = {os.fsdecode(source.name): source for source in listing.sources}
+        missing = [i for i, path in enumerate(store.paths) if path not in there]
+        if len(missing) == len(store):
+            raise FpnxError(
+                f"none of the images of {shown(store.path)} is in {shown(listing.root)}: name the same folder"
+            )
+        gone = set(missing)
+        here = [i for i, path in enumerate(store.paths) if i not in gone]
+        known = [i for i in here if min(there[store.paths[i]].bytes, store.bytes[i]) >= 0]
+        others = [i for i in known if there[store.paths[i]].bytes != store.bytes[i]]
+        self._problems = [*_first("not among the images any more", store, missing)]
+        self._problems += _first("another file than then", store, others)
+        usable = [item.index for item in store if item.index not in gone.union(others)]
+        places = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
+        self.chosen = [(i, there[store.paths[i]]) for i in sorted({usable[round(place)] for place in places})]
+        try:
+            self._config = ExtractConfig(**options)
+        except TypeError as error:
+            name = shown(store.path)
+            raise FpnxError(f"{name} was made with options that this fpnx does not know: {error}") from error
+        self._engine: Any = self._made() if self.chosen else None
 
-    model = build_model(config)
-    recipe = model.recipe.sized(config)
-    fields = different_fields(store.config, identity_of(model, recipe, config))
-    if fields:
-        raise FpnxError(
-            f"{shown(store.path)} cannot be computed again here ({'; '.join(map(shown, fields))}): "
-            f"bring the same weights with --weights"
-        )
-    engine = Engine(model, recipe, config, resolve_device(config.device))
-    with pillow_within_limits():
-        for index, source in chosen:
-            picture = decode(source, config.max_pixels)
-            size = recipe.input_size((picture.height, picture.width), config.max_pixels)
-            features = engine([recipe.resize(picture, size)])
-            yield index, {level: values[0] for level, values in features.arrays.items()}
+    def _made(self) -> Any:
+        """The engine that computed the store."""
+        from fpnx.engine import Engine, resolve_device
+        from fpnx.model import build_model
+        from fpnx.planning import identity_of
+
+        model = build_model(self._config)
+        recipe = model.recipe.sized(self._config)
+        fields = different_fields(self._store.config, identity_of(model, recipe, self._config))
+        if fields:
+            raise FpnxError(
+                f"{shown(self._store.path)} cannot be computed again here ({'; '.join(map(shown, fields))}): "
+                f"bring the same weights with --weights"
+            )
+        return Engine(model, recipe, self._config, resolve_device(self._config.device))
+
+    def compared(self) -> tuple[float, list[str]]:
+        """Compute the sample again → the largest relative difference, and what is wrong."""
+        store, largest, problems = self._store, 0.0, self._problems
+        for index, computed in self._computed():
+            difference = _difference(store, index, computed)
+            largest = max(largest, difference)
+            if not difference <= _tolerance(store):
+                problems.append(
+                    f"{shown(store.paths[index])}: computed again it differs by {difference:.2g} of its level"
+                )
+        return largest, problems
+
+    def _computed(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(index, level → (C, H, W)) of each image, one by one, as `extract` computes it."""
+        from fpnx.images import decode, pillow_within_limits
+
+        engine, most = self._engine, self._config.max_pixels
+        with pillow_within_limits():
+            for index, source in self.chosen:
+                picture = decode(source, most)
+                size = engine.recipe.input_size((picture.height, picture.width), most)
+                features = engine([engine.recipe.resize(picture, size)])
+                yield index, {level: values[0] for level, values in features.arrays.items()}
 
 
 def _difference(store: Store, index: int, computed: dict[str, np.ndarray]) -> float:

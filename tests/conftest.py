@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,19 @@ def fpnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return code, captured.out, captured.err
 
     return run
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Without the powers of root, which permissions do not bind."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def process(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ import argparse
 import codecs
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -486,3 +487,28 @@ def test_damaged_and_foreign_files_are_refused_in_a_line(kind, tmp_path):
         fpnx.create_model(weights=str(file))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_what_is_no_file_of_weights_is_told_in_few_words(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
+        archive.writestr("a.txt", "text")
+    told = {
+        "pipe.pth": "it is not a regular file",
+        "zip.pth": "it is a zip archive, but no whole torch file",
+        "none.pth": "No such file or directory",
+    }
+    for name, why in told.items():
+        with pytest.raises(FpnxError) as caught:
+            read_checkpoint(tmp_path / name)
+        assert str(caught.value) == f"cannot read weights from {tmp_path / name}: {why}"
+
+
+def test_parameters_that_are_no_fractions_are_refused(tmp_path):
+    model = fpnx.create_model("mobilenet_v2", weights="random", channels=8)
+    fpnx.save_weights(model, tmp_path / "good.pth")
+    content = torch.load(tmp_path / "good.pth", weights_only=True)
+    content["state_dict"]["body.features.0.0.weight"] = content["state_dict"]["body.features.0.0.weight"].int()
+    torch.save(content, tmp_path / "cut.pth")
+    with pytest.raises(FpnxError, match=r"body\.features\.0\.0\.weight .*int32"):
+        fpnx.create_model(weights=str(tmp_path / "cut.pth"))

@@ -9,6 +9,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable
@@ -21,9 +22,9 @@ import pytest
 from PIL import Image
 
 import fpnx as package
-from fpnx.errors import StoreError
+from fpnx.errors import FpnxError, StoreError
 from fpnx.images import Budget, find
-from tests.conftest import noise_image
+from tests.conftest import noise_image, unprivileged
 
 SMALL: dict[str, Any] = {
     "backbone": "mobilenet_v2",
@@ -407,6 +408,16 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     for name, message in (("pipe.h5", "not a regular file"), (".", "is a folder"), ("none.h5", "does not exist")):
         with pytest.raises(StoreError, match=message):
             package.open(tmp_path / name)
+
+
+def test_a_file_that_may_not_be_read_is_one_line(whole: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # outside of tmp_path, which only its owner may enter
+        path = Path(folder, "closed.h5")
+        path.write_bytes(whole)
+        path.chmod(0)
+        Path(folder).chmod(0o755)
+        with unprivileged(), pytest.raises(FpnxError, match=r"closed\.h5: Permission denied$"):
+            package.open(path)
 
 
 def test_random_damage_is_never_a_traceback(whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

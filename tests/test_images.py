@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from fpnx.errors import FpnxError, ImageError
 from fpnx.images import Source, as_rgb, decode, find, pillow_within_limits, upright_size
-from tests.conftest import noise_image
+from tests.conftest import noise_image, unprivileged
 
 LIMIT = 10**8
 
@@ -97,7 +98,26 @@ def test_links_end_and_real_folders_win(photos: Path) -> None:
     assert b"linked.jpg" in listed
     assert b"out/o.png" in listed
     assert not any(name.startswith((b"aaa/", b"loop/")) for name in listed)
-    assert listing.skipped == 2
+    assert listing.skipped == 0
+    for name in (b"dangling.jpg", b"self.jpg"):
+        broken = next(each for each in listing.sources if each.name == name)
+        with pytest.raises(ImageError, match=r"^broken link$"):
+            decode(broken, LIMIT)
+
+
+def test_a_folder_that_cannot_be_read_is_named() -> None:
+    with tempfile.TemporaryDirectory() as name:  # outside of tmp_path, which only its owner may enter
+        photos, closed = Path(name), Path(name, "below", "closed")
+        closed.mkdir(parents=True)
+        for folder in (photos, closed):
+            noise_image(0, (8, 8)).save(folder / "a.png")
+        closed.chmod(0)
+        photos.chmod(0o755)
+        try:
+            with unprivileged(), pytest.raises(FpnxError, match=r"folder .*/below/closed: Permission denied: make it"):
+                find([photos])
+        finally:
+            closed.chmod(0o755)
 
 
 def test_a_fifo_does_not_block(photos: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fpnx
+from fpnx.control import Listener
 from fpnx.errors import FpnxError
 from tests.conftest import noise_image
 
@@ -158,11 +159,27 @@ def test_weights_that_moved_are_named_and_others_refused(made: Path, tmp_path: P
         fpnx.verify(tmp_path / "out.h5", against=made / "pictures", weights=moved)
 
 
+@pytest.mark.parametrize("option", [{"against": "nosuch"}, {"against": "pictures", "weights": "nosuch.pth"}], ids=str)
+def test_what_it_cannot_be_compared_with_is_told_before_it_is_read(made: Path, option: dict[str, str]) -> None:
+    read: list[int] = []
+
+    class Reader(Listener):
+        def progress(self, what: str, done: int, total: int) -> None:
+            read.append(done)
+
+    given = {name: str(made / value) for name, value in option.items()}
+    with pytest.raises(FpnxError, match="nosuch"):
+        fpnx.verify(made / "fixed.h5", **given, listener=Reader())
+    assert not read
+
+
 def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fpnx.cli import main
 
     assert main(["verify", str(made / "fixed.h5")]) == 0
-    assert capsys.readouterr().out.endswith("verified\n")
+    assert capsys.readouterr().out.endswith("values not compared (--against IMAGES does)\n")
+    assert main(["verify", str(made / "fixed.h5"), "--against", str(made / "pictures"), "--sample", "1"]) == 0
+    assert capsys.readouterr().out.endswith("and the same when computed again\n")
     assert main(["verify", str(made / "fixed.h5"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["verified"], document["problems"], document["done"]) == (True, [], 6)
