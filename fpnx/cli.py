@@ -247,7 +247,9 @@ def visualize(
     inputs: Annotated[list[str], typer.Argument(help="Files of features, compared image by image; or photographs.")],
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", help="Folder for pictures (default <file>_png).", rich_help_panel="Output"),
+        typer.Option(
+            "-o", "--output", help="Folder for pictures (default <file>_png, <photo>_png).", rich_help_panel="Output"
+        ),
     ] = None,
     html: Annotated[str | None, _option("Output", "--html", "One page to look through.", "FILE")] = None,
     overwrite: Annotated[bool, _option("Output", "--overwrite", "Replace what is there.")] = VisualizeConfig.overwrite,

@@ -254,6 +254,23 @@ class PictureConfig:
         if self.pick is not None and self.mode != "channels":
             raise FpnxError(f"mode {self.mode} shows no single channels: give --mode channels beside --pick")
 
+    def check_channels(self, channels: Mapping[str, int]) -> None:
+        """Refuse, before any work, what levels of so many channels do not have.
+
+        Raises:
+            FpnxError: naming the level.
+        """
+        if self.mode != "channels":
+            return
+        if self.pick is not None:
+            number = max(parse_channels(self.pick))
+            for level, count in channels.items():
+                if number >= count:
+                    raise FpnxError(f"channel {number} is not in {level}: there are {count}, from 0 to {count - 1}")
+        elif self.top not in (PictureConfig.top, *range(max(channels.values(), default=self.top) + 1)):
+            most = max(channels.values())
+            raise FpnxError(f"top {self.top}: no level has more than {most} channels: take from 1 to {most}")
+
     def position(self, size: tuple[int, int]) -> tuple[float, float]:
         """`point` as (x, y) in pixels of an image of `size` (height, width)."""
         parts = str(self.point).split(",")
@@ -496,7 +513,10 @@ def _point_text(point: str | tuple[float, float]) -> str:
     text = ",".join(map(str, point)) if isinstance(point, (tuple, list)) else str(point)
     if not re.fullmatch(r"\s*\d+(\.\d*)?%?\s*,\s*\d+(\.\d*)?%?\s*", text, re.ASCII):
         raise FpnxError(f"point {text!r}: take x and y in source pixels such as 120,80, or shares such as 50%,50%")
-    return "".join(text.split())
+    text = "".join(text.split())
+    if any(float(part[:-1]) > 100 for part in text.split(",") if part.endswith("%")):
+        raise FpnxError(f"point {text!r}: shares go from 0% to 100%")
+    return text
 
 
 def _several(what: str, value: Any) -> tuple[Any, ...]:

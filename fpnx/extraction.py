@@ -164,6 +164,8 @@ def extract(
                 else:
                     check_output(target, config)  # again: another run may have ended since
                 plan = make_plan(target, config, listing, hears, equipment, destination=goal.url, finished=finished)
+                if draws:
+                    config.check_channels({shape.level: shape.channels for shape in plan.shapes})
                 hears.planned(plan)
                 if config.dry_run:
                     return _result(plan, None, Clock(), dry_run=True)

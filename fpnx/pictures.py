@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 
@@ -29,10 +29,13 @@ from fpnx.selection import select
 from fpnx.sets import open_pyramids
 from fpnx.store import FAILED, Item, Store
 
+if TYPE_CHECKING:
+    from fpnx.planning import Plan
+
 __all__ = ["Pictures", "visualize"]
 
 STORE_ENDINGS = (".h5", ".hdf5", ".part")
-DEFAULT_FOLDER = "out_png"
+DEFAULT_STEM = "out"  # of photographs that have no name, such as all of a disk
 FOR_PHOTOGRAPHS = ("backbone", "weights", "seed", "size", "device")
 
 
@@ -83,7 +86,8 @@ def visualize(
 
     Args:
         inputs: files that `fpnx extract` wrote, which are compared image by image; or photographs.
-        output: the folder for pictures; by default `<file>_png` beside the file, and none where `html` is given.
+        output: the folder for pictures; by default `<file>_png` beside the file, or, named after the first
+            photograph, in the current folder; none where `html` is given.
         html: a page to write.
         listener: hears of the progress.
         options: the fields of `fpnx.config.VisualizeConfig`.
@@ -106,7 +110,10 @@ def visualize(
         named = _are_stores(paths, config)
         if not named:
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="fpnx-"))
-            beyond = max(0, len(find(paths).sources) - config.limit)
+            names = [os.fsdecode(source.name) for source in find(paths).sources]
+            beyond = max(0, len(names) - config.limit)
+            if folder is not None:
+                _refuse_existing(folder, names[: config.limit], range(min(len(names), config.limit)), config)
             paths = _extracted(paths, Path(temporary), config, hears)
         stop = stack.enter_context(stoppable(hears))
         stores = [stack.enter_context(open_pyramids(path)) for path in paths]
@@ -140,14 +147,16 @@ class _Show:
         self.rows, self.left_out = ready[: config.limit], max(0, len(ready) - config.limit)
         if not self.rows:
             why = "; ".join(f"{shown(path)} {reason}" for path, reason in list(self.skipped.items())[:3])
-            raise FpnxError(f"nothing to draw in {shown(first.path)}: {why or 'it holds no image'}")
+            raise FpnxError(f"nothing to draw{f' in {shown(first.path)}' if named else ''}: {why or 'no image at all'}")
         for store in stores:
-            chosen_levels(store, config.levels)
+            levels = chosen_levels(store, config.levels)
+            config.check_channels({lv: store.dataset(size, lv).shape[1] for size in store.sizes for lv in levels})
+        self._refuse_point()
 
     def pictures(self, folder: Path) -> Iterator[Path]:
         """Draw and write each picture, and give its path."""
         places = Places(folder, self.stores[0].paths)
-        self._refuse_existing(places)
+        _refuse_existing(folder, self.stores[0].paths, self.rows, self.config)
         scales = self._scales()
         for scenes in self.scenes():
             try:
@@ -203,22 +212,36 @@ class _Show:
             for store in self.stores
         ]
 
-    def _refuse_existing(self, places: Places) -> None:
-        if self.config.overwrite:
+    def _refuse_point(self) -> None:
+        """Refuse a point that no image has."""
+        if self.config.point is None:
             return
-        there = []
-        for row in self.rows:
-            try:
-                target = places[self.stores[0].paths[row]]
-            except FpnxError:  # named when its turn comes
-                continue
-            if os.path.lexists(target):
-                there.append(target)
-        if there:
-            raise FpnxError(
-                f"{len(there)} of the pictures are there already, such as {shown(there[0])}: replace them with "
-                f"--overwrite, or name another folder with -o"
-            )
+        sizes = [(int(height), int(width)) for height, width in self.stores[0].source_sizes[self.rows]]
+        for height, width in sizes:
+            x, y = self.config.position((height, width))
+            if x <= width and y <= height:
+                return
+        most = f"{max(height for height, _ in sizes)}×{max(width for _, width in sizes)}"
+        raise FpnxError(f"point {self.config.point} is outside every image: none goes beyond {most} (height × width)")
+
+
+def _refuse_existing(folder: Path, paths: Sequence[str], rows: Sequence[int], config: VisualizeConfig) -> None:
+    """Refuse to replace pictures of these rows of `paths` unasked."""
+    if config.overwrite:
+        return
+    places, there = Places(folder, paths), []
+    for row in rows:
+        try:
+            target = places[paths[row]]
+        except FpnxError:  # named when its turn comes
+            continue
+        if os.path.lexists(target):
+            there.append(target)
+    if there:
+        raise FpnxError(
+            f"{len(there)} of the pictures {'is' if len(there) == 1 else 'are'} there already, such as "
+            f"{shown(there[0])}: replace them with --overwrite, or name another folder with -o"
+        )
 
 
 def described(scenes: Sequence[Scene], config: VisualizeConfig) -> str:
@@ -291,24 +314,29 @@ def _extracted(paths: Sequence[str], folder: Path, config: VisualizeConfig, list
     for number, name in enumerate(names):
         target = folder / f"{number}.h5"
         listener.message(f"extracting with {name}" if name else "extracting")
-        hears = _Progress(listener)
+        hears = _Progress(listener, config)
         extract(paths, target, backbone=name, limit=config.limit, offline=config.offline, listener=hears, **options)
         files.append(str(target))
     return files
 
 
 class _Progress(Listener):
-    """Hands on what an extraction tells, without its table."""
+    """Hands on what an extraction tells, without its table; refuses what could not be drawn of it."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, config: VisualizeConfig) -> None:
+        self._config = config
         self.progress, self.message = listener.progress, listener.message  # type: ignore[method-assign]
         self.stopping = listener.stopping  # type: ignore[method-assign]
 
+    def planned(self, plan: Plan) -> None:
+        self._config.check_channels({shape.level: shape.channels for shape in plan.shapes})
+
 
 def _folder(paths: Sequence[str]) -> Path:
-    """`<out>_png` beside the first file; of several files `<a>_<b>_png`; of photographs `out_png`."""
+    """`<out>_png` beside the first file; of several files `<a>_<b>_png`; of photographs `<first>_png` right here."""
     if not paths or not all(path.endswith(STORE_ENDINGS) for path in paths):
-        return Path(DEFAULT_FOLDER)
+        first = "".join(paths[:1]).removeprefix("@")
+        return Path(f"{Path(first).stem or Path(os.path.abspath(first)).stem or DEFAULT_STEM}_png")
     stems = [Path(path.removesuffix(".part")).stem for path in paths]
     name = "_".join(stems) if len(stems) <= 3 else f"{stems[0]}_and_{len(stems) - 1}_others"
     return Path(paths[0]).with_name(f"{name}_png")

@@ -66,7 +66,7 @@ def test_nothing_is_overwritten_unasked(here: Path, fpnx: Run) -> None:
     before = (here / "a_png/b.jpg.png").read_bytes()
     code, _, err = fpnx("visualize", "a.h5", "--mode", "std")
     assert code == 2
-    assert "1 of the pictures are there already" in err
+    assert "1 of the pictures is there already" in err
     assert "--overwrite" in err
     assert pictures(here / "a_png") == ["b.jpg.png"]
     assert fpnx("visualize", "a.h5", "--mode", "std", "--overwrite")[0] == 0
@@ -135,8 +135,24 @@ def test_photographs_are_extracted_and_compared(here: Path, fpnx: Run) -> None:
     code, out, err = fpnx("visualize", *photographs, *options, "--levels", "P5", "--limit", "1", "--json")
     assert code == 0, err
     told = document(out)
-    assert (told["pictures"], told["left_out"]) == (["out_png/a.png.png"], 1)
+    assert (told["pictures"], told["left_out"]) == (["a_png/a.png.png"], 1)
     assert not [path for path in os.listdir(here) if path.endswith((".part", ".lock"))]
+
+
+def test_what_cannot_be_drawn_of_photographs_is_told_before_any_is_computed(here: Path, fpnx: Run) -> None:
+    shared = ("visualize", "photos", "--backbone", "mobilenet_v2", "--weights", "random", "--size", "64")
+    code, out, err = fpnx(*shared, "--mode", "channels", "--pick", "256")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[1:] == ["fpnx: channel 256 is not in P2: there are 256, from 0 to 255"]
+    (here / "photos_png").mkdir()
+    (here / "photos_png/a.png.png").touch()
+    code, out, err = fpnx(*shared)
+    assert (code, out) == (2, "")
+    assert err.startswith("fpnx: 1 of the pictures is there already, such as photos_png/a.png.png")
+    (here / "text.jpg").write_text("no picture")
+    code, out, err = fpnx("visualize", "text.jpg", *shared[2:])
+    assert (code, out) == (2, "")
+    assert "fpnx: nothing to draw: text.jpg failed: not an image" in err
 
 
 def test_failed_and_unfinished_rows_are_skipped_and_named(here: Path, fpnx: Run) -> None:
@@ -207,6 +223,10 @@ def test_a_source_that_is_gone_stops_nothing(here: Path, fpnx: Run) -> None:
         (["photos/a.png", "--backbone", "vgg16", "--backbone", "vgg16"], "named twice"),
         (["a.h5", "--images", "zzz"], "no image 'zzz' among 4"),
         (["a.h5", "--limit", "0"], "limit 0"),
+        (["a.h5", "--levels", "P3", "--mode", "channels", "--pick", "99"], "channel 99 is not in P3: there are 8"),
+        (["a.h5", "--levels", "P3", "--mode", "channels", "--top", "10"], "no level has more than 8 channels"),
+        (["a.h5", "--mode", "similarity", "--point", "97,1"], "outside every image: none goes beyond 64×96"),
+        (["a.h5", "--mode", "similarity", "--point", "101%,1"], "shares go from 0% to 100%"),
     ],
     ids=lambda value: " ".join(value)[:44] if isinstance(value, list) else "",
 )
@@ -300,6 +320,7 @@ def test_extract_png_names_what_failed(here: Path, fpnx: Run) -> None:
         (["--format", "pdf"], "take one of h5, png"),
         (["--format", "png", "-o", "a.h5"], "not a folder"),
         (["--format", "png", "--colormap", "nope"], "colour map"),
+        (["--format", "png", "--mode", "channels", "--pick", "99"], "channel 99 is not in P"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
