@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -481,6 +482,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _exit_code(given: list[str], wants_json: bool) -> int:
     try:
+        if any(not argument or re.fullmatch(r"--[a-z0-9-]+=", argument) for argument in given):
+            raise FpnxError("an argument is empty: leave it out, or put a name or a value there")
         return int(app(given, prog_name="fpnx", standalone_mode=False) or 0)
     except FpnxError as error:
         return _complain(str(error), wants_json, 2)

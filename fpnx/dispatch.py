@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fpnx import extraction
-from fpnx.campaign import extract_across
-from fpnx.cluster import connected, require_ray
 from fpnx.config import ExtractConfig
 from fpnx.control import Listener
-from fpnx.extraction import Result
+from fpnx.images import as_paths, refuse_missing
+from fpnx.outputs import DEFAULT_OUTPUTS, check_output
+from fpnx.shards import parse_shard
+from fpnx.uploads import goal_of
+
+if TYPE_CHECKING:
+    from fpnx.extraction import Result
 
 __all__ = ["extract"]
 
@@ -43,9 +46,19 @@ def extract(
         Interrupted: on SIGINT or SIGTERM; what was done is kept.
         TypeError: an option that does not exist.
     """
-    config = ExtractConfig(**options)
+    config, paths = ExtractConfig(**options), as_paths(images)
+    # What can be told at once is told before torch is loaded, which takes seconds.
+    refuse_missing(paths)
     if config.engine == "local":
-        return extraction.extract(images, output, listener=listener, **options)
+        shard = None if config.shard is None else parse_shard(config.shard)
+        goal = goal_of(DEFAULT_OUTPUTS[config.format] if output is None else output, config, shard)
+        if goal.url is None and config.format == "h5":
+            check_output(goal.local, config)
+        from fpnx import extraction
+
+        return extraction.extract(paths, output, listener=listener, **options)
+    from fpnx.campaign import extract_across
+    from fpnx.cluster import connected, require_ray
+
     require_ray()
-    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     return extract_across(paths, output, config, listener or Listener(), connected)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -24,9 +24,8 @@ from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import lock
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
-from fpnx.gallery import Gallery, check_gallery
-from fpnx.images import find, pillow_within_limits
-from fpnx.outputs import check_output
+from fpnx.images import as_paths, find, pillow_within_limits
+from fpnx.outputs import DEFAULT_OUTPUTS, check_output
 from fpnx.pipeline import STAGES, Clock, compute
 from fpnx.planning import Plan, make_plan
 from fpnx.remote import connections
@@ -35,11 +34,13 @@ from fpnx.store import DONE, PENDING, Store, open_store
 from fpnx.uploads import check_goal, deliver, goal_of, work_folder
 from fpnx.writer import Writer, part_of
 
+if TYPE_CHECKING:
+    from fpnx.gallery import Gallery  # loads matplotlib, which takes a second
+
 __all__ = ["DEFAULT_OUTPUTS", "Result", "extract"]
 
 LEAST_NORMAL = float(np.finfo(np.float16).smallest_normal)  # smaller values lose digits in float16, and end as 0
 IMAGES_LOOKED_AT = 8
-DEFAULT_OUTPUTS = {"h5": "out.h5", "png": "out_png"}
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,9 @@ def extract(
         Interrupted: on SIGINT or SIGTERM; what was done is kept.
         TypeError: an option that does not exist.
     """
-    config = ExtractConfig(**options)
-    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    config, paths = ExtractConfig(**options), as_paths(images)
     shard, hears = None if config.shard is None else parse_shard(config.shard), listener or Listener()
-    goal = goal_of(output or DEFAULT_OUTPUTS[config.format], config, shard)
+    goal = goal_of(DEFAULT_OUTPUTS[config.format] if output is None else output, config, shard)
     target, draws = goal.local, config.format == "png"
     with connections(), work_folder(goal):
         if not draws:
@@ -160,6 +160,8 @@ def extract(
                 if not alone:
                     hears.message("files cannot be locked here: see to it that no second run writes this output")
                 if draws:
+                    from fpnx.gallery import check_gallery
+
                     check_gallery(target, listing, config)
                 else:
                     check_output(target, config)  # again: another run may have ended since
@@ -193,6 +195,8 @@ def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
     clock = Clock()
     writer: Writer | Gallery
     if plan.config.format == "png":
+        from fpnx.gallery import Gallery
+
         writer = Gallery(plan.output, plan.layout, plan.config, _provenance(plan))
     elif plan.config.resume and part_of(plan.output).exists():
         writer = Writer.reopen(plan.output)
@@ -210,7 +214,7 @@ def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
     finally:
         writer.close()
     clock.stop()
-    if isinstance(writer, Gallery):
+    if not isinstance(writer, Writer):
         result = _result(plan, writer, clock, stopped=stopped)
     else:
         with open_store(part_of(plan.output) if stopped else plan.output) as store:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -26,11 +26,13 @@ __all__ = [
     "Budget",
     "Listing",
     "Source",
+    "as_paths",
     "as_rgb",
     "decode",
     "find",
     "list_lines",
     "pillow_within_limits",
+    "refuse_missing",
     "upright_size",
 ]
 
@@ -93,10 +95,7 @@ def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, sha
     Raises:
         FpnxError: a missing input, the same path twice, no image at all, or a list none of whose images is there.
     """
-    if isinstance(images, (str, bytes, os.PathLike)):
-        images = [images]
-    if not images:
-        raise FpnxError("no images given: name files, folders or @list.txt")
+    images = as_paths(images)
     for argument in map(os.fsencode, images):
         if argument.startswith(b"@") and not os.path.lexists(argument) and is_list(argument[1:]):
             if len(images) > 1:
@@ -126,6 +125,37 @@ def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, sha
         return Listing(root, tuple(sources), found.skipped, None, remarks, lost)
     cut = Cut.of(shard, len(sources), list_fingerprint((s.name, s.bytes, s.mtime_ns) for s in sources))
     return Listing(root, tuple(sources[cut.first : cut.slice.stop]), found.skipped, cut, remarks, lost)
+
+
+def as_paths(images: Any) -> list[str | os.PathLike[str]]:
+    """One path, or several, as a list.
+
+    Raises:
+        FpnxError: for anything else, none, or an empty name.
+    """
+    several = isinstance(images, Iterable) and not isinstance(images, (str, bytes, os.PathLike))
+    paths: list[Any] = [*images] if several else [images]
+    if not paths or images is None:
+        raise FpnxError("no images given: name files, folders or @list.txt")
+    for path in paths:
+        if not isinstance(path, (str, bytes, os.PathLike)) or not os.fspath(path):
+            raise FpnxError(f"images {path!r}: take names of files and folders, or @list.txt")
+    return paths
+
+
+def refuse_missing(images: Sequence[str | os.PathLike[str]]) -> None:
+    """Tell at once, without a look into folders, archives and stores, of names that `find` would not find.
+
+    Raises:
+        FpnxError: as `find` would.
+    """
+    for argument in map(os.fsencode, images):
+        name = argument.removeprefix(b"@")
+        if is_url(name) or os.path.lexists(argument) or os.path.lexists(name):
+            continue
+        if argument.startswith(b"@"):
+            _read_list(name)
+        find_file(os.path.abspath(argument))
 
 
 def list_lines(listing: Listing) -> Iterator[bytes]:

@@ -11,8 +11,9 @@ from fpnx.config import OutputConfig
 from fpnx.errors import FpnxError, shown
 from fpnx.writer import part_of
 
-__all__ = ["check_output", "real_output"]
+__all__ = ["DEFAULT_OUTPUTS", "check_output", "real_output"]
 
+DEFAULT_OUTPUTS = {"h5": "out.h5", "png": "out_png"}  # by format
 WORKING_NAMES = (".part", ".part.new", ".lock")
 
 
@@ -22,6 +23,8 @@ def check_output(output: Path, config: OutputConfig) -> None:
     Raises:
         FpnxError: saying what is there, and the ways on.
     """
+    if not output.name:
+        raise FpnxError(f"output {shown(output)} is a folder: name a file in it, such as {shown(output / 'out.h5')}")
     if output.name.endswith(WORKING_NAMES):
         stem = re.sub(r"(\.(part|new|lock))+$", "", str(output))
         raise FpnxError(f"output {shown(output)}: fpnx keeps such names for itself: name the output {shown(stem)}")

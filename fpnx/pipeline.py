@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from fpnx.control import Listener, Stop
 from fpnx.engine import Engine, Features, exact_arithmetic, slow_precision
 from fpnx.errors import ImageError, Interrupted, shown
 from fpnx.fitting import Fitting
-from fpnx.gallery import Gallery
 from fpnx.images import Budget, decode
 from fpnx.machine import keep_freed_memory
 from fpnx.planning import Plan
 from fpnx.store import DONE
 from fpnx.writer import Writer
+
+if TYPE_CHECKING:
+    from fpnx.gallery import Gallery
 
 __all__ = ["STAGES", "Clock", "compute"]
 

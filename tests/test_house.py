@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fpnx
-from tests.conftest import ROOT, process
+from tests.conftest import ROOT, noise_image, process
 
 PACKAGE = ROOT / "fpnx"
 MODULES = sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE)]) if module.name != "__main__")
@@ -171,6 +172,43 @@ def test_help_does_not_load_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_mistakes_that_are_told_at_once_do_not_load_torch(tmp_path: Path) -> None:
+    (tmp_path / "there.h5").write_text("")
+    (tmp_path / "a.png").write_text("")
+    mistakes = [
+        ["missing.png"],
+        ["@missing.txt"],
+        ["a.png", "-o", "there.h5"],
+        ["a.png", "-o", "no/where.h5"],
+        ["a.png", "-o", ""],
+        ["a.png", "--output="],
+        ["a.png", "--size", "64x"],
+        ["a.png", "--levels", "P9"],
+        ["a.png", "--engine", "ray", "--device", "mps"],
+    ]
+    code = (
+        "import sys; from fpnx.cli import main\n"
+        f"for mistake in {mistakes!r}: assert main(['extract', *mistake]) == 2, mistake\n"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    )
+    done = process_of(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(mistakes)
+
+
+def test_an_extraction_does_not_load_matplotlib(tmp_path: Path) -> None:
+    noise_image(0, (40, 40)).save(tmp_path / "a.png")
+    arguments = ["extract", "a.png", "--weights", "random", "--backbone", "mobilenet_v2", "--size", "32", "--dry-run"]
+    code = f"import sys, fpnx.cli as c; assert c.main({arguments!r}) == 0; assert 'matplotlib' not in sys.modules"
+    done = process_of(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def process_of(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_importing_does_nothing() -> None:
