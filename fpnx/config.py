@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -10,7 +11,8 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fpnx.errors import FpnxError, nearest, shown
 from fpnx.shards import parse_shard
@@ -75,6 +77,7 @@ class FileFacts:
     std: str | Iterable[float] | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.pixel_order is not None:
             _check_choice("pixel order", self.pixel_order, PIXEL_ORDERS)
         if self.resampling is not None:
@@ -129,6 +132,7 @@ class InputConfig:
     max_pixels: int = 178_956_970  # where Pillow, too, refuses: 2 × 1 GiB of 24-bit pixels / 4 / 3
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _freeze(self, "size", _size_text(self.size))
         for name in ("short_side", "long_side"):
             if getattr(self, name) is not None:
@@ -161,6 +165,7 @@ class OutputConfig:
     scratch: str | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_choice("format", self.format, FORMATS)
         _check_choice("dtype", self.dtype, DTYPES)
         if self.pool not in POOLS and parse_extent(self.pool) is None:
@@ -194,6 +199,7 @@ class RunConfig:
     cpus: str | int = "auto"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         names = self.device.split(",")
         one = len(names) == 1 and re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
         if not one and not (len(set(names)) == len(names) and all(re.fullmatch(r"cuda:\d+", name) for name in names)):
@@ -216,6 +222,7 @@ class EngineConfig:
     actors: str | int = "auto"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_choice("engine", self.engine, ENGINES)
         for name in ("shards", "actors"):
             _freeze(self, name, _auto_or_whole(name, getattr(self, name), 99_999))
@@ -242,6 +249,7 @@ class PictureConfig:
     panel: int = 256
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_choice("mode", self.mode, MODES)
         _check_whole("top", self.top, 1, 100)
         _check_whole("panel", self.panel, 32, 4096)
@@ -250,7 +258,10 @@ class PictureConfig:
         if self.pick is not None:
             _freeze(self, "pick", ",".join(map(str, parse_channels(self.pick))))
         if (self.mode == "similarity") != (self.point is not None):
-            raise FpnxError("mode similarity and a point go together: give --mode similarity --point X,Y")
+            raise FpnxError(
+                "mode similarity and a point go together: give both, as in --mode similarity --point X,Y, or "
+                "mode='similarity', point=(X, Y)"
+            )
         if self.pick is not None and self.mode != "channels":
             raise FpnxError(f"mode {self.mode} shows no single channels: give --mode channels beside --pick")
 
@@ -333,11 +344,11 @@ class VisualizeConfig(PictureConfig):
     mean what they mean for `fpnx extract`; None: not said.
     """
 
-    images: Iterable[str] | None = None
+    images: str | Iterable[str] | None = None
     limit: int = 24
     levels: str | Iterable[str] | None = None
     overwrite: bool = False
-    backbone: Iterable[str] | None = None
+    backbone: str | Iterable[str] | None = None
     weights: str | None = None
     seed: int | None = None
     size: str | int | None = None
@@ -426,6 +437,8 @@ def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
     Raises:
         FpnxError: for a name that is no level, an empty or reversed range, a level named twice.
     """
+    if not isinstance(levels, Iterable):
+        raise FpnxError(f"levels {levels!r}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
     names: list[str] = []
     for part in levels.split(",") if isinstance(levels, str) else levels:
         if str(part).strip() in UNSTRIDED_LEVELS:
@@ -538,6 +551,55 @@ def _auto_or_whole(what: str, value: str | int, most: int) -> str | int:
     number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
     _check_whole(what, number, 1, most, "auto or ")
     return number
+
+
+WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    tuple: "a pair",
+    Iterable: "several",
+}
+
+
+def _check_types(config: Any) -> None:
+    """Refuse values of another type than their fields have; a path becomes text where text is taken.
+
+    Raises:
+        FpnxError: naming the field, the value and what is taken.
+    """
+    kinds = _kinds(type(config))  # type: ignore[arg-type]
+    for each in fields(config):
+        value, taken = getattr(config, each.name), kinds[each.name]
+        if isinstance(value, os.PathLike) and str in taken:
+            value = os.fspath(value)
+            _freeze(config, each.name, value)
+        if not any(_is_of(value, kind) for kind in taken):
+            words = " or ".join(WORDS[kind] for kind in taken if kind in WORDS)
+            such = "" if each.default in (None, "") else f", such as {each.default!r}"
+            name = each.name.replace("_", " ")
+            raise FpnxError(f"{name} {shown(repr(value))[:80]}: take {words}{such}")
+
+
+@functools.cache
+def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each field takes, without what is in them."""
+    hints = get_type_hints(config)
+    unions = {
+        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints.items()
+    }
+    return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in unions.items()}
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, (tuple, list))
+    if kind is Iterable:
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    return isinstance(value, kind)
 
 
 def _freeze(config: object, name: str, value: object) -> None:

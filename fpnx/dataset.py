@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from fpnx.config import parse_levels
 from fpnx.errors import FpnxError, shown
 from fpnx.sets import open_pyramids
 from fpnx.store import DONE, Store
@@ -25,7 +26,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
 
     Args:
         path: what `fpnx extract` wrote: a file, or a run's shards as a glob or as paths in any order.
-        levels: names; None takes all in the file.
+        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None takes all in the file.
         target: from a stored path to its label.
 
     Raises:
@@ -35,13 +36,15 @@ class PyramidDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        levels: Iterable[str] | None = None,
+        levels: str | Iterable[str] | None = None,
         target: Callable[[str], Any] | None = None,
     ) -> None:
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(one) for one in path]
+        if target is not None and not callable(target):
+            raise FpnxError(f"target {target!r}: take a function from a stored path to its label")
         self.target = target
         with open_pyramids(self.path) as store:
-            self.levels = store.levels if levels is None else tuple(levels)
+            self.levels = store.levels if levels is None else parse_levels(levels)
             for level in self.levels:
                 if level not in store.levels:
                     raise FpnxError(f"no level {level!r} in {shown(store.path)}: it has {', '.join(store.levels)}")
@@ -60,6 +63,8 @@ class PyramidDataset(Dataset[dict[str, Any]]):
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"image {i}: {shown(self.store.path)} holds {len(self)} that are done")
         item = self.store[self.indices[i]]
         sample: dict[str, Any] = {level: torch.from_numpy(item[level]) for level in self.levels}
         sample |= {"path": item.path, "index": item.index}

@@ -204,6 +204,8 @@ def create_model(
         FpnxError: for names, levels, channels or files that do not exist or contradict each other.
     """
     module = backbone if isinstance(backbone, nn.Module) else None
+    if isinstance(backbone, type):
+        raise FpnxError(f"backbone {backbone.__name__} is a class: give a module that is made of it")
     config = ExtractConfig(
         backbone=None if isinstance(backbone, nn.Module) else backbone,
         weights=weights,

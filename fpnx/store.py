@@ -96,6 +96,8 @@ class Item:
             FpnxError: for a cell outside the valid (unpadded) map.
         """
         height, width = self.valid(level)
+        if not all(isinstance(at, (int, np.integer)) for at in (y, x)):
+            raise TypeError(f"cell ({y!r}, {x!r}): take whole numbers, row and column")
         if not (0 <= y < height and 0 <= x < width):
             raise FpnxError(f"cell ({y}, {x}) is outside {level}, which has {height}×{width} cells")
         dataset = self._dataset(level)
@@ -316,6 +318,8 @@ class Store:
         return self._index[name]
 
     def __getitem__(self, key: int | str | bytes | os.PathLike[str]) -> Item:
+        if isinstance(key, bool) or not isinstance(key, (int, np.integer, str, bytes, os.PathLike)):
+            raise TypeError(f"image {key!r}: take a stored name or an index")
         if isinstance(key, (int, np.integer)):
             index = int(key) + len(self) if key < 0 else int(key)
             if not 0 <= index < len(self):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fpnx.config import ExtractConfig, OutputConfig, fingerprint, parse_levels
+from fpnx.config import ExtractConfig, OutputConfig, VisualizeConfig, fingerprint, parse_levels
 from fpnx.errors import FpnxError
 
 
@@ -75,6 +77,36 @@ def test_what_cannot_be_asked_for(options: dict[str, Any]) -> None:
     with pytest.raises(FpnxError) as raised:
         ExtractConfig(**options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"pool": 7}, "pool 7: take text, such as 'none'"),
+        ({"pool": (2, 2)}, "pool (2, 2): take text, such as 'none'"),
+        ({"device": None}, "device None: take text, such as 'auto'"),
+        ({"weights": None}, "weights None: take text, such as 'default'"),
+        ({"weights": 5}, "weights 5: take text, such as 'default'"),
+        ({"commit_every": "x"}, "commit every 'x': take a number, such as 5.0"),
+        ({"levels": 5}, "levels 5: take text or several"),
+        ({"levels": [5]}, "level 5: take names and ranges such as P2-P5, P3-P7 or C3,P3"),
+        ({"backbone": 3}, "backbone 3: take text"),
+        ({"resume": "yes"}, "resume 'yes': take True or False, such as False"),
+        ({"size": 2.5}, "size 2.5: take text or a whole number or a pair, such as 'recipe'"),
+        ({"mean": 3}, "mean 3: take text or several"),
+        ({"norm_eps": True}, "norm eps True: take a number"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(FpnxError) as raised:
+        ExtractConfig(**options)
+    assert str(raised.value) == told
+
+
+def test_paths_are_taken_for_text() -> None:
+    assert ExtractConfig(weights=Path("a") / "b.pth").weights == os.path.join("a", "b.pth")  # type: ignore[arg-type]
+    assert VisualizeConfig(images="0:3", backbone=("a", "b")).images == ("0:3",)
 
 
 def test_frozen_and_strict_about_names() -> None:

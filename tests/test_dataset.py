@@ -25,6 +25,20 @@ def ragged(photos: Path, tmp_path: Path) -> Path:
     return tmp_path / "ragged.h5"
 
 
+def test_what_it_is_given_is_checked(ragged: Path) -> None:
+    assert fpnx.PyramidDataset(ragged, levels="P3").levels == ("P3",)
+    for levels in ([], 5, "P9", ["P5"]):
+        with pytest.raises(FpnxError, match="level"):
+            fpnx.PyramidDataset(ragged, levels=levels)  # type: ignore[arg-type]
+    with pytest.raises(FpnxError, match="target 3: take a function"):
+        fpnx.PyramidDataset(ragged, target=3)  # type: ignore[arg-type]
+    data = fpnx.PyramidDataset(ragged)
+    assert data[-1]["path"] == data[5]["path"]
+    for beyond in (6, 999, -7):
+        with pytest.raises(IndexError, match=rf"image {beyond}: .*ragged\.h5 holds 6 that are done"):
+            data[beyond]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shuffled_batches_of_one_shape(ragged: Path, workers: int) -> None:
     data = fpnx.PyramidDataset(ragged, levels=("P3", "P4"), target=lambda_target)

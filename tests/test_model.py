@@ -190,3 +190,14 @@ def test_saved_weights_come_back(tmp_path: Path, suffix: str, levels: str) -> No
         fpnx.create_model(weights=str(tmp_path / f"mine{suffix}"), channels=16)
     with pytest.raises(FpnxError, match="for mobilenet_v2, not for vgg16"):
         fpnx.create_model("vgg16", weights=str(tmp_path / f"mine{suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "told"),
+    [(3, "backbone 3: take text"), (torch.nn.Conv2d, "backbone Conv2d is a class: give a module that is made of it")],
+    ids=["number", "class"],
+)
+def test_what_is_no_backbone_is_told(backbone, told):
+    with pytest.raises(FpnxError) as caught:
+        fpnx.create_model(backbone)
+    assert str(caught.value) == told

@@ -100,6 +100,15 @@ def test_boxes(store: Store) -> None:
         item.box("P3", 8, 0)
 
 
+def test_what_is_no_name_and_no_cell_is_refused(store: Store) -> None:
+    for key in (True, 1.0, None):
+        with pytest.raises(TypeError, match=f"image {key!r}: take a stored name or an index"):
+            store[key]  # type: ignore[index]
+    item = next(iter(store))
+    with pytest.raises(TypeError, match=r"cell \(1\.5, 0\): take whole numbers"):
+        item.box(store.levels[0], 1.5, 0)  # type: ignore[arg-type]
+
+
 def test_boxes_tile_the_image(photos: Path, tmp_path: Path) -> None:
     for pool in ("none", "3x2"):
         fpnx.extract(photos, tmp_path / f"{pool}.h5", short_side=72, levels="P3", pool=pool, **OPTIONS)
