@@ -39,7 +39,9 @@ def matching(word: str | None = None) -> list[str]:
     else:
         found = [name for name in names() if word in name]
     if not found:
-        raise FpnxError(f"no backbone's name holds {word!r}{nearest(word, names())}: fpnx models lists them all")
+        raise FpnxError(
+            f"no backbone's name holds {word!r}{nearest(word.lower(), names())}: fpnx models lists them all"
+        )
     return found
 
 

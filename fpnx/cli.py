@@ -14,7 +14,7 @@ import typer
 
 from fpnx._version import __version__
 from fpnx.config import SAMPLE, BenchmarkConfig, ExtractConfig, VisualizeConfig
-from fpnx.errors import FpnxError, Interrupted, shown
+from fpnx.errors import FpnxError, Interrupted, counted, shown
 from fpnx.outlets import lasting_outlets
 
 __all__ = ["app", "main"]
@@ -355,7 +355,7 @@ def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> int:
     sys.stdout.flush()
     sys.stdout.buffer.writelines(list_lines(listing))
     sys.stdout.buffer.flush()
-    told = f"{len(listing.sources)} images, {listing.skipped} other files passed over"
+    told = f"{counted(len(listing.sources), 'image')}, {counted(listing.skipped, 'other file')} passed over"
     for line in (*listing.remarks, *listing.lost, told):
         report.Terminal().message(line)
     return 1 if listing.lost else 0
@@ -444,7 +444,7 @@ def verify(
     """Check that a file is whole: its tables agree, and every value is read and as finite as it says.
 
     That values are those of the images is not checked, unless --against names these. Exit code 1 where it does not
-    verify.
+    verify, 2 where it is no file of fpnx's, or cut off.
 
     [dim]fpnx verify out.shard-*.h5[/dim]
 
@@ -493,7 +493,8 @@ def _exit_code(given: list[str], wants_json: bool) -> int:
         return _complain("interrupted", wants_json, 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
-            return _complain(f"{error.format_message()} (fpnx --help shows what there is)", wants_json, 2)
+            command = getattr(getattr(error, "ctx", None), "command_path", "fpnx")
+            return _complain(f"{error.format_message()} ({command} --help shows what there is)", wants_json, 2)
         if os.environ.get("FPNX_TRACEBACK"):
             traceback.print_exc()
         what = shown(f"{type(error).__name__}: {error}")

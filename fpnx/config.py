@@ -173,7 +173,7 @@ class OutputConfig:
         if self.resume and self.overwrite:
             raise FpnxError("resume continues a file and overwrite replaces it: give one of them")
         if not 0 <= self.commit_every < math.inf:
-            raise FpnxError(f"commit every {self.commit_every} seconds: take 0 (every batch) or more")
+            raise FpnxError(f"commit every {self.commit_every} seconds: take a number from 0 (every batch), not inf")
         _freeze(self, "max_failed", str(self.max_failed))
         self.allowed_failures(100)
 
@@ -446,7 +446,9 @@ def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
             continue
         match = re.fullmatch(r"([CP])([2-7])(?:-(?:([CP]))?([2-7]))?", str(part).strip().upper())
         if match is None or (match[3] or match[1]) != match[1] or int(match[4] or match[2]) < int(match[2]):
-            raise FpnxError(f"level {part!r}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
+            backwards = match is not None and (match[3] or match[1]) == match[1]
+            why = "a range goes from fine to coarse" if backwards else "levels are C2 to C7 and P2 to P7"
+            raise FpnxError(f"level {part!r}: {why}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
         names += [f"{match[1]}{n}" for n in range(int(match[2]), int(match[4] or match[2]) + 1)]
     if not names:
         raise FpnxError("no levels: take names and ranges such as P2-P5, P3-P7 or C3,P3")
@@ -518,7 +520,10 @@ def _size_text(size: str | int | tuple[int, int]) -> str:
         return text
     extent = parse_extent(text)
     if extent is None:
-        raise FpnxError(f"size {size!r}: take recipe, native, a side such as 224, or height x width such as 480x640")
+        raise FpnxError(
+            f"size {size!r}: take recipe, native, a side such as 224, or height x width such as 480x640, "
+            "none over 99999"
+        )
     return f"{extent[0]}x{extent[1]}"
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fpnx.errors import BusyError, FpnxError, shown
+from fpnx.errors import BusyError, FpnxError, in_bytes, shown
 
 try:
     import fcntl
@@ -90,13 +90,13 @@ def disk_error(error: Exception, output: Path, needed: int) -> FpnxError:
     number = getattr(error, "errno", None) or (int(told[1]) if told else None)
     if number == errno.EFBIG:
         return FpnxError(
-            f"{shown(output)} may not become {needed / 1e9:.2f} GB large: this file system or `ulimit -f` forbids it; "
+            f"{shown(output)} may not become {in_bytes(needed)} large: this file system or `ulimit -f` forbids it; "
             f"take another output, or store less with --dtype float16, --pool 7x7 or fewer --levels"
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
         return FpnxError(
-            f"too little disk space for {shown(output)}: it takes {needed / 1e9:.2f} GB and "
-            f"{free_bytes(output.parent) / 1e9:.2f} GB are free; make room, or store less with --dtype float16, "
+            f"too little disk space for {shown(output)}: it takes {in_bytes(needed)} and "
+            f"{in_bytes(free_bytes(output.parent))} are free; make room, or store less with --dtype float16, "
             f"--pool 7x7 or fewer --levels"
         )
     why = os.strerror(number) if number else shown(str(error))

@@ -7,7 +7,18 @@ import os
 import re
 from collections.abc import Iterable
 
-__all__ = ["BusyError", "FpnxError", "ImageError", "Interrupted", "NotDoneError", "StoreError", "nearest", "shown"]
+__all__ = [
+    "BusyError",
+    "FpnxError",
+    "ImageError",
+    "Interrupted",
+    "NotDoneError",
+    "StoreError",
+    "counted",
+    "in_bytes",
+    "nearest",
+    "shown",
+]
 
 # What of a URL may be a secret: user and password, and the query, which signs requests. Other schemes have no query.
 USER = re.compile(r"(?<=://)(?:[^/?#\s@]*@|[^/?#\s@:]*:(?!\d+/)[^\s@]*@)")
@@ -58,3 +69,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean resnet50?)"`, or nothing where no choice is near."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def counted(number: int, what: str) -> str:
+    """`"1 image"`, `"2 images"`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def in_bytes(count: float) -> str:
+    """A number of bytes in the largest unit that it has one of: `"3.2 GB"`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"

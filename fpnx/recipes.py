@@ -92,7 +92,10 @@ class Recipe:
         else:
             size = self._aspect_size(*source)
         if max_pixels is not None and size[0] * size[1] > max_pixels:
-            raise ImageError(f"would be {size[0]}×{size[1]} pixels at this sizing, over the limit of {max_pixels}")
+            raise ImageError(
+                f"the model's input would be {size[0]}×{size[1]} pixels, over the limit of {max_pixels}: "
+                "take a smaller --size, or raise --max-pixels"
+            )
         return size
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fpnx.control import Listener
-from fpnx.errors import shown
+from fpnx.errors import counted, in_bytes, shown
 
 if TYPE_CHECKING:
     from fpnx.extraction import Result
@@ -144,7 +144,7 @@ def show_result(result: Result) -> None:
             table.add_row(stage, f"{spent:.1f}", f"{100 * spent / total:.0f} %")
         console.print(table)
         console.print(
-            f"{result.computed} images in {result.seconds:.1f} s, {result.images_per_second:.1f} images/s "
+            f"{counted(result.computed, 'image')} in {result.seconds:.1f} s, {result.images_per_second:.1f} images/s "
             f"(stages overlap)"
         )
     bad = {level: count for level, count in result.nonfinite.items() if count}
@@ -174,8 +174,8 @@ def show_pictures(result: Pictures) -> None:
     if result.folder is not None:
         console.print(Text(f"pictures in {shown(result.folder)}: {len(result.pictures)}"), soft_wrap=True)
     if (page := result.page) is not None:
-        room = f"; {page.left_out} found no room in {_bytes(page.limit_bytes)}" if page.left_out else ""
-        line = f"images in {shown(page.path)}: {page.images}, {_bytes(page.bytes)}{room}"
+        room = f"; {page.left_out} found no room in {in_bytes(page.limit_bytes)}" if page.left_out else ""
+        line = f"images in {shown(page.path)}: {page.images}, {in_bytes(page.bytes)}{room}"
         console.print(Text(line), soft_wrap=True)
 
 
@@ -183,7 +183,7 @@ def show_merged(result: Merged) -> None:
     """What was merged, and where it is."""
     failed = f", {result.failed} of them failed" if result.failed else ""
     line = f"{result.images} images of {result.shards} shards are in {shown(result.output)}{failed}"
-    _stdout().print(Text(f"{line} ({_bytes(result.bytes)})"), soft_wrap=True)
+    _stdout().print(Text(f"{line} ({in_bytes(result.bytes)})"), soft_wrap=True)
 
 
 def show_info(store: Store) -> None:
@@ -303,12 +303,12 @@ def _show_plan(plan: Plan) -> None:
     console = _stdout()
     facts = plan.facts()
     weights, config = facts["weights"], plan.config
-    passed = f", {facts['skipped']} other files passed over" if facts["skipped"] else ""
+    passed = f", {counted(facts['skipped'], 'other file')} passed over" if facts["skipped"] else ""
     before = f", {facts['done_before']} done before" if facts["done_before"] else ""
     pyramid = not all(level.startswith("C") for level in plan.model.levels)
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
     engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
-    needed = f"{_bytes(facts['bytes_needed'])} needed, " if plan.layout.shapes else ""  # workers look at sizes
+    needed = f"{in_bytes(facts['bytes_needed'])} needed, " if plan.layout.shapes else ""  # workers look at sizes
     rows = [
         ("images", f"{facts['images']} in {shown(facts['root'])}{passed}{before}"),
         *([("shard", str(plan.listing.cut))] if plan.listing.cut else []),
@@ -326,7 +326,7 @@ def _show_plan(plan: Plan) -> None:
         else (
             "output",
             f"{shown(facts['output'])}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
-            f"{needed}{_bytes(facts['bytes_free'])} free",
+            f"{needed}{in_bytes(facts['bytes_free'])} free",
         ),
         *([("scratch", f"{shown(facts['scratch'])}: worked on there, then sent whole")] if plan.destination else []),
     ]
@@ -344,7 +344,9 @@ def _smaller_ways(plan: Plan) -> str:
     channels = {level: shape[0] for shapes in plan.layout.shapes.values() for level, shape in shapes.items()}
     pooled = sum(counts.values()) * sum(channels.values()) * item
     half = features // 2 if item == 4 else features
-    return f"smaller: --dtype float16 {_bytes(half)}, --pool 7x7 {_bytes(49 * pooled)}, --pool avg {_bytes(pooled)}"
+    return (
+        f"smaller: --dtype float16 {in_bytes(half)}, --pool 7x7 {in_bytes(49 * pooled)}, --pool avg {in_bytes(pooled)}"
+    )
 
 
 def _show_levels(console: Console, levels: Iterable[Mapping[str, Any]]) -> None:
@@ -366,21 +368,21 @@ def _show_levels(console: Console, levels: Iterable[Mapping[str, Any]]) -> None:
             str(row["stride"]),
             str(row["channels"]),
             f"{row['height']} × {row['width']}",
-            f"{row['bytes_per_image'] / 1e6:.3f}",
+            f"{row['bytes_per_image'] / 1e6:.{3 if row['bytes_per_image'] >= 1000 else 6}f}",
         ]
         if len(sizes) > 1:
             cells = [row["input_size"].replace("x", "×"), str(row["images"]), *cells]
         table.add_row(*cells)
     console.print(table)
     if len(sizes) > SIZES_SHOWN:
-        console.print(f"and {len(sizes) - SIZES_SHOWN} other input sizes")
+        console.print(f"and {counted(len(sizes) - SIZES_SHOWN, 'other input size')}")
 
 
 def _show_failures(console: Console, failures: Iterable[tuple[str, str]]) -> None:
     failed = list(failures)
     if not failed:
         return
-    console.print(f"{len(failed)} images failed:")
+    console.print(f"{counted(len(failed), 'image')} failed:")
     for path, reason in failed[:FAILURES_SHOWN]:
         console.print(Text(f"  {shown(path)}: {shown(reason)}"), soft_wrap=True)
     if len(failed) > FAILURES_SHOWN:
@@ -416,13 +418,6 @@ def _checkpoint(weights: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _write(descriptor: int, text: str) -> None:
     with contextlib.suppress(OSError):
         os.write(descriptor, text.encode())
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def _stdout() -> Console:

@@ -89,7 +89,10 @@ def test_what_cannot_be_asked_for(options: dict[str, Any]) -> None:
         ({"weights": 5}, "weights 5: take text, such as 'default'"),
         ({"commit_every": "x"}, "commit every 'x': take a number, such as 5.0"),
         ({"levels": 5}, "levels 5: take text or several"),
-        ({"levels": [5]}, "level 5: take names and ranges such as P2-P5, P3-P7 or C3,P3"),
+        (
+            {"levels": [5]},
+            "level 5: levels are C2 to C7 and P2 to P7: take names and ranges such as P2-P5, P3-P7 or C3,P3",
+        ),
         ({"backbone": 3}, "backbone 3: take text"),
         ({"resume": "yes"}, "resume 'yes': take True or False, such as False"),
         ({"size": 2.5}, "size 2.5: take text or a whole number or a pair, such as 'recipe'"),

@@ -231,7 +231,7 @@ def test_a_list_gives_back_what_it_was_made_of(photos: Path, tmp_path: Path) -> 
 def test_what_stands_in_a_list(photos: Path, fpnx: Callable[..., Any], tmp_path: Path) -> None:
     (photos / "notes.txt").write_text("passed over")
     code, out, error = fpnx("list", photos)
-    assert (code, error.strip()) == (0, "fpnx: 6 images, 1 other files passed over")
+    assert (code, error.strip()) == (0, "fpnx: 6 images, 1 other file passed over")
     head, *lines = out.splitlines()
     first = (photos / "a.jpg").stat()
     assert json.loads(lines[0]) == ["a.jpg", first.st_size, first.st_mtime_ns]
