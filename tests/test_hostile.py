@@ -23,16 +23,8 @@ from PIL import Image
 import fpnx as package
 from fpnx.errors import StoreError
 from fpnx.images import Budget, find
-from tests.conftest import noise_image
+from tests.conftest import SMALL, noise_image
 
-SMALL: dict[str, Any] = {
-    "backbone": "mobilenet_v2",
-    "weights": "random",
-    "size": 64,
-    "levels": "P4-P5",
-    "channels": 8,
-    "device": "cpu",
-}
 LINE = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 ESCAPE = "\x1b[31mred\x07\u202e"
 
