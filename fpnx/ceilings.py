@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fpnx.convolutions import Convolution, can_pack, packing
+from fpnx.engine import exact_arithmetic
 from fpnx.stopwatch import Stopwatch
 
 __all__ = ["MatrixProduct", "write_speed"]
@@ -57,16 +58,11 @@ class MatrixProduct:
         return min(self._seconds(product) for _ in range(3))
 
     def _seconds(self, product: Callable[[], Tensor]) -> float:
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            with torch.inference_mode():
-                self._stopwatch.start()
-                product()
-                self._stopwatch.mark("product")
-                return self._stopwatch.seconds()["product"]
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
+        with torch.inference_mode(), exact_arithmetic(self._device):
+            self._stopwatch.start()
+            product()
+            self._stopwatch.mark("product")
+            return self._stopwatch.seconds()["product"]
 
 
 def write_speed(folder: Path, size: int) -> float:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,13 +149,28 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _exact_settings()]
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-            yield
+        for owner, name, value in _exact_settings():
+            setattr(owner, name, value)
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _exact_settings() -> list[tuple[Any, str, Any]]:
+    """In the words of this torch: 2.9 has new ones, and refuses to read the old where somebody used the new."""
+    cudnn: Any = torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    if hasattr(products, "fp32_precision"):
+        exact: list[tuple[Any, str, Any]] = [
+            (products, "fp32_precision", "ieee"),
+            (cudnn.conv, "fp32_precision", "ieee"),
+        ]
+    else:
+        exact = [(products, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+    return [*exact, (cudnn, "benchmark", True)]
 
 
 def slow_precision(device: torch.device, precision: str) -> str | None:

@@ -570,6 +570,9 @@ class Hungry:
             raise self.error
         return Features({"P2": np.stack([image.sum() for image in pixels])}, {})
 
+    def release(self) -> None:
+        """It keeps nothing."""
+
 
 @pytest.mark.parametrize(
     "error",

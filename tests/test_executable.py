@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -331,3 +333,27 @@ def test_every_kind_of_pyramid(top_block, levels):
                 part.prepare(torch.device("cpu"), torch.float32)
         with torch.no_grad():
             assert_equal_levels(made(taps), fpn(taps, wanted))
+
+
+@pytest.mark.parametrize("words", ["old", "new"])
+def test_tf32_is_off_within_and_as_before_after(words):
+    """In a process of its own: torch remembers in which words it was told."""
+    script = f"""
+import torch
+from fpnx.engine import exact_arithmetic
+cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+words = {words!r} if hasattr(products, "fp32_precision") else "old"
+conv = getattr(cudnn, "conv", None)
+settings = {{"old": [(products, "allow_tf32", True), (cudnn, "allow_tf32", True)],
+            "new": [(products, "fp32_precision", "tf32"), (conv, "fp32_precision", "tf32")]}}[words]
+for owner, name, value in settings:
+    setattr(owner, name, value)
+with exact_arithmetic(torch.device("cuda")):
+    exact = [getattr(owner, "fp32_precision", None) or owner.allow_tf32 for owner, _, _ in settings]
+    assert exact[0] in ("ieee", False), exact
+    assert cudnn.benchmark
+assert [getattr(owner, name) for owner, name, _ in settings] == [value for _, _, value in settings]
+assert not cudnn.benchmark
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -442,7 +442,7 @@ def test_a_set_is_drawn_as_one_file(made: list[Path], fpnx: Callable[..., Any]) 
 @pytest.mark.parametrize(
     ("size", "count", "images"),
     [
-        ("native", 4, 9),
+        ("native", 3, 9),
         pytest.param("native", 16, 19, marks=pytest.mark.slow),
         pytest.param(64, 16, 19, marks=pytest.mark.slow),
     ],
