@@ -622,7 +622,9 @@ print(merged.shards, merged.images, merged.done)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs ulimit")
-@pytest.mark.parametrize(("count", "files"), [(80, 64), pytest.param(2000, 256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "files"), [(80, 64), pytest.param(2000, 256, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
 def test_more_shards_than_open_files(tmp_path: Path, count: int, files: int) -> None:
     layout = layout_of(["64x64"] * (count + count // 2))
     fill_set(tmp_path, layout, count)
