@@ -81,7 +81,6 @@ ORDER = [
     "weights",
     "checkpoints",
     "images",
-    "lists",
     "recombination",
     "convolutions",
     "conventions",
@@ -97,15 +96,16 @@ ORDER = [
     "zoo",
     "recipes",
     "discovery",
+    "config",
+    "pyramid",
+    "lists",
     "contents",
     "archives",
     "remote",
     "services",
     "urls",
-    "config",
     "shards",
     "errors",
-    "pyramid",
 ]
 
 
