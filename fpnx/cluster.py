@@ -201,12 +201,9 @@ def connected() -> Iterator[Cluster]:
     Raises:
         FpnxError: where it cannot be had.
     """
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS") or "local"
-    known = any(os.environ.get(name) for name in TOKENS) or Path.home().joinpath(TOKEN_FILE).is_file()
-    if address == "local" and os.environ["RAY_AUTH_MODE"] == "token" and not known:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if "ray" not in sys.modules:  # else it has read its environment, and would disagree with what it starts
+        _set_environment(address)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
@@ -224,6 +221,14 @@ def connected() -> Iterator[Cluster]:
                     ray.shutdown()
 
 
+def _set_environment(address: str) -> None:
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    known = any(os.environ.get(name) for name in TOKENS) or Path.home().joinpath(TOKEN_FILE).is_file()
+    if address == "local" and os.environ["RAY_AUTH_MODE"] == "token" and not known:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def _connect(ray: Any, address: str) -> None:
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
@@ -236,7 +241,7 @@ def _connect(ray: Any, address: str) -> None:
         where = "a cluster on this machine" if address == "local" else f"the cluster at RAY_ADDRESS {shown(address)}"
         why = _first_line(error)
         if any(b"InvalidAuthToken" in line for line in said):
-            why = f"it does not take this token (RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']} here)"
+            why = f"it does not take this token (RAY_AUTH_MODE is {os.environ.get('RAY_AUTH_MODE', 'not set')} here)"
         raise FpnxError(
             f"{where} cannot be had: {why}: see to it that it runs the same Ray, with the same RAY_AUTH_MODE and token"
         ) from error

@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows: two runs on one output are not told apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["OpenFile", "claim", "disk_error", "free_bytes", "lock", "sync_folder"]
+__all__ = ["OpenFile", "claim", "disk_error", "free_bytes", "lock", "sync_folder", "whole_or_not_at_all"]
 
 SETS_OFF = 1 << 16  # bytes from which a write is worth the system call that starts it towards the disk
 O_BINARY, O_NOFOLLOW = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
@@ -171,6 +171,25 @@ class OpenFile:
         if self._descriptor is None:
             raise OSError(errno.EBADF, "closed")
         return self._descriptor
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a small file under; at the end it is renamed, after an error there is nothing.
+
+    Raises:
+        FpnxError: where the disk refuses.
+    """
+    part = path.with_name(f".{os.getpid()}.fpnx-part")
+    try:
+        try:
+            yield part
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise FpnxError(f"cannot write {shown(path)}: {error.strerror or error}") from error
 
 
 def sync_folder(folder: Path) -> None:

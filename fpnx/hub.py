@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpnx.errors import FpnxError
+from fpnx.errors import FpnxError, shown
 from fpnx.recipes import Recipe
 from fpnx.zoo import TIMM, build_network, quiet, timm_library
 
-__all__ = ["TimmWeights", "adapted", "fetched", "timm_recipe", "timm_weights"]
+__all__ = ["TimmWeights", "adapted", "fetched", "forbidden", "timm_recipe", "timm_weights"]
 
 RESAMPLINGS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -101,7 +101,7 @@ def fetched(weights: TimmWeights, offline: bool) -> Path:
     """
     if weights.file.exists():
         return weights.file
-    offline = offline or os.environ.get("FPNX_OFFLINE", "") not in ("", "0")
+    offline = offline or forbidden()
     try:
         if not weights.hub_id:
             raise FileNotFoundError("it is not at Hugging Face")
@@ -143,3 +143,15 @@ def adapted(weights: TimmWeights, state: dict[str, Tensor]) -> dict[str, Tensor]
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise FpnxError(f"timm cannot load the file of {weights.name}: {why}") from error
+
+
+def forbidden() -> bool:
+    """Whether `FPNX_OFFLINE` forbids downloads.
+
+    Raises:
+        FpnxError: for a word that says neither.
+    """
+    word = os.environ.get("FPNX_OFFLINE", "")
+    if word.lower() not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
+        raise FpnxError(f"FPNX_OFFLINE={shown(word)}: take 1, which forbids downloads, or 0")
+    return word.lower() in ("1", "true", "yes", "on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
 import warnings
@@ -36,6 +37,13 @@ __all__ = [
     "upright_size",
 ]
 
+# What Pillow recognises by more than its beginning: these begin right, and are broken further on.
+DAMAGED = (
+    ("TIFF", rb"II\*\0|MM\0\*"),
+    ("AVIF", rb"(?s)....ftypavi[fs]"),
+    ("JPEG", rb"\xff\xd8\xff"),
+    ("PNG", rb"\x89PNG"),
+)
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 BACKGROUND = (255, 255, 255)  # what shows through transparency, as on a page
 ORIENTATION = 0x0112
@@ -51,6 +59,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# How files begin that somebody may name as a list, and that are none.
+NO_TEXT = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"PK\x03\x04", b"\x89HDF", b"\x1f\x8b")
 NOT_IMAGES = (  # how files that pretend to be images begin
     (b"version https://git-lfs", "a git-lfs pointer, not the image itself: run `git lfs pull`"),
     (b"<svg", "an SVG drawing, not pixels"),
@@ -288,7 +298,8 @@ def _recognised(file: BinaryIO) -> Image.Image:
     except UnidentifiedImageError:
         file.seek(0)
         start = file.read(512)
-        reason = next((why for mark, why in NOT_IMAGES if mark.lower() in start.lower()), None)
+        reason = next((f"a damaged {kind} file" for kind, mark in DAMAGED if re.match(mark, start)), None)
+        reason = reason or next((why for mark, why in NOT_IMAGES if mark.lower() in start.lower()), None)
         if not start:
             reason = "empty file"
         raise ImageError(reason or f"not an image that fpnx reads ({', '.join(FORMATS)})") from None
@@ -408,6 +419,8 @@ def _read_list(path: bytes) -> list[bytes]:
             content = file.read()
     except OSError as error:
         raise FpnxError(f"list {shown(path)}: {error.strerror}") from error
+    if content.startswith(NO_TEXT):
+        raise FpnxError(f"list {shown(path)} is an image or an archive, not a text with a path on each line")
     lines = content.split(b"\0") if b"\0" in content else [line.rstrip(b"\r") for line in content.split(b"\n")]
     lines = [line for line in lines if line]
     if not lines:

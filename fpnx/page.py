@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -19,6 +18,7 @@ from fpnx._version import __version__
 from fpnx.config import VisualizeConfig
 from fpnx.control import Listener
 from fpnx.digests import PLAIN_MODES, Digest, digest, encoded
+from fpnx.disk import whole_or_not_at_all
 from fpnx.errors import FpnxError, shown
 from fpnx.figures import chosen_levels
 from fpnx.panels import colour_table
@@ -70,50 +70,39 @@ def write_page(
         digest(store, chosen, lambda done, total: listener.progress("maps measured", done, total))
         for store, chosen in zip(stores, levels, strict=True)
     ]
-    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
     skipped: list[str] = []
     count = over = 0
-    try:
-        try:
-            with open(part, "w", encoding="utf-8") as file:
-                written = file.write(_head())
-                for scenes in images:
-                    try:
-                        block = _data(f"image-{count}", _image(scenes, levels, facts))
-                    except FpnxError as error:
-                        skipped.append(f"{shown(scenes[0].path)}: {error}")
-                        continue
-                    if over or written + len(block) + TAIL_BYTES > limit_bytes:
-                        over += 1
-                        continue
-                    written += file.write(block)
-                    count += 1
-                if not count and over:
-                    raise FpnxError(
-                        f"not one image fits into a page of {limit_bytes / 1e6:.0f} MB: take coarser --levels"
-                    )
-                notes = _notes(count, over, left_out, skipped, limit_bytes)
-                described = [
-                    _file(store, name, chosen, digests)
-                    for store, name, chosen, digests in zip(stores, names, levels, facts, strict=True)
-                ]
-                table = base64.b64encode(colour_table(config.colormap).tobytes()).decode()
-                index = {
-                    "images": count,
-                    "files": described,
-                    "notes": notes,
-                    "colours": table,
-                    "mode": config.mode if config.mode in (*PLAIN_MODES, "pca") else "energy",
-                    "overlay": config.overlay,
-                    "perImage": config.per_image,
-                }
-                written += file.write(_data("index", index) + _tail())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise FpnxError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+    with whole_or_not_at_all(path) as part, open(part, "w", encoding="utf-8") as file:
+        written = file.write(_head())
+        for scenes in images:
+            try:
+                block = _data(f"image-{count}", _image(scenes, levels, facts))
+            except FpnxError as error:
+                skipped.append(f"{shown(scenes[0].path)}: {error}")
+                continue
+            if over or written + len(block) + TAIL_BYTES > limit_bytes:
+                over += 1
+                continue
+            written += file.write(block)
+            count += 1
+        if not count and over:
+            raise FpnxError(f"not one image fits into a page of {limit_bytes / 1e6:.0f} MB: take coarser --levels")
+        notes = _notes(count, over, left_out, skipped, limit_bytes)
+        described = [
+            _file(store, name, chosen, digests)
+            for store, name, chosen, digests in zip(stores, names, levels, facts, strict=True)
+        ]
+        table = base64.b64encode(colour_table(config.colormap).tobytes()).decode()
+        index = {
+            "images": count,
+            "files": described,
+            "notes": notes,
+            "colours": table,
+            "mode": config.mode if config.mode in (*PLAIN_MODES, "pca") else "energy",
+            "overlay": config.overlay,
+            "perImage": config.per_image,
+        }
+        written += file.write(_data("index", index) + _tail())
     return Page(str(path), path.stat().st_size, count, over, limit_bytes)
 
 

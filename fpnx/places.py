@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fpnx.errors import FpnxError, ImageError, shown
+from fpnx.disk import whole_or_not_at_all
+from fpnx.errors import ImageError, shown
 
 __all__ = ["Places", "save_png"]
 
@@ -66,17 +67,9 @@ def save_png(picture: Image.Image, path: Path, about: dict[str, str]) -> None:
     info = PngInfo()
     for key, value in about.items():
         info.add_itxt(key, value)
-    part = path.with_name(f".{os.getpid()}.fpnx-part")
-    try:
+    with whole_or_not_at_all(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            picture.save(part, "PNG", pnginfo=info)
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise FpnxError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+        picture.save(part, "PNG", pnginfo=info)
 
 
 def _folded(path: str) -> str:

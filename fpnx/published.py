@@ -17,7 +17,7 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 
 from fpnx.errors import FpnxError
-from fpnx.hub import timm_recipe
+from fpnx.hub import forbidden, timm_recipe
 from fpnx.recipes import Recipe
 from fpnx.zoo import TIMM, names, timm_library
 
@@ -194,7 +194,7 @@ def cached_file(published: Published, offline: bool) -> Path:
     file = published.file
     if file.exists():
         return file
-    offline = offline or os.environ.get("FPNX_OFFLINE", "") not in ("", "0")
+    offline = offline or forbidden()
     try:
         if offline:
             raise FpnxError("downloads are forbidden")

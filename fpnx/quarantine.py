@@ -107,7 +107,8 @@ def _death(root: bytes, sources: Iterable[Source], options: Mapping[str, Any], h
         request = {
             "images": [f"@{listed}"],
             "output": str(Path(folder, "trial.h5")),
-            "options": {**options, "pool": "avg"},  # nobody reads what is computed here: it should be small
+            # All are to be computed, and nobody reads what comes of it: it should be small.
+            "options": {**options, "pool": "avg", "strict": False},
         }
         # Its input stays open: once that ends, so has this process, and the trial must not outlive it.
         child = subprocess.Popen(

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import os
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as NotYetError
 from contextlib import contextmanager, suppress
@@ -231,6 +232,8 @@ def send(file: str, url: bytes, replace: bool, sent: Callable[[int], None], want
         RemoteError: saying why it was not written.
     """
     through, given_up = 0, threading.Event()
+    # A peer that no longer takes anything says nothing either: parts that are under way have so long to get through.
+    patience = SECONDS + max(1 << 26, os.path.getsize(file) // 4000) / SLOWEST
 
     def count(more: int) -> None:
         nonlocal through
@@ -240,11 +243,16 @@ def send(file: str, url: bytes, replace: bool, sent: Callable[[int], None], want
 
     service = _service(_scheme(url))
     running = asyncio.run_coroutine_threadsafe(service.put(file, url, replace, count), service.loop)
+    before, since = 0, time.monotonic()
     try:
         while True:
             sent(through)
             if not wanted():
                 given_up.set()
+            if through > before:
+                before, since = through, time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise AnswerError(LATE)
             with suppress(NotYetError):
                 if running.exception(HEED) is None:
                     sent(through)

@@ -27,6 +27,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "sample_images"
+SMALL: dict[str, Any] = {  # options with which an extraction takes little
+    "backbone": "mobilenet_v2",
+    "weights": "random",
+    "size": 64,
+    "levels": "P4-P5",
+    "channels": 8,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -180,12 +181,13 @@ class Line:
 
     Attributes:
         cut_after: bytes from a client after which its connection ends; None: never.
+        deaf: whether it then only stops to listen, and never says so.
         breaks: how many answers of more than 100,000 bytes end there.
         silent: whether it takes connections and never answers.
     """
 
     def __init__(self, server: int) -> None:
-        self._server, self.silent, self.breaks = server, False, 0
+        self._server, self.silent, self.deaf, self.breaks = server, False, False, 0
         self.cut_after: int | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
@@ -213,12 +215,15 @@ class Line:
             while data := source.recv(1 << 16):
                 through += len(data)
                 if from_client and self.cut_after is not None and through > self.cut_after:
+                    if not self.deaf:  # a reset, as of a line that is cut
+                        source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        source.close()
                     break
                 if not from_client and self.breaks and through > 100_000:
                     self.breaks -= 1
                     break
                 target.sendall(data)
-        for end in (source, target):
+        for end in () if self.deaf else (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 

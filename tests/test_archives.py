@@ -19,6 +19,7 @@ from fpnx.archives import Catalogue, catalogue
 from fpnx.contents import Source, opened
 from fpnx.errors import FpnxError, ImageError
 from fpnx.images import decode, find, list_lines, upright_size
+from fpnx.scenes import find_photo
 from tests.conftest import document, noise_image
 
 LIMIT = 10**8
@@ -390,5 +391,7 @@ def test_sizes_from_headers_in_an_archive(tmp_path: Path, photos: Path) -> None:
     assert result.done == 6
     with package.open(tmp_path / "out.h5") as store:
         assert store["a.jpg"].source_size == (64, 96)
-        figure = package.figure(store["a.jpg"])
-        assert figure is not None
+        photo = find_photo(store["a.jpg"])
+        assert photo.remark == ""
+        assert photo.picture is not None
+        assert photo.picture.size == (96, 64)

@@ -24,6 +24,7 @@ from fpnx.shards import Shard, shard_path
 from fpnx.worker import Job, Report, Worker
 from tests.conftest import noise_image
 
+SLOW = pytest.mark.slow
 TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "size": 64, "pool": "avg", "batch_size": 1}
 
 
@@ -107,7 +108,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"images"}
 
 
-@pytest.mark.parametrize("sizing", [{"size": 64}, {"size": "native"}], ids=["fixed", "native"])
+@pytest.mark.parametrize(
+    "sizing", [pytest.param({"size": 64}, id="fixed"), pytest.param({"size": "native"}, id="native", marks=SLOW)]
+)
 def test_all_shards_together_are_what_one_run_makes(tmp_path: Path, images: Path, sizing: dict[str, Any]) -> None:
     (images / "3.jpg").write_bytes(b"broken")
     heard, crew = Heard(), Here()
@@ -219,7 +222,9 @@ def test_strict_stops_the_others(tmp_path: Path, images: Path) -> None:
     assert result.done == 1
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=SLOW)]
+)
 def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path: Path, images: Path, signum: int) -> None:
     def interrupt(shard: int) -> None:
         if shard == 1:

@@ -236,16 +236,22 @@ def test_a_machine_without_fpnx(images: Path, output: Path) -> None:
     assert "fpnx[ray] is installed on every machine" in told["error"]
 
 
-def test_from_python(images: Path, output: Path) -> None:
+@pytest.mark.parametrize("before", ["", "import ray", "import ray; ray.init(num_cpus=2, log_to_driver=False)"])
+def test_from_python(images: Path, output: Path, before: str) -> None:
+    """A connection that is there is used, and stays."""
     code = f"""
 import fpnx, os
+{before}
 result = fpnx.extract([{str(images)!r}], {str(output)!r}, engine="ray", actors=2, shards=2, limit=20, resume=True,
                       backbone="mobilenet_v2", weights="random", size=64, pool="avg")
 assert (result.done, result.complete, result.exit_code) == (20, True, 0), result
 print(result.output.name)
+import ray
+assert ray.is_initialized() == {"init" in before}
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "out.shard-*-of-00002.h5\n", "")
+    assert (done.returncode, done.stdout) == (0, "out.shard-*-of-00002.h5\n"), done.stderr
+    assert "init" in before or done.stderr == ""

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fpnx.config import ExtractConfig, OutputConfig, VisualizeConfig, fingerprint, parse_levels
-from fpnx.errors import FpnxError
+from fpnx.errors import FpnxError, counted, in_bytes
+from fpnx.hub import forbidden
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,26 @@ def test_frozen_and_strict_about_names() -> None:
 )
 def test_allowed_failures(text: str | int, images: int, allowed: int) -> None:
     assert OutputConfig(max_failed=text).allowed_failures(images) == allowed
+
+
+def test_a_word_that_neither_forbids_nor_allows_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FPNX_OFFLINE", "maybe")
+    with pytest.raises(FpnxError, match="FPNX_OFFLINE=maybe: take 1"):
+        forbidden()
+    for word, is_so in (("1", True), ("yes", True), ("0", False), ("", False)):
+        monkeypatch.setenv("FPNX_OFFLINE", word)
+        assert forbidden() is is_so
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(0, "0.0 kB"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (3.2e9, "3.2 GB"), (4e12, "4.0 TB")]
+)
+def test_bytes_in_words(number: float, told: str) -> None:
+    assert in_bytes(number) == told
+
+
+def test_counts_in_words() -> None:
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
 
 
 def test_fingerprint_depends_on_content_alone() -> None:

@@ -29,20 +29,10 @@ from fpnx.errors import FpnxError, Interrupted, StoreError
 from fpnx.fitting import Fitting
 from fpnx.store import DONE, FAILED
 from fpnx.verification import verify
-from tests.conftest import ROOT, noise_image
+from tests.conftest import ROOT, SMALL, noise_image
 
-SMALL: dict[str, Any] = {
-    "backbone": "mobilenet_v2",
-    "weights": "random",
-    "size": 64,
-    "levels": "P4-P5",
-    "channels": 8,
-    "device": "cpu",
-    "workers": 2,
-    "batch_size": 2,
-    "commit_every": 0.0,
-}
-LINE = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+QUICK: dict[str, Any] = {**SMALL, "workers": 2, "batch_size": 2, "commit_every": 0.0}
+LINE = [word for name, value in QUICK.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 # One process that has loaded everything, and forks a child for each command line.
 HARNESS = r"""
@@ -160,7 +150,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(many: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted run makes of `many`."""
     output = tmp_path_factory.mktemp("reference") / "out.h5"
-    fpnx.extract(many, output, **SMALL)
+    fpnx.extract(many, output, **QUICK)
     return output
 
 
@@ -273,7 +263,7 @@ class Interrupts(Listener):
 
 
 def test_an_interrupt_before_the_first_image_leaves_nothing(many: Path, tmp_path: Path) -> None:
-    options = {**SMALL, "size": "native", "channels": 9}
+    options = {**QUICK, "size": "native", "channels": 9}
     with pytest.raises(Interrupted, match="before the first image: nothing was computed") as caught:
         fpnx.extract(many, tmp_path / "out.h5", listener=Interrupts("headers", 3, signal.SIGTERM), **options)
     assert caught.value.signum == signal.SIGTERM
@@ -284,7 +274,7 @@ def test_an_interrupt_before_the_first_image_leaves_nothing(many: Path, tmp_path
 def test_ignored_signals_stay_ignored(many: Path, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        result = fpnx.extract(many, tmp_path / "out.h5", listener=Interrupts("images", 4), **SMALL)
+        result = fpnx.extract(many, tmp_path / "out.h5", listener=Interrupts("images", 4), **QUICK)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -292,7 +282,7 @@ def test_ignored_signals_stay_ignored(many: Path, tmp_path: Path) -> None:
 
 
 def test_ragged_runs_with_broken_headers_resume(many: Path, tmp_path: Path) -> None:
-    options = {**SMALL, "size": "native", "batch_size": 1}
+    options = {**QUICK, "size": "native", "batch_size": 1}
     whole = fpnx.extract(many, tmp_path / "whole.h5", **options)
     with pytest.raises(Interrupted, match="images are done and kept"):
         fpnx.extract(many, tmp_path / "out.h5", listener=Interrupts("images", 9), **options)
@@ -332,7 +322,7 @@ def test_a_run_that_ended_while_another_waited_is_not_overwritten(many: Path, tm
             return str(many)
 
     with pytest.raises(FpnxError, match="exists: continue it with --resume") as caught:
-        fpnx.extract([Other()], output, **SMALL)
+        fpnx.extract([Other()], output, **QUICK)
     assert "exists" in str(caught.value)
     assert output.read_bytes() == b"of another run"
 
@@ -345,7 +335,7 @@ def test_locks(tmp_path: Path, many: Path) -> None:
         assert held
         assert stale.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
         with pytest.raises(StoreError, match=f"another run .process {os.getpid()} on {socket.gethostname()}."):
-            fpnx.extract(many, output, **SMALL)
+            fpnx.extract(many, output, **QUICK)
     assert not stale.exists()
     (tmp_path / "precious").write_text("mine")
     stale.symlink_to(tmp_path / "precious")
@@ -437,7 +427,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pictures").mkdir()
     for i in range(4):
         noise_image(i, (50, 50)).save(folder / "pictures" / f"{i}.png")
-    options = {**SMALL, "batch_size": 1}
+    options = {**QUICK, "batch_size": 1}
     with pytest.raises(Interrupted):
         fpnx.extract(folder / "pictures", folder / "out.h5", listener=Interrupts("images", 2), **options)
     return folder
@@ -464,7 +454,7 @@ def test_a_resume_refuses_what_changed(
     before = part_of(output).read_bytes()
     change(pictures)
     with pytest.raises(FpnxError) as caught:
-        fpnx.extract(pictures, output, resume=True, **{**SMALL, **options})
+        fpnx.extract(pictures, output, resume=True, **{**QUICK, **options})
     assert message in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert part_of(output).read_bytes() == before
@@ -474,7 +464,7 @@ def test_a_resume_refuses_weights_that_were_edited_in_place(unfinished: Path, tm
     own = tmp_path / "own.safetensors"
     model = fpnx.create_model("mobilenet_v2", weights="random", levels="P4-P5", channels=8)
     fpnx.save_weights(model, own)
-    options = {name: value for name, value in SMALL.items() if name not in ("backbone", "levels", "channels")}
+    options = {name: value for name, value in QUICK.items() if name not in ("backbone", "levels", "channels")}
     options |= {"weights": str(own), "resume": True}
     fpnx.extract(unfinished / "pictures", tmp_path / "out.h5", **options)
     next(iter(model.parameters())).data.add_(1)
@@ -485,28 +475,28 @@ def test_a_resume_refuses_weights_that_were_edited_in_place(unfinished: Path, tm
 
 def test_a_resume_of_nothing_starts_and_of_a_finished_file_ends_at_once(many: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
-    first = fpnx.extract(many, output, resume=True, **SMALL)
+    first = fpnx.extract(many, output, resume=True, **QUICK)
     before = output.read_bytes()
-    again = fpnx.extract(many, output, resume=True, **SMALL)
+    again = fpnx.extract(many, output, resume=True, **QUICK)
     assert (first.computed, again.computed) == (24, 0)
     assert (first.exit_code, again.exit_code) == (1, 1)
     assert first.failed == again.failed
     assert output.read_bytes() == before
-    assert fpnx.extract(many, output, resume=True, max_failed=1, **SMALL).exit_code == 0
-    assert fpnx.extract(many, output, resume=True, max_failed=1, strict=True, **SMALL).exit_code == 1
+    assert fpnx.extract(many, output, resume=True, max_failed=1, **QUICK).exit_code == 0
+    assert fpnx.extract(many, output, resume=True, max_failed=1, strict=True, **QUICK).exit_code == 1
 
 
 def test_an_unfinished_file_under_a_finished_name_is_not_called_done(unfinished: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     output.write_bytes((unfinished / "out.h5.part").read_bytes())
     with pytest.raises(FpnxError, match=r"not finished .* rename it to out.h5.part"):
-        fpnx.extract(unfinished / "pictures", output, resume=True, **SMALL)
+        fpnx.extract(unfinished / "pictures", output, resume=True, **QUICK)
 
 
 def test_a_part_is_not_touched_unasked(unfinished: Path) -> None:
     before = (unfinished / "out.h5.part").read_bytes()
     with pytest.raises(FpnxError, match="unfinished run: continue it with --resume, replace it with --overwrite"):
-        fpnx.extract(unfinished / "pictures", unfinished / "out.h5", **SMALL)
+        fpnx.extract(unfinished / "pictures", unfinished / "out.h5", **QUICK)
     assert (unfinished / "out.h5.part").read_bytes() == before
 
 
@@ -519,8 +509,8 @@ def test_a_part_that_cannot_be_continued_says_so(unfinished: Path, tmp_path: Pat
         with h5py.File(part, "r+") as file:
             file.attrs["format_version"] = 2
     with pytest.raises(StoreError, match=r"not an HDF5 file|truncated|format version 2"):
-        fpnx.extract(unfinished / "pictures", tmp_path / "out.h5", resume=True, **SMALL)
-    result = fpnx.extract(unfinished / "pictures", tmp_path / "out.h5", overwrite=True, **SMALL)
+        fpnx.extract(unfinished / "pictures", tmp_path / "out.h5", resume=True, **QUICK)
+    result = fpnx.extract(unfinished / "pictures", tmp_path / "out.h5", overwrite=True, **QUICK)
     assert result.complete
     assert os.listdir(tmp_path) == ["out.h5"]
 
@@ -529,14 +519,14 @@ def test_a_link_as_output_stays_a_link(unfinished: Path, tmp_path: Path) -> None
     (tmp_path / "disk").mkdir()
     link = tmp_path / "out.h5"
     link.symlink_to("disk/real.h5")
-    result = fpnx.extract(unfinished / "pictures", link, **SMALL)
+    result = fpnx.extract(unfinished / "pictures", link, **QUICK)
     assert link.is_symlink()
     assert result.output == tmp_path / "disk" / "real.h5"
     assert fpnx.open(link).complete
     link.unlink()
     link.symlink_to("out.h5")
     with pytest.raises(FpnxError, match="leads nowhere"):
-        fpnx.extract(unfinished / "pictures", link, overwrite=True, **SMALL)
+        fpnx.extract(unfinished / "pictures", link, overwrite=True, **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -552,7 +542,7 @@ def test_a_link_as_output_stays_a_link(unfinished: Path, tmp_path: Path) -> None
 )
 def test_outputs_that_cannot_be(unfinished: Path, tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(FpnxError, match=message):
-        fpnx.extract(unfinished / "pictures", tmp_path / name, overwrite=True, **SMALL)
+        fpnx.extract(unfinished / "pictures", tmp_path / name, overwrite=True, **QUICK)
     assert Path("/dev/null").is_char_device()
 
 
@@ -636,7 +626,7 @@ def test_strict_stops_at_the_first_that_fails_also_at_headers(many: Path, tmp_pa
     for size in (64, "native"):
         output = tmp_path / f"{size}.h5"
         for resume in (False, True):
-            result = fpnx.extract(many, output, strict=True, resume=resume, **{**SMALL, "size": size})
+            result = fpnx.extract(many, output, strict=True, resume=resume, **{**QUICK, "size": size})
             assert result.exit_code == 1
             assert result.stopped
             assert result.stopped.startswith("07.png failed (")
@@ -654,5 +644,5 @@ def test_an_image_that_changes_while_the_run_goes_on_fails_alone(tmp_path: Path)
             if done == 0:
                 Image.new("RGB", (60, 60)).save(pictures / "7.png")
 
-    result = fpnx.extract(pictures, tmp_path / "out.h5", listener=Changes(), **{**SMALL, "batch_size": 1})
+    result = fpnx.extract(pictures, tmp_path / "out.h5", listener=Changes(), **{**QUICK, "batch_size": 1})
     assert result.failed == (("7.png", "changed after it was listed"),)

@@ -24,16 +24,8 @@ from PIL import Image
 import fpnx as package
 from fpnx.errors import FpnxError, StoreError
 from fpnx.images import Budget, find
-from tests.conftest import noise_image, unprivileged
+from tests.conftest import SMALL, noise_image, unprivileged
 
-SMALL: dict[str, Any] = {
-    "backbone": "mobilenet_v2",
-    "weights": "random",
-    "size": 64,
-    "levels": "P4-P5",
-    "channels": 8,
-    "device": "cpu",
-}
 LINE = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 ESCAPE = "\x1b[31mred\x07\u202e"
 
@@ -100,6 +92,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+LINKS = {"nowhere.jpg": "missing", "round.jpg": "round.jpg"}
+REASONS = {**{name: reason for name, (_, reason) in BAD.items()}, **dict.fromkeys(LINKS, "broken link")}
+
+
 def turned() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -123,8 +119,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(make())
     (folder / "folder.jpg").mkdir()
     os.mkfifo(folder / "pipe.jpg")
-    (folder / "nowhere.jpg").symlink_to("missing")
-    (folder / "round.jpg").symlink_to("round.jpg")
+    for name, target in LINKS.items():
+        (folder / name).symlink_to(target)
     (folder / "up").symlink_to(".")
     (folder / "device.png").symlink_to("/dev/zero")
     return folder
@@ -133,8 +129,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_of_everything_odd(zoo: Path, tmp_path: Path) -> None:
     result = package.extract(zoo, tmp_path / "out.h5", **SMALL)
     reasons = dict(result.failed)
-    assert set(reasons) == set(BAD)
-    for name, (_, reason) in BAD.items():
+    assert set(reasons) == set(REASONS)
+    for name, reason in REASONS.items():
         assert reason in reasons[name], name
     assert result.done == len(GOOD)
     with package.open(tmp_path / "out.h5") as store:
@@ -154,7 +150,7 @@ def test_the_odd_ones_at_their_own_sizes(zoo: Path, tmp_path: Path) -> None:
     """Sizes that follow the picture: the thin one would be 24 million pixels wide, and is refused."""
     options = {**SMALL, "size": "recipe", "short_side": 64, "max_pixels": 100_000}
     result = package.extract(zoo, tmp_path / "out.h5", **options)
-    assert {name for name, _ in result.failed} == {*BAD, "thin.png"}
+    assert {name for name, _ in result.failed} == {*REASONS, "thin.png"}
     assert "over the limit of 100000" in dict(result.failed)["thin.png"]
 
 
@@ -217,7 +213,7 @@ def test_pillow_is_left_as_it_was(zoo: Path, tmp_path: Path) -> None:
     before = Image.MAX_IMAGE_PIXELS
     package.extract(zoo / "upright.jpg", tmp_path / "out.h5", **SMALL)
     assert before == Image.MAX_IMAGE_PIXELS
-    assert len(find([zoo]).sources) == len(GOOD) + len(BAD)
+    assert len(find([zoo]).sources) == len(GOOD) + len(REASONS)
 
 
 def test_decoding_is_bounded_over_all_threads() -> None:

@@ -83,7 +83,6 @@ ORDER = [
     "weights",
     "checkpoints",
     "images",
-    "lists",
     "recombination",
     "convolutions",
     "conventions",
@@ -99,15 +98,16 @@ ORDER = [
     "zoo",
     "recipes",
     "discovery",
+    "config",
+    "pyramid",
+    "lists",
     "contents",
     "archives",
     "remote",
     "services",
     "urls",
-    "config",
     "shards",
     "errors",
-    "pyramid",
 ]
 
 

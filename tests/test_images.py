@@ -120,6 +120,25 @@ def test_a_folder_that_cannot_be_read_is_named() -> None:
             closed.chmod(0o755)
 
 
+def test_a_damaged_file_is_not_called_foreign(tmp_path: Path) -> None:
+    for name in ("a.tif", "a.avif"):
+        path = tmp_path / name
+        noise_image(0, (40, 40)).save(path)
+        path.write_bytes(path.read_bytes()[:30])
+        with (
+            pillow_within_limits(),
+            pytest.raises(ImageError, match=f"^a damaged {'TIFF' if name == 'a.tif' else 'AVIF'} file$"),
+        ):
+            decode(source(path), LIMIT)
+
+
+def test_an_image_is_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    noise_image(0, (40, 40)).save(tmp_path / "a.jpg")
+    with pytest.raises(FpnxError, match=r"list a\.jpg is an image or an archive, not a text"):
+        find(["@a.jpg"])
+
+
 def test_a_fifo_does_not_block(photos: Path) -> None:
     os.mkfifo(photos / "pipe.jpg")
     assert b"pipe.jpg" not in names(photos)

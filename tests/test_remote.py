@@ -25,6 +25,7 @@ from fpnx import remote
 from fpnx.contents import locate, opened
 from fpnx.errors import FpnxError, ImageError
 from fpnx.images import decode, find, upright_size
+from fpnx.scenes import find_photo
 from fpnx.services import Facts
 from tests.conftest import ROOT, document, noise_image
 from tests.stores import KEYS, Web, free_port, web_server
@@ -344,7 +345,10 @@ def test_a_run_and_its_resume(web: Web, tmp_path: Path) -> None:
         assert store.bytes.tolist() == [-1 if name == "3.jpg" else len(jpeg(i)) for i, name in enumerate(names)]
         for item in store:
             assert np.abs(item["P4"] - same[item.path]["P4"]).max() < 1e-5
-        assert package.figure(store["0.jpg"]) is not None
+        photo = find_photo(store["0.jpg"])
+        assert photo.remark == ""
+        assert photo.picture is not None
+        assert photo.picture.size == (60, 40)
     assert package.verify(output, against=given, device="cpu").compared == 5
     web.put("/0.jpg", jpeg(7))
     with pytest.raises(FpnxError, match="1 changed"):

@@ -415,6 +415,23 @@ def test_a_put_that_fails_half_way(
     line.close()
 
 
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
+def test_a_store_that_stops_to_listen_is_given_up(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: bool
+) -> None:
+    line = Line(bucket.port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
+    monkeypatch.setattr(services, "PART", 5 << 20 if parts else 1 << 26)
+    monkeypatch.setattr(remote, "SECONDS", 1)
+    monkeypatch.setattr(remote, "SLOWEST", 1 << 26)
+    (tmp_path / "x.bin").write_bytes(bytes(12 << 20))
+    line.cut_after, line.deaf = 2_000_000, True
+    with pytest.raises(remote.RemoteError, match="no answer in time"):
+        remote.send(str(tmp_path / "x.bin"), f"{bucket.url}/x.bin".encode(), False, lambda n: None, lambda: True)
+    assert bucket.get("x.bin") is None
+    line.close()
+
+
 def test_an_interrupted_put_leaves_nothing_there(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
