@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fpnx.config import level_number
 from fpnx.model import PyramidModel
 from fpnx.stopwatch import Stopwatch
+from fpnx.values import level_number
 
 __all__ = ["MERGE", "TOP", "marked", "peak_bytes", "timed_body"]
 

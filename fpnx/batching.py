@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from fpnx.config import parse_extent
 from fpnx.machine import available_memory
 from fpnx.planning import Plan
+from fpnx.values import parse_extent
 
 __all__ = ["Batches", "lanes_for"]
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fpnx import options as opt
 from fpnx._version import __version__
 from fpnx.config import SAMPLE, BenchmarkConfig, ExtractConfig, VisualizeConfig
 from fpnx.errors import FpnxError, Interrupted, counted, shown
@@ -30,135 +31,6 @@ app = typer.Typer(
 )
 
 
-def _option(panel: str, flag: str, help: str, metavar: str | None = None) -> Any:  # noqa: A002
-    return typer.Option(flag, help=help, metavar=metavar, rich_help_panel=panel)
-
-
-Images = Annotated[
-    list[str],
-    typer.Argument(
-        help="Files, folders (searched recursively), .tar archives, s3://, gs:// and https:// addresses, "
-        "or @list.txt with a path a line."
-    ),
-]
-Output = Annotated[
-    str | None,
-    typer.Option(
-        "-o",
-        "--output",
-        help="File or folder to make (default out.h5, out_png), or s3://bucket/out.h5.",
-        rich_help_panel="Output",
-    ),
-]
-Scratch = Annotated[
-    str | None,
-    _option("Output", "--scratch", "Where an output for a store is worked on (default $TMPDIR).", "FOLDER"),
-]
-Format = Annotated[str, _option("Output", "--format", "Features, or a heatmap grid an image.", "h5|png")]
-Json = Annotated[bool, _option("Output", "--json", "One JSON document on stdout.")]
-
-Backbone = Annotated[
-    str | None,
-    _option("Model", "--backbone", "Name; by default the one of the weights, or resnet50.", "NAME"),
-]
-WeightsChoice = Annotated[
-    str,
-    _option("Model", "--weights", "default, imagenet, coco, random, a torchvision name, or a file.", "NAME|FILE"),
-]
-Seed = Annotated[int, _option("Model", "--seed", "For parts without trained parameters.", "N")]
-Levels = Annotated[str | None, _option("Model", "--levels", "Such as P2-P5 (default), P3-P7 or C3,P3.", "LEVELS")]
-Channels = Annotated[int | None, _option("Model", "--channels", "Of every P level (default 256).", "N")]
-TopBlock = Annotated[
-    str | None,
-    _option(
-        "Model",
-        "--top-block",
-        "Where P6 and P7 come from (default: pool for P6 alone, else c5).",
-        "pool|c5|p5|m5",
-    ),
-]
-Offline = Annotated[bool, _option("Model", "--offline", "Never download (also FPNX_OFFLINE=1).")]
-
-# What a file of parameters may not tell; None takes what it says, else its framework's default.
-StrideIn1x1 = Annotated[
-    bool | None, _option("Checkpoint", "--stride-in-1x1/--stride-in-3x3", "Where bottlenecks of a ResNet stride.")
-]
-P7Relu = Annotated[bool | None, _option("Checkpoint", "--p7-relu/--no-p7-relu", "Whether a ReLU comes before P7.")]
-NormEps = Annotated[float | None, _option("Checkpoint", "--norm-eps", "Epsilon of its batch norms.", "X")]
-PixelOrder = Annotated[
-    str | None, _option("Checkpoint", "--pixel-order", "Channel order that it was trained on.", "RGB|BGR")
-]
-Resampling = Annotated[str | None, _option("Checkpoint", "--resampling", "How it resized.", "antialiased|plain")]
-Mean = Annotated[
-    str | None,
-    _option("Checkpoint", "--mean", "In that order; 0..1 for torchvision's layouts, 0..255 for others.", "A,B,C"),
-]
-Std = Annotated[str | None, _option("Checkpoint", "--std", "Likewise.", "A,B,C")]
-
-Size = Annotated[
-    str,
-    _option(
-        "Input",
-        "--size",
-        "recipe (the weights' own), native, or 224 / 480x640: the whole image is stretched to it.",
-        "recipe|native|N|HxW",
-    ),
-]
-ShortSide = Annotated[int | None, _option("Input", "--short-side", "Keep the aspect: shorter side to N.", "N")]
-LongSide = Annotated[int | None, _option("Input", "--long-side", "With --short-side: longer side at most N.", "N")]
-MaxPixels = Annotated[int, _option("Input", "--max-pixels", "Refuse larger images and inputs.", "N")]
-Limit = Annotated[int | None, _option("Input", "--limit", "Only the first N images.", "N")]
-ShardChoice = Annotated[
-    str | None,
-    _option("Input", "--shard", "Only slice I of N (0 to N-1); auto: SLURM's or RANK's number.", "I/N|auto/N"),
-]
-
-Dtype = Annotated[str, _option("Output", "--dtype", "How features are stored.", "float32|float16")]
-Pool = Annotated[str, _option("Output", "--pool", "Pool each level, over what is not padding.", "none|avg|max|HxW")]
-Resume = Annotated[bool, _option("Output", "--resume", "Continue where an earlier run ended, or start.")]
-Overwrite = Annotated[bool, _option("Output", "--overwrite", "Replace what is there, once this run is whole.")]
-CommitEvery = Annotated[float, _option("Output", "--commit-every", "What a crash can lose at most.", "SECONDS")]
-MaxFailed = Annotated[str, _option("Output", "--max-failed", "Images that may fail before exit code 1.", "N|P%")]
-Strict = Annotated[bool, _option("Output", "--strict", "Stop at the first image that fails.")]
-DryRun = Annotated[bool, _option("Output", "--dry-run", "Show what would be done, and stop.")]
-
-Device = Annotated[
-    str, _option("Run", "--device", "auto takes CUDA where there is one.", "auto|cpu|cuda|cuda:0,cuda:1|mps")
-]
-Precision = Annotated[
-    str, _option("Run", "--precision", "Of computing; auto is float32.", "auto|float32|bfloat16|float16")
-]
-BatchSize = Annotated[str, _option("Run", "--batch-size", "Images in one forward pass.", "auto|N")]
-Workers = Annotated[str, _option("Run", "--workers", "Decoding threads.", "auto|N")]
-Cpus = Annotated[str, _option("Run", "--cpus", "Processors to keep busy; of an engine, by each actor.", "auto|N")]
-EngineChoice = Annotated[
-    str, _option("Run", "--engine", "ray: shards on the cluster of RAY_ADDRESS, or on this machine.", "local|ray")
-]
-Shards = Annotated[str, _option("Run", "--shards", "Files that an engine makes of the images.", "auto|N")]
-Actors = Annotated[str, _option("Run", "--actors", "Workers of an engine; auto takes the whole cluster.", "auto|N")]
-
-Backbones = Annotated[list[str] | None, _option("Model", "--backbone", "Name; again for one more column.", "NAME")]
-Precisions = Annotated[str, _option("Run", "--precision", "As for extract; several with commas.", "NAME,…")]
-BatchSizes = Annotated[str, _option("Run", "--batch-size", "auto or numbers; several with commas.", "auto|N,…")]
-Folder = Annotated[str | None, _option("Input", "--images", "Images to measure with; else some are made.", "FOLDER")]
-Repeats = Annotated[str, _option("Run", "--repeats", "Rounds; auto takes about a minute, at least 5 rounds.", "auto|N")]
-Baseline = Annotated[bool, _option("Run", "--baseline", "Beside it, the plain script that people write today.")]
-Plot = Annotated[str | None, _option("Output", "--plot", "Draw the stages into FILE.png (.svg, .pdf).", "FILE")]
-
-
-Mode = Annotated[
-    str,
-    _option("Pictures", "--mode", "What a cell shows.", "energy|mean|max|std|pca|channels|similarity"),
-]
-Overlay = Annotated[bool, _option("Pictures", "--overlay", "Draw the maps over the image.")]
-PerImage = Annotated[bool, _option("Pictures", "--per-image", "A scale (or basis) for each image, not for the file.")]
-Point = Annotated[str | None, _option("Pictures", "--point", "For similarity, in source pixels.", "X,Y|X%,Y%")]
-Top = Annotated[int, _option("Pictures", "--top", "For channels: how many, the strongest first.", "N")]
-Pick = Annotated[str | None, _option("Pictures", "--pick", "For channels: these instead.", "3,17")]
-Colormap = Annotated[str, _option("Pictures", "--colormap", "A matplotlib name.", "NAME")]
-Panel = Annotated[int, _option("Pictures", "--panel", "Longer side of a panel, in pixels at least.", "N")]
-
-
 @app.callback(invoke_without_command=True)
 def start(
     context: typer.Context,
@@ -174,55 +46,55 @@ def start(
 @app.command()
 def extract(
     context: typer.Context,
-    images: Images,
-    backbone: Backbone = ExtractConfig.backbone,
-    weights: WeightsChoice = ExtractConfig.weights,
-    seed: Seed = ExtractConfig.seed,
-    levels: Levels = None,
-    channels: Channels = ExtractConfig.channels,
-    top_block: TopBlock = ExtractConfig.top_block,
-    offline: Offline = ExtractConfig.offline,
-    stride_in_1x1: StrideIn1x1 = ExtractConfig.stride_in_1x1,
-    p7_relu: P7Relu = ExtractConfig.p7_relu,
-    norm_eps: NormEps = ExtractConfig.norm_eps,
-    pixel_order: PixelOrder = ExtractConfig.pixel_order,
-    resampling: Resampling = ExtractConfig.resampling,
-    mean: Mean = None,
-    std: Std = None,
-    size: Size = str(ExtractConfig.size),
-    short_side: ShortSide = ExtractConfig.short_side,
-    long_side: LongSide = ExtractConfig.long_side,
-    max_pixels: MaxPixels = ExtractConfig.max_pixels,
-    limit: Limit = ExtractConfig.limit,
-    shard: ShardChoice = ExtractConfig.shard,
-    output: Output = None,
-    format: Format = ExtractConfig.format,  # noqa: A002
-    dtype: Dtype = ExtractConfig.dtype,
-    pool: Pool = ExtractConfig.pool,
-    resume: Resume = ExtractConfig.resume,
-    overwrite: Overwrite = ExtractConfig.overwrite,
-    commit_every: CommitEvery = ExtractConfig.commit_every,
-    max_failed: MaxFailed = str(ExtractConfig.max_failed),
-    strict: Strict = ExtractConfig.strict,
-    scratch: Scratch = ExtractConfig.scratch,
-    dry_run: DryRun = ExtractConfig.dry_run,
-    json: Json = False,
-    device: Device = ExtractConfig.device,
-    precision: Precision = ExtractConfig.precision,
-    batch_size: BatchSize = str(ExtractConfig.batch_size),
-    workers: Workers = str(ExtractConfig.workers),
-    cpus: Cpus = str(ExtractConfig.cpus),
-    engine: EngineChoice = ExtractConfig.engine,
-    shards: Shards = str(ExtractConfig.shards),
-    actors: Actors = str(ExtractConfig.actors),
-    mode: Mode = ExtractConfig.mode,
-    overlay: Overlay = ExtractConfig.overlay,
-    per_image: PerImage = ExtractConfig.per_image,
-    point: Point = None,
-    top: Top = ExtractConfig.top,
-    pick: Pick = None,
-    colormap: Colormap = ExtractConfig.colormap,
-    panel: Panel = ExtractConfig.panel,
+    images: opt.Images,
+    backbone: opt.Backbone = ExtractConfig.backbone,
+    weights: opt.WeightsChoice = ExtractConfig.weights,
+    seed: opt.Seed = ExtractConfig.seed,
+    levels: opt.Levels = None,
+    channels: opt.Channels = ExtractConfig.channels,
+    top_block: opt.TopBlock = ExtractConfig.top_block,
+    offline: opt.Offline = ExtractConfig.offline,
+    stride_in_1x1: opt.StrideIn1x1 = ExtractConfig.stride_in_1x1,
+    p7_relu: opt.P7Relu = ExtractConfig.p7_relu,
+    norm_eps: opt.NormEps = ExtractConfig.norm_eps,
+    pixel_order: opt.PixelOrder = ExtractConfig.pixel_order,
+    resampling: opt.Resampling = ExtractConfig.resampling,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    size: opt.Size = str(ExtractConfig.size),
+    short_side: opt.ShortSide = ExtractConfig.short_side,
+    long_side: opt.LongSide = ExtractConfig.long_side,
+    max_pixels: opt.MaxPixels = ExtractConfig.max_pixels,
+    limit: opt.Limit = ExtractConfig.limit,
+    shard: opt.ShardChoice = ExtractConfig.shard,
+    output: opt.Output = None,
+    format: opt.Format = ExtractConfig.format,  # noqa: A002
+    dtype: opt.Dtype = ExtractConfig.dtype,
+    pool: opt.Pool = ExtractConfig.pool,
+    resume: opt.Resume = ExtractConfig.resume,
+    overwrite: opt.Overwrite = ExtractConfig.overwrite,
+    commit_every: opt.CommitEvery = ExtractConfig.commit_every,
+    max_failed: opt.MaxFailed = str(ExtractConfig.max_failed),
+    strict: opt.Strict = ExtractConfig.strict,
+    scratch: opt.Scratch = ExtractConfig.scratch,
+    dry_run: opt.DryRun = ExtractConfig.dry_run,
+    json: opt.Json = False,
+    device: opt.Device = ExtractConfig.device,
+    precision: opt.Precision = ExtractConfig.precision,
+    batch_size: opt.BatchSize = str(ExtractConfig.batch_size),
+    workers: opt.Workers = str(ExtractConfig.workers),
+    cpus: opt.Cpus = str(ExtractConfig.cpus),
+    engine: opt.EngineChoice = ExtractConfig.engine,
+    shards: opt.Shards = str(ExtractConfig.shards),
+    actors: opt.Actors = str(ExtractConfig.actors),
+    mode: opt.Mode = ExtractConfig.mode,
+    overlay: opt.Overlay = ExtractConfig.overlay,
+    per_image: opt.PerImage = ExtractConfig.per_image,
+    point: opt.Point = None,
+    top: opt.Top = ExtractConfig.top,
+    pick: opt.Pick = None,
+    colormap: opt.Colormap = ExtractConfig.colormap,
+    panel: opt.Panel = ExtractConfig.panel,
 ) -> int:
     """Extract pyramid levels from images into an HDF5 file, or draw them.
 
@@ -252,30 +124,35 @@ def visualize(
             "-o", "--output", help="Folder for pictures (default <file>_png, <photo>_png).", rich_help_panel="Output"
         ),
     ] = None,
-    html: Annotated[str | None, _option("Output", "--html", "One page to look through.", "FILE")] = None,
-    overwrite: Annotated[bool, _option("Output", "--overwrite", "Replace what is there.")] = VisualizeConfig.overwrite,
-    json: Json = False,
+    html: Annotated[str | None, opt.option("Output", "--html", "One page to look through.", "FILE")] = None,
+    overwrite: Annotated[
+        bool, opt.option("Output", "--overwrite", "Replace what is there.")
+    ] = VisualizeConfig.overwrite,
+    json: opt.Json = False,
     images: Annotated[
-        list[str] | None, _option("Images", "--images", "Which: name, glob, index or range; repeatable.", "NAME|3|0:10")
+        list[str] | None,
+        opt.option("Images", "--images", "Which: name, glob, index or range; repeatable.", "NAME|3|0:10"),
     ] = None,
-    limit: Annotated[int, _option("Images", "--limit", "At most N images; the rest is counted.", "N")] = (
+    limit: Annotated[int, opt.option("Images", "--limit", "At most N images; the rest is counted.", "N")] = (
         VisualizeConfig.limit
     ),
-    levels: Annotated[str | None, _option("Images", "--levels", "Such as P3-P5 or C3,P3.", "LEVELS")] = None,
-    mode: Mode = VisualizeConfig.mode,
-    overlay: Overlay = VisualizeConfig.overlay,
-    per_image: PerImage = VisualizeConfig.per_image,
-    point: Point = None,
-    top: Top = VisualizeConfig.top,
-    pick: Pick = None,
-    colormap: Colormap = VisualizeConfig.colormap,
-    panel: Panel = VisualizeConfig.panel,
-    backbone: Annotated[list[str] | None, _option("Photographs", "--backbone", "Repeat it to compare.", "NAME")] = None,
-    weights: Annotated[str | None, _option("Photographs", "--weights", "As for extract.", "NAME|FILE")] = None,
-    seed: Annotated[int | None, _option("Photographs", "--seed", "As for extract.", "N")] = None,
-    size: Annotated[str | None, _option("Photographs", "--size", "As for extract.", "recipe|native|N|HxW")] = None,
-    device: Annotated[str | None, _option("Photographs", "--device", "As for extract.", "auto|cpu|cuda|mps")] = None,
-    offline: Annotated[bool, _option("Photographs", "--offline", "Never download.")] = VisualizeConfig.offline,
+    levels: Annotated[str | None, opt.option("Images", "--levels", "Such as P3-P5 or C3,P3.", "LEVELS")] = None,
+    mode: opt.Mode = VisualizeConfig.mode,
+    overlay: opt.Overlay = VisualizeConfig.overlay,
+    per_image: opt.PerImage = VisualizeConfig.per_image,
+    point: opt.Point = None,
+    top: opt.Top = VisualizeConfig.top,
+    pick: opt.Pick = None,
+    colormap: opt.Colormap = VisualizeConfig.colormap,
+    panel: opt.Panel = VisualizeConfig.panel,
+    backbone: Annotated[
+        list[str] | None, opt.option("Photographs", "--backbone", "Repeat it to compare.", "NAME")
+    ] = None,
+    weights: Annotated[str | None, opt.option("Photographs", "--weights", "As for extract.", "NAME|FILE")] = None,
+    seed: Annotated[int | None, opt.option("Photographs", "--seed", "As for extract.", "N")] = None,
+    size: Annotated[str | None, opt.option("Photographs", "--size", "As for extract.", "recipe|native|N|HxW")] = None,
+    device: Annotated[str | None, opt.option("Photographs", "--device", "As for extract.", "auto|cpu|cuda|mps")] = None,
+    offline: Annotated[bool, opt.option("Photographs", "--offline", "Never download.")] = VisualizeConfig.offline,
 ) -> int:
     """Draw pyramids as heatmap grids, from a file alone or straight from photographs.
 
@@ -298,27 +175,27 @@ def visualize(
 @app.command()
 def benchmark(
     context: typer.Context,
-    backbone: Backbones = None,
-    weights: WeightsChoice = BenchmarkConfig.weights,
-    seed: Seed = BenchmarkConfig.seed,
-    levels: Levels = None,
-    channels: Channels = BenchmarkConfig.channels,
-    top_block: TopBlock = BenchmarkConfig.top_block,
-    offline: Offline = BenchmarkConfig.offline,
-    images: Folder = BenchmarkConfig.images,
-    size: Size = str(BenchmarkConfig.size),
-    short_side: ShortSide = BenchmarkConfig.short_side,
-    long_side: LongSide = BenchmarkConfig.long_side,
-    max_pixels: MaxPixels = BenchmarkConfig.max_pixels,
-    dtype: Dtype = BenchmarkConfig.dtype,
-    plot: Plot = BenchmarkConfig.plot,
-    json: Json = False,
-    device: Device = BenchmarkConfig.device,
-    precision: Precisions = str(BenchmarkConfig.precision),
-    batch_size: BatchSizes = str(BenchmarkConfig.batch_size),
-    workers: Workers = str(BenchmarkConfig.workers),
-    repeats: Repeats = str(BenchmarkConfig.repeats),
-    baseline: Baseline = BenchmarkConfig.baseline,
+    backbone: opt.Backbones = None,
+    weights: opt.WeightsChoice = BenchmarkConfig.weights,
+    seed: opt.Seed = BenchmarkConfig.seed,
+    levels: opt.Levels = None,
+    channels: opt.Channels = BenchmarkConfig.channels,
+    top_block: opt.TopBlock = BenchmarkConfig.top_block,
+    offline: opt.Offline = BenchmarkConfig.offline,
+    images: opt.Folder = BenchmarkConfig.images,
+    size: opt.Size = str(BenchmarkConfig.size),
+    short_side: opt.ShortSide = BenchmarkConfig.short_side,
+    long_side: opt.LongSide = BenchmarkConfig.long_side,
+    max_pixels: opt.MaxPixels = BenchmarkConfig.max_pixels,
+    dtype: opt.Dtype = BenchmarkConfig.dtype,
+    plot: opt.Plot = BenchmarkConfig.plot,
+    json: opt.Json = False,
+    device: opt.Device = BenchmarkConfig.device,
+    precision: opt.Precisions = str(BenchmarkConfig.precision),
+    batch_size: opt.BatchSizes = str(BenchmarkConfig.batch_size),
+    workers: opt.Workers = str(BenchmarkConfig.workers),
+    repeats: opt.Repeats = str(BenchmarkConfig.repeats),
+    baseline: opt.Baseline = BenchmarkConfig.baseline,
 ) -> int:
     """Show shapes, costs and timings of backbones, batch sizes and precisions, side by side.
 
@@ -341,7 +218,7 @@ def benchmark(
 
 
 @app.command("list")
-def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> int:
+def list_images(images: opt.Images, limit: opt.Limit = ExtractConfig.limit) -> int:
     """List images once, with sizes and times, for shards that need not look for them again: extract @list.txt.
 
     [dim]fpnx list photos/ > list.txt[/dim]
@@ -365,8 +242,8 @@ def list_images(images: Images, limit: Limit = ExtractConfig.limit) -> int:
 def merge(
     output: Annotated[str, typer.Argument(help="File to make.")],
     shards: Annotated[list[str], typer.Argument(help="All shards of a run, in any order.")],
-    overwrite: Overwrite = ExtractConfig.overwrite,
-    json: Json = False,
+    overwrite: opt.Overwrite = ExtractConfig.overwrite,
+    json: opt.Json = False,
 ) -> None:
     """Copy all shards of a run into one file, as a whole run would have written it.
 
@@ -389,7 +266,7 @@ def info(
     files: Annotated[
         list[str], typer.Argument(help="What fpnx extract wrote, also while it is being written; or all shards.")
     ],
-    json: Json = False,
+    json: opt.Json = False,
 ) -> None:
     """Show what a file, or a run's shards together, hold, and a snippet that reads it.
 
@@ -406,7 +283,7 @@ def info(
 @app.command()
 def models(
     word: Annotated[str | None, typer.Argument(help="A backbone's name, or a part of names.", metavar="[NAME]")] = None,
-    json: Json = False,
+    json: opt.Json = False,
 ) -> None:
     """List the backbones, or show one: taps, parameters, operations, and its weights with their files.
 
@@ -431,15 +308,15 @@ def verify(
         list[str], typer.Argument(help="What fpnx extract wrote; also an unfinished .part; or all shards of a run.")
     ],
     against: Annotated[
-        list[str] | None, _option("Compare", "--against", "The images: compute some again and compare.", "IMAGES")
+        list[str] | None, opt.option("Compare", "--against", "The images: compute some again and compare.", "IMAGES")
     ] = None,
-    sample: Annotated[int, _option("Compare", "--sample", "How many to compute again.", "N")] = SAMPLE,
+    sample: Annotated[int, opt.option("Compare", "--sample", "How many to compute again.", "N")] = SAMPLE,
     weights: Annotated[
-        str | None, _option("Compare", "--weights", "If they are not where they were.", "NAME|FILE")
+        str | None, opt.option("Compare", "--weights", "If they are not where they were.", "NAME|FILE")
     ] = None,
-    device: Device = ExtractConfig.device,
-    offline: Offline = ExtractConfig.offline,
-    json: Json = False,
+    device: opt.Device = ExtractConfig.device,
+    offline: opt.Offline = ExtractConfig.offline,
+    json: opt.Json = False,
 ) -> int:
     """Check that a file is whole: its tables agree, and every value is read and as finite as it says.
 

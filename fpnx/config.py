@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from fpnx.errors import FpnxError, nearest, shown
+from fpnx.errors import FpnxError, shown
 from fpnx.shards import parse_shard
+from fpnx.values import (
+    auto_or_whole,
+    check_choice,
+    check_types,
+    check_whole,
+    freeze,
+    parse_channels,
+    parse_extent,
+    parse_levels,
+    point_text,
+    several,
+    size_text,
+    three_numbers,
+)
 
 __all__ = [
     "TOP_BLOCKS",
-    "UNSTRIDED_LEVELS",
     "BenchmarkConfig",
     "DTYPES",
     "ENGINES",
@@ -35,12 +46,6 @@ __all__ = [
     "SAMPLE",
     "VisualizeConfig",
     "fingerprint",
-    "level_number",
-    "level_place",
-    "ordered_levels",
-    "parse_channels",
-    "parse_extent",
-    "parse_levels",
 ]
 
 DTYPES = ("float32", "float16")
@@ -48,9 +53,6 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")
 PIXEL_ORDERS = ("RGB", "BGR")
 RESAMPLINGS = ("antialiased", "plain")
-# What torchvision's detectors call levels, kept where these are not one per stride (MobileNetV3), fine to coarse.
-UNSTRIDED_LEVELS = ("0", "1", "pool")
-SIZES = ("recipe", "native")
 POOLS = ("none", "avg", "max")
 FORMATS = ("h5", "png")
 ENGINES = ("local", "ray")
@@ -77,16 +79,16 @@ class FileFacts:
     std: str | Iterable[float] | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if self.pixel_order is not None:
-            _check_choice("pixel order", self.pixel_order, PIXEL_ORDERS)
+            check_choice("pixel order", self.pixel_order, PIXEL_ORDERS)
         if self.resampling is not None:
-            _check_choice("resampling", self.resampling, RESAMPLINGS)
+            check_choice("resampling", self.resampling, RESAMPLINGS)
         if self.norm_eps is not None and not 0 <= self.norm_eps < 1:
             raise FpnxError(f"norm eps {self.norm_eps}: take a number from 0 to 1, such as 1e-5")
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
-                _freeze(self, name, _three_numbers(name, getattr(self, name)))
+                freeze(self, name, three_numbers(name, getattr(self, name)))
         if self.std is not None and 0.0 in tuple(self.std):
             raise FpnxError("std 0 cannot be divided by: take three numbers above 0")
 
@@ -109,12 +111,12 @@ class ModelConfig(FileFacts):
     def __post_init__(self) -> None:
         FileFacts.__post_init__(self)
         if self.levels is not None:
-            _freeze(self, "levels", parse_levels(self.levels))
-        _check_whole("seed", self.seed, 0, 2**63 - 1)
+            freeze(self, "levels", parse_levels(self.levels))
+        check_whole("seed", self.seed, 0, 2**63 - 1)
         if self.channels is not None:
-            _check_whole("channels", self.channels, 1, 65536)
+            check_whole("channels", self.channels, 1, 65536)
         if self.top_block is not None:
-            _check_choice("top block", self.top_block, TOP_BLOCKS)
+            check_choice("top block", self.top_block, TOP_BLOCKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +134,12 @@ class InputConfig:
     max_pixels: int = 178_956_970  # where Pillow, too, refuses: 2 × 1 GiB of 24-bit pixels / 4 / 3
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _freeze(self, "size", _size_text(self.size))
+        check_types(self)
+        freeze(self, "size", size_text(self.size))
         for name in ("short_side", "long_side"):
             if getattr(self, name) is not None:
-                _check_whole(name.replace("_", " "), getattr(self, name), 1, 65536)
-        _check_whole("max pixels", self.max_pixels, 1, 2**40)
+                check_whole(name.replace("_", " "), getattr(self, name), 1, 65536)
+        check_whole("max pixels", self.max_pixels, 1, 2**40)
         if self.short_side is not None and self.size != "recipe":
             raise FpnxError(f"size {self.size} and short side {self.short_side} contradict each other: give one")
         if self.long_side is not None and self.short_side is None:
@@ -165,16 +167,16 @@ class OutputConfig:
     scratch: str | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_choice("format", self.format, FORMATS)
-        _check_choice("dtype", self.dtype, DTYPES)
+        check_types(self)
+        check_choice("format", self.format, FORMATS)
+        check_choice("dtype", self.dtype, DTYPES)
         if self.pool not in POOLS and parse_extent(self.pool) is None:
             raise FpnxError(f"pool {self.pool!r}: take none, avg, max, or a grid such as 7x7")
         if self.resume and self.overwrite:
             raise FpnxError("resume continues a file and overwrite replaces it: give one of them")
         if not 0 <= self.commit_every < math.inf:
             raise FpnxError(f"commit every {self.commit_every} seconds: take a number from 0 (every batch), not inf")
-        _freeze(self, "max_failed", str(self.max_failed))
+        freeze(self, "max_failed", str(self.max_failed))
         self.allowed_failures(100)
 
     def allowed_failures(self, images: int) -> int:
@@ -199,14 +201,14 @@ class RunConfig:
     cpus: str | int = "auto"
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         names = self.device.split(",")
         one = len(names) == 1 and re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device)
         if not one and not (len(set(names)) == len(names) and all(re.fullmatch(r"cuda:\d+", name) for name in names)):
             raise FpnxError(f"device {self.device!r}: take auto, cpu, cuda, cuda:1, several as cuda:0,cuda:1, or mps")
-        _check_choice("precision", self.precision, PRECISIONS)
+        check_choice("precision", self.precision, PRECISIONS)
         for name, limit in (("batch_size", 65536), ("workers", 1024), ("cpus", 4096)):
-            _freeze(self, name, _auto_or_whole(name.replace("_", " "), getattr(self, name), limit))
+            freeze(self, name, auto_or_whole(name.replace("_", " "), getattr(self, name), limit))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,10 +224,10 @@ class EngineConfig:
     actors: str | int = "auto"
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_choice("engine", self.engine, ENGINES)
+        check_types(self)
+        check_choice("engine", self.engine, ENGINES)
         for name in ("shards", "actors"):
-            _freeze(self, name, _auto_or_whole(name, getattr(self, name), 99_999))
+            freeze(self, name, auto_or_whole(name, getattr(self, name), 99_999))
             if self.engine == "local" and getattr(self, name) != "auto":
                 raise FpnxError(f"{name} {getattr(self, name)} are for an engine: give --engine ray beside it")
 
@@ -249,14 +251,14 @@ class PictureConfig:
     panel: int = 256
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_choice("mode", self.mode, MODES)
-        _check_whole("top", self.top, 1, 100)
-        _check_whole("panel", self.panel, 32, 4096)
+        check_types(self)
+        check_choice("mode", self.mode, MODES)
+        check_whole("top", self.top, 1, 100)
+        check_whole("panel", self.panel, 32, 4096)
         if self.point is not None:
-            _freeze(self, "point", _point_text(self.point))
+            freeze(self, "point", point_text(self.point))
         if self.pick is not None:
-            _freeze(self, "pick", ",".join(map(str, parse_channels(self.pick))))
+            freeze(self, "pick", ",".join(map(str, parse_channels(self.pick))))
         if (self.mode == "similarity") != (self.point is not None):
             raise FpnxError(
                 "mode similarity and a point go together: give both, as in --mode similarity --point X,Y, or "
@@ -307,9 +309,9 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureCo
             part.__post_init__(self)
         self._check_engine()
         if self.limit is not None:
-            _check_whole("limit", self.limit, 1, 2**63 - 1)
+            check_whole("limit", self.limit, 1, 2**63 - 1)
         if self.shard is not None:
-            _freeze(self, "shard", str(parse_shard(self.shard)))
+            freeze(self, "shard", str(parse_shard(self.shard)))
         drawn = [f.name for f in fields(PictureConfig) if getattr(self, f.name) != f.default]
         if self.format != "png" and drawn:
             raise FpnxError(f"{drawn[0].replace('_', ' ')} is for pictures: give --format png beside it")
@@ -357,12 +359,12 @@ class VisualizeConfig(PictureConfig):
 
     def __post_init__(self) -> None:
         PictureConfig.__post_init__(self)
-        _check_whole("limit", self.limit, 1, 2**63 - 1)
+        check_whole("limit", self.limit, 1, 2**63 - 1)
         if self.levels is not None:
-            _freeze(self, "levels", parse_levels(self.levels))
+            freeze(self, "levels", parse_levels(self.levels))
         for name in ("images", "backbone"):
             value = getattr(self, name)
-            _freeze(self, name, (value,) if isinstance(value, str) else tuple(value or ()) or None)
+            freeze(self, name, (value,) if isinstance(value, str) else tuple(value or ()) or None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,12 +396,12 @@ class BenchmarkConfig(InputConfig):
     def __post_init__(self) -> None:
         InputConfig.__post_init__(self)
         for name in ("backbone", "precision", "batch_size"):
-            _freeze(self, name, _several(name.replace("_", " "), getattr(self, name)))
+            freeze(self, name, several(name.replace("_", " "), getattr(self, name)))
         if self.repeats != "auto":
             value = self.repeats
             number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-            _check_whole("repeats", number, 1, 10_000, "auto or ")
-            _freeze(self, "repeats", number)
+            check_whole("repeats", number, 1, 10_000, "auto or ")
+            freeze(self, "repeats", number)
         if self.plot is not None and not self.plot.lower().endswith(PLOTS):
             raise FpnxError(f"plot {shown(self.plot)}: take a name that ends in {', '.join(PLOTS)}")
         if not self.runs():  # which also checks every other field
@@ -431,191 +433,6 @@ class BenchmarkConfig(InputConfig):
         ]
 
 
-def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
-    """`"P3-P7"`, `"C3,P3"` or a sequence of names → names, fine to coarse, C before P.
-
-    Raises:
-        FpnxError: for a name that is no level, an empty or reversed range, a level named twice.
-    """
-    if not isinstance(levels, Iterable):
-        raise FpnxError(f"levels {levels!r}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
-    names: list[str] = []
-    for part in levels.split(",") if isinstance(levels, str) else levels:
-        if str(part).strip() in UNSTRIDED_LEVELS:
-            names.append(str(part).strip())
-            continue
-        match = re.fullmatch(r"([CP])([2-7])(?:-(?:([CP]))?([2-7]))?", str(part).strip().upper())
-        if match is None or (match[3] or match[1]) != match[1] or int(match[4] or match[2]) < int(match[2]):
-            backwards = match is not None and (match[3] or match[1]) == match[1]
-            why = "a range goes from fine to coarse" if backwards else "levels are C2 to C7 and P2 to P7"
-            raise FpnxError(f"level {part!r}: {why}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
-        names += [f"{match[1]}{n}" for n in range(int(match[2]), int(match[4] or match[2]) + 1)]
-    if not names:
-        raise FpnxError("no levels: take names and ranges such as P2-P5, P3-P7 or C3,P3")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise FpnxError(f"level {twice} is named twice")
-    return ordered_levels(names)
-
-
-def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
-    """`"3,17"`, `"0-8"` or a sequence of numbers → channel numbers, in the order given.
-
-    Raises:
-        FpnxError: for anything else, or more than 100.
-    """
-    chosen: list[int] = []
-    for part in channels.split(",") if isinstance(channels, str) else channels:
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(part).strip(), re.ASCII)
-        if match is None:
-            raise FpnxError(f"channel {part!r}: take numbers and ranges such as 3,17 or 0-8")
-        chosen += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not 1 <= len(chosen) <= 100:
-        raise FpnxError(f"{len(chosen)} channels: take from 1 to 100 numbers, such as 3,17 or 0-8")
-    return tuple(chosen)
-
-
-def ordered_levels(names: Iterable[str]) -> tuple[str, ...]:
-    """Level names from fine to coarse, C before P of the same stride."""
-    return tuple(sorted(names, key=lambda name: (level_place(name), name[0])))
-
-
-def level_place(name: str) -> int:
-    """Where a level stands from fine to coarse: k, or its place among names that are not one per stride."""
-    return UNSTRIDED_LEVELS.index(name) if name in UNSTRIDED_LEVELS else level_number(name)
-
-
-def level_number(name: str) -> int:
-    """k of `"Pk"` or `"Ck"`: the level of stride 2^k."""
-    return int(name[1:])
-
-
-def parse_extent(text: str) -> tuple[int, int] | None:
-    """`"480x640"` → (480, 640), height × width; None for anything else."""
-    match = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", text)
-    return (int(match[1]), int(match[2])) if match else None
-
-
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """sha256 (hex) of the canonical JSON of `identity`, the facts that change the stored numbers."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _three_numbers(what: str, given: str | Iterable[float]) -> tuple[float, ...]:
-    parts = given.split(",") if isinstance(given, str) else list(given)
-    try:
-        numbers = tuple(float(part) for part in parts)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
-        raise FpnxError(f"{what} {given!r}: take three numbers such as 123.675,116.28,103.53")
-    return numbers
-
-
-def _size_text(size: str | int | tuple[int, int]) -> str:
-    text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
-    if text.isascii() and text.isdigit():
-        text = f"{text}x{text}"
-    if text in SIZES:
-        return text
-    extent = parse_extent(text)
-    if extent is None:
-        raise FpnxError(
-            f"size {size!r}: take recipe, native, a side such as 224, or height x width such as 480x640, "
-            "none over 99999"
-        )
-    return f"{extent[0]}x{extent[1]}"
-
-
-def _point_text(point: str | tuple[float, float]) -> str:
-    text = ",".join(map(str, point)) if isinstance(point, (tuple, list)) else str(point)
-    if not re.fullmatch(r"\s*\d+(\.\d*)?%?\s*,\s*\d+(\.\d*)?%?\s*", text, re.ASCII):
-        raise FpnxError(f"point {text!r}: take x and y in source pixels such as 120,80, or shares such as 50%,50%")
-    text = "".join(text.split())
-    if any(float(part[:-1]) > 100 for part in text.split(",") if part.endswith("%")):
-        raise FpnxError(f"point {text!r}: shares go from 0% to 100%")
-    return text
-
-
-def _several(what: str, value: Any) -> tuple[Any, ...]:
-    """Values of an option that may be given more than once, or with commas; none twice."""
-    parts = [value] if isinstance(value, (str, int)) else list(value or ())
-    found = [item.strip() if isinstance(item, str) else item
-             for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
-    if "" in found:
-        raise FpnxError(f"{what} {value!r}: a value is missing beside a comma")
-    twice = next((item for item in found if found.count(item) > 1), None)
-    if twice is not None:
-        raise FpnxError(f"{what} {twice} is given twice: name each once")
-    return tuple(found)
-
-
-def _auto_or_whole(what: str, value: str | int, most: int) -> str | int:
-    if value == "auto":
-        return value
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
-    _check_whole(what, number, 1, most, "auto or ")
-    return number
-
-
-WORDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    tuple: "a pair",
-    Iterable: "several",
-}
-
-
-def _check_types(config: Any) -> None:
-    """Refuse values of another type than their fields have; a path becomes text where text is taken.
-
-    Raises:
-        FpnxError: naming the field, the value and what is taken.
-    """
-    kinds = _kinds(type(config))  # type: ignore[arg-type]
-    for each in fields(config):
-        value, taken = getattr(config, each.name), kinds[each.name]
-        if isinstance(value, os.PathLike) and str in taken:
-            value = os.fspath(value)
-            _freeze(config, each.name, value)
-        if not any(_is_of(value, kind) for kind in taken):
-            words = " or ".join(WORDS[kind] for kind in taken if kind in WORDS)
-            such = "" if each.default in (None, "") else f", such as {each.default!r}"
-            name = each.name.replace("_", " ")
-            raise FpnxError(f"{name} {shown(repr(value))[:80]}: take {words}{such}")
-
-
-@functools.cache
-def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
-    """The types that each field takes, without what is in them."""
-    hints = get_type_hints(config)
-    unions = {
-        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints.items()
-    }
-    return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in unions.items()}
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if kind is tuple:
-        return isinstance(value, (tuple, list))
-    if kind is Iterable:
-        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
-    return isinstance(value, kind)
-
-
-def _freeze(config: object, name: str, value: object) -> None:
-    object.__setattr__(config, name, value)
-
-
-def _check_whole(what: str, value: object, least: int, most: int, before: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise FpnxError(f"{what} {value!r}: take {before}a whole number from {least} to {most}")
-
-
-def _check_choice(what: str, value: object, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise FpnxError(f"{what} {value!r}: take one of {', '.join(choices)}{nearest(str(value), choices)}")

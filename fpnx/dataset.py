@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from fpnx.config import parse_levels
 from fpnx.errors import FpnxError, shown
 from fpnx.sets import open_pyramids
 from fpnx.store import DONE, Store
+from fpnx.values import parse_levels
 
 __all__ = ["PyramidDataset", "ShapeBatchSampler"]
 

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fpnx.config import ExtractConfig, parse_extent
+from fpnx.config import ExtractConfig
 from fpnx.convolutions import native_on_cpu
 from fpnx.errors import FpnxError
 from fpnx.executable import make_executable
 from fpnx.model import PyramidModel
 from fpnx.recipes import Recipe
 from fpnx.store import valid_extent
+from fpnx.values import parse_extent
 
 __all__ = ["Engine", "Features", "exact_arithmetic", "resolve_device", "resolve_precision", "slow_precision"]
 

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fpnx.config import PictureConfig, level_place, parse_levels
+from fpnx.config import PictureConfig
 from fpnx.errors import FpnxError
 from fpnx.images import pillow_within_limits
 from fpnx.lettering import DPI, fitted, width_of, write
@@ -20,6 +20,7 @@ from fpnx.panels import BETWEEN, Map, assembled, colour_table, covered, map_of, 
 from fpnx.scales import Scales, measure
 from fpnx.scenes import Scene, scene_of
 from fpnx.store import Item
+from fpnx.values import level_place, parse_levels
 
 __all__ = ["chosen_levels", "draw", "figure", "mode_in_words", "rendered"]
 

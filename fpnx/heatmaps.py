@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fpnx.config import MODES, PictureConfig, parse_channels
+from fpnx.config import MODES, PictureConfig
 from fpnx.errors import FpnxError, nearest
+from fpnx.values import parse_channels
 
 __all__ = ["COMPONENTS", "Basis", "Moments", "heatmap", "similarity", "strongest"]
 

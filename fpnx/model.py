@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 
 from fpnx.backbones import Backbone, create_backbone, given_backbone, one_size, parameter_shapes, tap_shapes
 from fpnx.checkpoints import write_checkpoint
-from fpnx.config import UNSTRIDED_LEVELS, ExtractConfig, InputConfig, ModelConfig, level_number, ordered_levels
+from fpnx.config import ExtractConfig, InputConfig, ModelConfig
 from fpnx.errors import FpnxError, shown
 from fpnx.images import as_rgb
 from fpnx.pyramid import SEED_SCHEME, FeaturePyramid
+from fpnx.values import UNSTRIDED_LEVELS, level_number, ordered_levels
 from fpnx.weights import HeldPyramid, Weights, given_weights, resolve_weights
 
 __all__ = ["PyramidModel", "build_model", "create_model", "save_weights"]

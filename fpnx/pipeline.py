@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from fpnx.batching import Batches, lanes_for
-from fpnx.config import parse_extent
 from fpnx.control import Listener, Stop
 from fpnx.engine import Engine, Features, exact_arithmetic, slow_precision
 from fpnx.errors import ImageError, Interrupted, shown
@@ -25,6 +24,7 @@ from fpnx.images import Budget, decode
 from fpnx.machine import keep_freed_memory
 from fpnx.planning import Plan
 from fpnx.store import DONE
+from fpnx.values import parse_extent
 from fpnx.writer import Writer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fpnx.config import ExtractConfig, parse_extent
+from fpnx.config import ExtractConfig
 from fpnx.control import Listener
 from fpnx.disk import disk_error, free_bytes
 from fpnx.engine import resolve_device, resolve_precision
@@ -25,6 +25,7 @@ from fpnx.model import PyramidModel
 from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
 from fpnx.urls import is_url
+from fpnx.values import parse_extent
 from fpnx.writer import Layout, part_of, refuse_other_run
 
 __all__ = ["DECODERS", "LevelShape", "Plan", "identity_of", "make_plan"]

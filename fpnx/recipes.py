@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fpnx.config import InputConfig, parse_extent
+from fpnx.config import InputConfig
 from fpnx.errors import FpnxError, ImageError
+from fpnx.values import parse_extent
 
 __all__ = ["Recipe"]
 

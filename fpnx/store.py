@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 import h5py
 import numpy as np
 
-from fpnx.config import DTYPES, UNSTRIDED_LEVELS, level_number, parse_extent, parse_levels
+from fpnx.config import DTYPES
 from fpnx.errors import FpnxError, NotDoneError, StoreError, shown
 from fpnx.hdf5 import attribute_text, attribute_whole, check_bytes, file_state, member, names, open_hdf5, parsed, table
 from fpnx.shards import Cut
+from fpnx.values import UNSTRIDED_LEVELS, level_number, parse_extent, parse_levels
 
 __all__ = [
     "DONE",

@@ -11,12 +11,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from fpnx.config import SAMPLE, ExtractConfig, fingerprint, parse_extent
+from fpnx.config import SAMPLE, ExtractConfig, fingerprint
 from fpnx.control import Listener
 from fpnx.errors import FpnxError, shown
 from fpnx.remote import connections
 from fpnx.sets import ShardSet, open_pyramids
 from fpnx.store import DONE, FAILED, PENDING, Store, different_fields
+from fpnx.values import parse_extent
 
 __all__ = ["Verification", "verify"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fpnx.backbones import known_backbone
 from fpnx.checkpoints import SUFFIXES, read_checkpoint
-from fpnx.config import TOP_BLOCKS, UNSTRIDED_LEVELS, FileFacts, ModelConfig, parse_levels
+from fpnx.config import TOP_BLOCKS, FileFacts, ModelConfig
 from fpnx.conventions import OPENCV, option_of, settle, settle_top_block, told_by
 from fpnx.errors import FpnxError, nearest, shown
 from fpnx.hub import adapted, fetched, timm_recipe, timm_weights
@@ -31,6 +31,7 @@ from fpnx.published import (
     published_weights,
 )
 from fpnx.recipes import Recipe
+from fpnx.values import UNSTRIDED_LEVELS, parse_levels
 from fpnx.zoo import TIMM
 
 __all__ = ["HeldPyramid", "Part", "Published", "Weights", "given_weights", "published_weights", "resolve_weights"]

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fpnx.config import ExtractConfig, OutputConfig, VisualizeConfig, fingerprint, parse_levels
+from fpnx.config import ExtractConfig, OutputConfig, VisualizeConfig, fingerprint
 from fpnx.errors import FpnxError, counted, in_bytes
 from fpnx.hub import forbidden
+from fpnx.values import parse_levels
 
 
 @pytest.mark.parametrize(
@@ -153,3 +155,13 @@ def test_fingerprint_depends_on_content_alone() -> None:
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     # sha256 of '{"a":1}', so that files stay comparable across versions
     assert fingerprint({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = ExtractConfig(
+        seed=np.int64(3), channels=np.int32(16), commit_every=np.float32(2.5), batch_size=np.int64(4)
+    )
+    assert (config.seed, config.channels, config.commit_every, config.batch_size) == (3, 16, 2.5, 4)
+    assert type(config.seed) is int
+    with pytest.raises(FpnxError, match="seed"):
+        ExtractConfig(seed=np.float64(0.5))

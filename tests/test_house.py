@@ -107,7 +107,9 @@ ORDER = [
     "services",
     "urls",
     "shards",
+    "values",
     "errors",
+    "options",
 ]
 
 
