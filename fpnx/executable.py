@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDept
 from fpnx.convolutions import SIZES_PACKED, Convolution, can_pack, is_activation, is_norm, packing
 from fpnx.model import PyramidModel
 from fpnx.recombination import ExecutablePyramid
+from fpnx.tracing import on_meta
 
 __all__ = ["Executable", "make_executable"]
 
@@ -246,10 +247,7 @@ def _fuse_addition(
 
 def _shapes(body: fx.GraphModule, size: tuple[int, int]) -> dict[str, Any]:
     """Shape of every step's result for an image of `size`, by the step's name; None where it has none."""
-    meta = copy.deepcopy(body).to("meta")
-    for part in meta.modules():
-        if isinstance(part, Convolution):
-            part.prepare(torch.device("meta"), torch.float32)
+    meta: Any = on_meta(body)
     with torch.no_grad():
         ShapeProp(meta).propagate(torch.empty(1, 3, *size, device="meta"))
     return {node.name: getattr(node.meta.get("tensor_meta"), "shape", None) for node in meta.graph.nodes}

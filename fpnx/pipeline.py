@@ -107,6 +107,7 @@ def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, list
         _Feed(plan, pending, count, clock) as feed,
     ):
         engines = [plan.equipment.engine(plan.recipe, plan.config, device) for device in plan.devices]
+        plan.equipment.empty()
         threads = max(1, plan.cpus // count) if plan.device.type == "cpu" else 1
         lanes = [_Lane(plan, feed, scribe, engines[i % len(engines)], clock, threads) for i in range(count)]
         try:

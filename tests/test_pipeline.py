@@ -17,6 +17,7 @@ import fpnx
 from fpnx.batching import Batches, lanes_for
 from fpnx.config import ExtractConfig, RunConfig
 from fpnx.engine import Engine
+from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError
 from fpnx.replays import Replays
 from tests.conftest import noise_image
@@ -74,6 +75,21 @@ def test_what_cannot_be_recorded_is_computed_as_before():
     assert len(passes) == 8
     replays.forget()
     assert torch.equal(replays(images)["P2"], images * 2)
+
+
+def test_a_model_without_parameters_is_built_again_for_another_device():
+    equipment, config = Equipment(), ExtractConfig(**TINY, levels="P3", channels=16)
+    model = equipment.model(config)
+    pixels = [np.asarray(noise_image(1, (64, 64)))]
+    recipe = model.recipe.sized(config)
+    first = equipment.engine(recipe, config, torch.device("cpu"))(pixels).arrays["P3"]
+    equipment.empty()
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert equipment.model(config).shapes((64, 64)) == {"P3": (16, 8, 8)}
+    again = equipment.engine(recipe, config, torch.device("cpu"))(pixels).arrays["P3"]
+    other = equipment.engine(recipe, config, torch.device("cpu", 0))(pixels).arrays["P3"]
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(other, first)
 
 
 def test_memory_that_is_given_back_is_used_again():
