@@ -89,7 +89,6 @@ class _Session:
         self._notes: list[str] = []
         self._specimens: list[tuple[Column, Specimen]] = []
         self._rivals: list[tuple[Column, Rival]] = []
-        self._executed: dict[Engine, int] = {}
         self._products: dict[str, MatrixProduct] = {}
         self._disk_bytes = DISK[0]
         self._done = self._total = 0
@@ -108,15 +107,14 @@ class _Session:
         self._check_baseline(plans)
         self.findings.machine, self.findings.workers = _machine(plans[0].device), plans[0].workers
         self.findings.facts.update(self._facts(plans[0]))
-        engines: dict[tuple[str, str, int | None], Engine] = {}
-        for plan in plans:
-            key = plan.model.backbone, plan.precision, plan.batch_size
-            engines.setdefault(key, Engine(plan.model, plan.recipe, plan.config, plan.device))
-            self._add(Specimen(plan, engines[key], self._folder, f"{len(self._specimens)}"), files)
+        for i, plan in enumerate(plans):
+            # An engine each: its weights are laid out for the batch size.
+            engine = Engine(plan.model, plan.recipe, plan.config, plan.device)
+            self._add(Specimen(plan, engine, self._folder, f"{i}"), files)
         if not self._alive():
             column = self.findings.columns[0]
             raise FpnxError(f"nothing can be measured: {column.name} {column.reason}")
-        self._compare_precisions(engines)
+        self._compare_precisions()
         if self._config.baseline:
             self._add_rivals()
         for precision in dict.fromkeys(plan.precision for plan in plans):
@@ -270,17 +268,14 @@ class _Session:
         self._specimens.append((column, specimen))
         with self._step("preparations", column):
             if column.reason is None:
-                engine = specimen.engine
-                if engine not in self._executed:  # before its weights are packed
-                    self._executed[engine] = count_executed(engine.executable, specimen.size)
-                column.executed = self._executed[engine]
+                column.executed = count_executed(specimen.engine.executable, specimen.size)  # before weights are packed
                 specimen.warm_up()
                 column.images = specimen.images
                 fill(specimen.files, files, specimen.images)
 
-    def _compare_precisions(self, engines: Mapping[tuple[str, str, int | None], Engine]) -> None:
+    def _compare_precisions(self) -> None:
         """The error of each level against float32, on one batch."""
-        exact = {backbone: engine for (backbone, precision, _), engine in engines.items() if precision == "float32"}
+        exact = {column.backbone: each.engine for column, each in self._specimens if column.precision == "float32"}
         for column, specimen in self._alive():
             if column.precision == "float32":
                 continue

@@ -27,7 +27,7 @@ from fpnx.ledger import Ledger
 from fpnx.lists import is_list, list_fingerprint, written_list
 from fpnx.outputs import check_output, real_output
 from fpnx.pipeline import STAGES
-from fpnx.planning import DECODERS, Plan, make_plan
+from fpnx.planning import Plan, decoders_for, make_plan
 from fpnx.quarantine import Quarantine
 from fpnx.remote import connections
 from fpnx.seats import Node, Seats, seats_on
@@ -188,14 +188,14 @@ class _Campaign:
             self.plan,
             config=replace(self.plan.config, actors=seats.actors, cpus=seats.cpus),
             devices=(torch.device("cuda" if seats.gpus else "cpu"),),
-            workers=self.config.workers if isinstance(self.config.workers, int) else min(DECODERS, seats.cpus),
+            workers=decoders_for(self.config, self.plan.listing, seats.cpus),
             cpus=seats.cpus,
         )
 
     def look(self) -> None:
         """Read from every shard's file how far it is."""
         listing = self.plan.listing
-        whole = list_fingerprint((s.name, s.bytes, s.mtime_ns) for s in listing.sources)
+        whole = list_fingerprint(source.record for source in listing.sources)
         self.standing = []
         for index in range(self.count):
             shard = Shard(index, self.count)
@@ -289,7 +289,7 @@ class _Campaign:
     def _write_list(self) -> None:
         """The list that every worker reads its slice of, unless the very same is there."""
         path, listing = list_path(self.target), self.plan.listing
-        records = [(source.name, source.bytes, source.mtime_ns) for source in listing.sources]
+        records = [source.record for source in listing.sources]
         if path.exists() and not is_list(os.fsencode(path)):
             raise FpnxError(f"{shown(path)} is in the way of the list of images: move it, or name another with -o")
         fresh = path.with_name(path.name + ".new")

@@ -105,11 +105,8 @@ def extract(
     options = _options(context, ExtractConfig)
     from fpnx import dispatch, report
 
-    terminal = report.Terminal(json)
-    try:
+    with report.Terminal(json) as terminal:
         result = dispatch.extract(images, output, listener=terminal, **options)
-    finally:
-        terminal.close()
     report.show_json(result.to_json()) if json else report.show_result(result)
     return result.exit_code
 
@@ -163,11 +160,8 @@ def visualize(
     options = _options(context, VisualizeConfig)
     from fpnx import pictures, report
 
-    terminal = report.Terminal(json)
-    try:
+    with report.Terminal(json) as terminal:
         result = pictures.visualize(inputs, output, html=html, listener=terminal, **options)
-    finally:
-        terminal.close()
     report.show_json(result.to_json()) if json else report.show_pictures(result)
     return result.exit_code
 
@@ -206,11 +200,8 @@ def benchmark(
     options = _options(context, BenchmarkConfig)
     from fpnx import benchmarks, charts, report, scoreboard
 
-    terminal = report.Terminal(json)
-    try:
+    with report.Terminal(json) as terminal:
         findings = benchmarks.benchmark(listener=terminal, **options)
-    finally:
-        terminal.close()
     report.show_json(findings.to_json()) if json else scoreboard.show_findings(findings)
     if plot is not None:
         charts.draw_stages(findings, plot)
@@ -233,8 +224,9 @@ def list_images(images: opt.Images, limit: opt.Limit = ExtractConfig.limit) -> i
     sys.stdout.buffer.writelines(list_lines(listing))
     sys.stdout.buffer.flush()
     told = f"{counted(len(listing.sources), 'image')}, {counted(listing.skipped, 'other file')} passed over"
-    for line in (*listing.remarks, *listing.lost, told):
-        report.Terminal().message(line)
+    with report.Terminal() as terminal:
+        for line in (*listing.remarks, *listing.lost, told):
+            terminal.message(line)
     return 1 if listing.lost else 0
 
 
@@ -253,11 +245,8 @@ def merge(
     """
     from fpnx import merging, report
 
-    terminal = report.Terminal(json)
-    try:
+    with report.Terminal(json) as terminal:
         merged = merging.merge(output, shards, overwrite=overwrite, listener=terminal)
-    finally:
-        terminal.close()
     report.show_json(merged.to_json()) if json else report.show_merged(merged)
 
 
@@ -329,8 +318,7 @@ def verify(
     """
     from fpnx import report, verification
 
-    terminal = report.Terminal(json)
-    try:
+    with report.Terminal(json) as terminal:
         found = verification.verify(
             _one_or_more(files),
             against=against,
@@ -340,8 +328,6 @@ def verify(
             offline=offline,
             listener=terminal,
         )
-    finally:
-        terminal.close()
     report.show_json(found.to_json()) if json else report.show_verification(found)
     return found.exit_code
 

@@ -18,7 +18,20 @@ from fpnx.archives import Catalogue, Member, catalogue
 from fpnx.errors import FpnxError, ImageError, shown
 from fpnx.services import Facts
 
-__all__ = ["NOT_FOUND", "Piece", "RemoteFile", "Source", "locate", "members_of", "opened", "source_of", "text_file"]
+__all__ = [
+    "NOT_FOUND",
+    "Piece",
+    "Record",
+    "RemoteFile",
+    "Source",
+    "locate",
+    "members_of",
+    "opened",
+    "source_of",
+    "text_file",
+]
+
+Record = tuple[bytes, int, int]  # name, size in bytes, mtime in ns
 
 CATALOGUES = 4  # archives whose headers are kept, for members that are asked for by name
 LARGEST_LIST = 1 << 30  # bytes of a list that is fetched
@@ -50,6 +63,11 @@ class Source:
     mtime_ns: int
     piece: Piece | None = None
     barred: str = ""
+
+    @property
+    def record(self) -> Record:
+        """What a list says of it."""
+        return self.name, self.bytes, self.mtime_ns
 
 
 def locate(path: bytes) -> Source:

@@ -123,23 +123,9 @@ def extract(
     """`fpnx.extract` in this process.
 
     Args:
-        images: files, folders, `.tar` archives, `s3://`, `gs://` and `https://` addresses, or `"@list.txt"`.
-        output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; an address
-            (`"s3://bucket/out.h5"`) is worked on below `scratch` and sent when it is whole; with `format="png"` the
-            folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`.
-        listener: hears of the progress.
+        images, output, listener, options: as there; what it returns and raises, too.
         equipment: lends its model, for runs of many parts.
         barred: by name, images that must not be opened, and why; they fail.
-        options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
-            `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
-
-    Returns:
-        How it ended; images that failed are in `result.failed` and do not raise.
-
-    Raises:
-        FpnxError: a request that cannot be carried out.
-        Interrupted: on SIGINT or SIGTERM; what was done is kept.
-        TypeError: an option that does not exist.
     """
     config, paths = ExtractConfig(**options), as_paths(images)
     shard, hears = None if config.shard is None else parse_shard(config.shard), listener or Listener()

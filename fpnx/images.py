@@ -133,7 +133,7 @@ def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, sha
     remarks, lost = tuple(found.remarks), tuple(found.lost)
     if shard is None:
         return Listing(root, tuple(sources), found.skipped, None, remarks, lost)
-    cut = Cut.of(shard, len(sources), list_fingerprint((s.name, s.bytes, s.mtime_ns) for s in sources))
+    cut = Cut.of(shard, len(sources), list_fingerprint(source.record for source in sources))
     return Listing(root, tuple(sources[cut.first : cut.slice.stop]), found.skipped, cut, remarks, lost)
 
 
@@ -177,7 +177,7 @@ def list_lines(listing: Listing) -> Iterator[bytes]:
     for source in listing.sources:
         if source.path != listed_path(listing.root, source.name):
             raise FpnxError(f"{shown(source.path)} cannot be listed: its name is {shown(source.name)}")
-    return written_list(listing.root, [(s.name, s.bytes, s.mtime_ns) for s in listing.sources], listing.skipped)
+    return written_list(listing.root, [source.record for source in listing.sources], listing.skipped)
 
 
 def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:
@@ -402,7 +402,7 @@ def _from_list(path: bytes, limit: int | None, shard: Shard | None) -> Listing:
 
 def _not_as_listed(source: Source) -> str:
     """Why a file is not what its list says; empty where it is, or is no file on a disk."""
-    if b"://" in source.path:
+    if is_url(source.path):
         return ""
     try:
         about = os.stat(source.path)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fpnx.contents import text_file
+from fpnx.contents import Record, text_file
 from fpnx.errors import FpnxError, shown
 from fpnx.shards import Cut, Shard
 from fpnx.urls import is_url
@@ -28,8 +28,6 @@ __all__ = ["Listed", "Record", "is_list", "list_fingerprint", "listed_path", "re
 FORMAT, VERSION = "fpnx-list", 1
 MARK = f'{{"format":"{FORMAT}",'.encode()
 LONGEST = 1 << 17  # bytes of one line; a path of 4096 bytes takes 24 kB at most
-
-Record = tuple[bytes, int, int]  # name, size in bytes, mtime in ns
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fpnx.urls import is_url
 from fpnx.values import parse_extent
 from fpnx.writer import Layout, part_of, refuse_other_run
 
-__all__ = ["DECODERS", "LevelShape", "Plan", "identity_of", "make_plan"]
+__all__ = ["LevelShape", "Plan", "decoders_for", "identity_of", "make_plan"]
 
 DECODERS = 16  # threads at most, unless more are asked for
 
@@ -147,7 +147,7 @@ def make_plan(
     precision = resolve_precision(config.precision)
     identity = identity_of(model, recipe, config)
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
-    workers = config.workers if isinstance(config.workers, int) else _decoders(listing, cpus)
+    workers = decoders_for(config, listing, cpus)
     before = _before(output, config) or finished
     done_before = 0
     if before is not None:
@@ -210,8 +210,11 @@ def identity_of(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> d
     return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
 
 
-def _decoders(listing: Listing, cpus: int) -> int:
-    """Threads that decode: as many as cores; where images come over a network, of which they mostly wait, the most."""
+def decoders_for(config: ExtractConfig, listing: Listing, cpus: int) -> int:
+    """Threads that decode: as many as asked for, else as cores; the most where images come over a network, of which
+    they mostly wait."""
+    if isinstance(config.workers, int):
+        return config.workers
     return DECODERS if any(is_url(source.path) for source in listing.sources) else min(DECODERS, cpus)
 
 

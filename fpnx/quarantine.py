@@ -102,7 +102,7 @@ def _death(root: bytes, sources: Iterable[Source], options: Mapping[str, Any], h
     """How a process that computes these images died; None where it ended by itself, whatever came of them."""
     with tempfile.TemporaryDirectory(prefix="fpnx-") as folder:
         listed = Path(folder, "list.txt")
-        records = [(source.name, source.bytes, source.mtime_ns) for source in sources]
+        records = [source.record for source in sources]
         listed.write_bytes(b"".join(written_list(root, records, 0)))
         request = {
             "images": [f"@{listed}"],

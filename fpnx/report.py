@@ -55,6 +55,12 @@ class Terminal(Listener):
         self._started = self._told = time.monotonic()
         self._first, self._note = 0, ""
 
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def standing(self, text: str) -> None:
         self._note = text
 

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -125,25 +126,22 @@ class Specimen:
 
         For what computes on processors. Cores share caches and the way to memory, so one alone would take less.
         """
-        spent: list[float] = []
         writing = threading.Lock()
 
-        def chain() -> None:
-            torch.set_num_threads(1)
+        def chain(_: int) -> float:
             started = time.thread_time()
             features = self.engine(self._pixels())
             with writing:
                 self._put(features.arrays)
-            spent.append(time.thread_time() - started)
+            return time.thread_time() - started
 
-        threads_before = torch.get_num_threads()
-        threads = [threading.Thread(target=chain) for _ in range(lanes_for(self.plan, self.images))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        torch.set_num_threads(threads_before)  # each thread set its own number, and with it that of threads to come
-        return 1000 * sum(spent) / len(spent) / self.batch_size
+        lanes, threads_before = lanes_for(self.plan, self.images), torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(lanes, "fpnx-core", torch.set_num_threads, (1,)) as cores:
+                spent = list(cores.map(chain, range(lanes)))
+        finally:
+            torch.set_num_threads(threads_before)  # each set its own number, and with it that of threads to come
+        return 1000 * sum(spent) / lanes / self.batch_size
 
     def end_to_end(self, memory: bool = False) -> tuple[float, PeakMemory | None]:
         """The files of the plan into a new file, as `fpnx extract` does it: images/s, and what it took of memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,3 +130,14 @@ def copied(samples: Path, folder: Path, count: int) -> Path:
     for i in range(count):
         shutil.copy(pictures[i % len(pictures)], folder / f"{i:05}.jpg")
     return folder
+
+
+def archive(contents: dict[str, bytes]) -> bytes:
+    """A plain tar of `contents`, by member name."""
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as tar:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return held.getvalue()

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from fpnx.errors import FpnxError, ImageError
 from fpnx.images import decode, find, upright_size
 from fpnx.scenes import find_photo
 from fpnx.services import Facts
-from tests.conftest import ROOT, document, noise_image
+from tests.conftest import ROOT, archive, document, noise_image
 from tests.stores import KEYS, Web, free_port, web_server
 
 LIMIT = 10**8
@@ -247,16 +246,6 @@ def test_pages_instead_of_images(web: Web) -> None:
     web.put("/round.jpg", b"", status=302, leads="/round.jpg")
     with pytest.raises(FpnxError, match="too many redirects"):
         find([f"{web.url}/round.jpg"])
-
-
-def archive(contents: dict[str, bytes]) -> bytes:
-    held = io.BytesIO()
-    with tarfile.open(fileobj=held, mode="w") as tar:
-        for name, content in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return held.getvalue()
 
 
 def test_an_archive_on_a_server_is_read_in_parts(web: Web) -> None:

@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from fpnx.control import Listener
 from fpnx.errors import FpnxError, ImageError, Interrupted, StoreError
 from fpnx.images import decode, find, upright_size
 from fpnx.uploads import goal_of
-from tests.conftest import ROOT, document, noise_image
+from tests.conftest import ROOT, archive, document, noise_image
 from tests.stores import KEYS, Line, free_port, s3_server, web_server
 
 LIMIT = 10**8
@@ -43,16 +42,6 @@ LARGE = {**SMALL, "size": 128, "levels": "P2", "channels": 256}  # a megabyte an
 def jpeg(seed: int = 1, size: tuple[int, int] = (60, 40)) -> bytes:
     held = io.BytesIO()
     noise_image(seed, size).save(held, "JPEG")
-    return held.getvalue()
-
-
-def archive(contents: dict[str, bytes]) -> bytes:
-    held = io.BytesIO()
-    with tarfile.open(fileobj=held, mode="w") as tar:
-        for name, content in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
     return held.getvalue()
 
 
