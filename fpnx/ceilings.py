@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from fpnx.convolutions import Convolution, can_pack, packing
+from fpnx.disk import OpenFile, claim
 from fpnx.engine import exact_arithmetic
 from fpnx.stopwatch import Stopwatch
 
 __all__ = ["MatrixProduct", "write_speed"]
 
+PIECE = 4 << 20  # bytes handed to the disk at once
 LONG_ENOUGH = 0.03  # seconds for one product
 LARGEST = {"cpu": 4096, "cuda": 8192, "mps": 4096}
 
@@ -66,15 +69,21 @@ class MatrixProduct:
 
 
 def write_speed(folder: Path, size: int) -> float:
-    """Bytes per second of writing one new file of `size` bytes in `folder`, until it is on the disk."""
+    """Bytes per second of writing one new file of `size` bytes in `folder`, as features are, until the disk has it."""
     path = folder / "disk"
-    block = os.urandom(1 << 20) * 4
+    block = mmap.mmap(-1, PIECE)
+    block.write(os.urandom(PIECE))
     try:
-        with open(path, "wb", buffering=0) as file:
+        with open(path, "wb") as new:
+            claim(new.fileno(), size)
+        file = OpenFile(path)
+        try:
             started = time.perf_counter()
-            for start in range(0, size, len(block)):
-                file.write(block[: size - start])
-            getattr(os, "fdatasync", os.fsync)(file.fileno())
+            for start in range(0, size, PIECE):
+                file.write(start, memoryview(block)[: size - start])
+            file.sync()
             return size / (time.perf_counter() - started)
+        finally:
+            file.close()
     finally:
         path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -131,7 +132,11 @@ class _Spare:
                 if held.shape == shape and held.dtype == dtype:
                     del self._kept[i]
                     return held
-        return torch.empty(shape, dtype=dtype)
+        # From the start of a page on: so a disk takes it as it is.
+        size = shape.numel() * dtype.itemsize
+        raw = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+        start = -raw.data_ptr() % mmap.PAGESIZE
+        return raw[start : start + size].view(dtype).view(shape)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         with self._turn:

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from fpnx.config import fingerprint
-from fpnx.disk import OpenFile, claim, disk_error, sync_folder
+from fpnx.disk import BLOCK, LARGE, OpenFile, claim, disk_error, sync_folder
 from fpnx.errors import FpnxError, StoreError, shown
 from fpnx.hdf5 import open_hdf5
 from fpnx.images import Listing
@@ -73,7 +73,7 @@ class Layout:
         """Bytes of the whole file, to within a few per cent of what is not features."""
         names = sum(len(source.name) + 48 for source in self.listing.sources)
         tables = len(self.listing.sources) * (TABLE_BYTES + 8 * len(self.levels))
-        return self.feature_bytes() + tables + names + 65536 + 4096 * len(self.shapes) * len(self.levels)
+        return self.feature_bytes() + tables + names + 65536 + BLOCK * len(self.shapes) * len(self.levels)
 
 
 def part_of(output: Path) -> Path:
@@ -314,7 +314,7 @@ def make_file(path: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool
     # Space comes first: HDF5 must not be told to write where there is none.
     with open(path, "xb") as probe:
         claim(probe.fileno(), layout.total_bytes())
-    with h5py.File(path, "w", locking="best-effort") as file:
+    with h5py.File(path, "w", locking="best-effort", alignment_threshold=LARGE, alignment_interval=BLOCK) as file:
         claim(file.id.get_vfd_handle(), layout.total_bytes())
         _lay_out(file, layout, provenance)
         file.flush()
