@@ -36,7 +36,8 @@ _PACKING = threading.local()
 class Convolution(nn.Module):
     """activation(convolution(x) [+ other]) for inference; float32 parameters until `prepare`.
 
-    `convolution` is read, never changed. Not for training, and without a useful `state_dict`.
+    `convolution` is read, never changed. Not for training, and without a useful `state_dict`. Once its weight is laid
+    out for one size of map, only that layout is held, until another size comes.
 
     Attributes:
         activation: a module applied at the end, or None.
@@ -45,7 +46,7 @@ class Convolution(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
-        self.weight = convolution.weight.detach().float().clone()
+        self._plain: Tensor | None = convolution.weight.detach().float().clone()
         self.bias = None if convolution.bias is None else convolution.bias.detach().float().clone()
         self.stride, self.dilation, self.groups = convolution.stride, convolution.dilation, convolution.groups
         self.padding: Any = convolution.padding
@@ -58,13 +59,23 @@ class Convolution(nn.Module):
     def of(cls, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Convolution:
         """From float32 parameters, with stride 1."""
         made = cls(nn.Conv2d(1, 1, 1))
-        made.weight, made.bias, made.padding = weight, bias, padding
+        made._plain, made.bias, made.padding = weight, bias, padding
         return made
 
     @staticmethod
     def takes(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether `module` is a convolution that this class computes exactly."""
         return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in / groups, height, width), in channels-last layout once prepared."""
+        weight = self._plain
+        if weight is None:  # two threads may both bring it back: it is the same
+            packed = next(iter(self._packed.values()))
+            weight = packed.to_dense().contiguous(memory_format=torch.channels_last)
+            self._plain = weight
+        return weight
 
     def fold(self, norm: Any) -> None:
         """Take over a norm that follows, from its statistics: y = (x - mean) / sqrt(variance + eps) · scale + shift."""
@@ -75,7 +86,7 @@ class Convolution(nn.Module):
         if norm.bias is not None:
             shift = shift + norm.bias.detach().double()
         bias = shift if self.bias is None else self.bias.double() * scale + shift
-        self.weight = (self.weight.double() * scale.view(-1, 1, 1, 1)).float()
+        self._plain = (self.weight.double() * scale.view(-1, 1, 1, 1)).float()
         self.bias = bias.float()
 
     def activate(self, module: nn.Module) -> None:
@@ -87,7 +98,7 @@ class Convolution(nn.Module):
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Bring the parameters to where, and to the type in which, they are used."""
-        self.weight = self.weight.to(device, dtype, memory_format=torch.channels_last)
+        self._plain = self.weight.to(device, dtype, memory_format=torch.channels_last)
         self.bias = None if self.bias is None else self.bias.to(device, dtype)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -118,8 +129,11 @@ class Convolution(nn.Module):
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
         # A new dictionary, not a changed one: other threads may be computing with this one.
-        kept = list(self._packed.items())[1 - SIZES_PACKED :] if len(self._packed) >= SIZES_PACKED else self._packed
+        before = self._packed
+        kept = list(before.items())[1 - SIZES_PACKED :] if len(before) >= SIZES_PACKED else before
         self._packed = {**dict(kept), size: packed}
+        if not before:  # a single size is the rule, and once is enough where it is not
+            self._plain = None
         return packed
 
 
@@ -182,7 +196,7 @@ def can_pack(dtype: torch.dtype) -> bool:
                 tried(x)
             with torch.inference_mode():
                 sums = [made(x, other.clone()) for made in (tried, plain)]
-                if not (near(tried(x), plain(x)) and near(*sums)):
+                if not (near(tried(x), plain(x)) and near(*sums) and torch.equal(tried.weight, plain.weight)):
                     return False
     except (AttributeError, RuntimeError, TypeError):  # no such operator, or not for these arguments
         return False

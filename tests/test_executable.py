@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -192,6 +193,18 @@ def test_leaves_alone_what_cannot_be_fused(packs):
         made.pack(images(1, (32, 48)))
     with torch.inference_mode():
         assert_equal_levels(made(images(2, (32, 48))), model(images(2, (32, 48))))
+
+
+def test_weights_are_held_once_while_images_are_of_one_size():
+    made = make_executable(unsettled(create_model("resnet18", weights="random", levels="C3,P2-P5", channels=64)))
+    plain = [weakref.ref(module.weight) for module in made.modules() if isinstance(module, Convolution)]
+    with torch.inference_mode():
+        before = made(images(2, (64, 96)))
+        made.pack(images(2, (96, 64)))
+        assert len(plain) > 20
+        assert all((weight() is None) is can_pack(torch.float32) for weight in plain)
+        after = made(images(2, (64, 96)))
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_reorders_by_counting():
