@@ -33,7 +33,7 @@ __all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "Specimen"]
 DECODE, RESIZE, UPLOAD, DOWNLOAD, WRITE = "decode", "resize + normalise", "copy to device", "copy back", "write"
 BEFORE, AFTER = (DECODE, RESIZE, UPLOAD), (DOWNLOAD, WRITE)  # stages outside the forward pass
 IMAGES, BATCHES = 32, 2  # of an end-to-end run, at least
-SECONDS, BYTES = 0.5, 1 << 30  # that such a run should take, and may write for it
+SECONDS, BYTES = 1.5, 1 << 30  # that such a run should take, and may write for it
 IN_FLIGHT = 4  # batches of features that a run holds at most: in the engine, in the queue, being written
 
 
