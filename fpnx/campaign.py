@@ -19,6 +19,7 @@ from fpnx._version import __version__
 from fpnx.config import EngineConfig, ExtractConfig
 from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import disk_error, lock, sync_folder
+from fpnx.engine import resolve_precision
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.extraction import DEFAULT_OUTPUTS, Result
@@ -183,11 +184,17 @@ class _Campaign:
             self.look()
 
     def seat(self, seats: Seats) -> None:
-        """Settle who works."""
+        """Settle who works.
+
+        Raises:
+            FpnxError: for a precision that they do not have.
+        """
+        device = torch.device("cuda" if seats.gpus else "cpu")
+        resolve_precision(self.config.precision, device)
         self.plan = replace(
             self.plan,
             config=replace(self.plan.config, actors=seats.actors, cpus=seats.cpus),
-            devices=(torch.device("cuda" if seats.gpus else "cpu"),),
+            devices=(device,),
             workers=decoders_for(self.config, self.plan.listing, seats.cpus),
             cpus=seats.cpus,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fpnx.convolutions import Convolution, can_pack, packing
 from fpnx.disk import OpenFile, claim
-from fpnx.engine import exact_arithmetic
+from fpnx.engine import arithmetic, compute_dtype
 from fpnx.stopwatch import Stopwatch
 
 __all__ = ["MatrixProduct", "write_speed"]
@@ -31,7 +31,7 @@ class MatrixProduct:
     """
 
     def __init__(self, device: torch.device, precision: str) -> None:
-        self._device, dtype = device, getattr(torch, precision)
+        self._device, self._precision, dtype = device, precision, compute_dtype(precision)
         self._stopwatch = Stopwatch(device)
         self.side = 512
         while True:
@@ -61,7 +61,7 @@ class MatrixProduct:
         return min(self._seconds(product) for _ in range(3))
 
     def _seconds(self, product: Callable[[], Tensor]) -> float:
-        with torch.inference_mode(), exact_arithmetic(self._device):
+        with torch.inference_mode(), arithmetic(self._device, self._precision):
             self._stopwatch.start()
             product()
             self._stopwatch.mark("product")

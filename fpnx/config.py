@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "float16")
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")
 PIXEL_ORDERS = ("RGB", "BGR")
 RESAMPLINGS = ("antialiased", "plain")

@@ -24,7 +24,7 @@ from fpnx.recipes import Recipe
 from fpnx.store import valid_extent
 from fpnx.values import parse_extent
 
-__all__ = ["Engine", "Features", "exact_arithmetic", "resolve_device", "resolve_precision", "slow_precision"]
+__all__ = ["Engine", "Features", "arithmetic", "compute_dtype", "resolve_device", "resolve_precision", "slow_precision"]
 
 SPARE = 32  # arrays kept at most: those of a batch's levels, for a few batches
 STORED = {"float32": torch.float32, "float16": torch.float16}
@@ -51,7 +51,8 @@ class Engine:
     """
 
     def __init__(self, model: PyramidModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> None:
-        self.dtype = getattr(torch, resolve_precision(config.precision))
+        self.precision = resolve_precision(config.precision, device)
+        self.dtype = compute_dtype(self.precision)
         # Fewer operations in more steps pay on processors; a GPU's time goes into the steps.
         self.executable = make_executable(model, device, self.dtype, recombined=device.type == "cpu")
         self.recipe, self.device = recipe, device
@@ -147,17 +148,19 @@ class _Spare:
 
 
 @contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """On CUDA: no TF32, which would keep 10 bits of the mantissa, and convolutions chosen by measuring.
+def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
+    """On CUDA: float32 without TF32, which keeps 10 bits of the mantissa, unless that is the precision; and
+    convolutions chosen by measuring.
 
     These are settings of the whole process, so one holder stands around all threads that compute.
     """
     if device.type != "cuda":
         yield
         return
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _exact_settings()]
+    settings = _settings(precision == "tf32")
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     try:
-        for owner, name, value in _exact_settings():
+        for owner, name, value in settings:
             setattr(owner, name, value)
         yield
     finally:
@@ -165,18 +168,19 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _exact_settings() -> list[tuple[Any, str, Any]]:
+def _settings(tf32: bool) -> list[tuple[Any, str, Any]]:
     """In the words of this torch: 2.9 has new ones, and refuses to read the old where somebody used the new."""
     cudnn: Any = torch.backends.cudnn
     products: Any = torch.backends.cuda.matmul
     if hasattr(products, "fp32_precision"):
-        exact: list[tuple[Any, str, Any]] = [
-            (products, "fp32_precision", "ieee"),
-            (cudnn.conv, "fp32_precision", "ieee"),
+        kind = "tf32" if tf32 else "ieee"
+        chosen: list[tuple[Any, str, Any]] = [
+            (products, "fp32_precision", kind),
+            (cudnn.conv, "fp32_precision", kind),
         ]
     else:
-        exact = [(products, "allow_tf32", False), (cudnn, "allow_tf32", False)]
-    return [*exact, (cudnn, "benchmark", True)]
+        chosen = [(products, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32)]
+    return [*chosen, (cudnn, "benchmark", True)]
 
 
 def slow_precision(device: torch.device, precision: str) -> str | None:
@@ -205,9 +209,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_precision(name: str) -> str:
-    """The compute precision that `auto` stands for: float32."""
+def resolve_precision(name: str, device: torch.device | None = None) -> str:
+    """The compute precision that `auto` stands for: float32.
+
+    Raises:
+        FpnxError: where `device` does not have it.
+    """
+    if name == "tf32" and device is not None and device.type != "cuda":
+        raise FpnxError("precision tf32 is of CUDA devices: take float32, or bfloat16 where the processor has it")
     return "float32" if name == "auto" else name
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The type of what is computed in `precision`: TF32 is a way to multiply float32."""
+    dtype: torch.dtype = getattr(torch, "float32" if precision == "tf32" else precision)
+    return dtype
 
 
 def _count_nonfinite(level: Tensor) -> list[int]:

@@ -164,7 +164,7 @@ Device = Annotated[
     str, option("Run", "--device", "auto takes CUDA where there is one.", "auto|cpu|cuda|cuda:0,cuda:1|mps")
 ]
 Precision = Annotated[
-    str, option("Run", "--precision", "Of computing; auto is float32.", "auto|float32|bfloat16|float16")
+    str, option("Run", "--precision", "Of computing; auto is IEEE float32.", "auto|float32|tf32|bfloat16|float16")
 ]
 BatchSize = Annotated[str, option("Run", "--batch-size", "Images in one forward pass.", "auto|N")]
 Workers = Annotated[str, option("Run", "--workers", "Decoding threads.", "auto|N")]

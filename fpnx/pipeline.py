@@ -17,7 +17,7 @@ import torch
 
 from fpnx.batching import Batches, lanes_for
 from fpnx.control import Listener, Stop
-from fpnx.engine import Engine, Features, exact_arithmetic, slow_precision
+from fpnx.engine import Engine, Features, arithmetic, slow_precision
 from fpnx.errors import ImageError, Interrupted, shown
 from fpnx.fitting import Fitting
 from fpnx.images import Budget, decode
@@ -102,7 +102,7 @@ def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, list
     count = lanes_for(plan, len(pending))
     threads_before = torch.get_num_threads()
     with (
-        exact_arithmetic(plan.device),
+        arithmetic(plan.device, plan.precision),
         _Scribe(plan, writer, clock) as scribe,
         _Feed(plan, pending, count, clock) as feed,
     ):

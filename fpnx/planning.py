@@ -141,10 +141,10 @@ def make_plan(
         FpnxError: for what cannot be carried out.
     """
     devices = tuple(resolve_device(name) for name in config.device.split(","))
+    precision = resolve_precision(config.precision, None if handed_out else devices[0])
     equipment = equipment or Equipment()
     model = equipment.model(config)
     recipe = model.recipe.sized(config)
-    precision = resolve_precision(config.precision)
     identity = identity_of(model, recipe, config)
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
     workers = decoders_for(config, listing, cpus)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fpnx.anatomy import MERGE, TOP, marked, peak_bytes, timed_body
 from fpnx.batching import Batches, lanes_for
 from fpnx.control import Listener
-from fpnx.engine import Engine, exact_arithmetic
+from fpnx.engine import Engine, arithmetic
 from fpnx.errors import FpnxError
 from fpnx.executable import Executable
 from fpnx.extraction import extract
@@ -115,7 +115,7 @@ class Specimen:
     def forward(self) -> float:
         """One batch through the network and nothing else, as it is in a run: milliseconds per image."""
         assert self._batch is not None, "stages() comes first"
-        with torch.inference_mode(), exact_arithmetic(self.plan.device):
+        with torch.inference_mode(), arithmetic(self.plan.device, self.plan.precision):
             self._stopwatch.start()
             self.engine.executable(self._batch)
             self._stopwatch.mark("forward")
@@ -163,7 +163,9 @@ class Specimen:
 
     def features(self, engine: Engine | None = None) -> dict[str, np.ndarray]:
         """The features of the batch, (B, C, H, W) by level, from its own engine or another, as a run uses it."""
-        return dict((engine or self.engine)(self._pixels()).arrays)
+        engine = engine or self.engine
+        with arithmetic(engine.device, engine.precision):
+            return dict(engine(self._pixels()).arrays)
 
     def _first(self) -> int:
         """Images of the first batches, one for each that is computed at the same time."""
@@ -185,7 +187,7 @@ class Specimen:
         """Seconds of each stage between pixels and arrays; keeps the network's input and the arrays."""
         recipe, device, watch = self.plan.recipe, self.plan.device, self._stopwatch
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
-        with torch.inference_mode(), exact_arithmetic(device):
+        with torch.inference_mode(), arithmetic(device, self.plan.precision):
             watch.start()
             raw = torch.from_numpy(np.stack(pixels)).to(device)
             watch.mark(UPLOAD)

@@ -277,7 +277,10 @@ class _Again:
                 f"{shown(self._store.path)} cannot be computed again here ({'; '.join(map(shown, fields))}): "
                 f"bring the same weights with --weights"
             )
-        return Engine(model, recipe, self._config, resolve_device(self._config.device))
+        device, config = resolve_device(self._config.device), self._config
+        if config.precision == "tf32" and device.type != "cuda":
+            config = replace(config, precision="float32")  # near enough, for the tolerance of reduced precisions
+        return Engine(model, recipe, config, device)
 
     def compared(self) -> tuple[float, list[str]]:
         """Compute the sample again → the largest relative difference, and what is wrong."""
@@ -293,10 +296,11 @@ class _Again:
 
     def _computed(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(index, level → (C, H, W)) of each image, one by one, as `extract` computes it."""
+        from fpnx.engine import arithmetic
         from fpnx.images import decode, pillow_within_limits
 
         engine, most = self._engine, self._config.max_pixels
-        with pillow_within_limits():
+        with pillow_within_limits(), arithmetic(engine.device, engine.precision):
             for index, source in self.chosen:
                 picture = decode(source, most)
                 size = engine.recipe.input_size((picture.height, picture.width), most)

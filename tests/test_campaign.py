@@ -179,6 +179,13 @@ def test_other_images_or_options_are_refused_before_anything_begins(tmp_path: Pa
     assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {"images": before["images"]}
 
 
+def test_a_precision_that_no_worker_has_is_refused_before_anything_begins(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(FpnxError, match="precision tf32 is of CUDA devices"):
+        run(images, tmp_path / "out.h5", crew := Here(), precision="tf32")
+    assert crew.handed == []
+    assert list(tmp_path.iterdir()) == [images]
+
+
 def test_overwrite_begins_anew_in_any_number_of_shards(tmp_path: Path, images: Path) -> None:
     output = tmp_path / "out.h5"
     run(images, output, shards=4)

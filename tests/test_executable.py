@@ -348,12 +348,13 @@ def test_every_kind_of_pyramid(top_block, levels):
             assert_equal_levels(made(taps), fpn(taps, wanted))
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
 @pytest.mark.parametrize("words", ["old", "new"])
-def test_tf32_is_off_within_and_as_before_after(words):
+def test_tf32_is_as_asked_within_and_as_before_after(words, precision):
     """In a process of its own: torch remembers in which words it was told."""
     script = f"""
 import torch
-from fpnx.engine import exact_arithmetic
+from fpnx.engine import arithmetic
 cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
 words = {words!r} if hasattr(products, "fp32_precision") else "old"
 conv = getattr(cudnn, "conv", None)
@@ -361,9 +362,9 @@ settings = {{"old": [(products, "allow_tf32", True), (cudnn, "allow_tf32", True)
             "new": [(products, "fp32_precision", "tf32"), (conv, "fp32_precision", "tf32")]}}[words]
 for owner, name, value in settings:
     setattr(owner, name, value)
-with exact_arithmetic(torch.device("cuda")):
-    exact = [getattr(owner, "fp32_precision", None) or owner.allow_tf32 for owner, _, _ in settings]
-    assert exact[0] in ("ieee", False), exact
+with arithmetic(torch.device("cuda"), {precision!r}):
+    within = [getattr(owner, "fp32_precision", None) or owner.allow_tf32 for owner, _, _ in settings]
+    assert within[0] in {{"float32": ("ieee", False), "tf32": ("tf32", True)}}[{precision!r}], within
     assert cudnn.benchmark
 assert [getattr(owner, name) for owner, name, _ in settings] == [value for _, _, value in settings]
 assert not cudnn.benchmark

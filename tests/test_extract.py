@@ -231,6 +231,13 @@ def test_lower_precision_is_near(fpnx: Run, photos: Path, precision: str) -> Non
             assert 0 < error < 0.05
 
 
+def test_tf32_is_refused_where_it_is_not(fpnx: Run, photos: Path) -> None:
+    code, out, err = fpnx("extract", photos, *TINY, "--device", "cpu", "--precision", "tf32")
+    assert (code, out) == (2, "")
+    assert "precision tf32 is of CUDA devices: take float32" in err
+    assert os.listdir() == ["photos"]
+
+
 def test_info_and_its_snippet(fpnx: Run, photos: Path) -> None:
     for options in (("--size", "64"), ("--short-side", "64")):
         Path("out.h5").unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fpnx
+from fpnx.config import fingerprint
 from fpnx.control import Listener
 from fpnx.errors import FpnxError
 from tests.conftest import noise_image
@@ -125,6 +126,21 @@ def test_values_of_another_image_are_found_by_computing_again(made: Path, tmp_pa
     assert found.compared == 6
     (problem,) = found.problems
     assert problem.startswith("4.png: computed again it differs by ")
+
+
+def test_what_was_computed_in_tf32_is_verified_without(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.h5"
+    shutil.copyfile(made / "fixed.h5", path)
+    with h5py.File(path, "r+") as file:
+        config = {**json.loads(file.attrs["config"]), "precision": "tf32"}
+        provenance = json.loads(file.attrs["provenance"])
+        provenance["options"]["precision"] = "tf32"
+        file.attrs["config"], file.attrs["fingerprint"] = json.dumps(config), fingerprint(config)
+        file.attrs["provenance"] = json.dumps(provenance)
+        file["P5"][...] *= 1.01
+    found = fpnx.verify(path, against=made / "pictures", device="cpu")
+    assert (found.problems, found.exit_code) == ((), 0)
+    assert 1e-3 < found.largest_difference < 2e-2
 
 
 def test_images_that_are_gone_or_others_are_named(made: Path, tmp_path: Path) -> None:
