@@ -85,7 +85,9 @@ class Batches(Iterator[list[int]]):
         most = max(fitting, 1) if cpu else 1024  # a GPU's memory is found out by trying
         sizes = [max(1, min(round(n * scale), 2 * n, most)) for n in (CPU_CANDIDATES if cpu else GPU_CANDIDATES)]
         found = tuple(dict.fromkeys(sizes))
-        return found if images >= ENOUGH * TRIALS * sum(found) // 4 else found[:1]
+        if images >= ENOUGH * TRIALS * sum(found) // 4:
+            return found
+        return (min(found),) if cpu else found[:1]  # few end sooner, and in less memory, by the smallest
 
 
 class _Trial:

@@ -8,6 +8,7 @@ import torch
 
 from fpnx.config import ExtractConfig
 from fpnx.engine import Engine
+from fpnx.machine import give_back_freed_memory
 from fpnx.model import PyramidModel, build_model
 from fpnx.recipes import Recipe
 from fpnx.streaming import make_engine
@@ -50,3 +51,4 @@ class Equipment:
         if self._model is not None:
             self._model.to("meta")
             self._emptied = True
+            give_back_freed_memory()

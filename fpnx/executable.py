@@ -16,6 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
 
 from fpnx.convolutions import SIZES_PACKED, Convolution, can_pack, is_activation, is_norm, packing
+from fpnx.machine import give_back_freed_memory
 from fpnx.model import PyramidModel
 from fpnx.recombination import ExecutablePyramid
 from fpnx.tracing import on_meta
@@ -75,6 +76,7 @@ class Executable(nn.Module):
                 levels: dict[str, Tensor] = self(images)
             if size not in self._sizes:
                 self._sizes.append(size)
+                give_back_freed_memory()  # the plain weights
             return levels
         finally:
             self._packing.release()

@@ -21,7 +21,7 @@ from fpnx.engine import Engine, Features, arithmetic, slow_precision
 from fpnx.errors import ImageError, Interrupted, shown
 from fpnx.fitting import Fitting
 from fpnx.images import Budget, decode
-from fpnx.machine import keep_freed_memory
+from fpnx.machine import give_back_freed_memory, keep_freed_memory
 from fpnx.planning import Plan
 from fpnx.store import DONE
 from fpnx.values import parse_extent
@@ -139,6 +139,7 @@ def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, list
                     lane.join()
             # Each lane set its own number, and with it that of the threads to come.
             torch.set_num_threads(threads_before)
+            give_back_freed_memory()
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ DECODE, RESIZE, UPLOAD, DOWNLOAD, WRITE = "decode", "resize + normalise", "copy 
 BEFORE, AFTER = (DECODE, RESIZE, UPLOAD), (DOWNLOAD, WRITE)  # stages outside the forward pass
 IMAGES, BATCHES = 32, 2  # of an end-to-end run, at least
 SECONDS, BYTES = 1.5, 1 << 30  # that such a run should take, and may write for it
+MANY = 10**6  # images: enough for batches to be those of a long run
 IN_FLIGHT = 4  # batches of features that a run holds at most: in the engine, in the queue, being written
 
 
@@ -50,7 +51,7 @@ class Specimen:
         self.plan, self.engine = plan, engine
         self.size = _most_common(plan)
         self.group = f"{self.size[0]}x{self.size[1]}"
-        first_choice = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.group, 1)
+        first_choice = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.group, MANY)
         self.batch_size = plan.batch_size or first_choice[0]
         self.images = 0
         self.files, self._folder, self._name = folder / "files", folder, name

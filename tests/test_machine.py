@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,30 @@ def test_affinity_is_respected(tmp_path):
 )
 def test_memory_within_limits(tmp_path, files, bytes_free):
     assert available_memory(*lay_out(tmp_path, files)) == bytes_free
+
+
+MEMORY = """
+import os
+import platform
+import subprocess
+import sys
+import numpy as np
+from fpnx.machine import give_back_freed_memory, keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+keep_freed_memory()
+blocks = [np.ones(20 << 20, np.uint8) for _ in range(10)]
+print(resident())
+del blocks
+print(resident())
+give_back_freed_memory()
+print(resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_is_freed_is_kept_until_it_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    held, kept, given_back = (int(line) >> 20 for line in done.stdout.split())
+    assert held - kept < 20
+    assert kept - given_back > 180

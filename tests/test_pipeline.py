@@ -134,7 +134,7 @@ def test_a_batch_size_no_clearer_than_noise_is_not_taken():
 @pytest.mark.parametrize(
     ("images", "size", "asked", "found"),
     [
-        (20, "224x224", None, (4,)),
+        (20, "224x224", None, (2,)),
         (400, "224x224", 7, (7,)),
         (400, "448x448", None, (1,)),
         (400, "1024x1024", None, (1,)),
