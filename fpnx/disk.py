@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -45,8 +46,9 @@ O_BINARY, O_NOFOLLOW = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written in `folder`."""
-    return shutil.disk_usage(folder).free
+    """Bytes that can still be written in `folder`; without end where its file system does not count them."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else sys.maxsize
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fpnx import disk
-from fpnx.disk import BLOCK, LARGE, OpenFile
+from fpnx.disk import BLOCK, LARGE, OpenFile, free_bytes
 
 SIZE = 6 << 20
 FLAG = getattr(os, "O_DIRECT", 0)
@@ -90,3 +90,9 @@ def test_large_pieces_do_not_fill_the_page_cache(shift: int, tmp_path: Path) -> 
     assert is_cached(path, BLOCK // 2)  # of what is at the edge
     assert not is_cached(path, SIZE >> 2)
     assert np.fromfile(path, np.uint8).sum() == SIZE >> 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_file_system_that_does_not_count_is_not_full(tmp_path: Path) -> None:
+    assert free_bytes(Path("/proc")) > 1 << 60
+    assert 0 < free_bytes(tmp_path) < 1 << 60
