@@ -96,7 +96,7 @@ def run(name: str, backbone: str, photographs: Path, output: Path) -> dict:
 
 
 class Peak(threading.Thread):
-    """Watches the memory of a process and all below it: the sum of their proportional shares, every 50 ms."""
+    """Watches the memory of a process and all below it: the sum of their proportional shares, four times a second."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -104,7 +104,7 @@ class Peak(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self.ended.wait(0.05):
+        while not self.ended.wait(0.25):  # each look holds the watched process up
             self.most = max(self.most, sum(map(_share_mb, _family(self.pid))))
 
     def stop(self) -> float:
