@@ -219,7 +219,7 @@ class _Campaign:
         """Raise FpnxError where the disk is too small for what is to come, as far as that is known."""
         needed = self.plan.layout.total_bytes()
         there = sum(path.stat().st_size for paths in shards_beside(self.target).values() for path in paths)
-        if needed - there > self.plan.bytes_free:
+        if self.plan.lacks(needed - there):
             raise disk_error(OSError(28, ""), self.target, needed - there)
 
     def carry_out(self, hand_out: Callable[[Job, Sequence[int]], Work], stop: Stop) -> Result:

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -41,14 +40,15 @@ LARGE = 1 << 16  # bytes from which a piece is worth the system calls that hurry
 BLOCK = max(4096, mmap.PAGESIZE)  # what goes there directly begins, and ends, at a multiple of it
 STAGING = 1 << 20  # bytes that are copied, and written, at a time where memory does not begin there
 TRIAL, SLOW = 1 << 27, 200e6  # after so many bytes, at fewer bytes/s, the disk is left to the page cache
+FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what no other way of writing makes good
 DIRECT = getattr(os, "O_DIRECT", 0) if fcntl is not None else 0  # not on macOS
 O_BINARY, O_NOFOLLOW = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written in `folder`; without end where its file system does not count them."""
+def free_bytes(folder: Path) -> int | None:
+    """Bytes that can still be written in `folder`; None where its file system does not count them."""
     usage = shutil.disk_usage(folder)
-    return usage.free if usage.total else sys.maxsize
+    return usage.free if usage.total else None
 
 
 @contextlib.contextmanager
@@ -113,10 +113,11 @@ def disk_error(error: Exception, output: Path, needed: int) -> FpnxError:
             f"take another output, or store less with --dtype float16, --pool 7x7 or fewer --levels"
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
+        free = free_bytes(output.parent)
         return FpnxError(
-            f"too little disk space for {shown(output)}: it takes {in_bytes(needed)} and "
-            f"{in_bytes(free_bytes(output.parent))} are free; make room, or store less with --dtype float16, "
-            f"--pool 7x7 or fewer --levels"
+            f"too little disk space for {shown(output)}: it takes {in_bytes(needed)}"
+            f"{'' if free is None else f' and {in_bytes(free)} are free'}; make room, or store less with "
+            f"--dtype float16, --pool 7x7 or fewer --levels"
         )
     why = os.strerror(number) if number else shown(str(error))
     return FpnxError(f"cannot write {shown(output)}: {why}")
@@ -192,9 +193,9 @@ class OpenFile:
                 piece = data[done:whole] if in_place else self._staged(data[done:whole])
                 done += os.write(self._handle(), piece)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            if error.errno in FINAL:
                 raise
-            self._direct = False
+            self._direct = False  # not for this file system, or this memory: the page cache takes anything
         finally:
             fcntl.fcntl(self._handle(), fcntl.F_SETFL, flags)
         self._bytes, self._seconds = self._bytes + done, self._seconds + time.perf_counter() - started

@@ -27,6 +27,7 @@ from fpnx.values import parse_extent
 __all__ = ["Engine", "Features", "arithmetic", "compute_dtype", "resolve_device", "resolve_precision", "slow_precision"]
 
 SPARE = 32  # arrays kept at most: those of a batch's levels, for a few batches
+AMPERE = (8, 0)  # compute capability from which on CUDA devices have TF32
 STORED = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -47,7 +48,7 @@ class Features:
 class Engine:
     """Runs the executable form of a model; the model itself is left as it is.
 
-    Several threads may call it at once: what it holds does not change while it computes.
+    Several threads may call it at once: what it holds may be laid out anew meanwhile, but has the same values.
     """
 
     def __init__(self, model: PyramidModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> None:
@@ -148,16 +149,16 @@ class _Spare:
 
 
 @contextmanager
-def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
-    """On CUDA: float32 without TF32, which keeps 10 bits of the mantissa, unless that is the precision; and
-    convolutions chosen by measuring.
+def arithmetic(device: torch.device, precision: str, *, steady: bool = True) -> Iterator[None]:
+    """On CUDA: float32 without TF32, which keeps 10 bits of the mantissa, unless that is the precision; and, where
+    shapes are `steady`, convolutions chosen by measuring.
 
     These are settings of the whole process, so one holder stands around all threads that compute.
     """
     if device.type != "cuda":
         yield
         return
-    settings = _settings(precision == "tf32")
+    settings = [*_tf32_settings(precision == "tf32"), (torch.backends.cudnn, "benchmark", steady)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     try:
         for owner, name, value in settings:
@@ -168,7 +169,7 @@ def arithmetic(device: torch.device, precision: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _settings(tf32: bool) -> list[tuple[Any, str, Any]]:
+def _tf32_settings(tf32: bool) -> list[tuple[Any, str, Any]]:
     """In the words of this torch: 2.9 has new ones, and refuses to read the old where somebody used the new."""
     cudnn: Any = torch.backends.cudnn
     products: Any = torch.backends.cuda.matmul
@@ -180,7 +181,7 @@ def _settings(tf32: bool) -> list[tuple[Any, str, Any]]:
         ]
     else:
         chosen = [(products, "allow_tf32", tf32), (cudnn, "allow_tf32", tf32)]
-    return [*chosen, (cudnn, "benchmark", True)]
+    return chosen
 
 
 def slow_precision(device: torch.device, precision: str) -> str | None:
@@ -215,8 +216,11 @@ def resolve_precision(name: str, device: torch.device | None = None) -> str:
     Raises:
         FpnxError: where `device` does not have it.
     """
-    if name == "tf32" and device is not None and device.type != "cuda":
-        raise FpnxError("precision tf32 is of CUDA devices: take float32, or bfloat16 where the processor has it")
+    if name == "tf32" and device is not None:
+        if device.type != "cuda":
+            raise FpnxError("precision tf32 is of CUDA devices: take float32, or bfloat16 where the processor has it")
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < AMPERE:  # a cluster's may be
+            raise FpnxError(f"precision tf32: {torch.cuda.get_device_name(device)} does not have it: take float32")
     return "float32" if name == "auto" else name
 
 

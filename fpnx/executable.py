@@ -74,9 +74,10 @@ class Executable(nn.Module):
         try:
             with torch.inference_mode(), packing():
                 levels: dict[str, Tensor] = self(images)
+            if not self._sizes:
+                give_back_freed_memory()  # the plain weights
             if size not in self._sizes:
                 self._sizes.append(size)
-                give_back_freed_memory()  # the plain weights
             return levels
         finally:
             self._packing.release()

@@ -136,7 +136,8 @@ def _write(target: Path, store: ShardSet, layout: Layout, stop: Stop, listener: 
     try:
         try:
             fresh.unlink(missing_ok=True)
-            if needed > free_bytes(target.parent):
+            free = free_bytes(target.parent)
+            if free is not None and needed > free:
                 raise disk_error(OSError(28, ""), target, needed)
             if not make_file(fresh, layout, _provenance(store)):
                 listener.message("this file system cannot set space aside: free space was checked once, now")

@@ -62,10 +62,14 @@ class Plan:
     batch_size: int | None  # None: found out by trying a few
     workers: int
     cpus: int
-    bytes_free: int
+    bytes_free: int | None  # None: its file system does not count
     equipment: Equipment
     done_before: int = 0
     destination: str | None = None  # the store's address that the output is sent to
+
+    def lacks(self, needed: int) -> bool:
+        """Whether fewer than `needed` bytes are known to be free."""
+        return self.bytes_free is not None and needed > self.bytes_free
 
     @property
     def shapes(self) -> list[LevelShape]:
@@ -176,6 +180,7 @@ def make_plan(
         shapes=shapes,
         errors=errors,
     )
+    free = free_bytes(output.parent)
     plan = Plan(
         output=output,
         config=config,
@@ -188,12 +193,12 @@ def make_plan(
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         workers=workers,
         cpus=cpus,
-        bytes_free=free_bytes(output.parent) + (0 if before else _dropped(output)),
+        bytes_free=None if free is None else free + (0 if before else _dropped(output)),
         equipment=equipment,
         done_before=done_before,
         destination=destination,
     )
-    if before is None and config.format == "h5" and not handed_out and layout.total_bytes() > plan.bytes_free:
+    if before is None and config.format == "h5" and not handed_out and plan.lacks(layout.total_bytes()):
         raise disk_error(OSError(28, ""), output, layout.total_bytes())
     return plan
 

@@ -332,7 +332,7 @@ def _show_plan(plan: Plan) -> None:
         else (
             "output",
             f"{shown(facts['output'])}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
-            f"{needed}{in_bytes(facts['bytes_free'])} free",
+            f"{needed}{'free space unknown' if plan.bytes_free is None else f'{in_bytes(plan.bytes_free)} free'}",
         ),
         *([("scratch", f"{shown(facts['scratch'])}: worked on there, then sent whole")] if plan.destination else []),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import sys
 import time
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from fpnx.machine import give_back_freed_memory
 
 try:
     import resource
@@ -119,9 +120,7 @@ def _give_back() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # musl has no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed_memory()
 
 
 def _status(name: str) -> int:

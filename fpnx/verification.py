@@ -299,8 +299,10 @@ class _Again:
         from fpnx.engine import arithmetic
         from fpnx.images import decode, pillow_within_limits
 
+        if not self.chosen:
+            return
         engine, most = self._engine, self._config.max_pixels
-        with pillow_within_limits(), arithmetic(engine.device, engine.precision):
+        with pillow_within_limits(), arithmetic(engine.device, engine.precision, steady=False):
             for index, source in self.chosen:
                 picture = decode(source, most)
                 size = engine.recipe.input_size((picture.height, picture.width), most)

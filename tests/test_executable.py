@@ -349,7 +349,7 @@ def test_every_kind_of_pyramid(top_block, levels):
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
-@pytest.mark.parametrize("words", ["old", "new"])
+@pytest.mark.parametrize("words", ["none", "old", "new"])
 def test_tf32_is_as_asked_within_and_as_before_after(words, precision):
     """In a process of its own: torch remembers in which words it was told."""
     script = f"""
@@ -358,16 +358,23 @@ from fpnx.engine import arithmetic
 cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
 words = {words!r} if hasattr(products, "fp32_precision") else "old"
 conv = getattr(cudnn, "conv", None)
-settings = {{"old": [(products, "allow_tf32", True), (cudnn, "allow_tf32", True)],
-            "new": [(products, "fp32_precision", "tf32"), (conv, "fp32_precision", "tf32")]}}[words]
+asked = {precision!r} == "tf32"
+other = "ieee" if asked else "tf32"
+settings = {{"none": [], "old": [(products, "allow_tf32", not asked), (cudnn, "allow_tf32", not asked)],
+            "new": [(products, "fp32_precision", other), (conv, "fp32_precision", other)]}}[words]
 for owner, name, value in settings:
     setattr(owner, name, value)
 with arithmetic(torch.device("cuda"), {precision!r}):
-    within = [getattr(owner, "fp32_precision", None) or owner.allow_tf32 for owner, _, _ in settings]
-    assert within[0] in {{"float32": ("ieee", False), "tf32": ("tf32", True)}}[{precision!r}], within
+    if conv is None:
+        assert (products.allow_tf32, cudnn.allow_tf32) == (asked, asked)
+    else:
+        kind = "tf32" if asked else "ieee"
+        assert (products.fp32_precision, conv.fp32_precision) == (kind, kind)
     assert cudnn.benchmark
 assert [getattr(owner, name) for owner, name, _ in settings] == [value for _, _, value in settings]
 assert not cudnn.benchmark
+with arithmetic(torch.device("cuda"), {precision!r}, steady=False):
+    assert not cudnn.benchmark
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

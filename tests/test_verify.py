@@ -143,6 +143,16 @@ def test_what_was_computed_in_tf32_is_verified_without(made: Path, tmp_path: Pat
     assert 1e-3 < found.largest_difference < 2e-2
 
 
+def test_images_that_are_all_other_files_are_not_computed(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "pictures", tmp_path / "pictures")
+    for path in (tmp_path / "pictures").iterdir():
+        with open(path, "ab") as file:
+            file.write(b"more")
+    found = fpnx.verify(made / "fixed.h5", against=tmp_path / "pictures", device="cpu")
+    assert (found.compared, found.exit_code) == (0, 1)
+    assert found.problems == ("0.png and 6 others: another file than then",)
+
+
 def test_images_that_are_gone_or_others_are_named(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "pictures", tmp_path / "pictures")
     (tmp_path / "pictures" / "0.png").unlink()

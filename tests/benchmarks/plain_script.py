@@ -61,6 +61,7 @@ class Onnx(nn.Module):
 
 
 def main(folder: str, output: str, backbone: str, batch: int = 8, runtime: str = "") -> None:
+    torch.backends.cudnn.allow_tf32 = False  # on CUDA TF32 is PyTorch's default: other numbers
     device = "cuda" if torch.cuda.is_available() and runtime != "onnx" else "cpu"
     # The parameters and the eager forward are those of torchvision's modules: what fpnx's model is made of.
     model = fpnx.create_model(backbone, weights="random", levels="P2-P5").to(device)
