@@ -18,7 +18,7 @@ import torch
 from fpnx._version import __version__
 from fpnx.config import EngineConfig, ExtractConfig
 from fpnx.control import Listener, Stop, stoppable
-from fpnx.disk import disk_error, lock, sync_folder
+from fpnx.disk import check_space, disk_error, lock, replace_durably
 from fpnx.engine import resolve_precision
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
@@ -219,8 +219,7 @@ class _Campaign:
         """Raise FpnxError where the disk is too small for what is to come, as far as that is known."""
         needed = self.plan.layout.total_bytes()
         there = sum(path.stat().st_size for paths in shards_beside(self.target).values() for path in paths)
-        if self.plan.lacks(needed - there):
-            raise disk_error(OSError(28, ""), self.target, needed - there)
+        check_space(self.target, needed - there, self.plan.bytes_free)
 
     def carry_out(self, hand_out: Callable[[Job, Sequence[int]], Work], stop: Stop) -> Result:
         """Write the list, have all shards worked on, and see what came of it."""
@@ -299,16 +298,10 @@ class _Campaign:
         records = [source.record for source in listing.sources]
         if path.exists() and not is_list(os.fsencode(path)):
             raise FpnxError(f"{shown(path)} is in the way of the list of images: move it, or name another with -o")
-        fresh = path.with_name(path.name + ".new")
         try:
-            with open(fresh, "wb") as file:
-                file.writelines(written_list(listing.root, records, listing.skipped))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, path)
+            replace_durably(path, written_list(listing.root, records, listing.skipped))
         except OSError as error:
             raise disk_error(error, path, 0) from error
-        sync_folder(path.parent)
 
     def _job(self) -> Job:
         known = {field.name: getattr(self.config, field.name) for field in fields(self.config)}

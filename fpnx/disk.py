@@ -12,7 +12,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,12 @@ __all__ = [
     "BLOCK",
     "LARGE",
     "OpenFile",
+    "check_space",
     "claim",
     "disk_error",
     "free_bytes",
     "lock",
+    "replace_durably",
     "sync_folder",
     "whole_or_not_at_all",
 ]
@@ -121,6 +123,12 @@ def disk_error(error: Exception, output: Path, needed: int) -> FpnxError:
         )
     why = os.strerror(number) if number else shown(str(error))
     return FpnxError(f"cannot write {shown(output)}: {why}")
+
+
+def check_space(output: Path, needed: int, free: int | None) -> None:
+    """Raise FpnxError where fewer than `needed` bytes are known to be free for `output`."""
+    if free is not None and needed > free:
+        raise disk_error(OSError(errno.ENOSPC, ""), output, needed)
 
 
 def claim(descriptor: int, size: int) -> bool:
@@ -256,6 +264,26 @@ def whole_or_not_at_all(path: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         raise FpnxError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+
+
+def replace_durably(path: Path, chunks: Iterable[bytes]) -> None:
+    """Put `chunks` in the place of what is at `path`, whole or not at all; what is there then outlives a power cut.
+
+    Raises:
+        OSError: where the disk refuses.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        with open(fresh, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -48,7 +48,7 @@ class Equipment:
 
     def empty(self) -> None:
         """Drop the model's parameters, of which the engines have copies of their own; shapes can still be asked for."""
-        if self._model is not None:
+        if self._model is not None and not self._emptied:
             self._model.to("meta")
             self._emptied = True
             give_back_freed_memory()

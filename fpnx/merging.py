@@ -15,7 +15,7 @@ import numpy as np
 from fpnx._version import __version__
 from fpnx.config import OutputConfig
 from fpnx.control import Listener, Stop, stoppable
-from fpnx.disk import OpenFile, disk_error, free_bytes, lock, sync_folder
+from fpnx.disk import OpenFile, check_space, disk_error, free_bytes, lock, sync_folder
 from fpnx.errors import FpnxError, Interrupted, StoreError, shown
 from fpnx.hdf5 import open_hdf5
 from fpnx.images import Listing, Source
@@ -136,9 +136,7 @@ def _write(target: Path, store: ShardSet, layout: Layout, stop: Stop, listener: 
     try:
         try:
             fresh.unlink(missing_ok=True)
-            free = free_bytes(target.parent)
-            if free is not None and needed > free:
-                raise disk_error(OSError(28, ""), target, needed)
+            check_space(target, needed, free_bytes(target.parent))
             if not make_file(fresh, layout, _provenance(store)):
                 listener.message("this file system cannot set space aside: free space was checked once, now")
             disk = OpenFile(fresh)

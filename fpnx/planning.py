@@ -15,7 +15,7 @@ import torch
 
 from fpnx.config import ExtractConfig
 from fpnx.control import Listener
-from fpnx.disk import disk_error, free_bytes
+from fpnx.disk import check_space, free_bytes
 from fpnx.engine import resolve_device, resolve_precision
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, ImageError
@@ -66,10 +66,6 @@ class Plan:
     equipment: Equipment
     done_before: int = 0
     destination: str | None = None  # the store's address that the output is sent to
-
-    def lacks(self, needed: int) -> bool:
-        """Whether fewer than `needed` bytes are known to be free."""
-        return self.bytes_free is not None and needed > self.bytes_free
 
     @property
     def shapes(self) -> list[LevelShape]:
@@ -198,8 +194,8 @@ def make_plan(
         done_before=done_before,
         destination=destination,
     )
-    if before is None and config.format == "h5" and not handed_out and plan.lacks(layout.total_bytes()):
-        raise disk_error(OSError(28, ""), output, layout.total_bytes())
+    if before is None and config.format == "h5" and not handed_out:
+        check_space(output, layout.total_bytes(), plan.bytes_free)
     return plan
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpnx.disk import sync_folder
+from fpnx.disk import replace_durably
 from fpnx.errors import FpnxError, shown
 from fpnx.images import Source
 from fpnx.lists import written_list
@@ -55,18 +55,10 @@ class Quarantine:
             "deaths": deaths,
             "culprits": [{"path": os.fsdecode(name), "reason": reason} for name, reason in culprits.items()],
         }
-        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
         try:
-            with open(fresh, "wb") as file:
-                file.write(json.dumps(told, indent=2).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, self.path)
+            replace_durably(self.path, [json.dumps(told, indent=2).encode() + b"\n"])
         except OSError as error:
-            with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
             raise FpnxError(f"cannot write {shown(self.path)}: {error.strerror}") from error
-        sync_folder(self.path.parent)
 
 
 def find_culprits(

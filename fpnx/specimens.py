@@ -51,8 +51,7 @@ class Specimen:
         self.plan, self.engine = plan, engine
         self.size = _most_common(plan)
         self.group = f"{self.size[0]}x{self.size[1]}"
-        first_choice = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.group, MANY)
-        self.batch_size = plan.batch_size or first_choice[0]
+        self.batch_size = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.group, MANY)[0]
         self.images = 0
         self.files, self._folder, self._name = folder / "files", folder, name
         members = [i for i, name in enumerate(plan.layout.groups) if name == self.group]
