@@ -23,9 +23,10 @@ from fpnx.engine import resolve_precision
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
 from fpnx.extraction import DEFAULT_OUTPUTS, Result
-from fpnx.images import Listing, find, pillow_within_limits
+from fpnx.image_list import ImageList, list_fingerprint
+from fpnx.images import find, pillow_within_limits
 from fpnx.ledger import Ledger
-from fpnx.lists import is_list, list_fingerprint, written_list
+from fpnx.lists import is_list, written_list
 from fpnx.outputs import check_output, real_output
 from fpnx.pipeline import STAGES
 from fpnx.planning import Plan, decoders_for, make_plan
@@ -201,17 +202,13 @@ class _Campaign:
 
     def look(self) -> None:
         """Read from every shard's file how far it is."""
-        listing = self.plan.listing
-        whole = list_fingerprint(source.record for source in listing.sources)
+        images = self.plan.layout.images
+        whole = list_fingerprint(images.records)
         self.standing = []
         for index in range(self.count):
             shard = Shard(index, self.count)
             place = shard.slice(self.total)
-            own = replace(
-                listing,
-                sources=listing.sources[place.start : place.stop],
-                cut=Cut.of(shard, self.total, whole),
-            )
+            own = ImageList(images.root, images.records[place.start : place.stop], Cut.of(shard, self.total, whole))
             self.standing.append(self._look_at(shard_path(self.target, shard), own))
         self.plan = replace(self.plan, done_before=sum(each.done for each in self.standing))
 
@@ -273,7 +270,7 @@ class _Campaign:
             facts=self.plan.facts() | {"engine": self._facts()},
         )
 
-    def _look_at(self, file: Path, own: Listing) -> Standing:
+    def _look_at(self, file: Path, own: ImageList) -> Standing:
         path = next((path for path in (file, part_of(file)) if path.exists()), None)
         if path is None:
             return Standing()
@@ -295,11 +292,10 @@ class _Campaign:
     def _write_list(self) -> None:
         """The list that every worker reads its slice of, unless the very same is there."""
         path, listing = list_path(self.target), self.plan.listing
-        records = [source.record for source in listing.sources]
         if path.exists() and not is_list(os.fsencode(path)):
             raise FpnxError(f"{shown(path)} is in the way of the list of images: move it, or name another with -o")
         try:
-            replace_durably(path, written_list(listing.root, records, listing.skipped))
+            replace_durably(path, written_list(listing.root, listing.records.records, listing.skipped))
         except OSError as error:
             raise disk_error(error, path, 0) from error
 

@@ -16,12 +16,12 @@ from typing import BinaryIO, cast
 from fpnx import remote, urls
 from fpnx.archives import Catalogue, Member, catalogue
 from fpnx.errors import FpnxError, ImageError, shown
+from fpnx.image_list import ImageRecord
 from fpnx.services import Facts
 
 __all__ = [
     "NOT_FOUND",
     "Piece",
-    "Record",
     "RemoteFile",
     "Source",
     "locate",
@@ -30,8 +30,6 @@ __all__ = [
     "source_of",
     "text_file",
 ]
-
-Record = tuple[bytes, int, int]  # name, size in bytes, mtime in ns
 
 CATALOGUES = 4  # archives whose headers are kept, for members that are asked for by name
 LARGEST_LIST = 1 << 30  # bytes of a list that is fetched
@@ -65,9 +63,9 @@ class Source:
     barred: str = ""
 
     @property
-    def record(self) -> Record:
-        """What a list says of it."""
-        return self.name, self.bytes, self.mtime_ns
+    def record(self) -> ImageRecord:
+        """What lists and stores keep of it."""
+        return ImageRecord(self.name, self.bytes, self.mtime_ns)
 
 
 def locate(path: bytes) -> Source:

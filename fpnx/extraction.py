@@ -161,7 +161,7 @@ def extract(
                 if result is None:
                     result = _run(plan, stop, hears)
                 if goal.url is not None and finished is None and result.complete:
-                    deliver(goal, plan.layout.config, listing, stop, hears)
+                    deliver(goal, plan.layout.config, listing.records, stop, hears)
                 return result
 
 
@@ -183,7 +183,7 @@ def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
     if plan.config.format == "png":
         from fpnx.gallery import Gallery
 
-        writer = Gallery(plan.output, plan.layout, plan.config, _provenance(plan))
+        writer = Gallery(plan.output, plan.layout, plan.config, plan.listing, _provenance(plan))
     elif plan.config.resume and part_of(plan.output).exists():
         writer = Writer.reopen(plan.output)
     else:

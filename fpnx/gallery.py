@@ -30,11 +30,13 @@ class Gallery:
         status: by image, as in a store.
     """
 
-    def __init__(self, folder: Path, layout: Layout, config: ExtractConfig, provenance: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, layout: Layout, config: ExtractConfig, listing: Listing, provenance: Mapping[str, Any]
+    ) -> None:
         self._layout, self._config = layout, config
-        self._sources = layout.listing.sources
+        self._sources = listing.sources
         self._about = about_model(str(layout.config["backbone"]), layout.levels, provenance)
-        self._places = _places(folder, layout.listing)
+        self._places = _places(folder, listing)
         self._errors = dict(layout.errors)
         self._nonfinite = dict.fromkeys(layout.levels, 0)
         self.status = np.full(len(self._sources), PENDING, np.uint8)

@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from fpnx.contents import Source, opened, text_file
 from fpnx.discovery import EXTENSIONS, Found, find_file, find_listed, find_remote, is_image
 from fpnx.errors import FpnxError, ImageError, shown
-from fpnx.lists import is_list, list_fingerprint, listed_path, read_list, written_list
+from fpnx.image_list import ImageList, list_fingerprint
+from fpnx.lists import is_list, listed_path, read_list, written_list
 from fpnx.shards import Cut, Shard
 from fpnx.urls import common_root, inside, is_url, joined
 
@@ -85,6 +86,11 @@ class Listing:
     cut: Cut | None = None
     remarks: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
+
+    @property
+    def records(self) -> ImageList:
+        """What a store keeps of these images."""
+        return ImageList(self.root, tuple(source.record for source in self.sources), self.cut)
 
 
 def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, shard: Shard | None = None) -> Listing:
@@ -177,7 +183,7 @@ def list_lines(listing: Listing) -> Iterator[bytes]:
     for source in listing.sources:
         if source.path != listed_path(listing.root, source.name):
             raise FpnxError(f"{shown(source.path)} cannot be listed: its name is {shown(source.name)}")
-    return written_list(listing.root, [source.record for source in listing.sources], listing.skipped)
+    return written_list(listing.root, listing.records.records, listing.skipped)
 
 
 def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:

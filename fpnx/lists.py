@@ -14,16 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fpnx.contents import Record, text_file
+from fpnx.contents import text_file
 from fpnx.errors import FpnxError, shown
+from fpnx.image_list import ImageRecord, list_fingerprint, record_line
 from fpnx.shards import Cut, Shard
 from fpnx.urls import is_url
 
-__all__ = ["Listed", "Record", "is_list", "list_fingerprint", "listed_path", "read_list", "written_list"]
+__all__ = ["Listed", "is_list", "listed_path", "read_list", "written_list"]
 
 FORMAT, VERSION = "fpnx-list", 1
 MARK = f'{{"format":"{FORMAT}",'.encode()
@@ -35,7 +36,7 @@ class Listed:
     """The images that were asked for of a list, and which part of it they are."""
 
     root: bytes
-    records: tuple[Record, ...]
+    records: tuple[ImageRecord, ...]
     skipped: int
     cut: Cut | None
 
@@ -56,15 +57,7 @@ def is_list(path: str | bytes) -> bool:
         return False
 
 
-def list_fingerprint(records: Iterable[Record]) -> str:
-    """sha256 (hex) of what stands below the head of a list of `records`."""
-    found = hashlib.sha256()
-    for record in records:
-        found.update(_line(record))
-    return found.hexdigest()
-
-
-def written_list(root: bytes, records: list[Record], skipped: int) -> Iterator[bytes]:
+def written_list(root: bytes, records: Sequence[ImageRecord], skipped: int) -> Iterator[bytes]:
     """The lines of a list."""
     head = {
         "format": FORMAT,
@@ -75,7 +68,7 @@ def written_list(root: bytes, records: list[Record], skipped: int) -> Iterator[b
         "skipped": skipped,
     }
     yield _json(head)
-    yield from map(_line, records)
+    yield from map(record_line, records)
 
 
 def read_list(path: str | bytes, limit: int | None = None, shard: Shard | None = None) -> Listed:
@@ -122,7 +115,7 @@ def _head(path: str | bytes, line: bytes) -> dict[str, Any]:
     return dict(head)
 
 
-def _record(path: str | bytes, line: bytes) -> Record:
+def _record(path: str | bytes, line: bytes) -> ImageRecord:
     try:
         name, size, mtime = json.loads(line)
         raw = os.fsencode(name)
@@ -131,12 +124,7 @@ def _record(path: str | bytes, line: bytes) -> Record:
     outside = not raw or raw.startswith(b"/") or b".." in raw.split(b"/") or b"\0" in raw
     if type(size) is not int or type(mtime) is not int or outside:
         raise _altered(path, f"{shown(line[:80])} is no image")
-    return raw, size, mtime
-
-
-def _line(record: Record) -> bytes:
-    name, size, mtime = record
-    return _json([os.fsdecode(name), size, mtime])
+    return ImageRecord(raw, size, mtime)
 
 
 def _json(value: object) -> bytes:

@@ -18,7 +18,7 @@ from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import OpenFile, check_space, disk_error, free_bytes, lock, sync_folder
 from fpnx.errors import FpnxError, Interrupted, StoreError, shown
 from fpnx.hdf5 import open_hdf5
-from fpnx.images import Listing, Source
+from fpnx.image_list import ImageList, ImageRecord
 from fpnx.outputs import check_output, real_output
 from fpnx.sets import ShardSet, open_shards
 from fpnx.store import DONE, FAILED, Store
@@ -107,10 +107,10 @@ def _check_output(target: Path, overwrite: bool) -> None:
 
 def _layout(store: ShardSet) -> Layout:
     told = zip(map(os.fsencode, store.paths), store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True)
-    sources = tuple(Source(name, b"", size, mtime) for name, size, mtime in told)
+    records = tuple(ImageRecord(name, size, mtime) for name, size, mtime in told)
     datasets = {size: {level: store.dataset(size, level) for level in store.levels} for size in store.sizes}
     layout = Layout(
-        listing=Listing(os.fsencode(store.root), sources, 0),
+        images=ImageList(os.fsencode(store.root), records),
         levels=store.levels,
         strides={level: int(held.attrs["stride"]) for levels in datasets.values() for level, held in levels.items()},
         dtype=str(store.config["dtype"]),

@@ -152,7 +152,7 @@ def make_plan(
     done_before = 0
     if before is not None:
         with open_store(before) as store:
-            refuse_other_run(store, identity, listing)
+            refuse_other_run(store, identity, listing.records)
             sizes, groups, rows = store.input_sizes, store.groups, store.rows
             errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
             done_before = int((store.status == DONE).sum())
@@ -165,7 +165,7 @@ def make_plan(
         groups, rows = _group(model, recipe, sizes, errors)
     shapes = {name: _stored_shapes(model, name, config.pool) for name in dict.fromkeys(groups) if name}
     layout = Layout(
-        listing=listing,
+        images=listing.records,
         levels=model.levels,
         strides={level: model.stride(level) for level in model.levels},
         dtype=config.dtype,

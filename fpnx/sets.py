@@ -15,7 +15,7 @@ import numpy as np
 
 from fpnx.discovery import matching
 from fpnx.errors import StoreError, shown
-from fpnx.lists import list_fingerprint
+from fpnx.image_list import list_fingerprint
 from fpnx.shards import Cut, Shard
 from fpnx.store import PENDING, Store, different_fields, open_store
 from fpnx.urls import is_url

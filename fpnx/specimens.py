@@ -22,7 +22,8 @@ from fpnx.engine import Engine, arithmetic
 from fpnx.errors import FpnxError
 from fpnx.executable import Executable
 from fpnx.extraction import extract
-from fpnx.images import Listing, decode
+from fpnx.image_list import ImageList
+from fpnx.images import decode
 from fpnx.machine import available_memory
 from fpnx.planning import Plan
 from fpnx.stopwatch import PeakMemory, Stopwatch
@@ -258,11 +259,11 @@ def _most_common(plan: Plan) -> tuple[int, int]:
 
 def _layout(plan: Plan, members: Sequence[int]) -> Layout:
     layout, some = plan.layout, list(members)
-    sources = tuple(replace(layout.listing.sources[index], name=b"%d" % place) for place, index in enumerate(members))
+    records = tuple(layout.images.records[index]._replace(name=b"%d" % place) for place, index in enumerate(members))
     group = layout.groups[some[0]]
     return replace(
         layout,
-        listing=Listing(layout.listing.root, sources, 0),
+        images=ImageList(layout.images.root, records),
         sizes=layout.sizes[some],
         groups=[group] * len(some),
         rows=np.arange(len(some)),

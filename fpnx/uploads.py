@@ -15,7 +15,7 @@ from typing import Any
 from fpnx.config import ExtractConfig
 from fpnx.control import Listener, Stop
 from fpnx.errors import FpnxError, Interrupted, shown
-from fpnx.images import Listing
+from fpnx.image_list import ImageList
 from fpnx.outputs import real_output
 from fpnx.remote import RemoteError, about, check_writable, send
 from fpnx.services import AbandonedError
@@ -139,7 +139,7 @@ def check_goal(goal: Goal, config: ExtractConfig) -> str | None:
     return None
 
 
-def deliver(goal: Goal, identity: Mapping[str, Any], listing: Listing, stop: Stop, listener: Listener) -> None:
+def deliver(goal: Goal, identity: Mapping[str, Any], images: ImageList, stop: Stop, listener: Listener) -> None:
     """Verify the finished file and send it; the file here is removed once all of it is there.
 
     Raises:
@@ -167,7 +167,7 @@ def deliver(goal: Goal, identity: Mapping[str, Any], listing: Listing, stop: Sto
         )
         if not sent:  # it was there before us: from a run that ended in between, or from somebody else's
             with open_store(goal.url) as store:
-                refuse_other_run(store, identity, listing)
+                refuse_other_run(store, identity, images)
         there = about(goal.raw).bytes
     except AbandonedError as error:
         assert stop.signum is not None

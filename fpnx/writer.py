@@ -17,7 +17,7 @@ from fpnx.config import fingerprint
 from fpnx.disk import BLOCK, LARGE, OpenFile, claim, disk_error, sync_folder
 from fpnx.errors import FpnxError, StoreError, shown
 from fpnx.hdf5 import open_hdf5
-from fpnx.images import Listing
+from fpnx.image_list import ImageList
 from fpnx.store import DONE, ERROR_BYTES, FAILED, FORMAT, FORMAT_VERSION, PENDING, Store, different_fields
 
 __all__ = ["Layout", "Place", "Writer", "make_file", "part_of", "refuse_other_run"]
@@ -35,7 +35,7 @@ class Layout:
     `shapes` gives (C, H, W) by group and level.
     """
 
-    listing: Listing
+    images: ImageList
     levels: tuple[str, ...]
     strides: Mapping[str, int]
     dtype: str
@@ -71,8 +71,8 @@ class Layout:
 
     def total_bytes(self) -> int:
         """Bytes of the whole file, to within a few per cent of what is not features."""
-        names = sum(len(source.name) + 48 for source in self.listing.sources)
-        tables = len(self.listing.sources) * (TABLE_BYTES + 8 * len(self.levels))
+        names = sum(len(record.name) + 48 for record in self.images.records)
+        tables = len(self.images) * (TABLE_BYTES + 8 * len(self.levels))
         return self.feature_bytes() + tables + names + 65536 + BLOCK * len(self.shapes) * len(self.levels)
 
 
@@ -326,8 +326,8 @@ def make_file(path: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool
     return claimed
 
 
-def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) -> None:
-    """Raise unless `store` was made with `config` from the image files of `listing`.
+def refuse_other_run(store: Store, config: Mapping[str, Any], images: ImageList) -> None:
+    """Raise unless `store` was made with `config` from the image files `images`.
 
     Raises:
         FpnxError: naming the fields, or counting the images, that differ.
@@ -341,7 +341,7 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) 
             f"repeat that one, take another output, or start over with --overwrite"
         )
     there = dict(zip(store.paths, zip(store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True), strict=True))
-    asked = {os.fsdecode(s.name): (s.bytes, s.mtime_ns) for s in listing.sources}
+    asked = {os.fsdecode(record.name): (record.bytes, record.mtime_ns) for record in images.records}
     added, removed = len(asked.keys() - there.keys()), len(there.keys() - asked.keys())
     changed = sum(_differ(there[name], asked[name]) for name in asked.keys() & there.keys())
     moved = not (added or removed or changed) and list(there) != list(asked)
@@ -351,8 +351,8 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], listing: Listing) 
             f"{shown(store.path)} was made from other images ({what}): "
             f"bring the same ones, take another output, or start over with --overwrite"
         )
-    if store.cut != listing.cut:
-        was, asked_for = (f"shard {cut}" if cut else "no shard" for cut in (store.cut, listing.cut))
+    if store.cut != images.shard:
+        was, asked_for = (f"shard {cut}" if cut else "no shard" for cut in (store.cut, images.shard))
         alike = "its list had other images outside this shard" if was == asked_for else f"it is {was}, not {asked_for}"
         raise FpnxError(
             f"{shown(store.path)} was cut from another list ({alike}): bring the same one, take another output, or "
@@ -368,25 +368,25 @@ def _differ(before: tuple[int, int], now: tuple[int, int]) -> bool:
 
 
 def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> None:
-    sources, count = layout.listing.sources, len(layout.listing.sources)
+    records, count = layout.images.records, len(layout.images)
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION
     file.attrs["config"] = json.dumps(layout.config)
     file.attrs["fingerprint"] = layout.fingerprint
-    file.attrs["root"] = np.array(layout.listing.root, dtype=h5py.string_dtype())
+    file.attrs["root"] = np.array(layout.images.root, dtype=h5py.string_dtype())
     file.attrs["provenance"] = json.dumps(provenance)
-    if layout.listing.cut is not None:
-        file.attrs["shard"] = json.dumps(layout.listing.cut.to_json())
+    if layout.images.shard is not None:
+        file.attrs["shard"] = json.dumps(layout.images.shard.to_json())
     status, errors = np.zeros(count, np.uint8), np.zeros(count, h5py.string_dtype("utf-8", ERROR_BYTES))
     for index, reason in layout.errors.items():  # of headers: these have no row, so nothing is left to do
         status[index], errors[index] = FAILED, _clipped(reason)
     text = h5py.string_dtype("utf-8")
     images = file.create_group("images")
-    images.create_dataset("path", data=np.array([s.name for s in sources], dtype=object), dtype=text)
+    images.create_dataset("path", data=np.array([record.name for record in records], dtype=object), dtype=text)
     images.create_dataset("group", data=np.array([g.encode() for g in layout.groups], dtype=object), dtype=text)
     for name, values in (
-        ("bytes", np.array([s.bytes for s in sources], dtype=np.int64)),
-        ("mtime_ns", np.array([s.mtime_ns for s in sources], dtype=np.int64)),
+        ("bytes", np.array([record.bytes for record in records], dtype=np.int64)),
+        ("mtime_ns", np.array([record.mtime_ns for record in records], dtype=np.int64)),
         ("source_size", np.zeros((count, 2), np.int32)),
         ("input_size", layout.sizes.astype(np.int32)),
         ("status", status),

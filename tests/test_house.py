@@ -106,6 +106,7 @@ ORDER = [
     "remote",
     "services",
     "urls",
+    "image_list",
     "shards",
     "values",
     "errors",

@@ -25,8 +25,7 @@ import fpnx
 from fpnx.control import Listener
 from fpnx.disk import lock
 from fpnx.errors import FpnxError, Interrupted, NotDoneError, StoreError
-from fpnx.images import Listing
-from fpnx.lists import list_fingerprint
+from fpnx.image_list import ImageList, list_fingerprint
 from fpnx.sets import ShardSet, open_shards
 from fpnx.shards import Cut, Shard, shard_path
 from fpnx.store import DONE, FAILED
@@ -41,12 +40,12 @@ TABLES = ("bytes", "mtime_ns", "source_size", "input_size", "status", "error", "
 
 def part(layout: Layout, index: int, count: int) -> Layout:
     """What a shard lays out: a slice of the list, rows numbered anew, and where it was cut."""
-    sources = layout.listing.sources
-    cut = Cut.of(Shard(index, count), len(sources), list_fingerprint((s.name, s.bytes, s.mtime_ns) for s in sources))
+    records = layout.images.records
+    cut = Cut.of(Shard(index, count), len(records), list_fingerprint(records))
     groups = [layout.groups[i] for i in cut.slice]
     return replace(
         layout,
-        listing=Listing(layout.listing.root, tuple(sources[i] for i in cut.slice), 0, cut=cut),
+        images=ImageList(layout.images.root, tuple(records[i] for i in cut.slice), cut),
         sizes=layout.sizes[cut.first : cut.slice.stop],
         groups=groups,
         rows=np.array([groups[:i].count(name) if name else -1 for i, name in enumerate(groups)], np.int64),
@@ -57,7 +56,7 @@ def part(layout: Layout, index: int, count: int) -> Layout:
 
 def fill(output: Path, layout: Layout, failed: Sequence[int] = ()) -> Path:
     """Write what an extraction would: features that tell which image they are of, the names `failed` without any."""
-    first = layout.listing.cut.first if layout.listing.cut else 0
+    first = layout.images.shard.first if layout.images.shard else 0
     writer = Writer.create(output, layout, PROVENANCE)
     for i in np.flatnonzero(layout.rows >= 0).tolist():
         if first + i in failed:
@@ -196,8 +195,8 @@ def other_run(made: list[Path]) -> list[Path]:
 
 def other_list(made: list[Path]) -> list[Path]:
     layout = layout_of([*RAGGED[:-1], "64x64"])
-    renamed = tuple(replace(s, name=b"x" + s.name) for s in layout.listing.sources)
-    layout = replace(layout, listing=replace(layout.listing, sources=renamed))
+    renamed = tuple(record._replace(name=b"x" + record.name) for record in layout.images.records)
+    layout = replace(layout, images=replace(layout.images, records=renamed))
     fill(made[2], part(layout, 2, 4))
     return made
 

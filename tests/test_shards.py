@@ -16,8 +16,9 @@ import pytest
 import fpnx
 from fpnx.config import ExtractConfig
 from fpnx.errors import FpnxError
+from fpnx.image_list import list_fingerprint
 from fpnx.images import Listing, find, list_lines
-from fpnx.lists import is_list, list_fingerprint, read_list
+from fpnx.lists import is_list, read_list
 from fpnx.shards import Cut, Shard, parse_shard, shard_path
 from tests.conftest import document, noise_image, process
 

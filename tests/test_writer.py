@@ -16,7 +16,7 @@ import pytest
 
 from fpnx.disk import OpenFile
 from fpnx.errors import FpnxError, StoreError
-from fpnx.images import Listing, Source
+from fpnx.image_list import ImageList, ImageRecord
 from fpnx.store import DONE, FAILED, PENDING, open_store
 from fpnx.verification import verify
 from fpnx.writer import Layout, Writer, part_of
@@ -35,7 +35,7 @@ def layout_of(groups: list[str], errors: dict[int, str] | None = None, dtype: st
     sizes = [[int(n) for n in name.split("x")] if name else [0, 0] for name in groups]
     config = {"levels": list(LEVELS), "channels": 2, "backbone": "none", "dtype": dtype, "pool": "none"}
     return Layout(
-        listing=Listing(b"/pictures", tuple(Source(b"%d.png" % i, b"", 10 + i, i) for i in range(len(groups))), 0),
+        images=ImageList(b"/pictures", tuple(ImageRecord(b"%d.png" % i, 10 + i, i) for i in range(len(groups)))),
         levels=LEVELS,
         strides={"P4": 16, "P5": 32},
         dtype=dtype,
