@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fpnx.machine import available_memory
 from fpnx.planning import Plan
-from fpnx.values import parse_extent
 
 __all__ = ["Batches", "lanes_for"]
 
@@ -27,7 +26,7 @@ def lanes_for(plan: Plan, images: int) -> int:
     """
     if plan.device.type != "cpu":
         return len(plan.devices)
-    largest = max((height * width for height, width in map(_extent, plan.layout.shapes)), default=1)
+    largest = max((height * width for height, width in plan.layout.shapes), default=1)
     fitting = int(available_memory() * MEMORY_SHARE) // (largest * BYTES_A_PIXEL * (plan.batch_size or 1))
     return max(1, min(plan.cpus, LANES, images, fitting))
 
@@ -41,44 +40,46 @@ class Batches(Iterator[list[int]]):
 
     def __init__(self, plan: Plan, pending: Sequence[int], lanes: int) -> None:
         self._plan, self._lanes = plan, lanes
-        by_group: dict[str, list[int]] = {}
+        by_size: dict[tuple[int, int], list[int]] = {}
         for index in pending:
-            by_group.setdefault(plan.layout.groups[index], []).append(index)
-        self.counts: Mapping[str, int] = {group: len(indices) for group, indices in by_group.items()}
-        self._left = list(reversed(by_group.items()))
+            size = plan.layout.padded_sizes[index]
+            assert size is not None, "only images with a row are pending"
+            by_size.setdefault(size, []).append(index)
+        self.counts: Mapping[tuple[int, int], int] = {size: len(indices) for size, indices in by_size.items()}
+        self._left = list(reversed(by_size.items()))
         self._start = 0
         self._trial: _Trial | None = None
 
     def __next__(self) -> list[int]:
         if not self._left:
             raise StopIteration
-        group, indices = self._left[-1]
-        if self._trial is None or self._trial.group != group:
-            self._trial = _Trial(group, self.candidates(group, len(indices)))
-        size = self._trial.next_size()
+        input_size, indices = self._left[-1]
+        if self._trial is None or self._trial.input_size != input_size:
+            self._trial = _Trial(input_size, self.candidates(input_size, len(indices)))
+        count = self._trial.next_size()
         if len(self._left) == 1:
-            size = min(size, -(-(len(indices) - self._start) // self._lanes))
-        batch = indices[self._start : self._start + size]
-        self._start += size
+            count = min(count, -(-(len(indices) - self._start) // self._lanes))
+        batch = indices[self._start : self._start + count]
+        self._start += count
         if self._start >= len(indices):
             self._left.pop()
             self._start = 0
         return batch
 
-    def took(self, group: str, images: int, seconds: float) -> None:
+    def took(self, input_size: tuple[int, int], images: int, seconds: float) -> None:
         """Hears how long the model took for a batch."""
-        if self._trial is not None and self._trial.group == group:
+        if self._trial is not None and self._trial.input_size == input_size:
             self._trial.took(images, seconds)
 
-    def trying(self, group: str) -> bool:
+    def trying(self, input_size: tuple[int, int]) -> bool:
         """Whether batch sizes for images of one size are being compared."""
-        return self._trial is not None and self._trial.group == group and self._trial.chosen is None
+        return self._trial is not None and self._trial.input_size == input_size and self._trial.chosen is None
 
-    def candidates(self, group: str, images: int) -> tuple[int, ...]:
+    def candidates(self, input_size: tuple[int, int], images: int) -> tuple[int, ...]:
         """Batch sizes worth trying for images of one size, the likeliest first."""
         if self._plan.batch_size is not None:
             return (self._plan.batch_size,)
-        height, width = _extent(group)
+        height, width = input_size
         scale = 224 * 224 / (height * width)
         cpu = self._plan.device.type == "cpu"
         fitting = int(available_memory() * MEMORY_SHARE) // (height * width * BYTES_A_PIXEL * self._lanes)
@@ -93,8 +94,8 @@ class Batches(Iterator[list[int]]):
 class _Trial:
     """Finds the fastest of a few batch sizes for images of one size, by the way."""
 
-    def __init__(self, group: str, candidates: tuple[int, ...]) -> None:
-        self.group, self._candidates = group, candidates
+    def __init__(self, input_size: tuple[int, int], candidates: tuple[int, ...]) -> None:
+        self.input_size, self._candidates = input_size, candidates
         self._plan = [size for size in candidates for _ in range(TRIALS)] if len(candidates) > 1 else []
         self._best: dict[int, float] = {}
         self.chosen: int | None = candidates[0] if len(candidates) == 1 else None
@@ -112,9 +113,3 @@ class _Trial:
             first = self._candidates[0]
             fastest = min(self._best, key=self._best.__getitem__)
             self.chosen = fastest if self._best[fastest] < BETTER * self._best[first] else first
-
-
-def _extent(group: str) -> tuple[int, int]:
-    extent = parse_extent(group)
-    assert extent is not None
-    return extent

@@ -244,9 +244,9 @@ class _Session:
                 raise FpnxError("the plain script of --baseline takes one size, without padding: give --size 224")
 
     def _facts(self, plan: Plan) -> dict[str, Any]:
-        weights = plan.facts()["weights"]
+        weights = plan.model.weights.info
         return {
-            "weights": {"backbone": weights["backbone"], "pyramid": weights["pyramid"]},
+            "weights": {"backbone": weights.body.to_json(), "pyramid": weights.pyramid.to_json()},
             "recipe": str(plan.recipe),
             "dtype": plan.config.dtype,
             "folder": tempfile.gettempdir(),
@@ -260,7 +260,7 @@ class _Session:
             precision=plan.precision,
             batch_size=specimen.batch_size,
             size=specimen.size,
-            shapes=[shape for shape in plan.shapes if shape.input_size == specimen.group],
+            shapes=[shape for shape in plan.shapes if shape.input_size == specimen.size],
             costs=count_costs(plan.model, specimen.size),
             reason=specimen.obstacle(),
         )

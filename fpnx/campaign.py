@@ -22,12 +22,12 @@ from fpnx.disk import check_space, disk_error, lock, replace_durably
 from fpnx.engine import resolve_precision
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
-from fpnx.extraction import DEFAULT_OUTPUTS, Result
+from fpnx.extraction import Result
 from fpnx.image_list import ImageList, list_fingerprint
 from fpnx.images import find, pillow_within_limits
 from fpnx.ledger import Ledger
 from fpnx.lists import is_list, written_list
-from fpnx.outputs import check_output, real_output
+from fpnx.outputs import DEFAULT_OUTPUTS, check_output, real_output
 from fpnx.pipeline import STAGES
 from fpnx.planning import Plan, decoders_for, make_plan
 from fpnx.quarantine import Quarantine
@@ -120,7 +120,7 @@ def extract_across(
                 run.cut(count)  # refuses other images and other options, before anything is started
             if config.dry_run:
                 run.cut(count or shards_for(len(listing.sources), 1))
-                listener.planned(run.plan)
+                listener.planned(run.plan.summary)
                 return run.result(0.0, dry_run=True)
             with engine() as crew:
                 seats = seats_on(crew.nodes(), config)
@@ -128,7 +128,7 @@ def extract_across(
                 if count is None:
                     run.cut(shards_for(len(listing.sources), seats.actors))
                 run.check_space()
-                listener.planned(run.plan)
+                listener.planned(run.plan.summary)
                 return run.carry_out(lambda job, shards: crew.hand_out(job, shards, seats), stop)
 
 
@@ -267,7 +267,8 @@ class _Campaign:
             stopped=stopped or (None if complete or dry_run else self._unfinished()),
             complete=complete and not dry_run,
             dry_run=dry_run,
-            facts=self.plan.facts() | {"engine": self._facts()},
+            plan=self.plan.summary,
+            engine=self._facts(),
         )
 
     def _look_at(self, file: Path, own: ImageList) -> Standing:

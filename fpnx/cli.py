@@ -66,7 +66,7 @@ def extract(
     long_side: opt.LongSide = ExtractConfig.long_side,
     max_pixels: opt.MaxPixels = ExtractConfig.max_pixels,
     limit: opt.Limit = ExtractConfig.limit,
-    shard: opt.ShardChoice = ExtractConfig.shard,
+    shard: opt.ShardChoice = None,
     output: opt.Output = None,
     format: opt.Format = ExtractConfig.format,  # noqa: A002
     dtype: opt.Dtype = ExtractConfig.dtype,

@@ -13,19 +13,20 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fpnx.errors import FpnxError, shown
-from fpnx.shards import parse_shard
+from fpnx.shards import Shard, parse_shard
 from fpnx.values import (
     auto_or_whole,
     check_choice,
     check_types,
     check_whole,
+    checked_size,
+    format_size,
     freeze,
     parse_channels,
-    parse_extent,
     parse_levels,
+    parse_size,
     point_text,
     several,
-    size_text,
     three_numbers,
 )
 
@@ -135,13 +136,14 @@ class InputConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        freeze(self, "size", size_text(self.size))
+        freeze(self, "size", checked_size(self.size))
         for name in ("short_side", "long_side"):
             if getattr(self, name) is not None:
                 check_whole(name.replace("_", " "), getattr(self, name), 1, 65536)
         check_whole("max pixels", self.max_pixels, 1, 2**40)
         if self.short_side is not None and self.size != "recipe":
-            raise FpnxError(f"size {self.size} and short side {self.short_side} contradict each other: give one")
+            size = self.size if isinstance(self.size, (str, int)) else format_size(self.size)
+            raise FpnxError(f"size {size} and short side {self.short_side} contradict each other: give one")
         if self.long_side is not None and self.short_side is None:
             raise FpnxError("long side needs short side beside it")
         if self.short_side is not None and self.long_side is not None and self.long_side < self.short_side:
@@ -170,7 +172,7 @@ class OutputConfig:
         check_types(self)
         check_choice("format", self.format, FORMATS)
         check_choice("dtype", self.dtype, DTYPES)
-        if self.pool not in POOLS and parse_extent(self.pool) is None:
+        if self.pool not in POOLS and parse_size(self.pool) is None:
             raise FpnxError(f"pool {self.pool!r}: take none, avg, max, or a grid such as 7x7")
         if self.resume and self.overwrite:
             raise FpnxError("resume continues a file and overwrite replaces it: give one of them")
@@ -301,7 +303,7 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureCo
     """
 
     limit: int | None = None
-    shard: str | None = None
+    shard: str | Shard | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -311,7 +313,7 @@ class ExtractConfig(ModelConfig, InputConfig, OutputConfig, RunConfig, PictureCo
         if self.limit is not None:
             check_whole("limit", self.limit, 1, 2**63 - 1)
         if self.shard is not None:
-            freeze(self, "shard", str(parse_shard(self.shard)))
+            freeze(self, "shard", parse_shard(self.shard))
         drawn = [f.name for f in fields(PictureConfig) if getattr(self, f.name) != f.default]
         if self.format != "png" and drawn:
             raise FpnxError(f"{drawn[0].replace('_', ' ')} is for pictures: give --format png beside it")

@@ -8,12 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from fpnx.errors import Interrupted
-
-if TYPE_CHECKING:
-    from fpnx.planning import Plan
+from fpnx.plan_summary import PlanSummary
 
 __all__ = ["Listener", "Stop", "stoppable"]
 
@@ -21,10 +18,10 @@ ECHO = 0.3  # seconds in which a second signal is taken for the same request: `t
 
 
 class Listener:
-    """Hears of a run's progress; this one is silent."""
+    """Receives progress events; the base class ignores them."""
 
-    def planned(self, plan: Plan) -> None:
-        """Once, before any work."""
+    def planned(self, plan: PlanSummary) -> None:
+        """The run is planned: called once, before any work."""
 
     def progress(self, what: str, done: int, total: int) -> None:
         """`what` is "headers" or "images"; again and again, from the calling thread."""

@@ -9,6 +9,7 @@ from typing import Any
 from fpnx.config import FileFacts, ModelConfig
 from fpnx.errors import FpnxError
 from fpnx.layouts import Layout, PyramidKeys
+from fpnx.provenance import Setting
 from fpnx.published import DETECTOR_RECIPE, native_recipe
 from fpnx.recipes import Recipe
 
@@ -43,10 +44,10 @@ def told_by(layout: Layout, about: Mapping[str, Any], recipe: Recipe | None) -> 
 
 def settle(
     layout: Layout, told: Mapping[str, Any], recipe: Recipe | None, config: ModelConfig, backbone: str, eps: float
-) -> tuple[Recipe, dict[str, Any], dict[str, tuple[Any, str]]]:
+) -> tuple[Recipe, dict[str, Any], dict[str, Setting]]:
     """Who says what the parameters cannot: the file, else an option, else the framework's default."""
     usual, defaults = _defaults(layout, backbone, eps)
-    settled: dict[str, tuple[Any, str]] = {}
+    settings: dict[str, Setting] = {}
     for each in fields(FileFacts):
         asked = getattr(config, each.name)
         if each.name not in defaults:
@@ -55,12 +56,12 @@ def settle(
         elif each.name in told:
             if asked not in (None, told[each.name]):
                 raise FpnxError(f"{option_of(each.name)} {asked} contradicts it, it says {told[each.name]}: drop it")
-            settled[each.name] = told[each.name], "file"
+            settings[each.name] = Setting(told[each.name], "file")
         elif asked is not None:
-            settled[each.name] = asked, "option"
+            settings[each.name] = Setting(asked, "option")
         else:
-            settled[each.name] = defaults[each.name], "default"
-    values = {name: value for name, (value, _) in settled.items()}
+            settings[each.name] = Setting(defaults[each.name], "default")
+    values = {name: value for name, (value, _) in settings.items()}
     sides = {name: told[name] for name in ("short_side", "long_side", "pad_multiple") if name in told}
     recipe = replace(
         recipe or replace(usual, **sides),
@@ -69,7 +70,7 @@ def settle(
         mean=tuple(values["mean"]),
         std=tuple(values["std"]),
     )
-    return recipe, values, settled
+    return recipe, values, settings
 
 
 def settle_top_block(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
                 if level not in store.levels:
                     raise FpnxError(f"no level {level!r} in {shown(store.path)}: it has {', '.join(store.levels)}")
             self.indices: list[int] = np.flatnonzero(store.status == DONE).tolist()
-            self.groups: list[str] = [store.groups[index] for index in self.indices]
+            self.sizes: list[Hashable] = [store.padded_sizes[index] for index in self.indices]
         self._opened: tuple[int, Store] | None = None
 
     @property
@@ -74,7 +74,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
 
     def batch_sampler(self, batch_size: int, shuffle: bool = False, seed: int = 0) -> ShapeBatchSampler:
         """For `DataLoader(batch_sampler=...)`: batches of images of one shape."""
-        return ShapeBatchSampler(self.groups, batch_size, shuffle, seed)
+        return ShapeBatchSampler(self.sizes, batch_size, shuffle, seed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -86,19 +86,19 @@ class ShapeBatchSampler(Sampler[list[int]]):
     Each iteration is the next epoch of `seed`; `set_epoch` goes to a given one.
 
     Args:
-        groups: the shape of each image, by any name.
+        shapes: the shape of each image, or anything that stands for it.
         batch_size: images a batch; the last of each shape may be smaller.
         shuffle: images within their shape, and the batches.
         seed: of the shuffling.
     """
 
-    def __init__(self, groups: Sequence[str], batch_size: int, shuffle: bool = False, seed: int = 0) -> None:
+    def __init__(self, shapes: Sequence[Hashable], batch_size: int, shuffle: bool = False, seed: int = 0) -> None:
         if batch_size < 1:
             raise FpnxError(f"batch size {batch_size}: take 1 or more")
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
-        self._members: dict[str, list[int]] = {}
-        for i, group in enumerate(groups):
-            self._members.setdefault(group, []).append(i)
+        self._members: dict[Hashable, list[int]] = {}
+        for i, shape in enumerate(shapes):
+            self._members.setdefault(shape, []).append(i)
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is this epoch."""

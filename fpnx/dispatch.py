@@ -10,7 +10,6 @@ from fpnx.config import ExtractConfig
 from fpnx.control import Listener
 from fpnx.images import as_paths, refuse_missing
 from fpnx.outputs import DEFAULT_OUTPUTS, check_output
-from fpnx.shards import parse_shard
 from fpnx.uploads import goal_of
 
 if TYPE_CHECKING:
@@ -47,16 +46,15 @@ def extract(
         TypeError: an option that does not exist.
     """
     config, paths = ExtractConfig(**options), as_paths(images)
-    # What can be told at once is told before torch is loaded, which takes seconds.
+    # Mistakes that cost nothing to find are reported before torch is loaded, which takes seconds.
     refuse_missing(paths)
     if config.engine == "local":
-        shard = None if config.shard is None else parse_shard(config.shard)
-        goal = goal_of(DEFAULT_OUTPUTS[config.format] if output is None else output, config, shard)
+        goal = goal_of(DEFAULT_OUTPUTS[config.format] if output is None else output, config)
         if goal.url is None and config.format == "h5":
             check_output(goal.local, config)
-        from fpnx import extraction
+        from fpnx.extraction import run_extraction
 
-        return extraction.extract(paths, output, listener=listener, **options)
+        return run_extraction(paths, goal, config, listener=listener)
     from fpnx.campaign import extract_across
     from fpnx.cluster import connected, require_ray
 

@@ -22,7 +22,7 @@ from fpnx.executable import make_executable
 from fpnx.model import PyramidModel
 from fpnx.recipes import Recipe
 from fpnx.store import valid_extent
-from fpnx.values import parse_extent
+from fpnx.values import parse_pool
 
 __all__ = ["Engine", "Features", "arithmetic", "compute_dtype", "resolve_device", "resolve_precision", "slow_precision"]
 
@@ -100,13 +100,14 @@ class Engine:
 
     def _pooled(self, level: Tensor, stride: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """Pool each image over its valid cells, so that padding never enters."""
-        extent = parse_extent(self.pool) or (1, 1)
+        grid = parse_pool(self.pool)
+        assert grid is not None
         pooled = []
         for image, size in zip(level, sizes, strict=True):
             height, width = valid_extent(size, stride, tuple(level.shape[2:]))
             valid = image[:, :height, :width]
             pooling = F.adaptive_max_pool2d if self.pool == "max" else F.adaptive_avg_pool2d
-            pooled.append(pooling(valid, extent))
+            pooled.append(pooling(valid, grid))
         return torch.stack(pooled)
 
     def _channels_first(self, level: Tensor) -> Tensor:

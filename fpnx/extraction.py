@@ -10,10 +10,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
-import numpy as np
 import PIL
 import torch
 import torchvision
@@ -24,23 +23,19 @@ from fpnx.control import Listener, Stop, stoppable
 from fpnx.disk import lock
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError, Interrupted, shown
-from fpnx.images import as_paths, find, pillow_within_limits
-from fpnx.outputs import DEFAULT_OUTPUTS, check_output
+from fpnx.images import find, pillow_within_limits
+from fpnx.outputs import check_output
 from fpnx.pipeline import STAGES, Clock, compute
+from fpnx.plan_summary import PlanSummary
 from fpnx.planning import Plan, make_plan
+from fpnx.provenance import Provenance
 from fpnx.remote import connections
-from fpnx.shards import parse_shard
-from fpnx.store import DONE, PENDING, Store, open_store
-from fpnx.uploads import check_goal, deliver, goal_of, work_folder
-from fpnx.writer import Writer, part_of
+from fpnx.sink import Hdf5Sink, Outcome, Sink, outcome_of
+from fpnx.store import PENDING, Store, open_store
+from fpnx.uploads import Goal, check_goal, deliver, work_folder
+from fpnx.writer import part_of
 
-if TYPE_CHECKING:
-    from fpnx.gallery import Gallery  # loads matplotlib, which takes a second
-
-__all__ = ["DEFAULT_OUTPUTS", "Result", "extract"]
-
-LEAST_NORMAL = float(np.finfo(np.float16).smallest_normal)  # smaller values lose digits in float16, and end as 0
-IMAGES_LOOKED_AT = 8
+__all__ = ["Result", "provenance_of", "run_extraction"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,8 @@ class Result:
         stopped: why `strict` ended it early; None where it did not.
         complete: whether `output` has its final name.
         lost: archives that may have had more images, a line each; each counts as a failed image.
-        facts: what was planned, as plain values.
+        plan: what was planned.
+        engine: of a run on many workers, what each shard came to; else None.
     """
 
     output: Path | str
@@ -77,7 +73,8 @@ class Result:
     complete: bool = True
     dry_run: bool = False
     lost: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    plan: PlanSummary | None = field(default=None, repr=False)
+    engine: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def images_per_second(self) -> float:
@@ -94,7 +91,8 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """All of this as plain values."""
         return {
-            **self.facts,
+            **(self.plan.to_json() if self.plan is not None else {}),
+            **({"engine": dict(self.engine)} if self.engine is not None else {}),
             "dry_run": self.dry_run,
             "complete": self.complete,
             "done": self.done,
@@ -111,32 +109,37 @@ class Result:
         }
 
 
-def extract(
-    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str] | None = None,
+def run_extraction(
+    images: Sequence[str | os.PathLike[str]],
+    goal: Goal,
+    config: ExtractConfig,
     *,
     listener: Listener | None = None,
     equipment: Equipment | None = None,
     barred: Mapping[bytes, str] | None = None,
-    **options: Any,
 ) -> Result:
-    """`fpnx.extract` in this process.
+    """Images → `goal`, in this process.
 
     Args:
-        images, output, listener, options: as there; what it returns and raises, too.
+        images: files, folders, archives, addresses, or `"@list.txt"`.
+        goal: where the output is made, as `goal_of` gives it.
+        config: what is asked for.
+        listener: receives the progress.
         equipment: lends its model, for runs of many parts.
         barred: by name, images that must not be opened, and why; they fail.
+
+    Raises:
+        FpnxError: a request that cannot be carried out.
+        Interrupted: on SIGINT or SIGTERM; what was done is kept.
     """
-    config, paths = ExtractConfig(**options), as_paths(images)
-    shard, hears = None if config.shard is None else parse_shard(config.shard), listener or Listener()
-    goal = goal_of(DEFAULT_OUTPUTS[config.format] if output is None else output, config, shard)
-    target, draws = goal.local, config.format == "png"
+    hears, target, draws = listener or Listener(), goal.local, config.format == "png"
     with connections(), work_folder(goal):
         if not draws:
             check_output(target, config)
         finished = check_goal(goal, config)
         with stoppable(hears) as stop, pillow_within_limits():
-            listing = find(paths, config.limit, shard)
+            assert not isinstance(config.shard, str), "the config has parsed it"
+            listing = find(images, config.limit, config.shard)
             if barred:
                 sources = tuple(replace(source, barred=barred.get(source.name, "")) for source in listing.sources)
                 listing = replace(listing, sources=sources)
@@ -154,15 +157,45 @@ def extract(
                 plan = make_plan(target, config, listing, hears, equipment, destination=goal.url, finished=finished)
                 if draws:
                     config.check_channels({shape.level: shape.channels for shape in plan.shapes})
-                hears.planned(plan)
+                hears.planned(plan.summary)
                 if config.dry_run:
-                    return _result(plan, None, Clock(), dry_run=True)
+                    return _result(plan, Outcome(), Clock(), complete=False, dry_run=True)
                 result = None if draws else _finished(plan, finished)
                 if result is None:
-                    result = _run(plan, stop, hears)
+                    result = _run(plan, _sink(plan, hears), stop, hears)
                 if goal.url is not None and finished is None and result.complete:
                     deliver(goal, plan.layout.config, listing.records, stop, hears)
                 return result
+
+
+def provenance_of(plan: Plan) -> Provenance:
+    """How the output of `plan` is made, as its file says it."""
+    return Provenance(
+        versions={
+            "fpnx": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "pillow": PIL.__version__,
+            "h5py": h5py.__version__,
+        },
+        options=plan.config.repeatable(),
+        command=tuple(shown(argument) for argument in sys.argv[:64]),
+        weights=plan.model.weights.info,
+        recipe=str(plan.recipe),
+        device=", ".join(map(_device_name, plan.devices)),
+        precision=plan.precision,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _sink(plan: Plan, listener: Listener) -> Sink:
+    """The sink for the plan's format."""
+    if plan.config.format == "png":
+        from fpnx.gallery import Gallery  # loads matplotlib, which takes a second
+
+        return Gallery(plan, provenance_of(plan))
+    return Hdf5Sink.open(plan, provenance_of(plan), listener)
 
 
 def _finished(plan: Plan, address: str | None) -> Result | None:
@@ -174,37 +207,22 @@ def _finished(plan: Plan, address: str | None) -> Result | None:
         return None
     with open_store(output) as store:
         _refuse_unfinished(plan.output, store)
-        return _result(plan, store, Clock())
+        return _result(plan, outcome_of(store), Clock())
 
 
-def _run(plan: Plan, stop: Stop, listener: Listener) -> Result:
+def _run(plan: Plan, sink: Sink, stop: Stop, listener: Listener) -> Result:
     clock = Clock()
-    writer: Writer | Gallery
-    if plan.config.format == "png":
-        from fpnx.gallery import Gallery
-
-        writer = Gallery(plan.output, plan.layout, plan.config, plan.listing, _provenance(plan))
-    elif plan.config.resume and part_of(plan.output).exists():
-        writer = Writer.reopen(plan.output)
-    else:
-        writer = Writer.create(plan.output, plan.layout, _provenance(plan))
-        if not writer.space_is_claimed:
-            listener.message("this file system cannot set space aside: free space was checked once, now")
     try:
         stop.begin()
-        stopped = compute(plan, writer, clock, stop, listener)
+        stopped = compute(plan, sink, clock, stop, listener)
         if stopped is None:
-            writer.finish()
+            sink.finish()
         else:
-            writer.commit()
+            sink.commit()
     finally:
-        writer.close()
+        sink.close()
     clock.stop()
-    if not isinstance(writer, Writer):
-        result = _result(plan, writer, clock, stopped=stopped)
-    else:
-        with open_store(part_of(plan.output) if stopped else plan.output) as store:
-            result = _result(plan, store, clock, stopped=stopped)
+    result = _result(plan, sink.outcome(), clock, complete=stopped is None, stopped=stopped)
     if stop.signum is not None and stopped == "interrupted":
         raise Interrupted(
             f"interrupted: {result.done} of {result.images} images are done and kept: continue with --resume",
@@ -223,65 +241,33 @@ def _refuse_unfinished(output: Path, store: Store) -> None:
 
 
 def _result(
-    plan: Plan, store: Store | Gallery | None, clock: Clock, *, stopped: str | None = None, dry_run: bool = False
+    plan: Plan,
+    outcome: Outcome,
+    clock: Clock,
+    *,
+    complete: bool = True,
+    stopped: str | None = None,
+    dry_run: bool = False,
 ) -> Result:
-    failed = tuple(store.failures()) if store is not None else ()
     count = len(plan.listing.sources)
     return Result(
         output=plan.destination or plan.output,
         images=count,
-        done=int((store.status == DONE).sum()) if store is not None else 0,
-        failed=failed,
+        done=outcome.done,
+        failed=outcome.failed,
         computed=clock.images,
         seconds=clock.seconds,
         timings={stage: 1000 * clock.spent[stage] / max(clock.images, 1) for stage in STAGES},
-        nonfinite=store.nonfinite_by_level() if store is not None else {},
+        nonfinite=outcome.nonfinite,
         allowed_failures=0 if plan.config.strict else plan.config.allowed_failures(count),
         strict=plan.config.strict,
-        too_small=_too_small(store) if isinstance(store, Store) else (),
+        too_small=outcome.too_small,
         stopped=stopped,
-        complete=store is not None and stopped is None,
+        complete=complete,
         dry_run=dry_run,
         lost=plan.listing.lost,
-        facts=plan.facts(),
+        plan=plan.summary,
     )
-
-
-def _too_small(store: Store) -> tuple[str, ...]:
-    """Levels whose values are all below float16's normal numbers in a few images, the first and others at a distance.
-
-    The scale of a level is the network's, so that a few images tell. NaN counts as large: it is told elsewhere.
-    """
-    if store.config.get("dtype") != "float16":
-        return ()
-    done = np.flatnonzero(store.status == DONE)
-    looked_at = [store[i] for i in done[:: len(done) // IMAGES_LOOKED_AT + 1].tolist()]
-    return tuple(
-        level
-        for level in store.levels
-        if looked_at and all(np.abs(item[level]).max(initial=0) < LEAST_NORMAL for item in looked_at)
-    )
-
-
-def _provenance(plan: Plan) -> dict[str, Any]:
-    facts = plan.facts()
-    return {
-        "versions": {
-            "fpnx": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "pillow": PIL.__version__,
-            "h5py": h5py.__version__,
-        },
-        "options": plan.config.repeatable(),
-        "command": [shown(argument) for argument in sys.argv[:64]],
-        "weights": facts["weights"],
-        "recipe": str(plan.recipe),
-        "device": ", ".join(map(_device_name, plan.devices)),
-        "precision": plan.precision,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def _device_name(device: torch.device) -> str:

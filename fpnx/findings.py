@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fpnx.costs import Cost
-from fpnx.planning import LevelShape
+from fpnx.plan_summary import LevelShape
 from fpnx.specimens import AFTER, BEFORE, DECODE, RESIZE, WRITE
 from fpnx.stopwatch import Spread, spread
 

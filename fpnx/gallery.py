@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,9 +15,11 @@ from fpnx.figures import draw, mode_in_words, rendered
 from fpnx.images import Listing, decode
 from fpnx.panels import colour_table
 from fpnx.places import Places, save_png
+from fpnx.planning import Plan
+from fpnx.provenance import Provenance
 from fpnx.scenes import Photo, Scene, about_model
+from fpnx.sink import Outcome
 from fpnx.store import DONE, FAILED, PENDING, valid_extent
-from fpnx.writer import Layout
 
 __all__ = ["Gallery", "check_gallery"]
 
@@ -30,18 +31,15 @@ class Gallery:
         status: by image, as in a store.
     """
 
-    def __init__(
-        self, folder: Path, layout: Layout, config: ExtractConfig, listing: Listing, provenance: Mapping[str, Any]
-    ) -> None:
-        self._layout, self._config = layout, config
-        self._sources = listing.sources
-        self._about = about_model(str(layout.config["backbone"]), layout.levels, provenance)
-        self._places = _places(folder, listing)
-        self._errors = dict(layout.errors)
-        self._nonfinite = dict.fromkeys(layout.levels, 0)
+    def __init__(self, plan: Plan, provenance: Provenance) -> None:
+        self._layout, self._config, self._sources = plan.layout, plan.config, plan.listing.sources
+        self._about = about_model(plan.model.backbone, plan.layout.levels, provenance.weights)
+        self._places = _places(plan.output, plan.listing)
+        self._errors = dict(plan.layout.errors)
+        self._nonfinite = dict.fromkeys(plan.layout.levels, 0)
         self.status = np.full(len(self._sources), PENDING, np.uint8)
         self.status[list(self._errors)] = FAILED
-        if config.resume:
+        if plan.config.resume:
             there = [i for i in range(len(self._sources)) if self._places[self._name(i)].is_file()]
             self.status[there] = DONE
 
@@ -85,16 +83,17 @@ class Gallery:
     def close(self) -> None:
         """Nothing to do."""
 
-    def failures(self) -> list[tuple[str, str]]:
-        """(path, reason) of every image without a picture."""
-        return [(self._name(index), self._errors[index]) for index in np.flatnonzero(self.status == FAILED).tolist()]
-
-    def nonfinite_by_level(self) -> dict[str, int]:
-        """How many values of the images that this run drew are NaN or infinite, by level."""
-        return dict(self._nonfinite)
+    def outcome(self) -> Outcome:
+        """What was drawn; NaN and infinite values are those of the images that this run drew."""
+        failed = np.flatnonzero(self.status == FAILED).tolist()
+        return Outcome(
+            done=int((self.status == DONE).sum()),
+            failed=tuple((self._name(index), self._errors[index]) for index in failed),
+            nonfinite=dict(self._nonfinite),
+        )
 
     def _scene(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> Scene:
-        layout, size = self._layout, tuple(self._layout.sizes[index].tolist())
+        layout, size = self._layout, tuple(self._layout.input_sizes[index].tolist())
         pooled = self._config.pool != "none"
 
         def read(level: str) -> np.ndarray:

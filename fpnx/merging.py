@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from fpnx.errors import FpnxError, Interrupted, StoreError, shown
 from fpnx.hdf5 import open_hdf5
 from fpnx.image_list import ImageList, ImageRecord
 from fpnx.outputs import check_output, real_output
+from fpnx.provenance import Provenance
 from fpnx.sets import ShardSet, open_shards
 from fpnx.store import DONE, FAILED, Store
+from fpnx.values import format_size
 from fpnx.writer import Layout, Place, make_file, part_of
 
 __all__ = ["Merged", "merge"]
@@ -115,12 +117,12 @@ def _layout(store: ShardSet) -> Layout:
         strides={level: int(held.attrs["stride"]) for levels in datasets.values() for level, held in levels.items()},
         dtype=str(store.config["dtype"]),
         config=store.config,
-        sizes=store.input_sizes,
-        groups=store.groups,
+        input_sizes=store.input_sizes,
+        padded_sizes=store.padded_sizes,
         rows=store.rows,
         shapes={  # in the order of their first images, as in a whole run
             size: {level: (held.shape[1], held.shape[2], held.shape[3]) for level, held in datasets[size].items()}
-            for size in dict.fromkeys(filter(None, store.groups))
+            for size in dict.fromkeys(filter(None, store.padded_sizes))
         },
     )
     why = "their fingerprint is not that of their config" if layout.fingerprint != store.fingerprint else ""
@@ -158,13 +160,17 @@ def _copy(fresh: Path, disk: OpenFile, store: ShardSet, stop: Stop, listener: Li
         images, pyramids = file["images"], file["pyramids"]
         tables = {name: Place.of(images[name]) for name in ("source_size", "error", "status")}
         tables["nonfinite"] = Place.of(file["stats/nonfinite"])
-        places = {(size, level): Place.of(pyramids[size][level]) for size in store.sizes for level in store.levels}
+        places = {
+            (size, level): Place.of(pyramids[format_size(size)][level])
+            for size in store.sizes
+            for level in store.levels
+        }
     starts = dict.fromkeys(store.sizes, 0)
     written, told, total = 0, 0, _megabytes(sum(place.bytes for place in places.values()))
     for shard in store.each():
         assert shard.cut is not None
         tables["error"].write(disk, shard.cut.first, _read(shard, "images/error", shard.errors))
-        for size, rows in Counter(filter(None, shard.groups)).items():
+        for size, rows in Counter(filter(None, shard.padded_sizes)).items():
             for level in store.levels:
                 place, row = places[size, level], starts[size]
                 for block in _blocks(shard, size, level, (rows, *place.shape[1:])):
@@ -183,7 +189,7 @@ def _copy(fresh: Path, disk: OpenFile, store: ShardSet, stop: Stop, listener: Li
     disk.sync()
 
 
-def _blocks(shard: Store, size: str, level: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+def _blocks(shard: Store, size: tuple[int, int], level: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """All rows of a dataset in order, a bounded number at a time."""
     dataset = shard.dataset(size, level)
     if dataset.shape != shape:
@@ -210,15 +216,15 @@ def _heed(stop: Stop) -> None:
         raise Interrupted("interrupted: nothing was merged, and the shards are as they were", stop.signum)
 
 
-def _provenance(store: ShardSet) -> dict[str, Any]:
+def _provenance(store: ShardSet) -> Provenance:
     """That of the first shard, and what was merged."""
-    return {
-        **store.provenance,
-        "merged": {
+    return replace(
+        store.provenance,
+        merged={
             "fpnx": __version__,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "list": store.list,
             "shards": [shown(os.path.basename(shard.path)) for shard in store.shards],
-            "devices": sorted({str(shard.provenance["device"]) for shard in store.shards}),
+            "devices": sorted({shard.provenance.device for shard in store.shards}),
         },
-    }
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fpnx.checkpoints import write_checkpoint
 from fpnx.config import ExtractConfig, InputConfig, ModelConfig
 from fpnx.errors import FpnxError, shown
 from fpnx.images import as_rgb
+from fpnx.provenance import ModelPart
 from fpnx.pyramid import SEED_SCHEME, FeaturePyramid
 from fpnx.values import UNSTRIDED_LEVELS, level_number, ordered_levels
 from fpnx.weights import HeldPyramid, Weights, given_weights, resolve_weights
@@ -96,12 +97,12 @@ class PyramidModel(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What of this model changes numbers, as plain values for the fingerprint."""
-        seeded = any(part.trained is False and part.source.startswith("random") for part in self._parts().values())
+        seeds = [part.seed for part in self._parts() if part.seed is not None]
         return {
             "backbone": self.backbone,
             "weights": self.weights.sha256 or "random",
-            "seed": _seed_of(self._parts()) if seeded else None,
-            "seed_scheme": SEED_SCHEME if seeded else None,
+            "seed": seeds[0] if seeds else None,
+            "seed_scheme": SEED_SCHEME if seeds else None,
             "levels": list(self.levels),
             "channels": self.fpn.channels,
             "first_level": self.fpn.levels[0],
@@ -111,11 +112,10 @@ class PyramidModel(nn.Module):
             "stride_in_1x1": self.weights.stride_in_1x1,
         }
 
-    def _parts(self) -> dict[str, Any]:
-        wanted = {"body": self.weights.body}
-        if set(self.levels) & set(self.fpn.levels):
-            wanted["fpn"] = self.weights.fpn
-        return wanted
+    def _parts(self) -> list[ModelPart]:
+        """The parts that `levels` depend on."""
+        pyramid = [self.weights.fpn] if set(self.levels) & set(self.fpn.levels) else []
+        return [self.weights.body, *pyramid]
 
     def _needed_taps(self) -> list[str]:
         pyramid = set(self.levels) & set(self.fpn.levels)
@@ -372,10 +372,6 @@ def _fill(model: PyramidModel, weights: Weights) -> None:
             f"{shown(weights.name)} does not fit {model.backbone}: {'; '.join(told)}: take matching weights"
         )
     model.load_state_dict(given, strict=False)
-
-
-def _seed_of(parts: Mapping[str, Any]) -> int:
-    return next(int(p.source.rsplit(" ", 1)[1]) for p in parts.values() if p.source.startswith("random, seed "))
 
 
 def _up_to(graph: fx.Graph, tap: str) -> fx.Graph:

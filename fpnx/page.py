@@ -145,7 +145,7 @@ def _photo(scene: Scene) -> str:
 def _file(store: Store, name: str, levels: Sequence[str], facts: dict[str, Digest]) -> dict[str, Any]:
     return {
         "name": shown(name),
-        "about": about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance),
+        "about": about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights),
         "levels": {
             level: {
                 "stride": store.stride(level),

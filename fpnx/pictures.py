@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 
 from fpnx._version import __version__
-from fpnx.config import VisualizeConfig
+from fpnx.config import ExtractConfig, VisualizeConfig
 from fpnx.control import Listener, Stop, stoppable
 from fpnx.errors import FpnxError, Interrupted, NotDoneError, shown
 from fpnx.figures import chosen_levels, draw, mode_in_words, rendered
@@ -22,15 +22,13 @@ from fpnx.images import find, pillow_within_limits
 from fpnx.page import Page, write_page
 from fpnx.panels import colour_table
 from fpnx.places import Places, save_png
+from fpnx.plan_summary import PlanSummary
 from fpnx.remote import connections
 from fpnx.scales import Scales, measure
 from fpnx.scenes import Scene, about_model, find_photo, scene_of
 from fpnx.selection import select
 from fpnx.sets import open_pyramids
 from fpnx.store import FAILED, Item, Store
-
-if TYPE_CHECKING:
-    from fpnx.planning import Plan
 
 __all__ = ["Pictures", "visualize"]
 
@@ -276,7 +274,7 @@ def _full_path(item: Item) -> str:
 
 
 def _model_of(store: Store) -> str:
-    return about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance)
+    return about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights)
 
 
 def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
@@ -302,7 +300,8 @@ def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
 
 def _extracted(paths: Sequence[str], folder: Path, config: VisualizeConfig, listener: Listener) -> list[str]:
     """Files of features, one for each backbone."""
-    from fpnx.extraction import extract  # torch: only here
+    from fpnx.extraction import run_extraction  # torch: only here
+    from fpnx.uploads import goal_of
 
     names = config.backbone or (None,)
     twice = next((name for name in names if list(names).count(name) > 1), None)
@@ -315,7 +314,8 @@ def _extracted(paths: Sequence[str], folder: Path, config: VisualizeConfig, list
         target = folder / f"{number}.h5"
         listener.message(f"extracting with {name}" if name else "extracting")
         hears = _Progress(listener, config)
-        extract(paths, target, backbone=name, limit=config.limit, offline=config.offline, listener=hears, **options)
+        wanted = ExtractConfig(backbone=name, limit=config.limit, offline=config.offline, **options)
+        run_extraction(paths, goal_of(target, wanted), wanted, listener=hears)
         files.append(str(target))
     return files
 
@@ -328,8 +328,8 @@ class _Progress(Listener):
         self.progress, self.message = listener.progress, listener.message  # type: ignore[method-assign]
         self.stopping = listener.stopping  # type: ignore[method-assign]
 
-    def planned(self, plan: Plan) -> None:
-        self._config.check_channels({shape.level: shape.channels for shape in plan.shapes})
+    def planned(self, plan: PlanSummary) -> None:
+        self._config.check_channels({shape.level: shape.channels for shape in plan.levels})
 
 
 def _folder(paths: Sequence[str]) -> Path:

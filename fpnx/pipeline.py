@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +23,8 @@ from fpnx.fitting import Fitting
 from fpnx.images import Budget, decode
 from fpnx.machine import give_back_freed_memory, keep_freed_memory
 from fpnx.planning import Plan
+from fpnx.sink import Sink
 from fpnx.store import DONE
-from fpnx.values import parse_extent
-from fpnx.writer import Writer
-
-if TYPE_CHECKING:
-    from fpnx.gallery import Gallery
 
 __all__ = ["STAGES", "Clock", "compute"]
 
@@ -81,13 +77,13 @@ class Clock:
         return time.perf_counter() - self._commit
 
 
-def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, listener: Listener) -> str | None:
+def compute(plan: Plan, sink: Sink, clock: Clock, stop: Stop, listener: Listener) -> str | None:
     """Decode, forward and write, overlapped; returns why it stopped early, or None.
 
     Threads: `plan.workers` that decode, ahead of need by a batch for each lane and one more; lanes that compute,
     see `lanes_for`; one that writes. The calling thread hears of what was done, and of signals.
     """
-    pending = np.flatnonzero((writer.status != DONE) & (plan.layout.rows >= 0)).tolist()
+    pending = np.flatnonzero((sink.status != DONE) & (plan.layout.rows >= 0)).tolist()
     total = len(plan.listing.sources)
     finished = total - len(pending)
     listener.progress("images", finished, total)
@@ -103,7 +99,7 @@ def compute(plan: Plan, writer: Writer | Gallery, clock: Clock, stop: Stop, list
     threads_before = torch.get_num_threads()
     with (
         arithmetic(plan.device, plan.precision),
-        _Scribe(plan, writer, clock) as scribe,
+        _Scribe(plan, sink, clock) as scribe,
         _Feed(plan, pending, count, clock) as feed,
     ):
         engines = [plan.equipment.engine(plan.recipe, plan.config, device) for device in plan.devices]
@@ -239,7 +235,7 @@ class _Feed:
                 picture = decode(plan.listing.sources[index], plan.config.max_pixels, claim)
             source = (picture.height, picture.width)
             size = plan.recipe.input_size(source, plan.config.max_pixels)
-            if size != tuple(plan.layout.sizes[index].tolist()):
+            if size != tuple(plan.layout.input_sizes[index].tolist()):
                 raise ImageError("its header and its pixels disagree about the size")
             with self._clock("resize"):
                 return _Loaded(plan.recipe.resize(picture, size), source)
@@ -276,10 +272,9 @@ class _Lane(threading.Thread):
         good = [(i, image) for i, image in zip(batch, loaded, strict=True) if isinstance(image, _Loaded)]
         if not good:
             return
-        group, batches = self._plan.layout.groups[batch[0]], self._feed.batches
-        if batches.counts[group] >= WORTH_PREPARING:
-            size = parse_extent(group)
-            assert size is not None
+        size, batches = self._plan.layout.padded_sizes[batch[0]], self._feed.batches
+        assert size is not None
+        if batches.counts[size] >= WORTH_PREPARING:
             self._engine.prepare(size)
         started = time.perf_counter()
         for piece, features in self._clock.over("forward", self._fitting([image.pixels for _, image in good])):
@@ -287,11 +282,11 @@ class _Lane(threading.Thread):
             if features is not None:
                 sizes = np.array([image.source_size for _, image in good[piece]], np.int32)
                 self._writes.append(self._scribe.put(indices, features, sizes))
-                if batches.trying(group):
+                if batches.trying(size):
                     features.ready()
             for index, reason in _failures(indices, features, self._plan.config.strict).items():
                 self._fail(index, reason)
-        batches.took(group, len(good), time.perf_counter() - started)
+        batches.took(size, len(good), time.perf_counter() - started)
 
     def _fail(self, index: int, reason: str) -> None:
         self._writes.append(self._scribe.fail(index, reason))
@@ -301,8 +296,8 @@ class _Lane(threading.Thread):
 class _Scribe:
     """The one thread that writes, and commits when it is time to."""
 
-    def __init__(self, plan: Plan, writer: Writer | Gallery, clock: Clock) -> None:
-        self._writer, self._clock, self._every = writer, clock, plan.config.commit_every
+    def __init__(self, plan: Plan, sink: Sink, clock: Clock) -> None:
+        self._sink, self._clock, self._every = sink, clock, plan.config.commit_every
         self._thread = ThreadPoolExecutor(1, "fpnx-scribe")
 
     def __enter__(self) -> _Scribe:
@@ -319,19 +314,19 @@ class _Scribe:
         return self._thread.submit(self._put, indices, features, sizes)
 
     def fail(self, index: int, reason: str) -> Future[None]:
-        return self._thread.submit(self._timed, lambda: self._writer.fail(index, reason))
+        return self._thread.submit(self._timed, lambda: self._sink.fail(index, reason))
 
     def _put(self, indices: Sequence[int], features: Features, sizes: np.ndarray) -> None:
         with self._clock("forward"):
             features.ready()
-        self._timed(lambda: self._writer.put(indices, features.arrays, sizes, features.nonfinite))
+        self._timed(lambda: self._sink.put(indices, features.arrays, sizes, features.nonfinite))
         features.give_back()
 
     def _timed(self, work: Callable[[], None]) -> None:
         with self._clock("write"):
             work()
             if self._clock.since_commit() >= self._every:
-                self._writer.commit()
+                self._sink.commit()
                 self._clock.committed()
 
 

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,16 @@ from fpnx.errors import FpnxError, ImageError
 from fpnx.images import Listing, Source, upright_size
 from fpnx.machine import usable_cpus
 from fpnx.model import PyramidModel
+from fpnx.plan_summary import LevelShape, PlanSummary
 from fpnx.recipes import Recipe
 from fpnx.store import DONE, open_store
 from fpnx.urls import is_url
-from fpnx.values import parse_extent
+from fpnx.values import parse_pool
 from fpnx.writer import Layout, part_of, refuse_other_run
 
-__all__ = ["LevelShape", "Plan", "decoders_for", "identity_of", "make_plan"]
+__all__ = ["Plan", "decoders_for", "identity_of", "make_plan"]
 
 DECODERS = 16  # threads at most, unless more are asked for
-
-
-@dataclass(frozen=True)
-class LevelShape:
-    """One level at one network-input size, as it is stored."""
-
-    input_size: str
-    images: int
-    level: str
-    stride: int
-    channels: int
-    height: int
-    width: int
-    bytes_per_image: int
 
 
 @dataclass(frozen=True)
@@ -68,56 +55,46 @@ class Plan:
     destination: str | None = None  # the store's address that the output is sent to
 
     @property
-    def shapes(self) -> list[LevelShape]:
+    def shapes(self) -> tuple[LevelShape, ...]:
         """Every level at every network-input size."""
         item, counts = np.dtype(self.layout.dtype).itemsize, self.layout.counts()
-        return [
-            LevelShape(group, counts[group], level, self.layout.strides[level], c, h, w, c * h * w * item)
-            for group, levels in self.layout.shapes.items()
+        return tuple(
+            LevelShape(size, counts[size], level, self.layout.strides[level], c, h, w, c * h * w * item)
+            for size, levels in self.layout.shapes.items()
             for level, (c, h, w) in levels.items()
-        ]
+        )
 
     @property
     def device(self) -> torch.device:
         """The device that computes; the first of them, where there are several of one kind."""
         return self.devices[0]
 
-    def facts(self) -> dict[str, Any]:
-        """All of this as plain values."""
-        weights = self.model.weights
-        return {
-            "output": self.destination or str(self.output),
-            "scratch": str(self.output.parent) if self.destination else None,
-            "images": len(self.listing.sources),
-            "skipped": self.listing.skipped,
-            "shard": None if self.listing.cut is None else self.listing.cut.to_json(),
-            "done_before": self.done_before,
-            "root": os.fsdecode(self.listing.root),
-            "backbone": self.model.backbone,
-            "weights": {
-                "name": weights.name,
-                "file": weights.file,
-                "sha256": weights.sha256,
-                "layout": weights.framework,
-                "heads_ignored": weights.ignored,
-                "settled": {
-                    fact: {"value": list(value) if isinstance(value, tuple) else value, "by": who}
-                    for fact, (value, who) in weights.settled.items()
-                },
-                "note": weights.note,
-                "backbone": asdict(weights.body),
-                "pyramid": asdict(weights.fpn),
-            },
-            "recipe": {"text": str(self.recipe), **self.recipe.to_json()},
-            "levels": [asdict(shape) for shape in self.shapes],
-            "dtype": self.config.dtype,
-            "pool": self.config.pool,
-            "device": ",".join(map(str, self.devices)),
-            "precision": self.precision,
-            "bytes_needed": self.layout.total_bytes(),
-            "bytes_free": self.bytes_free,
-            "fingerprint": self.layout.fingerprint,
-        }
+    @property
+    def summary(self) -> PlanSummary:
+        """All of this in plain values."""
+        return PlanSummary(
+            config=self.config,
+            output=self.destination or str(self.output),
+            scratch=str(self.output.parent) if self.destination else None,
+            images=len(self.listing.sources),
+            skipped=self.listing.skipped,
+            shard=self.listing.cut,
+            done_before=self.done_before,
+            root=os.fsdecode(self.listing.root),
+            backbone=self.model.backbone,
+            weights=self.model.weights.info,
+            level_names=self.model.levels,
+            levels=self.shapes,
+            recipe=self.recipe.to_json(),
+            recipe_text=str(self.recipe),
+            devices=tuple(map(str, self.devices)),
+            precision=self.precision,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            bytes_needed=self.layout.total_bytes(),
+            bytes_free=self.bytes_free,
+            fingerprint=self.layout.fingerprint,
+        )
 
 
 def make_plan(
@@ -153,25 +130,25 @@ def make_plan(
     if before is not None:
         with open_store(before) as store:
             refuse_other_run(store, identity, listing.records)
-            sizes, groups, rows = store.input_sizes, store.groups, store.rows
+            sizes, padded, rows = store.input_sizes, store.padded_sizes, store.rows
             errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
             done_before = int((store.status == DONE).sum())
     elif handed_out and recipe.sizing != "stretch":
         count = len(listing.sources)
         sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
-        groups, rows = [""] * count, np.full(count, -1, np.int64)
+        padded, rows = [None] * count, np.full(count, -1, np.int64)
     else:
         sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, listener)
-        groups, rows = _group(model, recipe, sizes, errors)
-    shapes = {name: _stored_shapes(model, name, config.pool) for name in dict.fromkeys(groups) if name}
+        padded, rows = _padded_sizes(model, recipe, sizes, errors)
+    shapes = {size: _stored_shapes(model, size, config.pool) for size in dict.fromkeys(padded) if size is not None}
     layout = Layout(
         images=listing.records,
         levels=model.levels,
         strides={level: model.stride(level) for level in model.levels},
         dtype=config.dtype,
         config=identity,
-        sizes=sizes,
-        groups=groups,
+        input_sizes=sizes,
+        padded_sizes=padded,
         rows=rows,
         shapes=shapes,
         errors=errors,
@@ -264,37 +241,32 @@ def _input_sizes(
     return sizes, errors
 
 
-def _group(
+def _padded_sizes(
     model: PyramidModel, recipe: Recipe, sizes: np.ndarray, errors: dict[int, str]
-) -> tuple[list[str], np.ndarray]:
-    """The group name and row of every image; adds to `errors` the sizes that the backbone cannot take."""
-    groups, rows = [], np.full(len(sizes), -1, np.int64)
-    members: dict[str, int] = {}
+) -> tuple[list[tuple[int, int] | None], np.ndarray]:
+    """The padded size and row of every image; adds to `errors` the sizes that the backbone cannot take."""
+    found: list[tuple[int, int] | None] = []
+    rows = np.full(len(sizes), -1, np.int64)
+    members: dict[tuple[int, int], int] = {}
     for i, size in enumerate(sizes.tolist()):
-        name = ""
-        if i not in errors:
-            padded = recipe.padded((size[0], size[1]))
+        padded = recipe.padded((size[0], size[1])) if i not in errors else None
+        if padded is not None:
             try:
                 model.shapes(padded)
-                name = f"{padded[0]}x{padded[1]}"
+                rows[i] = members[padded] = members.get(padded, -1) + 1
             except FpnxError as error:
                 if recipe.fixed_size is not None:
                     raise
-                errors[i] = str(error)
-        if name:
-            rows[i] = members[name] = members.get(name, -1) + 1
-        groups.append(name)
-    return groups, rows
+                errors[i], padded = str(error), None
+        found.append(padded)
+    return found, rows
 
 
-def _stored_shapes(model: PyramidModel, group: str, pool: str) -> dict[str, tuple[int, int, int]]:
-    size = parse_extent(group)
-    assert size is not None
-    shapes = model.shapes(size)
-    if pool == "none":
+def _stored_shapes(model: PyramidModel, size: tuple[int, int], pool: str) -> dict[str, tuple[int, int, int]]:
+    shapes, pooled = model.shapes(size), parse_pool(pool)
+    if pooled is None:
         return shapes
-    height, width = parse_extent(pool) or (1, 1)
-    return {level: (shape[0], height, width) for level, shape in shapes.items()}
+    return {level: (shape[0], *pooled) for level, shape in shapes.items()}
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence[Any], depth: int) -> Iterator[Any]:

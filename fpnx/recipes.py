@@ -13,7 +13,6 @@ from PIL import Image
 
 from fpnx.config import InputConfig
 from fpnx.errors import FpnxError, ImageError
-from fpnx.values import parse_extent
 
 __all__ = ["Recipe"]
 
@@ -65,10 +64,9 @@ class Recipe:
             )
         if config.size == "native":
             return replace(self, sizing="native", height=None, width=None, short_side=None, long_side=None)
-        extent = parse_extent(str(config.size))
-        if extent is None:
+        if not isinstance(config.size, tuple):
             return self
-        height, width = extent
+        height, width = config.size
         return replace(self, sizing="stretch", height=height, width=width, short_side=None, long_side=None)
 
     @property

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,12 +17,13 @@ from rich.text import Text
 
 from fpnx.control import Listener
 from fpnx.errors import counted, in_bytes, shown
+from fpnx.plan_summary import LevelShape, PlanSummary
 
 if TYPE_CHECKING:
     from fpnx.extraction import Result
     from fpnx.merging import Merged
     from fpnx.pictures import Pictures
-    from fpnx.planning import Plan
+    from fpnx.provenance import WeightsInfo
     from fpnx.store import Store
     from fpnx.verification import Verification
 
@@ -64,7 +65,7 @@ class Terminal(Listener):
     def standing(self, text: str) -> None:
         self._note = text
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, plan: PlanSummary) -> None:
         self.close()
         if not self._json:
             _show_plan(plan)
@@ -194,10 +195,9 @@ def show_merged(result: Merged) -> None:
 
 def show_info(store: Store) -> None:
     """What a file holds, and a snippet that reads it."""
-    console = _stdout()
+    console, origin = _stdout(), store.provenance
     facts = store_facts(store)
     counts = facts["images"]
-    weights = facts["provenance"]["weights"]
     _facts(
         console,
         ("file", f"{shown(store.path)}{'' if store.complete else ' (unfinished)'}"),
@@ -205,16 +205,16 @@ def show_info(store: Store) -> None:
         *([("shard", str(store.cut))] if store.cut else []),
         *([("shards", str(facts["shards"]))] if facts["shards"] else []),
         ("root", shown(store.root)),
-        ("backbone", f"{facts['config']['backbone']}, {_part(weights['backbone'])}"),
-        ("pyramid", f"{', '.join(store.levels)}, {_part(weights['pyramid'])}"),
-        *_checkpoint(weights),
-        ("recipe", facts["provenance"]["recipe"]),
-        ("stored as", f"{facts['config']['dtype']}, pool {facts['config']['pool']}"),
-        ("computed in", f"{facts['provenance']['precision']} on {facts['provenance']['device']}"),
-        ("made by", ", ".join(f"{k} {v}" for k, v in facts["provenance"]["versions"].items())),
-        ("started", facts["provenance"]["time"]),
+        ("backbone", f"{store.config['backbone']}, {origin.weights.body}"),
+        ("pyramid", f"{', '.join(store.levels)}, {origin.weights.pyramid}"),
+        *_checkpoint(origin.weights),
+        ("recipe", origin.recipe),
+        ("stored as", f"{store.config['dtype']}, pool {store.config['pool']}"),
+        ("computed in", f"{origin.precision} on {origin.device}"),
+        ("made by", ", ".join(f"{k} {v}" for k, v in origin.versions.items())),
+        ("started", origin.time),
     )
-    _show_levels(console, facts["levels"])
+    _show_levels(console, level_shapes(store))
     _show_failures(console, store.failures())
     bad = {level: count for level, count in store.nonfinite_by_level().items() if count}
     if bad:
@@ -246,26 +246,22 @@ def show_verification(found: Verification) -> None:
         console.print("verified: whole, finite as counted; values not compared (--against IMAGES does)")
 
 
-def store_facts(store: Store) -> dict[str, Any]:
-    """What `show_info` shows, as plain values."""
-    states = {name: int((store.status == value).sum()) for value, name in enumerate(("pending", "done", "failed"))}
-    levels = []
+def level_shapes(store: Store) -> list[LevelShape]:
+    """Every level of a store at every network-input size."""
+    shapes = []
     for size in store.sizes:
         for level in store.levels:
             dataset = store.dataset(size, level)
             count, channels, height, width = dataset.shape
-            levels.append(
-                {
-                    "input_size": size,
-                    "images": count,
-                    "level": level,
-                    "stride": int(dataset.attrs["stride"]),
-                    "channels": channels,
-                    "height": height,
-                    "width": width,
-                    "bytes_per_image": channels * height * width * dataset.dtype.itemsize,
-                }
-            )
+            bytes_per_image = channels * height * width * dataset.dtype.itemsize
+            stride = int(dataset.attrs["stride"])
+            shapes.append(LevelShape(size, count, level, stride, channels, height, width, bytes_per_image))
+    return shapes
+
+
+def store_facts(store: Store) -> dict[str, Any]:
+    """What `show_info` shows, as plain values."""
+    states = {name: int((store.status == value).sum()) for value, name in enumerate(("pending", "done", "failed"))}
     return {
         "file": store.path,
         "complete": store.complete,
@@ -273,11 +269,11 @@ def store_facts(store: Store) -> dict[str, Any]:
         "shard": store.cut.to_json() if store.cut else None,
         "shards": len(store.shards),
         "root": store.root,
-        "levels": levels,
+        "levels": [shape.to_json() for shape in level_shapes(store)],
         "failed": [{"path": path, "reason": reason} for path, reason in store.failures()],
         "config": store.config,
         "fingerprint": store.fingerprint,
-        "provenance": store.provenance,
+        "provenance": store.provenance.to_json(),
     }
 
 
@@ -305,83 +301,79 @@ def reading_snippet(store: Store) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _show_plan(plan: Plan) -> None:
-    console = _stdout()
-    facts = plan.facts()
-    weights, config = facts["weights"], plan.config
-    passed = f", {counted(facts['skipped'], 'other file')} passed over" if facts["skipped"] else ""
-    before = f", {facts['done_before']} done before" if facts["done_before"] else ""
-    pyramid = not all(level.startswith("C") for level in plan.model.levels)
+def _show_plan(plan: PlanSummary) -> None:
+    console, config, weights = _stdout(), plan.config, plan.weights
+    passed = f", {counted(plan.skipped, 'other file')} passed over" if plan.skipped else ""
+    before = f", {plan.done_before} done before" if plan.done_before else ""
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
     engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
-    needed = f"{in_bytes(facts['bytes_needed'])} needed, " if plan.layout.shapes else ""  # workers look at sizes
+    pyramid = f"{', '.join(plan.level_names)}, {weights.pyramid}" if plan.has_pyramid else "none asked for"
     rows = [
-        ("images", f"{facts['images']} in {shown(facts['root'])}{passed}{before}"),
-        *([("shard", str(plan.listing.cut))] if plan.listing.cut else []),
-        ("backbone", f"{facts['backbone']}, {_part(weights['backbone'])}"),
-        (
-            "pyramid",
-            f"{', '.join(plan.model.levels)}, {_part(weights['pyramid'])}" if pyramid else "none asked for",
-        ),
+        ("images", f"{plan.images} in {shown(plan.root)}{passed}{before}"),
+        *([("shard", str(plan.shard))] if plan.shard else []),
+        ("backbone", f"{plan.backbone}, {weights.body}"),
+        ("pyramid", pyramid),
         *_checkpoint(weights),
-        ("recipe", facts["recipe"]["text"]),
+        ("recipe", plan.recipe_text),
         *([("engine", engine)] if config.engine != "local" else []),
-        ("device", f"{facts['device']}, {facts['precision']}, {batch}"),
-        ("output", f"{shown(plan.output)}, a picture an image, {config.mode}")
-        if config.format == "png"
-        else (
-            "output",
-            f"{shown(facts['output'])}, {config.dtype}{'' if config.pool == 'none' else f', pool {config.pool}'}, "
-            f"{needed}{'free space unknown' if plan.bytes_free is None else f'{in_bytes(plan.bytes_free)} free'}",
-        ),
-        *([("scratch", f"{shown(facts['scratch'])}: worked on there, then sent whole")] if plan.destination else []),
+        ("device", f"{','.join(plan.devices)}, {plan.precision}, {batch}"),
+        ("output", _output_line(plan)),
+        *([("scratch", f"{shown(plan.scratch)}: worked on there, then sent whole")] if plan.scratch else []),
     ]
     _facts(console, *rows)
-    if pyramid and weights["pyramid"]["trained"] is False:
+    if plan.has_pyramid and weights.pyramid.trained is False:
         console.print(f"note: {UNTRAINED}", soft_wrap=True)
-    if facts["bytes_needed"] > LARGE and config.format != "png":
+    if plan.bytes_needed > LARGE and config.format != "png":
         console.print(_smaller_ways(plan), soft_wrap=True)
-    _show_levels(console, facts["levels"])
+    _show_levels(console, plan.levels)
 
 
-def _smaller_ways(plan: Plan) -> str:
-    features, counts = plan.layout.feature_bytes(), plan.layout.counts()
+def _output_line(plan: PlanSummary) -> str:
+    """What is made, in which form, and whether there is room for it."""
+    config = plan.config
+    if config.format == "png":
+        return f"{shown(plan.output)}, a picture an image, {config.mode}"
+    pool = "" if config.pool == "none" else f", pool {config.pool}"
+    needed = f"{in_bytes(plan.bytes_needed)} needed, " if plan.levels else ""  # else workers look at sizes
+    free = "free space unknown" if plan.bytes_free is None else f"{in_bytes(plan.bytes_free)} free"
+    return f"{shown(plan.output)}, {config.dtype}{pool}, {needed}{free}"
+
+
+def _smaller_ways(plan: PlanSummary) -> str:
     item = 2 if plan.config.dtype == "float16" else 4
-    channels = {level: shape[0] for shapes in plan.layout.shapes.values() for level, shape in shapes.items()}
-    pooled = sum(counts.values()) * sum(channels.values()) * item
-    half = features // 2 if item == 4 else features
+    pooled = sum(shape.images * shape.channels for shape in plan.levels) * item
+    half = plan.feature_bytes // 2 if item == 4 else plan.feature_bytes
     return (
         f"smaller: --dtype float16 {in_bytes(half)}, --pool 7x7 {in_bytes(49 * pooled)}, --pool avg {in_bytes(pooled)}"
     )
 
 
-def _show_levels(console: Console, levels: Iterable[Mapping[str, Any]]) -> None:
-    rows = list(levels)
-    sizes = list(dict.fromkeys(row["input_size"] for row in rows))
-    by_count = sorted(sizes, key=lambda size: -next(r["images"] for r in rows if r["input_size"] == size))
+def _show_levels(console: Console, levels: Sequence[LevelShape]) -> None:
+    images = {shape.input_size: shape.images for shape in levels}
+    by_count = sorted(images, key=lambda size: -images[size])
     chosen = set(by_count[:SIZES_SHOWN])
     table = Table(box=None, pad_edge=False)
     columns = ["level", "stride", "channels", "height × width", "MB per image"]
-    if len(sizes) > 1:
+    if len(images) > 1:
         columns = ["input", "images", *columns]
     for name in columns:
         table.add_column(name, justify="left" if name in ("level", "input") else "right")
-    for row in rows:
-        if row["input_size"] not in chosen:
+    for shape in levels:
+        if shape.input_size not in chosen:
             continue
         cells = [
-            row["level"],
-            str(row["stride"]),
-            str(row["channels"]),
-            f"{row['height']} × {row['width']}",
-            f"{row['bytes_per_image'] / 1e6:.{3 if row['bytes_per_image'] >= 1000 else 6}f}",
+            shape.level,
+            str(shape.stride),
+            str(shape.channels),
+            f"{shape.height} × {shape.width}",
+            f"{shape.bytes_per_image / 1e6:.{3 if shape.bytes_per_image >= 1000 else 6}f}",
         ]
-        if len(sizes) > 1:
-            cells = [row["input_size"].replace("x", "×"), str(row["images"]), *cells]
+        if len(images) > 1:
+            cells = [f"{shape.input_size[0]}×{shape.input_size[1]}", str(shape.images), *cells]
         table.add_row(*cells)
     console.print(table)
-    if len(sizes) > SIZES_SHOWN:
-        console.print(f"and {counted(len(sizes) - SIZES_SHOWN, 'other input size')}")
+    if len(images) > SIZES_SHOWN:
+        console.print(f"and {counted(len(images) - SIZES_SHOWN, 'other input size')}")
 
 
 def _show_failures(console: Console, failures: Iterable[tuple[str, str]]) -> None:
@@ -402,23 +394,17 @@ def _facts(console: Console, *rows: tuple[str, str]) -> None:
     console.print(table)
 
 
-def _part(part: Mapping[str, Any]) -> str:
-    state = {True: "trained", False: "untrained", None: "from file"}[part["trained"]]
-    return f"{state} ({shown(part['source'])})"
-
-
-def _checkpoint(weights: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows on a file of parameters: whose layout it has, and what did not stand in it."""
-    if not weights.get("layout"):
+def _checkpoint(weights: WeightsInfo) -> list[tuple[str, str]]:
+    """Rows on a file of parameters: whose layout it has, and what is not in the file itself."""
+    if not weights.layout:
         return []
     told: dict[str, list[str]] = {}
-    for fact, each in weights["settled"].items():
-        value = each["value"]
-        text = " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
-        told.setdefault(each["by"], []).append(f"{fact.replace('_', ' ')} {text}")
-    rows = [("layout", f"{weights['layout']}, {weights['heads_ignored']} tensors of heads ignored")]
+    for name, (value, by) in weights.settings.items():
+        text = " ".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else str(value)
+        told.setdefault(by, []).append(f"{name.replace('_', ' ')} {text}")
+    rows = [("layout", f"{weights.layout}, {weights.heads_ignored} tensors of heads ignored")]
     rows += [(f"by {who}", ", ".join(facts)) for who, facts in told.items() if who in ("default", "option")]
-    return rows + ([("note", weights["note"])] if weights.get("note") else [])
+    return rows + ([("note", weights.note)] if weights.note else [])
 
 
 def _write(descriptor: int, text: str) -> None:

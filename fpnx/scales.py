@@ -55,7 +55,7 @@ def sample(store: Store) -> list[int]:
     if not done.size:
         return []
     each = {size: sum(_bytes(store, size, level) for level in store.levels) for size in store.sizes}
-    mean = sum(each[store.groups[row]] for row in done.tolist()) / done.size
+    mean = sum(each[size] for row in done.tolist() if (size := store.padded_sizes[row])) / done.size
     count = int(max(1, min(done.size, SAMPLE_IMAGES, SAMPLE_BYTES // max(mean, 1))))
     return done[np.unique(np.linspace(0, done.size - 1, count).round().astype(int))].tolist()
 
@@ -157,6 +157,6 @@ def _scenes(store: Store, rows: Sequence[int], progress: Callable[[int, int], No
         progress(position + 1, total)
 
 
-def _bytes(store: Store, size: str, level: str) -> int:
+def _bytes(store: Store, size: tuple[int, int], level: str) -> int:
     dataset = store.dataset(size, level)
     return int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,6 +14,7 @@ from fpnx.config import InputConfig
 from fpnx.contents import locate
 from fpnx.errors import FpnxError, ImageError, StoreError, shown
 from fpnx.images import decode
+from fpnx.provenance import WeightsInfo
 from fpnx.store import Item
 
 __all__ = ["Photo", "Scene", "about_model", "find_photo", "scene_of"]
@@ -97,7 +97,7 @@ def scene_of(item: Item, photo: Photo | None = None) -> Scene:
 
     return Scene(
         path=item.path,
-        about=about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance),
+        about=about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights),
         source_size=item.source_size,
         input_size=item.input_size,
         levels=item.levels,
@@ -127,17 +127,7 @@ def find_photo(item: Item) -> Photo:
     return Photo(picture, "file changed since extraction" if changed else "")
 
 
-def about_model(backbone: str, levels: tuple[str, ...], provenance: Mapping[str, Any]) -> str:
-    """`"resnet50, trained (…) · pyramid: untrained, seed 0"`, from what a file or a run says of itself."""
-    weights = provenance.get("weights", {})
-    body, pyramid = (_part(weights.get(part, {})) for part in ("backbone", "pyramid"))
-    if all(level.startswith("C") for level in levels):
-        pyramid = "none in this file"
-    return f"{shown(backbone)}: {body} · pyramid: {pyramid}"
-
-
-def _part(part: Mapping[str, Any]) -> str:
-    source = shown(str(part.get("source", "not said")))
-    if part.get("trained") is False:
-        return f"untrained, {source.removeprefix('random, ')}"
-    return f"{'trained' if part.get('trained') else 'from file'} ({source})"
+def about_model(backbone: str, levels: tuple[str, ...], weights: WeightsInfo) -> str:
+    """`"resnet50: trained (…) · pyramid: untrained (random, seed 0)"`: which parts of a model are trained."""
+    pyramid = "none in this file" if all(level.startswith("C") for level in levels) else str(weights.pyramid)
+    return f"{shown(backbone)}: {weights.body} · pyramid: {pyramid}"

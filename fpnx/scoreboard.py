@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fpnx.errors import shown
 from fpnx.findings import Column, Findings
+from fpnx.provenance import ModelPart
 from fpnx.stopwatch import Spread, spread
 
 __all__ = ["show_findings"]
@@ -40,7 +40,7 @@ def _show_head(console: Console, findings: Findings) -> None:
     per = facts["samples_per_round"]
     memory = f", {machine['memory_bytes'] / 1e9:.1f} GB free" if machine["memory_bytes"] else ""
     device = f"{machine['device']} ({machine['gpu']})" if "gpu" in machine else machine["device"]
-    weights = {name: _part(part) for name, part in facts["weights"].items()}
+    weights = {name: str(ModelPart.from_json(part)) for name, part in facts["weights"].items()}
     chosen = f"{findings.rounds} rounds in {facts.get('seconds', 0):.0f} s, every configuration in turn; in each round "
     table = Table.grid(padding=(0, 2))
     for name, value in (
@@ -240,11 +240,6 @@ def _table(console: Console, title: str) -> Table:
 
 def _range(found: Spread) -> str:
     return f"{_number(found.median):>4} {_number(found.low):>4}–{_number(found.high):<4}"
-
-
-def _part(part: Mapping[str, Any]) -> str:
-    state = {True: "trained", False: "untrained", None: "from file"}[part["trained"]]
-    return f"{state} ({shown(part['source'])})"
 
 
 def _number(value: float) -> str:

@@ -19,6 +19,7 @@ from fpnx.image_list import list_fingerprint
 from fpnx.shards import Cut, Shard
 from fpnx.store import PENDING, Store, different_fields, open_store
 from fpnx.urls import is_url
+from fpnx.values import format_size
 
 try:
     import resource
@@ -48,7 +49,7 @@ class ShardSet(Store):
         self._lock = threading.RLock()  # a thread may close what another is about to read
         self._recent: OrderedDict[int, Store] = OrderedDict()
         self._most = _most_open()
-        self._joined: dict[tuple[str, str], Joined] = {}
+        self._joined: dict[tuple[tuple[int, int], str], Joined] = {}
         self._index: dict[str, int] | None = None
         self._closed = False
         self.shards = self._gathered(paths)
@@ -59,7 +60,7 @@ class ShardSet(Store):
         self.config, self.provenance, self.fingerprint = first.config, first.provenance, first.fingerprint
         self.root, self.levels = first.root, first.levels
         self.paths = [path for shard in self.shards for path in shard.paths]
-        self.groups = [group for shard in self.shards for group in shard.groups]
+        self.padded_sizes = [size for shard in self.shards for size in shard.padded_sizes]
         for table in ("bytes", "mtimes_ns", "input_sizes", "status", "source_sizes", "nonfinite"):
             setattr(self, table, np.concatenate([getattr(shard, table) for shard in self.shards]))
         self.rows, self._pieces = _joined_rows(self.shards)
@@ -112,17 +113,19 @@ class ShardSet(Store):
             return [failure for shard in self.each() for failure in shard.failures()]
 
     @property
-    def sizes(self) -> list[str]:
-        """The network-input sizes of all shards."""
-        return sorted(self._pieces, key=lambda size: tuple(map(int, size.split("x"))))
+    def sizes(self) -> list[tuple[int, int]]:
+        """The padded network-input sizes of all shards, (height, width)."""
+        return sorted(self._pieces)
 
-    def dataset(self, size: str, level: str) -> Joined:
+    def dataset(self, size: tuple[int, int], level: str) -> Joined:
         """All rows of one size and level, in order; see `Store.dataset`."""
         if self._closed:
             raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
         if (size, level) not in self._joined:
             if size not in self._pieces:
-                raise StoreError(f"{shown(self.path)} is not a whole fpnx file: /pyramids/{shown(size)} is missing")
+                raise StoreError(
+                    f"{shown(self.path)} is not a whole fpnx file: /pyramids/{format_size(size)} is missing"
+                )
             self._joined[size, level] = Joined(self, size, level, self._pieces[size])
         return self._joined[size, level]
 
@@ -132,7 +135,7 @@ class ShardSet(Store):
             for shard in self.each():
                 shard.check()
 
-    def links_to(self, size: str, level: str) -> bool:
+    def links_to(self, size: tuple[int, int], level: str) -> bool:
         """Never: the shards have links of their own."""
         return False
 
@@ -155,7 +158,7 @@ class ShardSet(Store):
             self._recent.popitem(last=False)[1].release()
         return shard
 
-    def read(self, number: int, size: str, level: str, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
+    def read(self, number: int, size: tuple[int, int], level: str, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
         """Some rows of shard `number`.
 
         Raises:
@@ -179,7 +182,9 @@ class Joined:
         name, dtype, shape, attrs: as of the dataset in a merged file.
     """
 
-    def __init__(self, whole: ShardSet, size: str, level: str, pieces: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(
+        self, whole: ShardSet, size: tuple[int, int], level: str, pieces: Sequence[tuple[int, int, int]]
+    ) -> None:
         self._whole, self._size, self._level, self._pieces = whole, size, level, pieces
         self._starts = [start for _, start, _ in pieces]
         with whole._lock:
@@ -302,14 +307,14 @@ def _refuse_missing(found: dict[int, Store]) -> None:
     raise StoreError(f"{len(missing)} of {count} shards missing: {names} ({hint})")
 
 
-def _joined_rows(shards: Iterable[Store]) -> tuple[np.ndarray, dict[str, list[tuple[int, int, int]]]]:
+def _joined_rows(shards: Iterable[Store]) -> tuple[np.ndarray, dict[tuple[int, int], list[tuple[int, int, int]]]]:
     """The row of every image among all of its size; and by size, where each shard's begin: (shard, first row, rows)."""
-    members: Counter[str] = Counter()
-    rows, pieces = [], dict[str, list[tuple[int, int, int]]]()
+    members: Counter[tuple[int, int] | None] = Counter()
+    rows, pieces = [], dict[tuple[int, int], list[tuple[int, int, int]]]()
     for number, shard in enumerate(shards):
-        before = np.array([members[group] for group in shard.groups], np.int64)
+        before = np.array([members[size] for size in shard.padded_sizes], np.int64)
         rows.append(np.where(shard.rows < 0, shard.rows, shard.rows + before))
-        for size, count in Counter(filter(None, shard.groups)).items():
+        for size, count in Counter(filter(None, shard.padded_sizes)).items():
             pieces.setdefault(size, []).append((number, members[size], count))
             members[size] += count
     return np.concatenate(rows), pieces

@@ -85,12 +85,14 @@ class Cut:
         return f"{self.shard}: {held} of {self.images}"
 
 
-def parse_shard(text: str, environment: Mapping[str, str] = os.environ) -> Shard:
+def parse_shard(text: str | Shard, environment: Mapping[str, str] = os.environ) -> Shard:
     """`"3/16"` → that shard; `"auto/16"` → the one that a SLURM array or `RANK` makes of this process.
 
     Raises:
         FpnxError: for anything else, and where the environment does not say which it is.
     """
+    if isinstance(text, Shard):
+        return text
     match = re.fullmatch(r"(auto|\d{1,9})/(\d{1,9})", str(text), re.ASCII)
     if match is None or not 1 <= int(match[2]) <= MOST:
         raise FpnxError(f"shard {text!r}: take I/N with I from 0 to N-1 and N up to {MOST}, such as 0/16, or auto/16")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ from fpnx.control import Listener
 from fpnx.engine import Engine, arithmetic
 from fpnx.errors import FpnxError
 from fpnx.executable import Executable
-from fpnx.extraction import extract
+from fpnx.extraction import provenance_of, run_extraction
 from fpnx.image_list import ImageList
 from fpnx.images import decode
 from fpnx.machine import available_memory
 from fpnx.planning import Plan
 from fpnx.stopwatch import PeakMemory, Stopwatch
+from fpnx.uploads import goal_of
 from fpnx.writer import Layout, Writer
 
 __all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "Specimen"]
@@ -43,7 +44,7 @@ class Specimen:
     """A plan made ready: a batch of its images, an engine, a file to write to.
 
     Attributes:
-        size: (height, width) of the batch, with padding; `group` in the words of a file.
+        size: (height, width) of the batch, with padding.
         files: the folder that an end-to-end run reads.
         images: how many images it takes from there: whole batches, as many as it takes to be timed.
     """
@@ -51,13 +52,12 @@ class Specimen:
     def __init__(self, plan: Plan, engine: Engine, folder: Path, name: str) -> None:
         self.plan, self.engine = plan, engine
         self.size = _most_common(plan)
-        self.group = f"{self.size[0]}x{self.size[1]}"
-        self.batch_size = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.group, MANY)[0]
+        self.batch_size = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.size, MANY)[0]
         self.images = 0
         self.files, self._folder, self._name = folder / "files", folder, name
-        members = [i for i, name in enumerate(plan.layout.groups) if name == self.group]
+        members = [i for i, size in enumerate(plan.layout.padded_sizes) if size == self.size]
         # One size before padding, too: then a batch is one array.
-        members = [i for i in members if (plan.layout.sizes[i] == plan.layout.sizes[members[0]]).all()]
+        members = [i for i in members if (plan.layout.input_sizes[i] == plan.layout.input_sizes[members[0]]).all()]
         self._members = [members[i % len(members)] for i in range(self.batch_size)]
         self._stopwatch = Stopwatch(plan.device)
         self._writer: Writer | None = None
@@ -67,7 +67,7 @@ class Specimen:
     def needs(self) -> int:
         """Bytes that an extraction takes at least, beside what is loaded already."""
         pixels = 5 * 3 * self.size[0] * self.size[1]  # as bytes and as float32
-        features = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.group)
+        features = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.size)
         return self.batch_size * (peak_bytes(self.plan.model, self.size) + pixels + IN_FLIGHT * features)
 
     def obstacle(self) -> str | None:
@@ -88,7 +88,7 @@ class Specimen:
             self.forward()
         reading, writing = (ms[DECODE] + ms[RESIZE]) / self.plan.workers, ms[WRITE]
         network = sum(ms.values()) - ms[DECODE] - ms[RESIZE] - writing
-        each = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.group)
+        each = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.size)
         wanted = min(1000 * SECONDS / max(reading, network, writing), BYTES / each)
         batches = math.ceil(max(wanted, IMAGES) / self.batch_size)
         self.images = max(batches, BATCHES) * self.batch_size + self._first()
@@ -103,7 +103,7 @@ class Specimen:
             started = time.perf_counter()
             picture = decode(sources[index], self.plan.config.max_pixels)
             decoded = time.perf_counter()
-            height, width = self.plan.layout.sizes[index].tolist()
+            height, width = self.plan.layout.input_sizes[index].tolist()
             pixels.append(recipe.resize(picture, (height, width)))
             spent[DECODE] += decoded - started
             spent[RESIZE] += time.perf_counter() - decoded
@@ -150,11 +150,11 @@ class Specimen:
         The rate is that from the first batches on: what comes before them is the same for a million images.
         """
         output = self._folder / "measured.h5"
-        options = asdict(self.plan.config) | {"batch_size": self.batch_size, "limit": self.images, "overwrite": True}
+        config = replace(self.plan.config, batch_size=self.batch_size, limit=self.images, overwrite=True)
         peak, under_way = PeakMemory(self.plan.device), _UnderWay(self._first())
         try:
             with peak if memory else nullcontext():
-                result = extract(self.files, output, listener=under_way, **options)
+                result = run_extraction([self.files], goal_of(output, config), config, listener=under_way)
                 ended = time.perf_counter()
         finally:
             output.unlink(missing_ok=True)
@@ -179,7 +179,7 @@ class Specimen:
         self._writer, self._batch = None, None
 
     def _pixels(self) -> list[np.ndarray]:
-        sources, sizes = self.plan.listing.sources, self.plan.layout.sizes
+        sources, sizes = self.plan.listing.sources, self.plan.layout.input_sizes
         pictures = (decode(sources[i], self.plan.config.max_pixels) for i in self._members)
         extents = (tuple(sizes[i].tolist()) for i in self._members)
         return [self.plan.recipe.resize(picture, size) for picture, size in zip(pictures, extents, strict=True)]
@@ -203,7 +203,9 @@ class Specimen:
     def _written(self, source_sizes: np.ndarray) -> float:
         """Seconds for one batch until it is on the disk, in a file laid out for it as a run lays it out."""
         if self._writer is None:
-            self._writer = Writer.create(self._folder / f"{self._name}.h5", _layout(self.plan, self._members), {})
+            self._writer = Writer.create(
+                self._folder / f"{self._name}.h5", _layout(self.plan, self._members), provenance_of(self.plan)
+            )
         self._source_sizes = source_sizes
         started = time.perf_counter()
         self._put(self._arrays)
@@ -253,20 +255,20 @@ def _most_common(plan: Plan) -> tuple[int, int]:
     counts = plan.layout.counts()
     if not any(counts.values()):
         raise FpnxError("none of the images can be measured: give others with --images")
-    height, width = max(counts, key=counts.__getitem__).split("x")
-    return int(height), int(width)
+    return max(counts, key=counts.__getitem__)
 
 
 def _layout(plan: Plan, members: Sequence[int]) -> Layout:
     layout, some = plan.layout, list(members)
     records = tuple(layout.images.records[index]._replace(name=b"%d" % place) for place, index in enumerate(members))
-    group = layout.groups[some[0]]
+    size = layout.padded_sizes[some[0]]
+    assert size is not None
     return replace(
         layout,
         images=ImageList(layout.images.root, records),
-        sizes=layout.sizes[some],
-        groups=[group] * len(some),
+        input_sizes=layout.input_sizes[some],
+        padded_sizes=[size] * len(some),
         rows=np.arange(len(some)),
-        shapes={group: layout.shapes[group]},
+        shapes={size: layout.shapes[size]},
         errors={},
     )

@@ -14,8 +14,9 @@ import numpy as np
 from fpnx.config import DTYPES
 from fpnx.errors import FpnxError, NotDoneError, StoreError, shown
 from fpnx.hdf5 import attribute_text, attribute_whole, check_bytes, file_state, member, names, open_hdf5, parsed, table
+from fpnx.provenance import Provenance
 from fpnx.shards import Cut
-from fpnx.values import UNSTRIDED_LEVELS, level_number, parse_extent, parse_levels
+from fpnx.values import UNSTRIDED_LEVELS, format_size, level_number, parse_levels, parse_size
 
 __all__ = [
     "DONE",
@@ -119,7 +120,10 @@ class Item:
     def _dataset(self, level: str) -> h5py.Dataset:
         if level not in self.levels:
             raise FpnxError(f"no level {level!r} in this file: it has {', '.join(self.levels)}")
-        return self._store.dataset(self._store.groups[self.index], level)
+        size = self._store.padded_sizes[self.index]
+        if size is None:
+            raise StoreError(f"{shown(self._store.path)} is not a whole fpnx file: image {self.index} has no size")
+        return self._store.dataset(size, level)
 
     def __repr__(self) -> str:
         return f"Item({self.path!r}, {', '.join(self.levels)})"
@@ -136,6 +140,7 @@ class Store:
         config: what the stored numbers depend on, as a dict.
         provenance: versions, command, weights and which parts are trained, recipe, device, time.
         paths: stored paths of all images (str), by row.
+        padded_sizes: (height, width) of each image's network input with padding; None where it has none.
         cut: which slice of which list it is, where it is a shard; else None.
         complete: whether this is a finished file (not a `.part`).
         shards: the stores of all shards, where it is a set of them; see `fpnx.sets`.
@@ -167,27 +172,34 @@ class Store:
                 f"{shown(self.path)} has format version {version}, this fpnx reads {FORMAT_VERSION}: {way}"
             )
         self.config: dict[str, Any] = parsed(file, "config")
-        self.provenance: dict[str, Any] = parsed(file, "provenance")
         self.fingerprint = attribute_text(file, "fingerprint").decode("ascii", "replace")
-        self._check_told()
+        self.provenance = self._read_provenance()
         self.cut = Cut.from_json(parsed(file, "shard")) if "shard" in file.attrs else None
         self.root: str = os.fsdecode(attribute_text(file, "root"))
         self.levels: tuple[str, ...] = self._known_levels()
         images = member(file, "images", h5py.Group)
         self.paths: list[str] = [os.fsdecode(name) for name in names(images, "path")]
-        self.groups: list[str] = [name.decode() for name in names(images, "group")]
+        self.padded_sizes: list[tuple[int, int] | None] = self._read_sizes(images)
         count = len(self.paths)
         self.rows: np.ndarray = table(images, "row", np.int64, (count,))
         self.bytes: np.ndarray = table(images, "bytes", np.int64, (count,))
         self.mtimes_ns: np.ndarray = table(images, "mtime_ns", np.int64, (count,))
         self.input_sizes: np.ndarray = table(images, "input_size", np.int32, (count, 2))
-        if len(self.groups) != count or any(name and not parse_extent(name) for name in set(self.groups)):
+        if len(self.padded_sizes) != count:
             raise StoreError(f"{shown(self.path)} is not a whole fpnx file: /images/group names no sizes")
         table(images, "error", f"S{ERROR_BYTES}", (count,))
         self._pyramids = member(file, "pyramids", h5py.Group)
         self._index: dict[str, int] | None = None
-        self._checked: set[tuple[str, str]] = set()
+        self._checked: set[tuple[tuple[int, int], str]] = set()
         self.refresh()
+
+    def _read_sizes(self, images: h5py.Group) -> list[tuple[int, int] | None]:
+        """The padded network-input size of every image; None where its header could not be read."""
+        held = [name.decode() for name in names(images, "group")]
+        sizes = {name: parse_size(name) for name in set(held)}
+        if any(name and size is None for name, size in sizes.items()):
+            raise StoreError(f"{shown(self.path)} is not a whole fpnx file: /images/group names no sizes")
+        return [sizes[name] for name in held]
 
     def _known_levels(self) -> tuple[str, ...]:
         levels = self.config.get("levels")
@@ -198,17 +210,16 @@ class Store:
             pass
         raise StoreError(f"{shown(self.path)} is not a whole fpnx file: its config names no levels")
 
-    def _check_told(self) -> None:
-        """What is read of config and provenance, here and in reports, is there and of its kind."""
-        weights, versions = self.provenance.get("weights"), self.provenance.get("versions")
-        held = [weights.get(name) for name in ("backbone", "pyramid")] if isinstance(weights, dict) else []
-        parts = [part for part in held if isinstance(part, dict)]
-        texts = [self.config.get(name) for name in ("backbone", "dtype", "pool")]
-        texts += [self.provenance.get(name) for name in ("recipe", "device", "precision", "time")]
-        texts += [part.get("source") for part in parts]
-        told = len(parts) == 2 and isinstance(versions, dict) and all(isinstance(text, str) for text in texts)
-        if not told or any(part.get("trained") not in (True, False, None) for part in parts):
-            raise StoreError(f"{shown(self.path)} is not a whole fpnx file: its config or provenance is incomplete")
+    def _read_provenance(self) -> Provenance:
+        """The provenance, where it and the texts of the config are complete."""
+        try:
+            if not all(isinstance(self.config.get(name), str) for name in ("backbone", "dtype", "pool")):
+                raise ValueError("its config is incomplete")
+            return Provenance.from_json(parsed(self._file, "provenance"))
+        except ValueError as error:
+            raise StoreError(
+                f"{shown(self.path)} is not a whole fpnx file: its config or provenance is incomplete"
+            ) from error
 
     def each(self) -> Iterator[Store]:
         """The store of every file: this one; of a set the shards in order, each open when its turn comes."""
@@ -258,21 +269,21 @@ class Store:
         return member(self._opened()["images"], "error", h5py.Dataset)
 
     @property
-    def sizes(self) -> list[str]:
-        """The network-input sizes in this file, `"224x224"`, as the names of groups below `/pyramids`."""
+    def sizes(self) -> list[tuple[int, int]]:
+        """The padded network-input sizes in this file, (height, width)."""
         self._opened()
-        return sorted(filter(parse_extent, self._pyramids), key=lambda name: parse_extent(name) or ())
+        return sorted(size for size in map(parse_size, self._pyramids) if size is not None)
 
-    def dataset(self, size: str, level: str) -> h5py.Dataset:
-        """The (n, C, H, W) dataset of one size and level; attrs stride, channels, valid.
+    def dataset(self, size: tuple[int, int], level: str) -> h5py.Dataset:
+        """The (n, C, H, W) dataset of one padded size and level; attrs stride, channels, valid.
 
         Raises:
             StoreError: where it is not in this file, or not of this form.
         """
         self._opened()
         if (size, level) in self._checked:
-            return self._pyramids[f"{size}/{level}"]
-        dataset = member(member(self._pyramids, size, h5py.Group), level, h5py.Dataset)
+            return self._pyramids[f"{format_size(size)}/{level}"]
+        dataset = member(member(self._pyramids, format_size(size), h5py.Group), level, h5py.Dataset)
         stored = str(self.config.get("dtype"))
         if dataset.dtype.name != stored or stored not in DTYPES or len(dataset.shape or ()) != 4:
             raise StoreError(
@@ -292,14 +303,15 @@ class Store:
         Raises:
             StoreError: for the first that is not as the format says.
         """
-        for size in dict.fromkeys(self.groups):
-            for level in self.levels if size else ():
-                self.dataset(size, level)
+        for size in dict.fromkeys(self.padded_sizes):
+            if size is not None:
+                for level in self.levels:
+                    self.dataset(size, level)
 
-    def links_to(self, size: str, level: str) -> bool:
+    def links_to(self, size: tuple[int, int], level: str) -> bool:
         """Whether `/P3` leads to the dataset of this size and level."""
         link = self._opened().get(level, getlink=True)
-        return isinstance(link, h5py.SoftLink) and link.path == f"/pyramids/{size}/{level}"
+        return isinstance(link, h5py.SoftLink) and link.path == f"/pyramids/{format_size(size)}/{level}"
 
     def stride(self, level: str) -> int:
         """Stride of a level in input pixels."""

@@ -12,7 +12,9 @@ import os
 import threading
 from typing import Any
 
-from fpnx.extraction import extract
+from fpnx.config import ExtractConfig
+from fpnx.extraction import run_extraction
+from fpnx.uploads import goal_of
 
 __all__ = ["main"]
 
@@ -26,7 +28,8 @@ def main() -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")
     with contextlib.suppress(Exception):
-        extract(request["images"], request["output"], **request["options"])
+        config = ExtractConfig(**request["options"])
+        run_extraction(request["images"], goal_of(request["output"], config), config)
     os.write(1, b"ended\n")
     os._exit(0)  # the thread that waits for the input's end must not hold up this one
 

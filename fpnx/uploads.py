@@ -19,10 +19,10 @@ from fpnx.image_list import ImageList
 from fpnx.outputs import real_output
 from fpnx.remote import RemoteError, about, check_writable, send
 from fpnx.services import AbandonedError
-from fpnx.shards import Shard, shard_path
+from fpnx.shards import shard_path
 from fpnx.store import open_store
+from fpnx.structure import verify_structure
 from fpnx.urls import bucket_and_key, checked, is_url, is_web, with_name
-from fpnx.verification import verify
 from fpnx.writer import part_of, refuse_other_run
 
 __all__ = ["Goal", "check_goal", "deliver", "goal_of", "work_folder"]
@@ -50,14 +50,16 @@ class Goal:
         return self.local.with_name(self.local.name + MAY_REPLACE)
 
 
-def goal_of(output: str | os.PathLike[str], config: ExtractConfig, shard: Shard | None = None) -> Goal:
-    """Where `output`, or a shard of it, is made. What is for a store has a folder of its own below `--scratch`, the
-    same each time.
+def goal_of(output: str | os.PathLike[str], config: ExtractConfig) -> Goal:
+    """Where `output`, or with `config.shard` that shard of it, is made.
+
+    What is for an object store has a folder of its own below `--scratch`, the same each time.
 
     Raises:
         FpnxError: for what cannot be an output.
     """
-    text = os.fspath(output)
+    text, shard = os.fspath(output), config.shard
+    assert not isinstance(shard, str), "the config has parsed it"
     if not is_url(os.fsencode(text)):
         if config.scratch is not None:
             raise FpnxError(f"scratch {shown(config.scratch)} is for outputs in stores: {shown(text)} is made in place")
@@ -149,7 +151,8 @@ def deliver(goal: Goal, identity: Mapping[str, Any], images: ImageList, stop: St
     assert goal.url is not None
     stop.begin()
     listener.message(f"verifying {shown(goal.local)} before it is sent")
-    found = verify(goal.local, listener=listener)
+    with open_store(goal.local) as store:
+        found = verify_structure(store, listener)
     if found.problems:
         raise FpnxError(
             f"{shown(goal.local)} does not verify ({found.problems[0]}), and was not sent to {shown(goal.url)}: "

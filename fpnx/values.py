@@ -18,16 +18,18 @@ __all__ = [
     "check_choice",
     "check_types",
     "check_whole",
+    "checked_size",
     "freeze",
     "level_number",
     "level_place",
     "ordered_levels",
     "parse_channels",
-    "parse_extent",
+    "format_size",
+    "parse_pool",
+    "parse_size",
     "parse_levels",
     "point_text",
     "several",
-    "size_text",
     "three_numbers",
     "UNSTRIDED_LEVELS",
 ]
@@ -96,10 +98,20 @@ def level_number(name: str) -> int:
     return int(name[1:])
 
 
-def parse_extent(text: str) -> tuple[int, int] | None:
+def parse_size(text: str) -> tuple[int, int] | None:
     """`"480x640"` → (480, 640), height × width; None for anything else."""
     match = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", text)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def format_size(size: tuple[int, int]) -> str:
+    """(480, 640) → `"480x640"`, as files and options write height × width."""
+    return f"{size[0]}x{size[1]}"
+
+
+def parse_pool(pool: str) -> tuple[int, int] | None:
+    """(height, width) to which each level is pooled: `"avg"` and `"max"` give (1, 1), `"7x7"` (7, 7), `"none"` None."""
+    return None if pool == "none" else parse_size(pool) or (1, 1)
 
 
 def three_numbers(what: str, given: str | Iterable[float]) -> tuple[float, ...]:
@@ -114,20 +126,20 @@ def three_numbers(what: str, given: str | Iterable[float]) -> tuple[float, ...]:
     return numbers
 
 
-def size_text(size: str | int | tuple[int, int]) -> str:
-    """A size as config keeps it: `"recipe"`, `"native"` or `"224x224"`, height × width."""
+def checked_size(size: str | int | tuple[int, int]) -> str | tuple[int, int]:
+    """A size as config keeps it: `"recipe"`, `"native"` or (height, width)."""
     text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
     if text.isascii() and text.isdigit():
         text = f"{text}x{text}"
     if text in SIZES:
         return text
-    extent = parse_extent(text)
-    if extent is None:
+    pair = parse_size(text)
+    if pair is None:
         raise FpnxError(
             f"size {size!r}: take recipe, native, a side such as 224, or height x width such as 480x640, "
             "none over 99999"
         )
-    return f"{extent[0]}x{extent[1]}"
+    return pair
 
 
 def point_text(point: str | tuple[float, float]) -> str:

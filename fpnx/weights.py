@@ -19,6 +19,7 @@ from fpnx.conventions import OPENCV, option_of, settle, settle_top_block, told_b
 from fpnx.errors import FpnxError, nearest, shown
 from fpnx.hub import adapted, fetched, timm_recipe, timm_weights
 from fpnx.layouts import Layout, PyramidKeys, backbone_of, recognise
+from fpnx.provenance import AS_GIVEN, ModelPart, Setting, WeightsInfo
 from fpnx.published import (
     COCO,
     Published,
@@ -34,28 +35,13 @@ from fpnx.recipes import Recipe
 from fpnx.values import UNSTRIDED_LEVELS, parse_levels
 from fpnx.zoo import TIMM
 
-__all__ = ["HeldPyramid", "Part", "Published", "Weights", "given_weights", "published_weights", "resolve_weights"]
+__all__ = ["HeldPyramid", "Published", "Weights", "given_weights", "published_weights", "resolve_weights"]
 
 DEFAULT_BACKBONE = "resnet50"
-AS_GIVEN = "as given"  # the parameters of somebody's own module
 # Detectors whose levels are not one per stride: by the laterals' inputs, where the body is tapped, and the strides.
 UNSTRIDED: dict[tuple[str, tuple[int, ...]], tuple[dict[int, str], tuple[int, ...]]] = {
     ("mobilenet_v3_large", (160, 960)): ({0: "features.13", 1: "features.16"}, (32, 32, 64))
 }
-
-
-@dataclass(frozen=True)
-class Part:
-    """The body or the pyramid of a model: whether it was trained (None: unknown), and where it came from."""
-
-    trained: bool | None
-    source: str
-
-    def __str__(self) -> str:
-        if self.source == AS_GIVEN:
-            return AS_GIVEN
-        state = {True: "trained", False: "untrained", None: "from file"}[self.trained]
-        return f"{state} ({self.source})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +72,15 @@ class Weights:
         stride_in_1x1: whether bottlenecks stride in their first convolution and not in the 3×3 one.
         nodes: where the body is tapped, if not at its last node of each stride.
         framework: whose layout the file has; `ignored` counts the tensors of heads in it.
-        settled: fact → (value, `"file"`, `"option"`, `"default"` of the framework, or `"name"`: who says so), for
-            what parameters alone cannot tell.
+        settings: what parameters alone do not tell, by name: the value, and what decided it.
         note: where the recipe is not exactly what the network was trained with.
     """
 
     name: str
     backbone: str
     recipe: Recipe
-    body: Part
-    fpn: Part
+    body: ModelPart
+    fpn: ModelPart
     state: Mapping[str, Tensor]
     pyramid: HeldPyramid | None = None
     norm_eps: float | None = None
@@ -103,10 +88,25 @@ class Weights:
     nodes: Mapping[int, str] | None = None
     framework: str | None = None
     ignored: int = 0
-    settled: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
     note: str | None = None
     file: str | None = None
     sha256: str | None = None
+
+    @property
+    def info(self) -> WeightsInfo:
+        """What tables, JSON and files say of these weights."""
+        return WeightsInfo(
+            name=self.name,
+            body=self.body,
+            pyramid=self.fpn,
+            file=self.file,
+            sha256=self.sha256,
+            layout=self.framework,
+            heads_ignored=self.ignored,
+            settings=self.settings,
+            note=self.note,
+        )
 
 
 def resolve_weights(config: ModelConfig) -> Weights:
@@ -122,7 +122,7 @@ def resolve_weights(config: ModelConfig) -> Weights:
     if choice == "random":
         _refuse_facts(config, "random weights")
         name = backbone or DEFAULT_BACKBONE
-        drawn = _drawn(config.seed)
+        drawn = ModelPart.drawn(config.seed)
         recipe = native_recipe(name)
         return Weights(name="random", backbone=name, recipe=recipe, body=drawn, fpn=drawn, state={})
     if published := find_published(choice, backbone):
@@ -154,8 +154,8 @@ def given_weights(module: nn.Module, name: str, config: ModelConfig) -> Weights:
         name=AS_GIVEN,
         backbone=name,
         recipe=recipe,
-        body=Part(None, AS_GIVEN),
-        fpn=_drawn(config.seed),
+        body=ModelPart(None, AS_GIVEN),
+        fpn=ModelPart.drawn(config.seed),
         state={},
         sha256=digest.hexdigest(),
     )
@@ -173,10 +173,6 @@ def _meant(choice: str, backbone: str) -> str:
     return COCO[backbone] if choice == "coco" else choice
 
 
-def _drawn(seed: int) -> Part:
-    return Part(False, f"random, seed {seed}")
-
-
 def _from_published(published: Published, config: ModelConfig) -> Weights:
     if config.backbone not in (None, published.backbone):
         raise FpnxError(
@@ -185,13 +181,13 @@ def _from_published(published: Published, config: ModelConfig) -> Weights:
     _refuse_facts(config, published.name)
     file = cached_file(published, config.offline)
     found = _from_file(file, published.backbone, config, published.recipe)
-    trained = Part(True, published.name)
+    trained = ModelPart(True, published.name)
     return replace(
         found,
         name=published.name,
         body=trained,
         fpn=trained if "pyramid" in published.trains else found.fpn,
-        settled={fact: (value, "name") for fact, (value, _) in found.settled.items()},
+        settings={name: Setting(value, "name") for name, (value, _) in found.settings.items()},
     )
 
 
@@ -217,8 +213,8 @@ def _timm(config: ModelConfig) -> Weights:
         name=found.name,
         backbone=config.backbone or found.backbone,
         recipe=found.recipe,
-        body=Part(True, found.name),
-        fpn=_drawn(config.seed),
+        body=ModelPart(True, found.name),
+        fpn=ModelPart.drawn(config.seed),
         state={f"body.{name}": value for name, value in adapted(found, state).items()},
         file=str(file),
         sha256=_sha256(file),
@@ -249,12 +245,12 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
             recipe = Recipe.from_json(about["recipe"])
         told = told_by(layout, about, recipe)
         eps = norm_eps_of(file, sha256)
-        recipe, values, settled = settle(layout, told, recipe, config, name, eps)
+        recipe, values, settings = settle(layout, told, recipe, config, name, eps)
         unstrided = UNSTRIDED.get((name, layout.pyramid.in_channels)) if layout.pyramid else None
         pyramid = None
         if layout.pyramid is not None:
             top_block, who = settle_top_block(layout, layout.pyramid, told, config.top_block, unstrided is not None)
-            settled["top_block"] = top_block or "none", who
+            settings["top_block"] = Setting(top_block or "none", who)
             pyramid = HeldPyramid(
                 keys=layout.pyramid,
                 first_level=about.get("first_level", layout.pyramid.first_level),
@@ -267,8 +263,8 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         raise FpnxError(f"{shown(file)}: {error}") from error
     parts = about.get("parts", {})
     body, fpn = (
-        Part(*parts[part]) if part in parts else Part(None, file.name)
-        if any(key.startswith(f"{part}.") for key in layout.state) else _drawn(config.seed)
+        ModelPart(*parts[part]) if part in parts else ModelPart(None, file.name)
+        if any(key.startswith(f"{part}.") for key in layout.state) else ModelPart.drawn(config.seed)
         for part in ("body", "fpn")
     )  # fmt: skip
     return Weights(
@@ -284,7 +280,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         nodes=unstrided[0] if unstrided else None,
         framework=layout.framework,
         ignored=layout.ignored,
-        settled=settled,
+        settings=settings,
         note=OPENCV if layout.framework == "mmdetection" and recipe.backend == "tensor" else None,
         file=str(file),
         sha256=sha256,

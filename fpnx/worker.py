@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from fpnx._version import __version__
+from fpnx.config import ExtractConfig
 from fpnx.control import Listener
 from fpnx.equipment import Equipment
 from fpnx.errors import BusyError, FpnxError, Interrupted, shown
-from fpnx.extraction import Result, extract
+from fpnx.extraction import Result, run_extraction
 from fpnx.images import Listing, find
 from fpnx.ledger import Attempt, Ledger
 from fpnx.quarantine import Quarantine, find_culprits
 from fpnx.shards import Shard, shard_path
 from fpnx.store import PENDING, open_store
+from fpnx.uploads import goal_of
 from fpnx.writer import part_of
 
 __all__ = ["Job", "Report", "Worker"]
@@ -159,19 +161,13 @@ class Worker:
         return result
 
     def _extract(self, index: int, fresh: bool, barred: Mapping[bytes, str], ear: _Ear) -> Result:
-        patience = time.monotonic() + BUSY
+        shard = Shard(index, self._job.shards)
+        config = ExtractConfig(**self._job.options, shard=shard, resume=not fresh, overwrite=fresh)
+        goal, patience = goal_of(self._job.output, config), time.monotonic() + BUSY
         while True:
             try:
-                return extract(
-                    self._images,
-                    self._job.output,
-                    shard=f"{index}/{self._job.shards}",
-                    resume=not fresh,
-                    overwrite=fresh,
-                    listener=ear,
-                    equipment=self._equipment,
-                    barred=barred,
-                    **self._job.options,
+                return run_extraction(
+                    self._images, goal, config, listener=ear, equipment=self._equipment, barred=barred
                 )
             except BusyError:  # a worker that is thought dead may take its time to die
                 if time.monotonic() > patience:

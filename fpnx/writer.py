@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -18,7 +18,9 @@ from fpnx.disk import BLOCK, LARGE, OpenFile, claim, disk_error, sync_folder
 from fpnx.errors import FpnxError, StoreError, shown
 from fpnx.hdf5 import open_hdf5
 from fpnx.image_list import ImageList
+from fpnx.provenance import Provenance
 from fpnx.store import DONE, ERROR_BYTES, FAILED, FORMAT, FORMAT_VERSION, PENDING, Store, different_fields
+from fpnx.values import format_size
 
 __all__ = ["Layout", "Place", "Writer", "make_file", "part_of", "refuse_other_run"]
 
@@ -26,13 +28,22 @@ TABLE_BYTES = 8 + 8 + 8 + 8 + 1 + ERROR_BYTES + 8 + 16 + 16  # per image, withou
 VALID_RULE = "rows ceil(input_height / stride), columns ceil(input_width / stride) of a map are not padding"
 
 
+AnyWriter = TypeVar("AnyWriter", bound="Writer")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Everything about a file that is known before the first image is computed.
 
-    `sizes[i]` is (height, width) of what the model sees of image i, `groups[i]` the name of its padded size and
-    `rows[i]` its row there; an image whose header could not be read has group `""`, row -1 and an error.
-    `shapes` gives (C, H, W) by group and level.
+    Attributes:
+        images: names, sizes and times.
+        strides: by level, in input pixels.
+        config: what the stored numbers depend on; the fingerprint is its hash.
+        input_sizes: (N, 2) height and width of what the model sees of each image, without padding.
+        padded_sizes: (height, width) with padding; None for an image whose header could not be read.
+        rows: (N,) row of each image among those of its padded size; -1 where it has none.
+        shapes: (C, H, W) by padded size and level.
+        errors: why images have no row, by index.
     """
 
     images: ImageList
@@ -40,10 +51,10 @@ class Layout:
     strides: Mapping[str, int]
     dtype: str
     config: Mapping[str, Any]
-    sizes: np.ndarray
-    groups: Sequence[str]
+    input_sizes: np.ndarray
+    padded_sizes: Sequence[tuple[int, int] | None]
     rows: np.ndarray
-    shapes: Mapping[str, Mapping[str, tuple[int, int, int]]]
+    shapes: Mapping[tuple[int, int], Mapping[str, tuple[int, int, int]]]
     errors: Mapping[int, str] = field(default_factory=dict)
 
     @property
@@ -51,23 +62,19 @@ class Layout:
         """sha256 of `config`, which holds exactly what changes the numbers."""
         return fingerprint(self.config)
 
-    def members(self, group: str) -> list[int]:
-        """Images of one group, by row."""
-        return [i for i, name in enumerate(self.groups) if name == group]
-
-    def counts(self) -> dict[str, int]:
-        """Number of images by group."""
+    def counts(self) -> dict[tuple[int, int], int]:
+        """Number of images by padded size."""
         counts = dict.fromkeys(self.shapes, 0)
-        for name in self.groups:
-            if name:
-                counts[name] += 1
+        for size in self.padded_sizes:
+            if size is not None:
+                counts[size] += 1
         return counts
 
     def feature_bytes(self) -> int:
         """Bytes that the features of all images take."""
-        size = np.dtype(self.dtype).itemsize
-        each = {group: sum(int(np.prod(s)) for s in shapes.values()) for group, shapes in self.shapes.items()}
-        return sum(count * each[group] * size for group, count in self.counts().items())
+        item = np.dtype(self.dtype).itemsize
+        each = {size: sum(int(np.prod(s)) for s in shapes.values()) for size, shapes in self.shapes.items()}
+        return sum(count * each[size] * item for size, count in self.counts().items())
 
     def total_bytes(self) -> int:
         """Bytes of the whole file, to within a few per cent of what is not features."""
@@ -147,7 +154,7 @@ class Writer:
         self.space_is_claimed = True
 
     @classmethod
-    def create(cls, output: Path, layout: Layout, provenance: Mapping[str, Any]) -> Writer:
+    def create(cls: type[AnyWriter], output: Path, layout: Layout, provenance: Provenance) -> AnyWriter:
         """Lay out a new `.part` beside `output` and claim its space; a `.part` that is there is dropped.
 
         It is made under another name, so that a `.part` is whole from its first moment.
@@ -173,7 +180,7 @@ class Writer:
         return writer
 
     @classmethod
-    def reopen(cls, output: Path) -> Writer:
+    def reopen(cls: type[AnyWriter], output: Path) -> AnyWriter:
         """Continue the `.part` beside `output`, which `refuse_other_run` has let pass. Failed rows are pending again.
 
         Raises:
@@ -305,7 +312,7 @@ class Writer:
             raise self._failure from error
 
 
-def make_file(path: Path, layout: Layout, provenance: Mapping[str, Any]) -> bool:
+def make_file(path: Path, layout: Layout, provenance: Provenance) -> bool:
     """Lay out a file where none is, pending and durable, and claim its space; False where that cannot be promised.
 
     Raises:
@@ -367,28 +374,29 @@ def _differ(before: tuple[int, int], now: tuple[int, int]) -> bool:
     return before != now
 
 
-def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> None:
+def _lay_out(file: h5py.File, layout: Layout, provenance: Provenance) -> None:
     records, count = layout.images.records, len(layout.images)
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION
     file.attrs["config"] = json.dumps(layout.config)
     file.attrs["fingerprint"] = layout.fingerprint
     file.attrs["root"] = np.array(layout.images.root, dtype=h5py.string_dtype())
-    file.attrs["provenance"] = json.dumps(provenance)
+    file.attrs["provenance"] = json.dumps(provenance.to_json())
     if layout.images.shard is not None:
         file.attrs["shard"] = json.dumps(layout.images.shard.to_json())
     status, errors = np.zeros(count, np.uint8), np.zeros(count, h5py.string_dtype("utf-8", ERROR_BYTES))
     for index, reason in layout.errors.items():  # of headers: these have no row, so nothing is left to do
         status[index], errors[index] = FAILED, _clipped(reason)
     text = h5py.string_dtype("utf-8")
+    groups = [b"" if size is None else format_size(size).encode() for size in layout.padded_sizes]
     images = file.create_group("images")
     images.create_dataset("path", data=np.array([record.name for record in records], dtype=object), dtype=text)
-    images.create_dataset("group", data=np.array([g.encode() for g in layout.groups], dtype=object), dtype=text)
+    images.create_dataset("group", data=np.array(groups, dtype=object), dtype=text)
     for name, values in (
         ("bytes", np.array([record.bytes for record in records], dtype=np.int64)),
         ("mtime_ns", np.array([record.mtime_ns for record in records], dtype=np.int64)),
         ("source_size", np.zeros((count, 2), np.int32)),
-        ("input_size", layout.sizes.astype(np.int32)),
+        ("input_size", layout.input_sizes.astype(np.int32)),
         ("status", status),
         ("error", errors),
         ("row", layout.rows.astype(np.int64)),
@@ -398,14 +406,14 @@ def _lay_out(file: h5py.File, layout: Layout, provenance: Mapping[str, Any]) -> 
     _fixed(statistics, "nonfinite", (count, len(layout.levels)), np.int64)[...] = 0
     pyramids = file.create_group("pyramids")
     for size, members in layout.counts().items():
-        group = pyramids.create_group(size)
+        group = pyramids.create_group(format_size(size))
         for level in layout.levels:
             dataset = _fixed(group, level, (members, *layout.shapes[size][level]), np.dtype(layout.dtype))
             dataset.attrs["stride"] = layout.strides[level]
             dataset.attrs["channels"] = layout.shapes[size][level][0]
             dataset.attrs["valid"] = VALID_RULE
             if len(layout.shapes) == 1:
-                file[level] = h5py.SoftLink(f"/pyramids/{size}/{level}")
+                file[level] = h5py.SoftLink(f"/pyramids/{format_size(size)}/{level}")
 
 
 def _fixed(parent: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any) -> h5py.Dataset:

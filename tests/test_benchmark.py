@@ -27,7 +27,7 @@ from fpnx.errors import FpnxError, Interrupted
 from fpnx.executable import make_executable
 from fpnx.findings import Column, Findings
 from fpnx.photographs import fill, make_photographs
-from fpnx.planning import LevelShape
+from fpnx.plan_summary import LevelShape
 from fpnx.scoreboard import show_findings
 from fpnx.stopwatch import PeakMemory, Spread, spread
 from tests.conftest import document
@@ -277,7 +277,7 @@ def test_a_config_is_one_extraction_for_each_combination() -> None:
 
 def column(**samples: Any) -> Column:
     """A configuration of 2 GFLOP and 4 MB for each image."""
-    shape = LevelShape("64x64", 1, "P2", 4, 1, 1000, 1000, 4_000_000)
+    shape = LevelShape((64, 64), 1, "P2", 4, 1, 1000, 1000, 4_000_000)
     costs = (Cost("backbone", 10, 1_500_000_000), Cost("outputs", 10, 500_000_000))
     fixed = {"backbone": "vgg16", "precision": "float32", "batch_size": 1, "size": (64, 64)}
     return Column(**{**fixed, "shapes": [shape], "costs": costs, **samples})

@@ -130,7 +130,7 @@ def test_detectron2_levels_equal_the_reference(case, tmp_path):
         expected = network.backbone(prepared(PICTURE, pillow=True, **preprocessing)[None])
     assert_levels(extracted(tmp_path, file, **options), expected)
     with fpnx.open(tmp_path / "out.h5") as store:
-        weights = store.provenance["weights"]
+        weights = store.provenance.weights.to_json()
     assert (weights["layout"], weights["heads_ignored"]) == ("detectron2", 2)
     assert weights["settled"]["pixel_order"] == {
         "value": preprocessing["order"],
@@ -147,7 +147,7 @@ def test_detectron2_x101_defaults_differ(tmp_path):
     model = fpnx.create_model(weights=str(tmp_path / "x.pth"))
     assert model.backbone == "resnext50_32x4d"
     assert (model.recipe.order, model.recipe.std) == ("BGR", (57.375, 57.12, 58.395))
-    assert model.weights.settled["stride_in_1x1"] == (False, "default")
+    assert model.weights.settings["stride_in_1x1"] == (False, "default")
     assert (model.weights.body.trained, model.weights.fpn.trained) == (None, False)
 
 
@@ -156,7 +156,7 @@ def test_old_detectron2_files_tell_mean_and_std(tmp_path):
     state |= {"pixel_mean": torch.tensor([1.0, 2.0, 3.0])[:, None, None], "pixel_std": torch.ones(3, 1, 1)}
     torch.save({"model": state}, tmp_path / "old.pth")
     model = fpnx.create_model(weights=str(tmp_path / "old.pth"))
-    assert (model.recipe.mean, model.weights.settled["mean"]) == ((1.0, 2.0, 3.0), ((1.0, 2.0, 3.0), "file"))
+    assert (model.recipe.mean, model.weights.settings["mean"]) == ((1.0, 2.0, 3.0), ((1.0, 2.0, 3.0), "file"))
     with pytest.raises(FpnxError, match=r"--mean .* contradicts it"):
         fpnx.create_model(weights=str(tmp_path / "old.pth"), mean="3,2,1")
 
@@ -247,7 +247,7 @@ def test_mmdetection_levels_equal_the_reference(case, tmp_path):
     assert_levels(extracted(tmp_path, tmp_path / "model.pth", **options), expected)
     assert not (tmp_path / "ran").exists()
     with fpnx.open(tmp_path / "out.h5") as store:
-        weights = store.provenance["weights"]
+        weights = store.provenance.weights.to_json()
     assert (weights["layout"], weights["heads_ignored"]) == ("mmdetection", 2)
     assert "OpenCV" in weights["note"]
     assert weights["settled"]["mean"]["by"] == ("file" if with_config else "option" if "mean" in options else "default")

@@ -98,7 +98,7 @@ def test_levels_are_what_the_detectors_heads_see(entry, hub, tmp_path):
         name = next(name for name in DETECTORS if entry in models.get_model_weights(name))
         strides = next(levels for start, levels in LEVELS.items() if name.startswith(start))
         assert {level: store.stride(level) for level in store.levels} == strides
-        weights = store.provenance["weights"]
+        weights = store.provenance.weights.to_json()
         assert weights["backbone"] == weights["pyramid"] == {"trained": True, "source": str(entry)}
         assert weights["layout"] == "torchvision detection"
         assert weights["heads_ignored"] > 0
@@ -126,7 +126,7 @@ def test_images_batch_by_padded_size(hub, tmp_path):
     fpnx.extract(images, tmp_path / "out.h5", weights=str(entry), short_side=64, long_side=110, batch_size=4)
     assert_equal_levels(network, images, tmp_path / "out.h5")
     with fpnx.open(tmp_path / "out.h5") as store:
-        assert store.groups == ["64x96", "64x96", "64x96", "64x128"]
+        assert store.padded_sizes == [(64, 96), (64, 96), (64, 96), (64, 128)]
         assert store["0.png"].input_size == (64, 70)
 
 
@@ -221,7 +221,7 @@ def test_a_detectors_own_file_is_recognised(wrapped, tmp_path):
     assert (model.backbone, model.weights.framework) == ("resnet50", "torchvision detection")
     assert (model.levels, model.fpn.top_block) == (("P3", "P4", "P5", "P6", "P7"), "p5")
     assert model.weights.ignored == len([name for name in state if ".head." in name or name.startswith("head.")])
-    assert model.weights.settled["norm_eps"] == (1e-5, "default")
+    assert model.weights.settings["norm_eps"] == (1e-5, "default")
     image = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         for ours, theirs in zip(model(image).values(), network.backbone(image).values(), strict=True):

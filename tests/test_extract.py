@@ -107,10 +107,10 @@ def test_ragged_sizes(fpnx: Run, photos: Path) -> None:
     assert "96×64" in out
     assert "and 2 other input sizes" in out
     with package.open("out.h5") as store:
-        assert store.sizes == ["50x70", "64x96", "70x50", "80x80", "96x64"]
+        assert store.sizes == [(50, 70), (64, 96), (70, 50), (80, 80), (96, 64)]
         broken = store.index("broken.jpg")
-        assert (store.groups[broken], int(store.rows[broken])) == ("", -1)
-        assert store.groups[store.index("a.jpg")] == store.groups[store.index("d.webp")] == "64x96"
+        assert (store.padded_sizes[broken], int(store.rows[broken])) == (None, -1)
+        assert store.padded_sizes[store.index("a.jpg")] == store.padded_sizes[store.index("d.webp")] == (64, 96)
         assert store["b.JPG"]["P2"].shape == (8, 24, 16)
         assert store["below/e.jpeg"].input_size == store["below/e.jpeg"].source_size == (70, 50)
         with pytest.raises(LookupError, match="not an image that fpnx reads"):

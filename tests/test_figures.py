@@ -21,6 +21,7 @@ from fpnx.errors import FpnxError
 from fpnx.figures import figure, rendered
 from fpnx.lettering import fitted, printable, width_of
 from fpnx.panels import assembled, colour_table, map_of, painted, placed
+from fpnx.provenance import ModelPart
 from fpnx.scales import measure, sample
 from fpnx.scenes import scene_of
 from fpnx.store import Item, Store
@@ -124,7 +125,7 @@ def test_the_brightest_cells_lie_over_the_bright_square(
     }[sizing]
     fpnx.extract(tmp_path, tmp_path / "out.h5", levels="C2-C5", **options)
     with fpnx.open(tmp_path / "out.h5") as store:
-        assert ("224x320" in store.sizes) == (sizing == "padded")
+        assert ((224, 320) in store.sizes) == (sizing == "padded")
         for name, (left, top, right, bottom) in boxes.items():
             item = store[name]
             assert item.source_size == (250, 370)
@@ -178,7 +179,7 @@ def test_a_picture_says_what_it_shows(store: Store) -> None:
         "1.png",
         "energy: L2 norm over channels",
         "from all images",
-        "mobilenet_v2: untrained, seed 0 · pyramid: untrained, seed 0",
+        "mobilenet_v2: untrained (random, seed 0) · pyramid: untrained (random, seed 0)",
         "source",
         "64×96",
         "C3",
@@ -191,8 +192,10 @@ def test_a_picture_says_what_it_shows(store: Store) -> None:
 
 
 def test_trained_parts_are_named(store: Store) -> None:
-    part = {"trained": True, "source": "FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"}
-    store.provenance["weights"] = {"backbone": part, "pyramid": part}
+    part = ModelPart(True, "FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1")
+    store.provenance = dataclasses.replace(
+        store.provenance, weights=dataclasses.replace(store.provenance.weights, body=part, pyramid=part)
+    )
     assert "pyramid: trained (FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1)" in texts(figure(store[0]))
 
 

@@ -20,6 +20,7 @@ from fpnx.engine import Engine
 from fpnx.equipment import Equipment
 from fpnx.errors import FpnxError
 from fpnx.replays import Replays
+from fpnx.values import parse_size
 from tests.conftest import noise_image
 
 TINY: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "size": 64}
@@ -28,7 +29,8 @@ TINY: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "size":
 def plan(groups: list[str], cpus: int = 2, batch_size: int | None = None, device: str = "cpu") -> Any:
     """What batching reads of a plan."""
     devices = tuple(torch.device(name) for name in device.split(","))
-    layout = SimpleNamespace(groups=groups, shapes=dict.fromkeys(groups))
+    sizes = [parse_size(name) for name in groups]
+    layout = SimpleNamespace(padded_sizes=sizes, shapes=dict.fromkeys(sizes))
     return SimpleNamespace(layout=layout, cpus=cpus, batch_size=batch_size, devices=devices, device=devices[0])
 
 
@@ -110,16 +112,16 @@ def test_memory_that_is_given_back_is_used_again():
 
 def test_the_fastest_batch_size_is_kept():
     batches = Batches(plan(["224x224"] * 400), range(400), 2)
-    assert batches.candidates("224x224", 400) == (4, 2)
+    assert batches.candidates((224, 224), 400) == (4, 2)
     tried = [len(next(batches)) for _ in range(4)]
     assert tried == [4, 4, 2, 2]
-    assert batches.trying("224x224")
+    assert batches.trying((224, 224))
     assert len(next(batches)) == 4  # until something is known
     for images, seconds in [(4, 1.0), (4, 0.40), (2, 0.16), (2, 0.3)]:
-        batches.took("224x224", images, seconds)
-    assert not batches.trying("224x224")
+        batches.took((224, 224), images, seconds)
+    assert not batches.trying((224, 224))
     assert len(next(batches)) == 2  # 0.08 a piece instead of 0.10
-    batches.took("224x224", 4, 0.001)
+    batches.took((224, 224), 4, 0.001)
     assert len(next(batches)) == 2
 
 
@@ -127,7 +129,7 @@ def test_a_batch_size_no_clearer_than_noise_is_not_taken():
     batches = Batches(plan(["224x224"] * 400), range(400), 2)
     for images, seconds in [(4, 0.40), (2, 0.195)]:
         next(batches), next(batches)
-        batches.took("224x224", images, seconds)
+        batches.took((224, 224), images, seconds)
     assert len(next(batches)) == 4
 
 
@@ -142,7 +144,9 @@ def test_a_batch_size_no_clearer_than_noise_is_not_taken():
     ids=["few", "asked", "large", "larger"],
 )
 def test_batch_sizes_worth_trying(images, size, asked, found):
-    assert Batches(plan([size] * images, batch_size=asked), range(images), 2).candidates(size, images) == found
+    assert (
+        Batches(plan([size] * images, batch_size=asked), range(images), 2).candidates(parse_size(size), images) == found
+    )
 
 
 def test_lanes():

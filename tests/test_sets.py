@@ -42,14 +42,14 @@ def part(layout: Layout, index: int, count: int) -> Layout:
     """What a shard lays out: a slice of the list, rows numbered anew, and where it was cut."""
     records = layout.images.records
     cut = Cut.of(Shard(index, count), len(records), list_fingerprint(records))
-    groups = [layout.groups[i] for i in cut.slice]
+    padded = [layout.padded_sizes[i] for i in cut.slice]
     return replace(
         layout,
         images=ImageList(layout.images.root, tuple(records[i] for i in cut.slice), cut),
-        sizes=layout.sizes[cut.first : cut.slice.stop],
-        groups=groups,
-        rows=np.array([groups[:i].count(name) if name else -1 for i, name in enumerate(groups)], np.int64),
-        shapes={name: layout.shapes[name] for name in dict.fromkeys(groups) if name},
+        input_sizes=layout.input_sizes[cut.first : cut.slice.stop],
+        padded_sizes=padded,
+        rows=np.array([padded[:i].count(size) if size else -1 for i, size in enumerate(padded)], np.int64),
+        shapes={size: layout.shapes[size] for size in dict.fromkeys(padded) if size},
         errors={i - cut.first: why for i, why in layout.errors.items() if i in cut.slice},
     )
 
@@ -62,7 +62,7 @@ def fill(output: Path, layout: Layout, failed: Sequence[int] = ()) -> Path:
         if first + i in failed:
             writer.fail(i, f"no {first + i}")
         else:
-            features = features_of([first + i], layout.groups[i], layout.dtype)
+            features = features_of([first + i], layout.padded_sizes[i] or (0, 0), layout.dtype)
             writer.put([i], features, np.array([[7, 7 + first + i]]), {level: [0] for level in LEVELS})
     writer.finish()
     return output
@@ -120,7 +120,12 @@ def assert_same_reading(one: fpnx.Store, other: fpnx.Store) -> None:
     assert (one.levels, one.config, one.fingerprint, one.root) == (
         other.levels, other.config, other.fingerprint, other.root
     )  # fmt: skip
-    assert (one.groups, one.sizes, len(one), one.complete) == (other.groups, other.sizes, len(other), other.complete)
+    assert (one.padded_sizes, one.sizes, len(one), one.complete) == (
+        other.padded_sizes,
+        other.sizes,
+        len(other),
+        other.complete,
+    )
     for table in ("rows", "bytes", "mtimes_ns", "input_sizes", "status", "source_sizes", "nonfinite"):
         assert np.array_equal(getattr(one, table), getattr(other, table)), table
     assert one.failures() == other.failures()
@@ -160,7 +165,7 @@ def test_a_set_reads_as_the_whole_run(made: list[Path], tmp_path: Path, order: i
         with pytest.raises(IndexError):
             store[11]
         with pytest.raises(StoreError, match="pyramids/1x1 is missing"):
-            store.dataset("1x1", "P4")
+            store.dataset((1, 1), "P4")
         assert store.path == str(tmp_path / "out.shard-*-of-00004.h5")
     with pytest.raises(StoreError, match="has been closed"):
         item["P4"]
@@ -289,9 +294,9 @@ def test_merged(tmp_path: Path, groups: list[str], dtype: str) -> None:
     with fpnx.open(tmp_path / "out.h5") as store, fpnx.open(tmp_path / "whole.h5") as whole:
         assert_same_reading(store, whole)
         assert store.cut is None
-        told = store.provenance["merged"]
-        assert told["shards"] == [path.name for path in made]
-        assert {name: told for name, told in store.provenance.items() if name != "merged"} == PROVENANCE
+        assert store.provenance.merged is not None
+        assert store.provenance.merged["shards"] == [path.name for path in made]
+        assert replace(store.provenance, merged=None) == PROVENANCE
     assert verify(tmp_path / "out.h5").problems == ()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out.h5.")]
     if any(groups):
@@ -383,7 +388,7 @@ def test_a_dataset_over_a_set(made: list[Path], tmp_path: Path) -> None:
     whole = fpnx.PyramidDataset(tmp_path / "whole.h5")
     for paths in (str(tmp_path / "out.shard-*.h5"), made[::-1]):
         data = fpnx.PyramidDataset(paths, target=len)
-        assert (data.indices, data.groups) == (whole.indices, whole.groups)
+        assert (data.indices, data.sizes) == (whole.indices, whole.sizes)
         again = pickle.loads(pickle.dumps(data))
         for i in range(len(whole)):
             for level in LEVELS:
@@ -470,7 +475,7 @@ def test_shards_of_a_real_run(tmp_path: Path, size: str | int, count: int, image
     for shard in store.shards:
         first = shard.cut.first if shard.cut else 0
         for row in range(len(shard)):
-            for level in shard.levels if shard.groups[row] else ():
+            for level in shard.levels if shard.padded_sizes[row] else ():
                 assert raw(tmp_path / "out.h5", first + row, level) == raw(Path(shard.path), row, level)
     assert verify(shards, against=photos, sample=2).problems == ()
     assert fpnx.extract(photos, tmp_path / "out.h5", resume=True, **options).computed == 0  # it is a whole run's
@@ -611,7 +616,7 @@ with fpnx.open("out.shard-*.h5") as store:
     order = np.random.default_rng(0).permutation(len(store))
     for i in order[:400].tolist():
         assert (store[i]["P4"] == i + 1).all() and (store[i]["P5"] == i + 100).all()
-    rows = store.dataset("64x64", "P5")[:]
+    rows = store.dataset((64, 64), "P5")[:]
     assert (rows.reshape(len(rows), -1) == np.arange(100, 100 + len(rows))[:, None]).all()
 data = fpnx.PyramidDataset("out.shard-*.h5")
 assert len(data) == len(rows) and (data[7]["P4"] == 8).all()
@@ -635,6 +640,6 @@ def test_more_shards_than_open_files(tmp_path: Path, count: int, files: int) -> 
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(count), str(len(layout.groups)), str(len(layout.groups))]
+    assert done.stdout.split() == [str(count), str(len(layout.images)), str(len(layout.images))]
     assert_same_tables(tmp_path / "out.h5", tmp_path / "whole.h5")
     assert verify(tmp_path / "out.h5").problems == ()

@@ -17,16 +17,18 @@ import pytest
 from fpnx.disk import OpenFile
 from fpnx.errors import FpnxError, StoreError
 from fpnx.image_list import ImageList, ImageRecord
-from fpnx.store import DONE, FAILED, PENDING, open_store
+from fpnx.provenance import ModelPart, Provenance, WeightsInfo
+from fpnx.store import DONE, FAILED, PENDING, Store, open_store
+from fpnx.values import parse_size
 from fpnx.verification import verify
 from fpnx.writer import Layout, Writer, part_of
 
 LEVELS = ("P4", "P5")
-PROVENANCE = {
-    "weights": {part: {"trained": False, "source": "random"} for part in ("backbone", "pyramid")},
-    "versions": {},
+PROVENANCE = Provenance(
+    weights=WeightsInfo(name="random", body=ModelPart.drawn(0), pyramid=ModelPart.drawn(0)),
+    versions={},
     **dict.fromkeys(("recipe", "device", "precision", "time"), "as is"),
-}
+)
 
 
 def layout_of(groups: list[str], errors: dict[int, str] | None = None, dtype: str = "float32") -> Layout:
@@ -40,30 +42,41 @@ def layout_of(groups: list[str], errors: dict[int, str] | None = None, dtype: st
         strides={"P4": 16, "P5": 32},
         dtype=dtype,
         config=config,
-        sizes=np.array(sizes, np.int32),
-        groups=groups,
+        input_sizes=np.array(sizes, np.int32),
+        padded_sizes=[parse_size(name) for name in groups],
         rows=np.array(rows),
-        shapes={g: shapes_of(g) for g in dict.fromkeys(groups) if g},
+        shapes={size: shapes_of(size) for size in map(parse_size, dict.fromkeys(groups)) if size},
         errors=errors or {},
     )
 
 
-def shapes_of(group: str) -> dict[str, tuple[int, int, int]]:
-    height, width = (int(n) for n in group.split("x"))
+def shapes_of(size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
+    height, width = size
     return {"P4": (2, height // 16, width // 16), "P5": (2, height // 32, width // 32)}
 
 
-def features_of(indices: list[int], group: str, dtype: str = "float32") -> dict[str, np.ndarray]:
+def features_of(indices: list[int], size: tuple[int, int], dtype: str = "float32") -> dict[str, np.ndarray]:
     """Rows that tell which image they are of: image i holds i + 1 in P4, 100 + i in P5."""
     return {
         level: np.stack([np.full(shape, base + i, dtype) for i in indices])
-        for (level, shape), base in zip(shapes_of(group).items(), (1, 100), strict=True)
+        for (level, shape), base in zip(shapes_of(size).items(), (1, 100), strict=True)
     }
+
+
+def size_of(store: Store, index: int) -> tuple[int, int]:
+    size = store.padded_sizes[index]
+    assert size is not None
+    return size
 
 
 def put(writer: Writer, indices: list[int], group: str) -> None:
     sizes = np.array([[7, 7 + i] for i in indices], np.int32)
-    writer.put(indices, features_of(indices, group), sizes, {level: [0] * len(indices) for level in LEVELS})
+    writer.put(
+        indices,
+        features_of(indices, parse_size(group) or (0, 0)),
+        sizes,
+        {level: [0] * len(indices) for level in LEVELS},
+    )
 
 
 def check_done_rows(path: Path) -> int:
@@ -71,7 +84,7 @@ def check_done_rows(path: Path) -> int:
     with open_store(path) as store:
         done = np.flatnonzero(store.status == DONE).tolist()
         for index in done:
-            for level, expected in features_of([index], store.groups[index]).items():
+            for level, expected in features_of([index], size_of(store, index)).items():
                 np.testing.assert_array_equal(store[index][level], expected[0])
             assert store[index].source_size == (7, 7 + index)
             assert not store.nonfinite[index].any()
