@@ -194,6 +194,8 @@ def test_the_page_works_in_a_browser(page: Page, made: Path, problems: list[str]
     assert (page.locator(".about").text_content() or "").endswith("pyramid: untrained, seed 0")
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     assert len(picture.getcolors(2**24) or ()) > 500  # photographs and maps are really drawn
+    photographs = page.locator(".stage img").evaluate_all("images => images.map(image => image.naturalWidth > 0)")
+    assert photographs == [True] * 6
 
     energy = canvases(page)
     first = page.locator(".row.later .stage canvas").first
