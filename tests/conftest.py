@@ -17,11 +17,14 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # A job in the background is started with SIGINT ignored, and so would be all the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -37,6 +40,18 @@ SMALL: dict[str, Any] = {  # options with which an extraction takes little
     "channels": 8,
     "device": "cpu",
 }
+CHROMIUM_COMMANDS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM_OPTIONS = [  # for containers, and without requests of its own
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +80,29 @@ def photos(tmp_path: Path) -> Path:
     ):  # fmt: skip
         noise_image(i, size).save(folder / name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The system's Chromium, headless, driven by Playwright.
+
+    Without Chromium the test is skipped, or fails where FPNX_REQUIRE_BROWSER is set. The scope is one module, because
+    Playwright keeps an asyncio loop running in this thread, and other modules' tests start their own.
+    """
+    from playwright.sync_api import sync_playwright
+
+    executable = next(filter(None, map(shutil.which, CHROMIUM_COMMANDS)), None)
+    if executable is None:
+        commands = ", ".join(CHROMIUM_COMMANDS)
+        reason = f"no Chromium: none of {commands} is on the PATH; on Debian: apt-get install chromium"
+        if os.environ.get("FPNX_REQUIRE_BROWSER"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    environment = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path_factory.mktemp("config"))}  # of its crash reports
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_OPTIONS, env=environment)
+        yield browser
+        browser.close()
 
 
 def noise_image(seed: int, size: tuple[int, int]) -> Image.Image:

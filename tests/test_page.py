@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect
 
 import fpnx
 from fpnx.config import VisualizeConfig
@@ -25,7 +26,6 @@ from fpnx.page import write_page
 from fpnx.pictures import visualize
 from fpnx.scenes import scene_of
 
-from .browser import CHROMIUM, Browser
 from .conftest import noise_image
 
 NASTY = "</script><img src=x onerror=alert(1)>&amp;'\".png".replace("/", "∕")
@@ -144,109 +144,120 @@ def test_a_photograph_that_is_gone_is_said_in_the_page(made: Path, tmp_path: Pat
 
 # In a browser ---------------------------------------------------------------------------------------------------
 
-browsing = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+@pytest.fixture
+def problems() -> list[str]:
+    """Console errors, console warnings and uncaught exceptions of `page`."""
+    return []
 
 
 @pytest.fixture
-def tab(made: Path, tmp_path: Path) -> Iterator[Browser]:
-    browser = Browser(tmp_path / "profile")
-    try:
-        browser.open(made / "page.html")
-        yield browser
-    finally:
-        browser.close()
+def requests() -> list[str]:
+    """Every address that `page` asked for."""
+    return []
 
 
-def middle(tab: Browser, selector: str, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
-    """A point of the window over an element, at a share of its size."""
-    element = f"document.querySelector({json.dumps(selector)})"
-    left, top, width, height = tab.run(f"(r => [r.left, r.top, r.width, r.height])({element}.getBoundingClientRect())")
-    return left + x * width, top + y * height
+@pytest.fixture
+def page(browser: Browser, made: Path, problems: list[str], requests: list[str]) -> Iterator[Page]:
+    """`page.html`, loaded in a tab of its own."""
+    with browser.new_context(viewport={"width": 1500, "height": 900}) as context, context.new_page() as page:
+        page.on("console", lambda said: said.type in ("error", "warning", "assert") and problems.append(said.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(address(made))
+        yield page
 
 
-def canvases(tab: Browser) -> list[str]:
-    return tab.run("[...document.querySelectorAll('.stage canvas')].map(c => c.toDataURL())")
+def address(made: Path) -> str:
+    return (made / "page.html").resolve().as_uri()
 
 
-def choose(tab: Browser, control: str, value: str) -> None:
-    change = f"c => {{ c.value = {value!r}; c.dispatchEvent(new Event('change')); }}"
-    tab.run(f"({change})(document.getElementById({control!r}))")
-    tab.settle()
+def point_of(element: Locator, x: float, y: float) -> tuple[float, float]:
+    """A point of the window over an element, at a share of its width and height."""
+    box = element.bounding_box()
+    assert box is not None
+    return box["x"] + x * box["width"], box["y"] + y * box["height"]
 
 
-@browsing
-def test_the_page_works_in_a_browser(tab: Browser, made: Path) -> None:
-    assert tab.run("document.querySelectorAll('nav button').length") == 4
-    assert tab.run("document.querySelector('h2').textContent") == NASTY
-    captions = tab.run("[...document.querySelectorAll('figcaption b')].map(b => b.textContent)")
-    assert captions == ["source", "C3", "source", "P3", "P4", "P5"]
-    assert tab.run("document.querySelector('.about').textContent").endswith("pyramid: untrained, seed 0")
-    picture = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
+def canvases(page: Page) -> list[str]:
+    return page.locator(".stage canvas").evaluate_all("canvases => canvases.map(canvas => canvas.toDataURL())")
+
+
+def captions(page: Page) -> list[str]:
+    return page.locator("figcaption b").all_text_contents()
+
+
+def test_the_page_works_in_a_browser(page: Page, made: Path, problems: list[str], requests: list[str]) -> None:
+    assert page.locator("nav button").count() == 4
+    assert page.locator("h2").text_content() == NASTY
+    assert captions(page) == ["source", "C3", "source", "P3", "P4", "P5"]
+    assert (page.locator(".about").text_content() or "").endswith("pyramid: untrained, seed 0")
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     assert len(picture.getcolors(2**24) or ()) > 500  # photographs and maps are really drawn
+    photographs = page.locator(".stage img").evaluate_all("images => images.map(image => image.naturalWidth > 0)")
+    assert photographs == [True] * 6
 
-    energy = canvases(tab)
-    tab.mouse("click", *middle(tab, ".row.later .stage canvas", 0.2, 0.3))
-    similar = canvases(tab)
+    energy = canvases(page)
+    first = page.locator(".row.later .stage canvas").first
+    page.mouse.click(*point_of(first, 0.2, 0.3))
+    similar = canvases(page)
     assert all(one != other for one, other in zip(energy, similar, strict=True))  # at every level
-    assert tab.run("document.getElementById('mode').value") == "similarity"
-    assert tab.run("[...document.querySelectorAll('.point')].every(p => !p.hidden)")
-    tab.mouse("click", *middle(tab, ".row.later .stage canvas", 0.8, 0.8))
-    assert all(one != other for one, other in zip(similar, canvases(tab), strict=True))
-    tab.key("Escape")
-    assert canvases(tab) == energy
+    assert page.locator("#mode").input_value() == "similarity"
+    assert page.locator(".point").evaluate_all("points => points.every(point => !point.hidden)")
+    page.mouse.click(*point_of(first, 0.8, 0.8))
+    assert all(one != other for one, other in zip(similar, canvases(page), strict=True))
+    page.keyboard.press("Escape")
+    assert canvases(page) == energy
 
-    assert tab.problems == []
-    assert [r for r in tab.requests if not r.startswith("data:")] == [(made / "page.html").resolve().as_uri()]
+    assert problems == []
+    assert [url for url in requests if not url.startswith("data:")] == [address(made)]
 
 
-@browsing
-def test_hovering_tells_the_value_of_the_cell(tab: Browser, made: Path) -> None:
-    tab.key("ArrowDown")
-    tab.key("ArrowDown")
+def test_hovering_tells_the_value_of_the_cell(page: Page, made: Path) -> None:
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
     with fpnx.open(made / "out.h5") as store:
         item = store[2]
-        assert tab.run("document.querySelector('h2').textContent") == item.path
+        assert page.locator("h2").text_content() == item.path
         exact = heatmap(item["P3"], "energy")
-    tab.mouse("move", *middle(tab, ".row.later figure:nth-child(2) .stage", 0.99, 0.01))
-    said = tab.run("document.getElementById('readout').textContent")
+    page.mouse.move(*point_of(page.locator(".row.later figure:nth-child(2) .stage"), 0.99, 0.01))
+    said = page.locator("#readout").text_content() or ""
     match = re.fullmatch(r"P3 cell \(y (\d+), x (\d+)\): energy (.+)", said)
     assert match is not None, said
     assert (int(match[1]), int(match[2])) == (0, 11)
     assert float(match[3]) == pytest.approx(float(exact[0, 11]), rel=1e-3)
 
 
-@browsing
-def test_modes_levels_zoom_and_overlay(tab: Browser) -> None:
+def test_modes_levels_zoom_and_overlay(page: Page, problems: list[str]) -> None:
     seen = {}
     for mode in ("energy", "mean", "max", "std", "pca", "similarity"):
-        choose(tab, "mode", mode)
-        seen[mode] = canvases(tab)[0]
+        page.locator("#mode").select_option(mode)
+        seen[mode] = canvases(page)[0]
     assert len(set(seen.values())) == len(seen)
-    choose(tab, "level", "P4")
-    assert tab.run("[...document.querySelectorAll('figcaption b')].map(b => b.textContent)") == ["source", "P4"]
-    zoom = "(z => { z.value = 960; z.dispatchEvent(new Event('input')); })(document.getElementById('zoom'))"
-    tab.run(zoom)
-    assert tab.run("document.querySelector('.stage').getBoundingClientRect().width") == pytest.approx(960, abs=1)
-    assert tab.run("getComputedStyle(document.querySelector('.stage canvas')).imageRendering") == "pixelated"
-    tab.run("document.getElementById('overlay').click()")
-    assert tab.run("document.querySelectorAll('.stage.over').length") == 1
-    choose(tab, "scale", "image")
-    assert tab.problems == []
+    page.locator("#level").select_option("P4")
+    assert captions(page) == ["source", "P4"]
+    page.locator("#zoom").fill("960")
+    box = page.locator(".stage").first.bounding_box()
+    assert box is not None
+    assert box["width"] == pytest.approx(960, abs=1)
+    rendering = "canvas => getComputedStyle(canvas).imageRendering"
+    assert page.locator(".stage canvas").evaluate(rendering) == "pixelated"
+    page.locator("#overlay").check()
+    assert page.locator(".stage.over").count() == 1
+    page.locator("#scale").select_option("image")
+    assert problems == []
 
 
-@browsing
-def test_a_name_that_tries_to_be_markup_stays_text(tab: Browser, made: Path) -> None:
-    names = tab.run("[...document.querySelectorAll('nav .name')].map(n => n.textContent)")
-    assert any("onerror=alert(1)" in name for name in names)
-    assert tab.run("document.querySelectorAll('img[src=x]').length") == 0
+def test_a_name_that_tries_to_be_markup_stays_text(page: Page) -> None:
+    expect(page.locator("nav .name").filter(has_text="onerror=alert(1)")).to_have_count(1)
+    assert page.locator("img[src=x]").count() == 0
 
 
-@browsing
-def test_maps_lie_over_the_photograph_to_the_pixel(tab: Browser) -> None:
-    tab.run("document.getElementById('overlay').click()")
-    ratios = tab.run(
-        "[...document.querySelectorAll('.stage')].filter(s => s.querySelector('canvas')).map(s => {"
-        "const c = s.querySelector('canvas').getBoundingClientRect(), b = s.getBoundingClientRect();"
+def test_maps_lie_over_the_photograph_to_the_pixel(page: Page) -> None:
+    page.locator("#overlay").check()
+    ratios = page.locator(".stage:has(canvas)").evaluate_all(
+        "stages => stages.map(stage => {"
+        "const c = stage.querySelector('canvas').getBoundingClientRect(), b = stage.getBoundingClientRect();"
         "return [c.left - b.left, c.top - b.top, c.width / b.width, c.height / b.height]; })"
     )
     assert len(ratios) == 4
