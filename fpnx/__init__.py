@@ -11,30 +11,42 @@ from typing import TYPE_CHECKING, Any
 from fpnx._version import __version__
 
 if TYPE_CHECKING:
-    from fpnx.config import ExtractConfig
-    from fpnx.dataset import PyramidDataset
-    from fpnx.dispatch import extract
-    from fpnx.errors import FpnxError, Interrupted
-    from fpnx.extraction import Result
-    from fpnx.figures import figure
-    from fpnx.heatmaps import heatmap
-    from fpnx.merging import Merged, merge
-    from fpnx.model import PyramidModel, create_model, save_weights
-    from fpnx.sets import open_pyramids as open
-    from fpnx.store import Item, Store
-    from fpnx.verification import Verification, verify
+    from fpnx.commands.extract import extract
+    from fpnx.commands.merge import Merged, merge
+    from fpnx.commands.verify import verify
+    from fpnx.core.config import ExtractConfig
+    from fpnx.core.errors import BusyError, FpnxError, ImageError, Interrupted, NotDoneError, StoreError
+    from fpnx.core.events import Listener
+    from fpnx.core.provenance import ModelPart, Provenance, WeightsInfo
+    from fpnx.extraction.run import Result
+    from fpnx.models.factory import create_model, save_weights
+    from fpnx.models.pyramid_model import PyramidModel
+    from fpnx.store.reader import Item, Store
+    from fpnx.store.shard_set import open_pyramids as open
+    from fpnx.store.torch_dataset import PyramidDataset
+    from fpnx.store.verify import Verification
+    from fpnx.visualization.figure import figure
+    from fpnx.visualization.heatmaps import heatmap
 
 __all__ = [
+    "BusyError",
     "ExtractConfig",
     "FpnxError",
+    "ImageError",
     "Interrupted",
     "Item",
+    "Listener",
     "Merged",
+    "ModelPart",
+    "NotDoneError",
+    "Provenance",
     "PyramidDataset",
     "PyramidModel",
     "Result",
     "Store",
+    "StoreError",
     "Verification",
+    "WeightsInfo",
     "__version__",
     "create_model",
     "extract",
@@ -46,33 +58,41 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
-    "ExtractConfig": ("config", "ExtractConfig"),
-    "FpnxError": ("errors", "FpnxError"),
-    "Interrupted": ("errors", "Interrupted"),
-    "Item": ("store", "Item"),
-    "Merged": ("merging", "Merged"),
-    "PyramidDataset": ("dataset", "PyramidDataset"),
-    "PyramidModel": ("model", "PyramidModel"),
-    "Result": ("extraction", "Result"),
-    "Store": ("store", "Store"),
-    "Verification": ("verification", "Verification"),
-    "create_model": ("model", "create_model"),
-    "extract": ("dispatch", "extract"),
-    "figure": ("figures", "figure"),
-    "heatmap": ("heatmaps", "heatmap"),
-    "merge": ("merging", "merge"),
-    "open": ("sets", "open_pyramids"),
-    "save_weights": ("model", "save_weights"),
-    "verify": ("verification", "verify"),
+_MODULES = {  # where each public name is defined, below fpnx
+    "BusyError": "core.errors",
+    "ExtractConfig": "core.config",
+    "FpnxError": "core.errors",
+    "ImageError": "core.errors",
+    "Interrupted": "core.errors",
+    "Item": "store.reader",
+    "Listener": "core.events",
+    "Merged": "commands.merge",
+    "ModelPart": "core.provenance",
+    "NotDoneError": "core.errors",
+    "Provenance": "core.provenance",
+    "PyramidDataset": "store.torch_dataset",
+    "PyramidModel": "models.pyramid_model",
+    "Result": "extraction.run",
+    "Store": "store.reader",
+    "StoreError": "core.errors",
+    "Verification": "store.verify",
+    "WeightsInfo": "core.provenance",
+    "create_model": "models.factory",
+    "extract": "commands.extract",
+    "figure": "visualization.figure",
+    "heatmap": "visualization.heatmaps",
+    "merge": "commands.merge",
+    "open": "store.shard_set",
+    "save_weights": "models.factory",
+    "verify": "commands.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fpnx' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    value = globals()[name] = getattr(import_module(f"fpnx.{module}"), attribute)
+    attribute = "open_pyramids" if name == "open" else name
+    value = globals()[name] = getattr(import_module(f"fpnx.{_MODULES[name]}"), attribute)
     return value
 
 

@@ -8,7 +8,7 @@ __all__ = ["run"]
 def run() -> int:
     """The command line as a program: its exit code."""
     try:
-        from fpnx.cli import main
+        from fpnx.cli.main import main
 
         return main()
     except KeyboardInterrupt:

@@ -1,9 +1,7 @@
-"""What the tests share: real photographs, small folders of images, and the command line as a process or a call."""
+"""Fixtures that all tests share: photographs, small folders of images, the command line as a call, a browser."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
 
 # Before torch is loaded: tests run side by side, and more threads than cores would only wait for each other.
@@ -11,17 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 import signal
-import subprocess
-import sys
-import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.helpers.files import SAMPLES, noise_image
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -30,16 +24,6 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).parent.parent
-SAMPLES = ROOT / "sample_images"
-SMALL: dict[str, Any] = {  # options with which an extraction takes little
-    "backbone": "mobilenet_v2",
-    "weights": "random",
-    "size": 64,
-    "levels": "P4-P5",
-    "channels": 8,
-    "device": "cpu",
-}
 CHROMIUM_COMMANDS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_OPTIONS = [  # for containers, and without requests of its own
     "--headless",
@@ -105,16 +89,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         browser.close()
 
 
-def noise_image(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A smooth random picture of `size` (width, height)."""
-    small = np.random.default_rng(seed).integers(0, 256, (size[1] // 8 + 2, size[0] // 8 + 2, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
-
-
 @pytest.fixture
 def fpnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """Run a command line in this process, in an empty folder: `fpnx("extract", ...)` → (exit code, stdout, stderr)."""
-    from fpnx.cli import main
+    from fpnx.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
@@ -126,56 +104,3 @@ def fpnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return code, captured.out, captured.err
 
     return run
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """Without the powers of root, which permissions do not bind."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-def process(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`fpnx ARGUMENTS` in a process of its own."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-m", "fpnx", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def document(text: str) -> dict[str, Any]:
-    """The one JSON document that `text` is."""
-    value = json.loads(text)
-    assert isinstance(value, dict)
-    return value
-
-
-def copied(samples: Path, folder: Path, count: int) -> Path:
-    """A folder of `count` copies of the sample photographs."""
-    folder.mkdir()
-    pictures = sorted(p for p in samples.rglob("*.jpg"))
-    for i in range(count):
-        shutil.copy(pictures[i % len(pictures)], folder / f"{i:05}.jpg")
-    return folder
-
-
-def archive(contents: dict[str, bytes]) -> bytes:
-    """A plain tar of `contents`, by member name."""
-    held = io.BytesIO()
-    with tarfile.open(fileobj=held, mode="w") as tar:
-        for name, content in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return held.getvalue()

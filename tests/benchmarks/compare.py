@@ -37,8 +37,8 @@ FPNX = """
 import json, resource, sys, time
 started = time.perf_counter()
 from fpnx import extraction, report
-from fpnx.config import ExtractConfig
-from fpnx.control import Listener
+from fpnx.core.config import ExtractConfig
+from fpnx.core.events import Listener
 class Hears(Listener):
     seen = []
     def progress(self, what, done, total):

@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 
 import fpnx
-from fpnx.config import ExtractConfig
-from fpnx.disk import OpenFile
-from fpnx.engine import Engine
-from fpnx.images import Source, decode, find
-from fpnx.machine import usable_cpus
+from fpnx.core.config import ExtractConfig
+from fpnx.core.files import OpenFile
+from fpnx.core.system import usable_cpus
+from fpnx.images.decoding import decode
+from fpnx.images.listing import find
+from fpnx.images.reading import Source
+from fpnx.inference.engine import Engine
 
 BATCH, ROUNDS = 4, 7
 

@@ -1,0 +1,1 @@
+"""Timings of every stage, costs, and what the machine could reach."""

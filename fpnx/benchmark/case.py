@@ -1,0 +1,275 @@
+"""One configuration under measurement: its stages, its forward pass, the whole way from files to a file."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fpnx.benchmark.profiling import MERGE, TOP, marked, peak_bytes, timed_body
+from fpnx.benchmark.timers import PeakMemory, Stopwatch
+from fpnx.core.errors import FpnxError
+from fpnx.core.events import Listener
+from fpnx.core.image_list import ImageList
+from fpnx.core.system import available_memory
+from fpnx.extraction.batching import Batches, lanes_for
+from fpnx.extraction.plan import Plan
+from fpnx.extraction.run import provenance_of, run_extraction
+from fpnx.extraction.upload import goal_of
+from fpnx.images.decoding import decode
+from fpnx.inference.devices import arithmetic
+from fpnx.inference.engine import Engine
+from fpnx.inference.graph_fusion import Executable
+from fpnx.store.writer import Layout, Writer
+
+__all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "Specimen"]
+
+DECODE, RESIZE, UPLOAD, DOWNLOAD, WRITE = "decode", "resize + normalise", "copy to device", "copy back", "write"
+BEFORE, AFTER = (DECODE, RESIZE, UPLOAD), (DOWNLOAD, WRITE)  # stages outside the forward pass
+IMAGES, BATCHES = 32, 2  # of an end-to-end run, at least
+SECONDS, BYTES = 1.5, 1 << 30  # that such a run should take, and may write for it
+MANY = 10**6  # images: enough for batches to be those of a long run
+IN_FLIGHT = 4  # batches of features that a run holds at most: in the engine, in the queue, being written
+
+
+class Specimen:
+    """A plan made ready: a batch of its images, an engine, a file to write to.
+
+    Attributes:
+        size: (height, width) of the batch, with padding.
+        files: the folder that an end-to-end run reads.
+        images: how many images it takes from there: whole batches, as many as it takes to be timed.
+    """
+
+    def __init__(self, plan: Plan, engine: Engine, folder: Path, name: str) -> None:
+        self.plan, self.engine = plan, engine
+        self.size = _most_common(plan)
+        self.batch_size = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.size, MANY)[0]
+        self.images = 0
+        self.files, self._folder, self._name = folder / "files", folder, name
+        members = [i for i, size in enumerate(plan.layout.padded_sizes) if size == self.size]
+        # One size before padding, too: then a batch is one array.
+        members = [i for i in members if (plan.layout.input_sizes[i] == plan.layout.input_sizes[members[0]]).all()]
+        self._members = [members[i % len(members)] for i in range(self.batch_size)]
+        self._stopwatch = Stopwatch(plan.device)
+        self._writer: Writer | None = None
+        self._batch: Tensor | None = None
+        self._network = _Network(engine.executable, self._stopwatch)
+
+    def needs(self) -> int:
+        """Bytes that an extraction takes at least, beside what is loaded already."""
+        pixels = 5 * 3 * self.size[0] * self.size[1]  # as bytes and as float32
+        features = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.size)
+        return self.batch_size * (peak_bytes(self.plan.model, self.size) + pixels + IN_FLIGHT * features)
+
+    def obstacle(self) -> str | None:
+        """Why its batch cannot fit into memory; None where it may."""
+        cuda = self.plan.device.type == "cuda"
+        there = torch.cuda.mem_get_info(self.plan.device)[0] if cuda else available_memory()
+        needed = self.needs()
+        if needed <= there:
+            return None
+        return f"does not fit: it needs about {needed / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB can be had"
+
+    def warm_up(self) -> None:
+        """Take the first, slow turns, and settle the length of an end-to-end run."""
+        self.engine.prepare(self.size)
+        self.features()  # lays the weights out
+        for _ in range(2):
+            ms = self.stages()
+            self.forward()
+        reading, writing = (ms[DECODE] + ms[RESIZE]) / self.plan.workers, ms[WRITE]
+        network = sum(ms.values()) - ms[DECODE] - ms[RESIZE] - writing
+        each = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.size)
+        wanted = min(1000 * SECONDS / max(reading, network, writing), BYTES / each)
+        batches = math.ceil(max(wanted, IMAGES) / self.batch_size)
+        self.images = max(batches, BATCHES) * self.batch_size + self._first()
+
+    def stages(self) -> dict[str, float]:
+        """One batch through every stage, one after the other: milliseconds per image by stage."""
+        sources, recipe = self.plan.listing.sources, self.plan.recipe
+        spent = dict.fromkeys(BEFORE, 0.0)
+        pixels: list[np.ndarray] = []
+        source_sizes = []
+        for index in self._members:
+            started = time.perf_counter()
+            picture = decode(sources[index], self.plan.config.max_pixels)
+            decoded = time.perf_counter()
+            height, width = self.plan.layout.input_sizes[index].tolist()
+            pixels.append(recipe.resize(picture, (height, width)))
+            spent[DECODE] += decoded - started
+            spent[RESIZE] += time.perf_counter() - decoded
+            source_sizes.append((picture.height, picture.width))
+        for stage, seconds in self._computed(pixels).items():
+            spent[stage] = spent.get(stage, 0.0) + seconds
+        spent[WRITE] = self._written(np.array(source_sizes, np.int32))
+        return {stage: 1000 * seconds / self.batch_size for stage, seconds in spent.items()}
+
+    def forward(self) -> float:
+        """One batch through the network and nothing else, as it is in a run: milliseconds per image."""
+        assert self._batch is not None, "stages() comes first"
+        with torch.inference_mode(), arithmetic(self.plan.device, self.plan.precision):
+            self._stopwatch.start()
+            self.engine.executable(self._batch)
+            self._stopwatch.mark("forward")
+        return 1000 * self._stopwatch.seconds()["forward"] / self.batch_size
+
+    def core_time(self) -> float:
+        """Processor time through all stages, every core at a batch of its own: milliseconds per image.
+
+        For what computes on processors. Cores share caches and the way to memory, so one alone would take less.
+        """
+        writing = threading.Lock()
+
+        def chain(_: int) -> float:
+            started = time.thread_time()
+            features = self.engine(self._pixels())
+            with writing:
+                self._put(features.arrays)
+            return time.thread_time() - started
+
+        lanes, threads_before = lanes_for(self.plan, self.images), torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(lanes, "fpnx-core", torch.set_num_threads, (1,)) as cores:
+                spent = list(cores.map(chain, range(lanes)))
+        finally:
+            torch.set_num_threads(threads_before)  # each set its own number, and with it that of threads to come
+        return 1000 * sum(spent) / lanes / self.batch_size
+
+    def end_to_end(self, memory: bool = False) -> tuple[float, PeakMemory | None]:
+        """The files of the plan into a new file, as `fpnx extract` does it: images/s, and what it took of memory.
+
+        The rate is that from the first batches on: what comes before them is the same for a million images.
+        """
+        output = self._folder / "measured.h5"
+        config = replace(self.plan.config, batch_size=self.batch_size, limit=self.images, overwrite=True)
+        peak, under_way = PeakMemory(self.plan.device), _UnderWay(self._first())
+        try:
+            with peak if memory else nullcontext():
+                result = run_extraction([self.files], goal_of(output, config), config, listener=under_way)
+                ended = time.perf_counter()
+        finally:
+            output.unlink(missing_ok=True)
+        if result.failed:
+            raise FpnxError(f"{result.failed[0][0]}: {result.failed[0][1]}: measure with images that can be read")
+        return (result.done - under_way.done) / (ended - under_way.since), peak if memory else None
+
+    def features(self, engine: Engine | None = None) -> dict[str, np.ndarray]:
+        """The features of the batch, (B, C, H, W) by level, from its own engine or another, as a run uses it."""
+        engine = engine or self.engine
+        with arithmetic(engine.device, engine.precision):
+            return dict(engine(self._pixels()).arrays)
+
+    def _first(self) -> int:
+        """Images of the first batches, one for each that is computed at the same time."""
+        return lanes_for(self.plan, IMAGES) * self.batch_size
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._batch = None, None
+
+    def _pixels(self) -> list[np.ndarray]:
+        sources, sizes = self.plan.listing.sources, self.plan.layout.input_sizes
+        pictures = (decode(sources[i], self.plan.config.max_pixels) for i in self._members)
+        extents = (tuple(sizes[i].tolist()) for i in self._members)
+        return [self.plan.recipe.resize(picture, size) for picture, size in zip(pictures, extents, strict=True)]
+
+    def _computed(self, pixels: Sequence[np.ndarray]) -> dict[str, float]:
+        """Seconds of each stage between pixels and arrays; keeps the network's input and the arrays."""
+        recipe, device, watch = self.plan.recipe, self.plan.device, self._stopwatch
+        sizes = [(image.shape[0], image.shape[1]) for image in pixels]
+        with torch.inference_mode(), arithmetic(device, self.plan.precision):
+            watch.start()
+            raw = torch.from_numpy(np.stack(pixels)).to(device)
+            watch.mark(UPLOAD)
+            self._batch = recipe.pad(recipe.normalise(raw), self.size).to(self.engine.dtype)
+            watch.mark(RESIZE)
+            levels = self._network(self._batch)
+            stored = {name: self.engine.in_stored_form(name, level, sizes) for name, level in levels.items()}
+            self._arrays = {name: level.cpu().numpy() for name, level in stored.items()}
+            watch.mark(DOWNLOAD)
+        return watch.seconds()
+
+    def _written(self, source_sizes: np.ndarray) -> float:
+        """Seconds for one batch until it is on the disk, in a file laid out for it as a run lays it out."""
+        if self._writer is None:
+            self._writer = Writer.create(
+                self._folder / f"{self._name}.h5", _layout(self.plan, self._members), provenance_of(self.plan)
+            )
+        self._source_sizes = source_sizes
+        started = time.perf_counter()
+        self._put(self._arrays)
+        self._writer.commit()
+        return time.perf_counter() - started
+
+    def _put(self, arrays: Mapping[str, np.ndarray]) -> None:
+        assert self._writer is not None, "stages() comes first"
+        finite = {level: [0] * self.batch_size for level in arrays}
+        self._writer.put(range(self.batch_size), arrays, self._source_sizes, finite)
+
+
+class _UnderWay(Listener):
+    """Notes when the first images of a run were done, and how many."""
+
+    def __init__(self, first: int) -> None:
+        self._first, self.done, self.since = first, 0, 0.0
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if what == "images" and not self.done and done >= self._first:
+            self.done, self.since = done, time.perf_counter()
+
+
+class _Network:
+    """A forward pass in its executable form, with a mark at the end of each stage."""
+
+    def __init__(self, executable: Executable, stopwatch: Stopwatch) -> None:
+        self._levels, self._pyramid, self._stopwatch = executable.levels, executable.pyramid, stopwatch
+        self._body = timed_body(executable.body, stopwatch)
+        self._blocks: list[tuple[str, nn.Module]] = []
+        if self._pyramid is not None:
+            outputs = [*self._pyramid.output.items(), *self._pyramid.recombined.items()]
+            self._blocks += [(f"output P{k}", block) for k, block in outputs]
+            self._blocks += [(TOP, block) for block in self._pyramid.extra.values()]
+            self._ends_with = TOP if self._pyramid.above else MERGE
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        levels: dict[str, Tensor] = self._body(images)
+        if self._pyramid is not None:
+            with marked(self._blocks, self._stopwatch):
+                levels = levels | self._pyramid(levels)
+            self._stopwatch.mark(self._ends_with)
+        return {name: levels[name] for name in self._levels}
+
+
+def _most_common(plan: Plan) -> tuple[int, int]:
+    counts = plan.layout.counts()
+    if not any(counts.values()):
+        raise FpnxError("none of the images can be measured: give others with --images")
+    return max(counts, key=counts.__getitem__)
+
+
+def _layout(plan: Plan, members: Sequence[int]) -> Layout:
+    layout, some = plan.layout, list(members)
+    records = tuple(layout.images.records[index]._replace(name=b"%d" % place) for place, index in enumerate(members))
+    size = layout.padded_sizes[some[0]]
+    assert size is not None
+    return replace(
+        layout,
+        images=ImageList(layout.images.root, records),
+        input_sizes=layout.input_sizes[some],
+        padded_sizes=[size] * len(some),
+        rows=np.arange(len(some)),
+        shapes={size: layout.shapes[size]},
+        errors={},
+    )

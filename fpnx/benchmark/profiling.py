@@ -1,0 +1,216 @@
+"""The forward pass taken apart: the time of each stage, and the memory that it all takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fpnx.benchmark.timers import Stopwatch
+from fpnx.core.levels import level_number
+from fpnx.inference.graph_fusion import Executable
+from fpnx.models.pyramid_model import PyramidModel
+
+__all__ = ["MERGE", "TOP", "marked", "peak_bytes", "timed_body", "Cost", "count_costs", "count_executed"]
+
+MERGE = "lateral + top-down"
+TOP = "top block"
+
+
+def timed_body(body: nn.Module, stopwatch: Stopwatch) -> nn.Module:
+    """A copy of `body`, with the same parameters, that gives its taps and marks `"C2"`, `"C3"`, … as it goes.
+
+    A step belongs to the finest tap that needs it. A body that could not be traced is one stage, `"backbone"`.
+    """
+    if not isinstance(body, fx.GraphModule):
+        return _Marked(body, stopwatch)
+    taps: dict[str, fx.Node] = next(node for node in body.graph.nodes if node.op == "output").args[0]
+    stages = _stages(taps)
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    names = {stage: f"mark_{stage}" for stage in stages.values()}
+    nodes = [node for node in body.graph.nodes if node in stages or node.op == "placeholder"]
+    for node, after in zip(nodes, [*nodes[1:], None], strict=True):
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node in stages and (after is None or stages.get(after) != stages[node]):
+            graph.call_module(names[stages[node]])
+    graph.output({name: copied[node] for name, node in taps.items()})
+    holder = nn.Module()
+    for name, value in (*body.named_children(), *body.named_parameters(recurse=False), *_constants(body)):
+        setattr(holder, name, value)
+    for stage, name in names.items():
+        holder.add_module(name, _Mark(stopwatch, stage))
+    return fx.GraphModule(holder, graph).eval()
+
+
+@contextmanager
+def marked(blocks: Sequence[tuple[str, nn.Module]], stopwatch: Stopwatch) -> Iterator[None]:
+    """While it lasts, each of the pyramid's `blocks` (stage, module) marks the stopwatch with its stage, and what
+    goes on before it with `"lateral + top-down"`."""
+    hooks = []
+    for stage, block in blocks:
+        hooks.append(block.register_forward_pre_hook(_before(stopwatch)))
+        hooks.append(block.register_forward_hook(_after(stopwatch, stage)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def peak_bytes(model: PyramidModel, size: tuple[int, int]) -> int:
+    """Bytes of all float32 maps alive at once, at most, for one image of `size` (height, width). Computes nothing.
+
+    Of a body that could not be traced nothing is known before it runs: 0.
+    """
+    if not isinstance(model.body, fx.GraphModule):
+        return 0
+    whole = _Whole(model)
+    graph = fx.GraphModule(whole, fx.Tracer().trace(whole))
+    graph.graph.eliminate_dead_code()
+    walk = _Walk(graph)
+    on_meta = {name: value.to("meta") for name, value in walk.state_dict().items()}
+    with torch.no_grad():
+        peak: int = torch.func.functional_call(walk, on_meta, (torch.empty(1, 3, *size, device="meta"),))
+    return peak
+
+
+def _stages(taps: Mapping[str, fx.Node]) -> dict[fx.Node, str]:
+    stages: dict[fx.Node, str] = {}
+    for tap in sorted(taps, key=level_number):
+        waiting = [taps[tap]]
+        while waiting:
+            node = waiting.pop()
+            if node not in stages and node.op != "placeholder":
+                stages[node] = tap
+                waiting += node.all_input_nodes
+    return stages
+
+
+def _constants(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_buffers(recurse=False)
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield name, value
+
+
+def _before(stopwatch: Stopwatch) -> Callable[..., None]:
+    return lambda *_: stopwatch.mark(MERGE)
+
+
+def _after(stopwatch: Stopwatch, stage: str) -> Callable[..., None]:
+    return lambda *_: stopwatch.mark(stage)
+
+
+class _Mark(nn.Module):
+    def __init__(self, stopwatch: Stopwatch, stage: str) -> None:
+        super().__init__()
+        self._stopwatch, self._stage = stopwatch, stage
+
+    def forward(self) -> None:
+        self._stopwatch.mark(self._stage)
+
+
+class _Marked(nn.Module):
+    def __init__(self, body: nn.Module, stopwatch: Stopwatch) -> None:
+        super().__init__()
+        self._body, self._stopwatch = body, stopwatch
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        taps: dict[str, Tensor] = self._body(images)
+        self._stopwatch.mark("backbone")
+        return taps
+
+
+class _Whole(nn.Module):
+    """What a model computes, in a form that can be traced."""
+
+    def __init__(self, model: PyramidModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Any) -> dict[str, Any]:
+        taps = self.model.body(images)
+        pyramid = self.model.fpn(taps, self.model.levels)
+        return {name: pyramid[name] if name in pyramid else taps[name] for name in self.model.levels}
+
+
+class _Walk(nn.Module):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> int:
+        walker = _Weighing(self.module)
+        walker.run(images)
+        return walker.peak
+
+
+class _Weighing(fx.Interpreter):
+    """Runs a graph and keeps the greatest weight of what is alive."""
+
+    peak = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        alive = [value for value in (*self.env.values(), result) if isinstance(value, Tensor)]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in alive}
+        self.peak = max(self.peak, sum(storages.values()))
+        return result
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One part of a model: its parameters, and the operations that one image takes there (a multiply-add is two)."""
+
+    part: str
+    parameters: int
+    flops: int
+
+
+def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
+    """Backbone, laterals, outputs and top block for an input of `size` (height, width), without computing it.
+
+    Parameters are all that the part holds; operations only those that the asked levels need: convolutions, matrix
+    products and attention, as `torch.utils.flop_counter` counts them, not norms, activations and additions.
+
+    Raises:
+        RuntimeError: where the network cannot take that size.
+    """
+    on_meta = {name: value.to("meta") for name, value in model.state_dict().items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model, on_meta, (torch.empty(1, 3, *size, device="meta"),))
+    by_module = counter.get_flop_counts()
+
+    def flops(name: str) -> int:
+        return sum(by_module.get(f"{type(model).__name__}.fpn.{name}", {}).values())
+
+    costs = []
+    if set(model.levels) & set(model.fpn.levels):
+        for part, name in (("laterals", "inner_blocks"), ("outputs", "layer_blocks"), ("top block", "extra_blocks")):
+            if name == "extra_blocks" and model.fpn.top_block is None:
+                continue
+            blocks = getattr(model.fpn, name, nn.ModuleList())  # pooling has none
+            count = sum(flops(f"{name}.{child}") for child, _ in blocks.named_children())
+            costs.append(Cost(part, _parameters(blocks), count))
+    backbone = counter.get_total_flops() - sum(cost.flops for cost in costs)
+    return (Cost("backbone", _parameters(model.body), backbone), *costs)
+
+
+def count_executed(executable: Executable, size: tuple[int, int]) -> int:
+    """Operations of one image of `size` (height, width) in the executable form: fewer where levels are recombined.
+
+    Counted likewise, by computing one image; weights that are packed already are not seen.
+    """
+    image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        executable(image.contiguous(memory_format=torch.channels_last))
+    return int(counter.get_total_flops())
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,1 @@
+"""The terminal: the Typer app, its options, tables, progress and messages."""

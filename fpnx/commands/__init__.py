@@ -1,0 +1,1 @@
+"""One module for each command; each is a function that Python code can call."""

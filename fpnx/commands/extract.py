@@ -1,0 +1,62 @@
+"""Where an extraction is carried out: in this process, or by the workers of an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fpnx.core.config import ExtractConfig
+from fpnx.core.events import Listener
+from fpnx.extraction.upload import goal_of
+from fpnx.images.listing import as_paths, refuse_missing
+from fpnx.store.output_path import DEFAULT_OUTPUTS, check_output
+
+if TYPE_CHECKING:
+    from fpnx.extraction.run import Result
+
+__all__ = ["extract"]
+
+
+def extract(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    listener: Listener | None = None,
+    **options: Any,
+) -> Result:
+    """Images → pyramid levels in an HDF5 file, or drawn; `fpnx extract` as a function.
+
+    Args:
+        images: files, folders, `.tar` archives, `s3://`, `gs://` and `https://` addresses, or `"@list.txt"`.
+        output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; an address
+            (`"s3://bucket/out.h5"`) is worked on below `scratch` and sent when it is whole; with `format="png"` the
+            folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`; with
+            `engine="ray"` there are as many of those as the images are cut into.
+        listener: hears of the progress.
+        options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
+            `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
+
+    Returns:
+        How it ended; images that failed are in `result.failed` and do not raise.
+
+    Raises:
+        FpnxError: a request that cannot be carried out.
+        Interrupted: on SIGINT or SIGTERM; what was done is kept.
+        TypeError: an option that does not exist.
+    """
+    config, paths = ExtractConfig(**options), as_paths(images)
+    # Mistakes that cost nothing to find are reported before torch is loaded, which takes seconds.
+    refuse_missing(paths)
+    if config.engine == "local":
+        goal = goal_of(DEFAULT_OUTPUTS[config.format] if output is None else output, config)
+        if goal.url is None and config.format == "h5":
+            check_output(goal.local, config)
+        from fpnx.extraction.run import run_extraction
+
+        return run_extraction(paths, goal, config, listener=listener)
+    from fpnx.distributed.coordinator import extract_across
+    from fpnx.distributed.ray_backend import connected, require_ray
+
+    require_ray()
+    return extract_across(paths, output, config, listener or Listener(), connected)

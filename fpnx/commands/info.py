@@ -1,0 +1,19 @@
+"""The command `fpnx info`: what a file, or a run's shards together, hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fpnx.store.reader import Store
+from fpnx.store.shard_set import open_pyramids
+
+__all__ = ["info"]
+
+
+def info(files: Sequence[str]) -> Store:
+    """Open what `fpnx extract` wrote: one file, or all shards of a run as one store. Close it after use.
+
+    Raises:
+        StoreError: a file that cannot be read as fpnx's, or a set of shards that is not complete.
+    """
+    return open_pyramids(files[0] if len(files) == 1 else list(files))

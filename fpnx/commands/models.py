@@ -1,0 +1,155 @@
+"""What can be asked for: backbones with their stages and sizes, and the weights that are published for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+
+from fpnx.core.errors import FpnxError
+from fpnx.core.text import nearest
+from fpnx.models.backbones.factory import create_backbone, known_survey, survey
+from fpnx.models.backbones.registry import TIMM, build_network, names, timm_library
+from fpnx.models.backbones.stage_search import Stages
+from fpnx.models.backbones.tracing import on_meta, run_on_meta
+from fpnx.models.necks.fpn import FeaturePyramid
+from fpnx.models.weights.timm import timm_weights
+from fpnx.models.weights.torchvision import COCO, best_weights, native_recipe, published_weights
+
+__all__ = ["FPN_CHANNELS", "details", "entries", "is_backbone", "matching", "overview"]
+
+FPN_CHANNELS = 256  # of the pyramid whose parameters and operations are counted
+
+
+def is_backbone(word: str) -> bool:
+    """Whether `word` is the whole name of a network, and not a part to look for."""
+    return timm_library().is_model(word[len(TIMM) :]) if word.startswith(TIMM) else word in names()
+
+
+def matching(word: str | None = None) -> list[str]:
+    """The backbones whose name holds `word`: torchvision's, or timm's where it begins with `timm/`.
+
+    Raises:
+        FpnxError: where there is none.
+    """
+    word = word or ""
+    if word.startswith(TIMM):
+        found = [f"{TIMM}{name}" for name in timm_library().list_models() if word[len(TIMM) :] in name]
+    else:
+        found = [name for name in names() if word in name]
+    if not found:
+        raise FpnxError(
+            f"no backbone's name holds {word!r}{nearest(word.lower(), names())}: fpnx models lists them all"
+        )
+    return found
+
+
+def entries(found: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """One backbone after the other, as plain values; no weights are loaded.
+
+    Each has its taps, the parameters of the whole classifier, and the kinds of weights; or, without stages, why it is
+    `refused`. Torchvision's are measured where they were not met before, a tenth of a second each; of timm's only
+    those met before have taps.
+    """
+    for name in found:
+        each = known_survey(name) if name.startswith(TIMM) else survey(name)
+        if each is not None and each.stages is None:
+            yield {"name": name, "refused": each.refused}
+        else:
+            yield {"name": name, "taps": _taps(each.stages if each else None), **_published_facts(name)}
+
+
+def overview(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`entries` as one document: `backbones`, and those `refused` with the reason."""
+    found = list(rows)
+    return {
+        "backbones": [row for row in found if "refused" not in row],
+        "refused": [{"name": row["name"], "reason": row["refused"]} for row in found if "refused" in row],
+    }
+
+
+def details(name: str) -> dict[str, Any]:
+    """One backbone as plain values: taps, parameters, operations at its recipe's size, and weights with their files.
+
+    GFLOPs count a multiply-add as 2, for the taps and for P2…P5 of a pyramid of `FPN_CHANNELS` channels. No weights
+    are loaded.
+
+    Raises:
+        FpnxError: a network without stages.
+    """
+    recipe = native_recipe(name)
+    size = recipe.fixed_size
+    assert size is not None
+    backbone = create_backbone(name, 0, size=size if survey(name).keyword else None, meta=True)
+    size = backbone.size or size
+    pyramid = on_meta(FeaturePyramid(backbone.pyramid_channels, FPN_CHANNELS))
+    with FlopCounterMode(display=False) as body_counter:
+        taps = run_on_meta(backbone.body, size)
+    with FlopCounterMode(display=False) as pyramid_counter:
+        pyramid(taps)
+    return {
+        "name": name,
+        "taps": [
+            {**tap, "height": taps[tap["level"]].shape[2], "width": taps[tap["level"]].shape[3]}
+            for tap in _taps(survey(name).stages)
+        ],
+        "input_size": list(size),
+        "only_squares_in_multiples_of": backbone.side,
+        "recipe": str(recipe),
+        "parameters": {
+            "body": _count(backbone.body),
+            "pyramid": _count(pyramid),
+            "published": _count(build_network(name, meta=True)) if not name.startswith(TIMM) else None,
+        },
+        "gflops": {
+            "body": body_counter.get_total_flops() / 1e9,
+            "pyramid": pyramid_counter.get_total_flops() / 1e9,
+            "multiply_add_counts_as": 2,
+        },
+        "pyramid_channels": FPN_CHANNELS,
+        "weights": _weights(name),
+    }
+
+
+def _weights(name: str) -> list[dict[str, Any]]:
+    """Everything that `--weights` takes by name beside this backbone."""
+    timm = name.startswith(TIMM)
+    entries: list[Any] = [*timm_weights(name)] if timm else [*published_weights(name)]
+    meant = {} if timm else {"imagenet": str(best_weights(name)), "coco": COCO.get(name)}
+    if timm and entries:
+        meant = {"imagenet": entries[0].name}
+    return [
+        {
+            "name": each.name,
+            "also": [word for word, full in meant.items() if full == each.name],
+            "trains": list(each.trains),
+            "recipe": str(each.recipe),
+            "url": each.url,
+            "file_name": each.file.name,
+            "file": str(each.file),
+            "there": each.file.exists(),
+        }
+        for each in entries
+    ]
+
+
+def _published_facts(name: str) -> dict[str, Any]:
+    if name.startswith(TIMM):
+        tagged = timm_library().list_pretrained(f"{name[len(TIMM) :]}.*")
+        return {"parameters": None, "weights": ["random", *(["imagenet"] if tagged else [])]}
+    entries = list(models.get_model_weights(name))
+    kinds = ["random", *(["imagenet"] if entries else []), *(["coco"] if name in COCO else [])]
+    return {"parameters": entries[0].meta["num_params"] if entries else None, "weights": kinds}
+
+
+def _taps(stages: Stages | None) -> list[dict[str, Any]]:
+    return [
+        {"level": f"C{level}", "stride": 2**level, "node": tap.node, "channels": tap.channels}
+        for level, tap in sorted(stages.taps.items() if stages else [])
+    ]
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,360 @@
+"""The verb visualize: stored pyramids, or photographs by way of a temporary file → PNG pictures and a page."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from fpnx._version import __version__
+from fpnx.core.config import ExtractConfig, VisualizeConfig
+from fpnx.core.errors import FpnxError, Interrupted, NotDoneError
+from fpnx.core.events import Listener
+from fpnx.core.interrupts import Stop, stoppable
+from fpnx.core.plan_summary import PlanSummary
+from fpnx.core.text import shown
+from fpnx.images.decoding import pillow_within_limits
+from fpnx.images.listing import find
+from fpnx.remote.client import connections
+from fpnx.store.reader import FAILED, Item, Store
+from fpnx.store.shard_set import open_pyramids
+from fpnx.visualization.color_scale import Scales, measure
+from fpnx.visualization.figure import chosen_levels, draw, mode_in_words, rendered
+from fpnx.visualization.html.page import Page, write_page
+from fpnx.visualization.panels import colour_table
+from fpnx.visualization.png_files import Places, save_png
+from fpnx.visualization.scene import Scene, about_model, find_photo, scene_of
+from fpnx.visualization.selection import select
+
+__all__ = ["Pictures", "visualize"]
+
+STORE_ENDINGS = (".h5", ".hdf5", ".part")
+DEFAULT_STEM = "out"  # of photographs that have no name, such as all of a disk
+FOR_PHOTOGRAPHS = ("backbone", "weights", "seed", "size", "device")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What was drawn.
+
+    Attributes:
+        folder: where the pictures are; None where only a page was made.
+        pictures: their paths.
+        page: the HTML page, where one was asked for.
+        skipped: (stored path, reason) of each image that could not be drawn.
+        left_out: how many images the limit left out.
+    """
+
+    folder: Path | None
+    pictures: tuple[Path, ...]
+    page: Page | None
+    skipped: tuple[tuple[str, str], ...]
+    left_out: int
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where nothing at all could be drawn."""
+        return 0 if self.pictures or (self.page is not None and self.page.images) else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """All of this as plain values."""
+        return {
+            "folder": None if self.folder is None else str(self.folder),
+            "pictures": [str(path) for path in self.pictures],
+            "html": None if self.page is None else self.page.to_json(),
+            "skipped": [{"path": path, "reason": reason} for path, reason in self.skipped],
+            "left_out": self.left_out,
+            "exit_code": self.exit_code,
+        }
+
+
+def visualize(
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    html: str | os.PathLike[str] | None = None,
+    listener: Listener | None = None,
+    **options: Any,
+) -> Pictures:
+    """`fpnx visualize` as a function.
+
+    Args:
+        inputs: files that `fpnx extract` wrote, which are compared image by image; or photographs.
+        output: the folder for pictures; by default `<file>_png` beside the file, or, named after the first
+            photograph, in the current folder; none where `html` is given.
+        html: a page to write.
+        listener: hears of the progress.
+        options: the fields of `fpnx.core.config.VisualizeConfig`.
+
+    Raises:
+        FpnxError: a request that cannot be carried out.
+        Interrupted: on SIGINT or SIGTERM; the pictures written so far are kept.
+        TypeError: an option that does not exist.
+    """
+    config = VisualizeConfig(**options)
+    colour_table(config.colormap)
+    paths = [os.fspath(p) for p in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
+    hears = listener or Listener()
+    folder = None if html is not None and output is None else Path(output) if output else _folder(paths)
+    _check_outputs(folder, None if html is None else Path(html), config)
+    with ExitStack() as stack:
+        stack.enter_context(pillow_within_limits())
+        stack.enter_context(connections())
+        beyond = 0
+        named = _are_stores(paths, config)
+        if not named:
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="fpnx-"))
+            names = [os.fsdecode(source.name) for source in find(paths).sources]
+            beyond = max(0, len(names) - config.limit)
+            if folder is not None:
+                _refuse_existing(folder, names[: config.limit], range(min(len(names), config.limit)), config)
+            paths = _extracted(paths, Path(temporary), config, hears)
+        stop = stack.enter_context(stoppable(hears))
+        stores = [stack.enter_context(open_pyramids(path)) for path in paths]
+        _refuse_shards_apart(stores)
+        show = _Show(stores, named, config, stop, hears)
+        pictures = tuple(show.pictures(folder)) if folder is not None else ()
+        page = None
+        if html is not None:
+            page = write_page(Path(html), show.scenes(), show.stores, show.names, config, show.left_out + beyond, hears)
+        return Pictures(folder, pictures, page, tuple(show.skipped.items()), show.left_out + beyond)
+
+
+class _Show:
+    """The images that are to be drawn, of one or several files."""
+
+    def __init__(
+        self, stores: Sequence[Store], named: bool, config: VisualizeConfig, stop: Stop, listener: Listener
+    ) -> None:
+        self.stores, self.config, self._stop, self._listener = stores, config, stop, listener
+        self.names = [os.path.basename(store.path) if named else "" for store in stores]
+        self.skipped: dict[str, str] = {}
+        first = stores[0]
+        ready: list[int] = []
+        for row in select(first.paths, config.images):
+            try:
+                first[row]
+                ready.append(row)
+            except NotDoneError:
+                failed = first.status[row] == FAILED
+                self.skipped[first.paths[row]] = f"failed: {first.error(row)}" if failed else "is not done yet"
+        self.rows, self.left_out = ready[: config.limit], max(0, len(ready) - config.limit)
+        if not self.rows:
+            why = "; ".join(f"{shown(path)} {reason}" for path, reason in list(self.skipped.items())[:3])
+            raise FpnxError(f"nothing to draw{f' in {shown(first.path)}' if named else ''}: {why or 'no image at all'}")
+        for store in stores:
+            levels = chosen_levels(store, config.levels)
+            config.check_channels({lv: store.dataset(size, lv).shape[1] for size in store.sizes for lv in levels})
+        self._refuse_point()
+
+    def pictures(self, folder: Path) -> Iterator[Path]:
+        """Draw and write each picture, and give its path."""
+        places = Places(folder, self.stores[0].paths)
+        _refuse_existing(folder, self.stores[0].paths, self.rows, self.config)
+        scales = self._scales()
+        for scenes in self.scenes():
+            try:
+                target = places[scenes[0].path]
+                figure = draw(scenes, self.config, self.config.levels, scales)
+            except FpnxError as error:
+                self.skipped[scenes[0].path] = str(error)
+                continue
+            about = {"Title": shown(scenes[0].path), "Description": described(scenes, self.config)}
+            save_png(rendered(figure), target, {**about, "Software": f"fpnx {__version__}"})
+            yield target
+
+    def scenes(self) -> Iterator[list[Scene]]:
+        """For each image its scene in every file; progress is told, and a signal ends it."""
+        self._stop.begin()
+        for position, row in enumerate(self.rows):
+            if self._stop.signum is not None:
+                raise Interrupted(
+                    f"interrupted: {position} of {len(self.rows)} images are drawn and kept", self._stop.signum
+                )
+            self._listener.progress("pictures", position, len(self.rows))
+            try:
+                scenes = self._scenes_of(self.stores[0][row])
+            except FpnxError as error:
+                self.skipped[self.stores[0].paths[row]] = str(error)
+                continue
+            yield scenes
+            self._listener.progress("pictures", position + 1, len(self.rows))
+
+    def _scenes_of(self, item: Item) -> list[Scene]:
+        photo = find_photo(item)
+        scenes = [replace(scene_of(item, photo), file=self.names[0])]
+        for store, name in zip(self.stores[1:], self.names[1:], strict=True):
+            other, why = _same_image(item, store)
+            if other is None:
+                scenes.append(replace(scenes[0], file=name, about=_model_of(store), missing=why))
+                continue
+            same = photo if _full_path(other) == _full_path(item) and other.source_size == item.source_size else None
+            scenes.append(replace(scene_of(other, same), file=name))
+        return scenes
+
+    def _scales(self) -> list[Scales | None]:
+        if self.config.per_image:
+            return [None] * len(self.stores)
+        tell = self._listener.progress
+        return [
+            measure(
+                store,
+                self.config,
+                chosen_levels(store, self.config.levels),
+                lambda done, total: tell("maps measured", done, total),
+            )
+            for store in self.stores
+        ]
+
+    def _refuse_point(self) -> None:
+        """Refuse a point that no image has."""
+        if self.config.point is None:
+            return
+        sizes = [(int(height), int(width)) for height, width in self.stores[0].source_sizes[self.rows]]
+        for height, width in sizes:
+            x, y = self.config.position((height, width))
+            if x <= width and y <= height:
+                return
+        most = f"{max(height for height, _ in sizes)}×{max(width for _, width in sizes)}"
+        raise FpnxError(f"point {self.config.point} is outside every image: none goes beyond {most} (height × width)")
+
+
+def _refuse_existing(folder: Path, paths: Sequence[str], rows: Sequence[int], config: VisualizeConfig) -> None:
+    """Refuse to replace pictures of these rows of `paths` unasked."""
+    if config.overwrite:
+        return
+    places, there = Places(folder, paths), []
+    for row in rows:
+        try:
+            target = places[paths[row]]
+        except FpnxError:  # named when its turn comes
+            continue
+        if os.path.lexists(target):
+            there.append(target)
+    if there:
+        raise FpnxError(
+            f"{len(there)} of the pictures {'is' if len(there) == 1 else 'are'} there already, such as "
+            f"{shown(there[0])}: replace them with --overwrite, or name another folder with -o"
+        )
+
+
+def described(scenes: Sequence[Scene], config: VisualizeConfig) -> str:
+    """What a picture shows, in a line."""
+    return f"{mode_in_words(config)}; {'; '.join(dict.fromkeys(scene.about for scene in scenes))}"
+
+
+def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
+    """The image of another file that `item` is: by its stored path, else by where the picture was."""
+    full = _full_path(item)
+    row = store.index(item.path) if item.path in store else None
+    if row is None:
+        row = next((i for i, path in enumerate(store.paths) if os.path.join(store.root, path) == full), None)
+    if row is None:
+        return None, "this image is not in this file"
+    try:
+        return store[row], ""
+    except NotDoneError as error:
+        return None, str(error)
+
+
+def _refuse_shards_apart(stores: Sequence[Store]) -> None:
+    """Shards of one run have no image in common that could be compared: a shell may have taken a pattern apart."""
+    runs = [(store.fingerprint, store.cut.list) for store in stores if store.cut]
+    if len(set(runs)) < len(runs):
+        pattern = re.sub(r"\.shard-\d+-", ".shard-*-", stores[0].path)
+        raise FpnxError(f"these are shards of one run: give them as one, in quotes: '{shown(pattern)}'")
+
+
+def _full_path(item: Item) -> str:
+    return os.path.join(item.store.root, item.path)
+
+
+def _model_of(store: Store) -> str:
+    return about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights)
+
+
+def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
+    """Whether the inputs are files that fpnx wrote; else they are photographs."""
+    if not paths:
+        raise FpnxError("nothing to draw: name files that fpnx extract wrote, or photographs")
+    are = [
+        path.endswith(STORE_ENDINGS) or (os.path.isfile(path) and os.access(path, os.R_OK) and h5py.is_hdf5(path))
+        for path in paths
+    ]
+    if any(are) and not all(are):
+        raise FpnxError(
+            f"{shown(paths[are.index(True)])} is a file of features and {shown(paths[are.index(False)])} is not: "
+            f"name the one or the other"
+        )
+    given = [name for name in FOR_PHOTOGRAPHS if getattr(config, name) is not None]
+    if all(are) and given:
+        raise FpnxError(f"--{given[0]} is for photographs: {shown(paths[0])} holds features that are computed already")
+    if not all(are) and config.images is not None:
+        raise FpnxError("--images picks from a file of features: name the photographs themselves")
+    return all(are)
+
+
+def _extracted(paths: Sequence[str], folder: Path, config: VisualizeConfig, listener: Listener) -> list[str]:
+    """Files of features, one for each backbone."""
+    from fpnx.extraction.run import run_extraction
+    from fpnx.extraction.upload import goal_of
+
+    names = config.backbone or (None,)
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice:
+        raise FpnxError(f"backbone {twice} is named twice")
+    given = {name: getattr(config, name) for name in ("weights", "seed", "size", "device", "levels")}
+    options = {name: value for name, value in given.items() if value is not None}
+    files = []
+    for number, name in enumerate(names):
+        target = folder / f"{number}.h5"
+        listener.message(f"extracting with {name}" if name else "extracting")
+        hears = _Progress(listener, config)
+        wanted = ExtractConfig(backbone=name, limit=config.limit, offline=config.offline, **options)
+        run_extraction(paths, goal_of(target, wanted), wanted, listener=hears)
+        files.append(str(target))
+    return files
+
+
+class _Progress(Listener):
+    """Hands on what an extraction tells, without its table; refuses what could not be drawn of it."""
+
+    def __init__(self, listener: Listener, config: VisualizeConfig) -> None:
+        self._config = config
+        self.progress, self.message = listener.progress, listener.message  # type: ignore[method-assign]
+        self.stopping = listener.stopping  # type: ignore[method-assign]
+
+    def planned(self, plan: PlanSummary) -> None:
+        self._config.check_channels({shape.level: shape.channels for shape in plan.levels})
+
+
+def _folder(paths: Sequence[str]) -> Path:
+    """`<out>_png` beside the first file; of several files `<a>_<b>_png`; of photographs `<first>_png` right here."""
+    if not paths or not all(path.endswith(STORE_ENDINGS) for path in paths):
+        first = "".join(paths[:1]).removeprefix("@")
+        return Path(f"{Path(first).stem or Path(os.path.abspath(first)).stem or DEFAULT_STEM}_png")
+    stems = [Path(path.removesuffix(".part")).stem for path in paths]
+    name = "_".join(stems) if len(stems) <= 3 else f"{stems[0]}_and_{len(stems) - 1}_others"
+    return Path(paths[0]).with_name(f"{name}_png")
+
+
+def _check_outputs(folder: Path | None, html: Path | None, config: VisualizeConfig) -> None:
+    if folder is not None and os.path.lexists(folder) and not folder.is_dir():
+        raise FpnxError(f"{shown(folder)} is not a folder: name another with -o")
+    if folder is not None and not folder.parent.is_dir():
+        raise FpnxError(f"{shown(folder.parent)} does not exist: make it, or name another folder with -o")
+    if html is None:
+        return
+    if not html.parent.is_dir():
+        raise FpnxError(f"{shown(html.parent)} does not exist: make it, or name another file with --html")
+    if html.is_dir():
+        raise FpnxError(f"{shown(html)} is a folder: name a file, such as {shown(html / 'out.html')}")
+    if html.exists() and not config.overwrite:
+        raise FpnxError(f"{shown(html)} exists: replace it with --overwrite, or name another with --html")

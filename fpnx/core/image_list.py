@@ -1,0 +1,61 @@
+"""Plain records of images: what a list and a store keep of each image, and the fingerprint of a list."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fpnx.core.sharding import Cut
+
+__all__ = ["ImageList", "ImageRecord", "list_fingerprint", "record_line"]
+
+
+class ImageRecord(NamedTuple):
+    """One image as lists and stores keep it.
+
+    Attributes:
+        name: relative to the root, as bytes.
+        bytes: size of the file; -1 where unknown (some addresses).
+        mtime_ns: modification time in nanoseconds, or what stands for it; 0 where unknown.
+    """
+
+    name: bytes
+    bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of a run in their order.
+
+    Attributes:
+        root: the folder, archive or address that names are relative to.
+        records: one for each image.
+        shard: which slice of which list this is, where it is a shard; else None.
+    """
+
+    root: bytes
+    records: tuple[ImageRecord, ...]
+    shard: Cut | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def list_fingerprint(records: Iterable[tuple[bytes, int, int]]) -> str:
+    """sha256 (hex) of the lines that `fpnx list` writes for `records`: the same images in the same order have the
+    same, listed to a file or not."""
+    found = hashlib.sha256()
+    for record in records:
+        found.update(record_line(record))
+    return found.hexdigest()
+
+
+def record_line(record: tuple[bytes, int, int]) -> bytes:
+    """One record as a line of JSON, `["cats/01.jpg",81234,1700000000000000000]`, in ASCII."""
+    name, size, mtime = record
+    return json.dumps([os.fsdecode(name), size, mtime], separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,115 @@
+"""What a run is going to do, in plain values: for listeners, tables and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fpnx.core.config import ExtractConfig
+from fpnx.core.provenance import WeightsInfo
+from fpnx.core.sharding import Cut
+
+__all__ = ["LevelShape", "PlanSummary"]
+
+
+@dataclass(frozen=True)
+class LevelShape:
+    """One level at one network-input size, as it is stored.
+
+    Attributes:
+        input_size: (height, width) of the padded network input.
+        images: how many images have that size.
+        stride: in input pixels.
+        channels, height, width: of the stored map.
+        bytes_per_image: of this level in the stored dtype.
+    """
+
+    input_size: tuple[int, int]
+    images: int
+    level: str
+    stride: int
+    channels: int
+    height: int
+    width: int
+    bytes_per_image: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `input_size` as in the file, `"480x640"`."""
+        return {**asdict(self), "input_size": f"{self.input_size[0]}x{self.input_size[1]}"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSummary:
+    """What a run is going to do, known before it computes anything.
+
+    Attributes:
+        config: what was asked for.
+        output: the file or folder to be made, or its address.
+        scratch: the folder where a file for an object store is made; else None.
+        images, skipped: how many images there are, and how many other files were passed over.
+        shard: which slice of the list it is; None where it is no shard.
+        done_before: images that an earlier run has done.
+        root: what names are relative to.
+        weights: which parts are trained.
+        level_names: fine to coarse.
+        levels: every level at every network-input size; empty where sizes are not known yet.
+        recipe, recipe_text: the preprocessing, as plain values and in words.
+        devices, precision, batch_size, workers: how it is computed; a batch size of None is chosen by trying.
+        bytes_needed, bytes_free: of the disk; None where the file system does not tell.
+    """
+
+    config: ExtractConfig
+    output: str
+    scratch: str | None
+    images: int
+    skipped: int
+    shard: Cut | None
+    done_before: int
+    root: str
+    backbone: str
+    weights: WeightsInfo
+    level_names: tuple[str, ...]
+    levels: tuple[LevelShape, ...]
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    devices: tuple[str, ...]
+    precision: str
+    batch_size: int | None
+    workers: int
+    bytes_needed: int
+    bytes_free: int | None
+    fingerprint: str
+
+    @property
+    def has_pyramid(self) -> bool:
+        """Whether a P level is among the levels."""
+        return not all(level.startswith("C") for level in self.level_names)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of all features together."""
+        return sum(shape.images * shape.bytes_per_image for shape in self.levels)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of this as plain values."""
+        return {
+            "output": self.output,
+            "scratch": self.scratch,
+            "images": self.images,
+            "skipped": self.skipped,
+            "shard": None if self.shard is None else self.shard.to_json(),
+            "done_before": self.done_before,
+            "root": self.root,
+            "backbone": self.backbone,
+            "weights": self.weights.to_json(),
+            "recipe": {"text": self.recipe_text, **self.recipe},
+            "levels": [shape.to_json() for shape in self.levels],
+            "dtype": self.config.dtype,
+            "pool": self.config.pool,
+            "device": ",".join(self.devices),
+            "precision": self.precision,
+            "bytes_needed": self.bytes_needed,
+            "bytes_free": self.bytes_free,
+            "fingerprint": self.fingerprint,
+        }

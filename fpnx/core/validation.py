@@ -1,0 +1,196 @@
+"""The values of options: levels, channels, sizes, points, numbers, read from words and refused in one line."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from fpnx.core.errors import FpnxError
+from fpnx.core.text import nearest, shown
+
+__all__ = [
+    "auto_or_whole",
+    "check_choice",
+    "check_types",
+    "check_whole",
+    "checked_size",
+    "freeze",
+    "parse_channels",
+    "format_size",
+    "parse_pool",
+    "parse_size",
+    "point_text",
+    "several",
+    "three_numbers",
+]
+
+SIZES = ("recipe", "native")
+
+
+def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
+    """`"3,17"`, `"0-8"` or a sequence of numbers → channel numbers, in the order given.
+
+    Raises:
+        FpnxError: for anything else, or more than 100.
+    """
+    chosen: list[int] = []
+    for part in channels.split(",") if isinstance(channels, str) else channels:
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(part).strip(), re.ASCII)
+        if match is None:
+            raise FpnxError(f"channel {part!r}: take numbers and ranges such as 3,17 or 0-8")
+        chosen += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not 1 <= len(chosen) <= 100:
+        raise FpnxError(f"{len(chosen)} channels: take from 1 to 100 numbers, such as 3,17 or 0-8")
+    return tuple(chosen)
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """`"480x640"` → (480, 640), height × width; None for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,4})[xX×]([1-9]\d{0,4})", text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def format_size(size: tuple[int, int]) -> str:
+    """(480, 640) → `"480x640"`, as files and options write height × width."""
+    return f"{size[0]}x{size[1]}"
+
+
+def parse_pool(pool: str) -> tuple[int, int] | None:
+    """(height, width) to which each level is pooled: `"avg"` and `"max"` give (1, 1), `"7x7"` (7, 7), `"none"` None."""
+    return None if pool == "none" else parse_size(pool) or (1, 1)
+
+
+def three_numbers(what: str, given: str | Iterable[float]) -> tuple[float, ...]:
+    """Three finite numbers, of a sequence or of words with commas."""
+    parts = given.split(",") if isinstance(given, str) else list(given)
+    try:
+        numbers = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+        raise FpnxError(f"{what} {given!r}: take three numbers such as 123.675,116.28,103.53")
+    return numbers
+
+
+def checked_size(size: str | int | tuple[int, int]) -> str | tuple[int, int]:
+    """A size as config keeps it: `"recipe"`, `"native"` or (height, width)."""
+    text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
+    if text.isascii() and text.isdigit():
+        text = f"{text}x{text}"
+    if text in SIZES:
+        return text
+    pair = parse_size(text)
+    if pair is None:
+        raise FpnxError(
+            f"size {size!r}: take recipe, native, a side such as 224, or height x width such as 480x640, "
+            "none over 99999"
+        )
+    return pair
+
+
+def point_text(point: str | tuple[float, float]) -> str:
+    """A point as config keeps it: `"120,80"` in source pixels, or `"50%,50%"`; x first."""
+    text = ",".join(map(str, point)) if isinstance(point, (tuple, list)) else str(point)
+    if not re.fullmatch(r"\s*\d+(\.\d*)?%?\s*,\s*\d+(\.\d*)?%?\s*", text, re.ASCII):
+        raise FpnxError(f"point {text!r}: take x and y in source pixels such as 120,80, or shares such as 50%,50%")
+    text = "".join(text.split())
+    if any(float(part[:-1]) > 100 for part in text.split(",") if part.endswith("%")):
+        raise FpnxError(f"point {text!r}: shares go from 0% to 100%")
+    return text
+
+
+def several(what: str, value: Any) -> tuple[Any, ...]:
+    """Values of an option that may be given more than once, or with commas; none twice."""
+    parts = [value] if isinstance(value, (str, int)) else list(value or ())
+    found = [item.strip() if isinstance(item, str) else item
+             for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
+    if "" in found:
+        raise FpnxError(f"{what} {value!r}: a value is missing beside a comma")
+    twice = next((item for item in found if found.count(item) > 1), None)
+    if twice is not None:
+        raise FpnxError(f"{what} {twice} is given twice: name each once")
+    return tuple(found)
+
+
+def auto_or_whole(what: str, value: str | int, most: int) -> str | int:
+    """`"auto"`, or a whole number from 1 to `most`."""
+    if value == "auto":
+        return value
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    check_whole(what, number, 1, most, "auto or ")
+    return number
+
+
+WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    tuple: "a pair",
+    Iterable: "several",
+}
+
+
+def check_types(config: Any) -> None:
+    """Refuse values of another type than their fields have; a path becomes text where text is taken.
+
+    Raises:
+        FpnxError: naming the field, the value and what is taken.
+    """
+    kinds = _kinds(type(config))  # type: ignore[arg-type]
+    for each in fields(config):
+        value, taken = getattr(config, each.name), kinds[each.name]
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a number of numpy's
+            value = value.item()
+            freeze(config, each.name, value)
+        if isinstance(value, os.PathLike) and str in taken:
+            value = os.fspath(value)
+            freeze(config, each.name, value)
+        if not any(_is_of(value, kind) for kind in taken):
+            words = " or ".join(WORDS[kind] for kind in taken if kind in WORDS)
+            such = "" if each.default in (None, "") else f", such as {each.default!r}"
+            name = each.name.replace("_", " ")
+            raise FpnxError(f"{name} {shown(repr(value))[:80]}: take {words}{such}")
+
+
+@functools.cache
+def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each field takes, without what is in them."""
+    hints = get_type_hints(config)
+    unions = {
+        name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints.items()
+    }
+    return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in unions.items()}
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, (tuple, list))
+    if kind is Iterable:
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+    return isinstance(value, kind)
+
+
+def freeze(config: object, name: str, value: object) -> None:
+    """Set a field of a frozen config, which only its own `__post_init__` may do."""
+    object.__setattr__(config, name, value)
+
+
+def check_whole(what: str, value: object, least: int, most: int, before: str = "") -> None:
+    """Refuse what is no whole number from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise FpnxError(f"{what} {value!r}: take {before}a whole number from {least} to {most}")
+
+
+def check_choice(what: str, value: object, choices: Collection[str]) -> None:
+    """Refuse what is none of `choices`, naming the nearest."""
+    if value not in choices:
+        raise FpnxError(f"{what} {value!r}: take one of {', '.join(choices)}{nearest(str(value), choices)}")

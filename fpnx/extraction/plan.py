@@ -1,0 +1,282 @@
+"""What a run will do, settled before it computes anything: images, model, sizes, layout, space."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fpnx.core.config import ExtractConfig
+from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.events import Listener
+from fpnx.core.files import check_space, free_bytes
+from fpnx.core.plan_summary import LevelShape, PlanSummary
+from fpnx.core.system import usable_cpus
+from fpnx.core.validation import parse_pool
+from fpnx.images.decoding import upright_size
+from fpnx.images.listing import Listing
+from fpnx.images.reading import Source
+from fpnx.inference.devices import resolve_device, resolve_precision
+from fpnx.inference.engine_cache import Equipment
+from fpnx.models.preprocessing import Recipe
+from fpnx.models.pyramid_model import PyramidModel
+from fpnx.remote.urls import is_url
+from fpnx.store.reader import DONE, open_store
+from fpnx.store.writer import Layout, part_of, refuse_other_run
+
+__all__ = ["Plan", "decoders_for", "identity_of", "make_plan"]
+
+DECODERS = 16  # threads at most, unless more are asked for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, known before it computes anything."""
+
+    output: Path
+    config: ExtractConfig
+    listing: Listing
+    model: PyramidModel
+    recipe: Recipe
+    layout: Layout
+    devices: tuple[torch.device, ...]
+    precision: str
+    batch_size: int | None  # None: found out by trying a few
+    workers: int
+    cpus: int
+    bytes_free: int | None  # None: its file system does not count
+    equipment: Equipment
+    done_before: int = 0
+    destination: str | None = None  # the store's address that the output is sent to
+
+    @property
+    def shapes(self) -> tuple[LevelShape, ...]:
+        """Every level at every network-input size."""
+        item, counts = np.dtype(self.layout.dtype).itemsize, self.layout.counts()
+        return tuple(
+            LevelShape(size, counts[size], level, self.layout.strides[level], c, h, w, c * h * w * item)
+            for size, levels in self.layout.shapes.items()
+            for level, (c, h, w) in levels.items()
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes; the first of them, where there are several of one kind."""
+        return self.devices[0]
+
+    @property
+    def summary(self) -> PlanSummary:
+        """All of this in plain values."""
+        return PlanSummary(
+            config=self.config,
+            output=self.destination or str(self.output),
+            scratch=str(self.output.parent) if self.destination else None,
+            images=len(self.listing.sources),
+            skipped=self.listing.skipped,
+            shard=self.listing.cut,
+            done_before=self.done_before,
+            root=os.fsdecode(self.listing.root),
+            backbone=self.model.backbone,
+            weights=self.model.weights.info,
+            level_names=self.model.levels,
+            levels=self.shapes,
+            recipe=self.recipe.to_json(),
+            recipe_text=str(self.recipe),
+            devices=tuple(map(str, self.devices)),
+            precision=self.precision,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            bytes_needed=self.layout.total_bytes(),
+            bytes_free=self.bytes_free,
+            fingerprint=self.layout.fingerprint,
+        )
+
+
+def make_plan(
+    output: Path,
+    config: ExtractConfig,
+    listing: Listing,
+    listener: Listener,
+    equipment: Equipment | None = None,
+    *,
+    destination: str | None = None,
+    finished: str | None = None,
+    handed_out: bool = False,
+) -> Plan:
+    """Settle everything that a run on `output` will do, with a model of `equipment` or a new one.
+
+    `destination` is the address that the output is sent to, and `finished` that of one which is there already.
+    With `handed_out` others will do the work: to them is left what takes a look at images or at the disk's space, and
+    where sizes differ the layout has no shapes.
+
+    Raises:
+        FpnxError: for what cannot be carried out.
+    """
+    devices = tuple(resolve_device(name) for name in config.device.split(","))
+    precision = resolve_precision(config.precision, None if handed_out else devices[0])
+    equipment = equipment or Equipment()
+    model = equipment.model(config)
+    recipe = model.recipe.sized(config)
+    identity = identity_of(model, recipe, config)
+    cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
+    workers = decoders_for(config, listing, cpus)
+    before = _before(output, config) or finished
+    done_before = 0
+    if before is not None:
+        with open_store(before) as store:
+            refuse_other_run(store, identity, listing.records)
+            sizes, padded, rows = store.input_sizes, store.padded_sizes, store.rows
+            errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
+            done_before = int((store.status == DONE).sum())
+    elif handed_out and recipe.sizing != "stretch":
+        count = len(listing.sources)
+        sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
+        padded, rows = [None] * count, np.full(count, -1, np.int64)
+    else:
+        sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, listener)
+        padded, rows = _padded_sizes(model, recipe, sizes, errors)
+    shapes = {size: _stored_shapes(model, size, config.pool) for size in dict.fromkeys(padded) if size is not None}
+    layout = Layout(
+        images=listing.records,
+        levels=model.levels,
+        strides={level: model.stride(level) for level in model.levels},
+        dtype=config.dtype,
+        config=identity,
+        input_sizes=sizes,
+        padded_sizes=padded,
+        rows=rows,
+        shapes=shapes,
+        errors=errors,
+    )
+    free = free_bytes(output.parent)
+    plan = Plan(
+        output=output,
+        config=config,
+        listing=listing,
+        model=model,
+        recipe=recipe,
+        layout=layout,
+        devices=devices,
+        precision=precision,
+        batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
+        workers=workers,
+        cpus=cpus,
+        bytes_free=None if free is None else free + (0 if before else _dropped(output)),
+        equipment=equipment,
+        done_before=done_before,
+        destination=destination,
+    )
+    if before is None and config.format == "h5" and not handed_out:
+        check_space(output, layout.total_bytes(), plan.bytes_free)
+    return plan
+
+
+def identity_of(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> dict[str, Any]:
+    """All that the stored numbers depend on, as plain values: the config of a store, and what it is known by."""
+    identity = {
+        **model.identity(),
+        "recipe": {name: list(v) if isinstance(v, tuple) else v for name, v in recipe.to_json().items()},
+        "pool": config.pool,
+        "dtype": config.dtype,
+        "precision": resolve_precision(config.precision),
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
+
+
+def decoders_for(config: ExtractConfig, listing: Listing, cpus: int) -> int:
+    """Threads that decode: as many as asked for, else as cores; the most where images come over a network, of which
+    they mostly wait."""
+    if isinstance(config.workers, int):
+        return config.workers
+    return DECODERS if any(is_url(source.path) for source in listing.sources) else min(DECODERS, cpus)
+
+
+def _dropped(output: Path) -> int:
+    """Bytes that dropping an old `.part` will free."""
+    try:
+        about = os.stat(part_of(output))
+    except OSError:
+        return 0
+    return 512 * about.st_blocks if hasattr(about, "st_blocks") else 0
+
+
+def _before(output: Path, config: ExtractConfig) -> Path | None:
+    """The file that `--resume` goes on from."""
+    if not config.resume or config.format == "png":
+        return None
+    return next((path for path in (part_of(output), output) if path.exists()), None)
+
+
+def _input_sizes(
+    listing: Listing, recipe: Recipe, max_pixels: int, workers: int, listener: Listener
+) -> tuple[np.ndarray, dict[int, str]]:
+    """(N, 2) network-input sizes without padding, and why some have none. Reads headers where sizes differ."""
+    count = len(listing.sources)
+    sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
+    if recipe.sizing == "stretch":
+        sizes[:] = recipe.input_size((1, 1), max_pixels)
+        return sizes, errors
+
+    def measure(source: Source) -> tuple[int, int] | ImageError:
+        try:
+            return recipe.input_size(upright_size(source, max_pixels), max_pixels)
+        except ImageError as error:
+            return error
+
+    readers = ThreadPoolExecutor(max(workers, 4))
+    try:
+        for i, size in enumerate(_ahead(readers, measure, listing.sources, 256)):
+            if isinstance(size, ImageError):
+                errors[i] = str(size)
+            else:
+                sizes[i] = size
+            listener.progress("headers", i + 1, count)
+    finally:
+        readers.shutdown(cancel_futures=True)
+    return sizes, errors
+
+
+def _padded_sizes(
+    model: PyramidModel, recipe: Recipe, sizes: np.ndarray, errors: dict[int, str]
+) -> tuple[list[tuple[int, int] | None], np.ndarray]:
+    """The padded size and row of every image; adds to `errors` the sizes that the backbone cannot take."""
+    found: list[tuple[int, int] | None] = []
+    rows = np.full(len(sizes), -1, np.int64)
+    members: dict[tuple[int, int], int] = {}
+    for i, size in enumerate(sizes.tolist()):
+        padded = recipe.padded((size[0], size[1])) if i not in errors else None
+        if padded is not None:
+            try:
+                model.shapes(padded)
+                rows[i] = members[padded] = members.get(padded, -1) + 1
+            except FpnxError as error:
+                if recipe.fixed_size is not None:
+                    raise
+                errors[i], padded = str(error), None
+        found.append(padded)
+    return found, rows
+
+
+def _stored_shapes(model: PyramidModel, size: tuple[int, int], pool: str) -> dict[str, tuple[int, int, int]]:
+    shapes, pooled = model.shapes(size), parse_pool(pool)
+    if pooled is None:
+        return shapes
+    return {level: (shape[0], *pooled) for level, shape in shapes.items()}
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence[Any], depth: int) -> Iterator[Any]:
+    """Results of `work` in order, with at most `depth` items under way."""
+    under_way: deque[Future[Any]] = deque()
+    for item in items:
+        under_way.append(pool.submit(work, item))
+        if len(under_way) >= depth:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()

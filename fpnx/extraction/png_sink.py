@@ -1,0 +1,152 @@
+"""Where an extraction draws instead of storing: `fpnx.store.writer.Writer`'s part for `--format png`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fpnx._version import __version__
+from fpnx.core.config import ExtractConfig
+from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.provenance import Provenance
+from fpnx.core.text import shown
+from fpnx.extraction.plan import Plan
+from fpnx.extraction.sink import Outcome
+from fpnx.images.decoding import decode
+from fpnx.images.listing import Listing
+from fpnx.store.reader import DONE, FAILED, PENDING, valid_extent
+from fpnx.visualization.figure import draw, mode_in_words, rendered
+from fpnx.visualization.panels import colour_table
+from fpnx.visualization.png_files import Places, save_png
+from fpnx.visualization.scene import Photo, Scene, about_model
+
+__all__ = ["Gallery", "check_gallery"]
+
+
+class Gallery:
+    """Draws each image as it comes, on a scale of its own. A picture that is there already counts as done.
+
+    Attributes:
+        status: by image, as in a store.
+    """
+
+    def __init__(self, plan: Plan, provenance: Provenance) -> None:
+        self._layout, self._config, self._sources = plan.layout, plan.config, plan.listing.sources
+        self._about = about_model(plan.model.backbone, plan.layout.levels, provenance.weights)
+        self._places = _places(plan.output, plan.listing)
+        self._errors = dict(plan.layout.errors)
+        self._nonfinite = dict.fromkeys(plan.layout.levels, 0)
+        self.status = np.full(len(self._sources), PENDING, np.uint8)
+        self.status[list(self._errors)] = FAILED
+        if plan.config.resume:
+            there = [i for i in range(len(self._sources)) if self._places[self._name(i)].is_file()]
+            self.status[there] = DONE
+
+    def put(
+        self,
+        indices: Sequence[int],
+        features: Mapping[str, np.ndarray],
+        source_sizes: np.ndarray,
+        nonfinite: Mapping[str, Sequence[int]],
+    ) -> None:
+        """Draw what images of one size gave; see `Writer.put`.
+
+        Raises:
+            FpnxError: where the disk refuses.
+        """
+        for position, index in enumerate(indices):
+            arrays = {level: values[position] for level, values in features.items()}
+            scene = self._scene(index, arrays, tuple(source_sizes[position].tolist()))
+            try:
+                picture = rendered(draw([scene], self._config, None, [None]))
+            except FpnxError as error:  # a point or a channel that it does not have
+                self.fail(index, str(error))
+                continue
+            about = {"Title": shown(scene.path), "Description": f"{mode_in_words(self._config)}; {self._about}"}
+            save_png(picture, self._places[scene.path], {**about, "Software": f"fpnx {__version__}"})
+            for level, counts in nonfinite.items():
+                self._nonfinite[level] += counts[position]
+            self.status[index] = DONE
+
+    def fail(self, index: int, reason: str) -> None:
+        """Remember why an image has no picture."""
+        self._errors[index] = reason
+        self.status[index] = FAILED
+
+    def commit(self) -> None:
+        """Nothing to do: a picture is whole from the moment that it has its name."""
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def outcome(self) -> Outcome:
+        """What was drawn; NaN and infinite values are those of the images that this run drew."""
+        failed = np.flatnonzero(self.status == FAILED).tolist()
+        return Outcome(
+            done=int((self.status == DONE).sum()),
+            failed=tuple((self._name(index), self._errors[index]) for index in failed),
+            nonfinite=dict(self._nonfinite),
+        )
+
+    def _scene(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> Scene:
+        layout, size = self._layout, tuple(self._layout.input_sizes[index].tolist())
+        pooled = self._config.pool != "none"
+
+        def read(level: str) -> np.ndarray:
+            array = arrays[level]
+            if pooled:
+                return array
+            height, width = valid_extent(size, layout.strides[level], array.shape[1:])
+            return array[:, :height, :width]
+
+        return Scene(
+            path=self._name(index),
+            about=self._about,
+            source_size=source_size,
+            input_size=size,
+            levels=layout.levels,
+            strides=layout.strides,
+            pooled=pooled,
+            read=read,
+            photo=self._photo(index),
+        )
+
+    def _photo(self, index: int) -> Photo:
+        try:
+            return Photo(decode(self._sources[index], self._config.max_pixels))
+        except ImageError as error:  # it could be read a moment ago
+            return Photo(None, f"source cannot be read: {error}")
+
+    def _name(self, index: int) -> str:
+        return os.fsdecode(self._sources[index].name)
+
+
+def check_gallery(folder: Path, listing: Listing, config: ExtractConfig) -> None:
+    """Refuse a folder that cannot be made, or that holds pictures which nobody asked to keep or replace.
+
+    Raises:
+        FpnxError: saying what is there, and the ways on.
+    """
+    colour_table(config.colormap)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise FpnxError(f"output {shown(folder)} is not a folder: name another with -o")
+    if not folder.parent.is_dir():
+        raise FpnxError(f"output folder {shown(folder.parent)} does not exist: make it, or name another with -o")
+    places = _places(folder, listing)
+    targets = [places[os.fsdecode(source.name)] for source in listing.sources]
+    there = [] if config.resume or config.overwrite else [path for path in targets if os.path.lexists(path)]
+    if there:
+        raise FpnxError(
+            f"{len(there)} of the pictures are there already, such as {shown(there[0])}: keep them with --resume, "
+            f"replace them with --overwrite, or name another folder with -o"
+        )
+
+
+def _places(folder: Path, listing: Listing) -> Places:
+    return Places(folder, [os.fsdecode(source.name) for source in listing.sources])

@@ -1,0 +1,1 @@
+"""From paths, folders, archives and addresses to upright 8-bit RGB pictures."""

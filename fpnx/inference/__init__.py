@@ -1,0 +1,1 @@
+"""Fast execution of a model: folded and packed convolutions on the CPU, streams and graphs on CUDA."""

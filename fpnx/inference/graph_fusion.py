@@ -1,0 +1,283 @@
+"""The executable form of a model: the same numbers as its readable definition, put in order for the machine."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import threading
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
+
+from fpnx.core.system import give_back_freed_memory
+from fpnx.inference.fpn_fusion import ExecutablePyramid
+from fpnx.inference.packed_conv import SIZES_PACKED, Convolution, can_pack, is_activation, is_norm, packing
+from fpnx.models.backbones.tracing import on_meta
+from fpnx.models.pyramid_model import PyramidModel
+
+__all__ = ["Executable", "make_executable"]
+
+COMPOSITE = (nn.Sequential, SqueezeExcitation)  # looked into; every other module of a body is one step
+IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)  # nothing to do in eval mode
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+FUNCTIONS = {F.relu: nn.ReLU, torch.relu: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.hardswish: nn.Hardswish}
+SIDE = 256  # of the image for which shapes are followed through a body, where it takes any size
+
+
+class Executable(nn.Module):
+    """`executable(images)` is `model(images)` for inference: (B, 3, H, W) → `{"P2": (B, C, H/4, W/4), ...}`.
+
+    Maps come in channels-last layout and in the type it was made for. Only what `levels` need is computed. It holds
+    copies: the model that it was made from neither changes nor has to stay.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        pyramid: ExecutablePyramid | None,
+        levels: tuple[str, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.body, self.pyramid, self.levels = body, pyramid, levels
+        self.device, self.dtype = device, dtype
+        self._packing, self._sizes = threading.Lock(), deque[tuple[int, int]](maxlen=SIZES_PACKED)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        taps: dict[str, Tensor] = self.body(images)
+        levels = taps if self.pyramid is None else taps | self.pyramid(taps)
+        return {name: levels[name] for name in self.levels}
+
+    @property
+    def packed(self) -> tuple[tuple[int, int], ...]:
+        """Sizes (height, width) of images for which the weights are laid out; other sizes take the plain weights."""
+        return tuple(self._sizes)
+
+    def pack(self, images: Tensor) -> dict[str, Tensor]:
+        """What calling it gives; on the way the weights are laid out as oneDNN wants them for such images.
+
+        Worth it where several batches of that size follow, of about as many images, in as many threads: others take up
+        to a sixth longer. The last sizes are kept. Threads may call at the same time, of which one lays out. Where
+        oneDNN's operators do not work, nothing is laid out.
+        """
+        size = (images.shape[2], images.shape[3])
+        packable = self.device.type == "cpu" and can_pack(self.dtype) and size not in self._sizes
+        if not packable or not self._packing.acquire(blocking=False):
+            return self(images)
+        try:
+            with torch.inference_mode(), packing():
+                levels: dict[str, Tensor] = self(images)
+            if not self._sizes:
+                give_back_freed_memory()  # the plain weights
+            if size not in self._sizes:
+                self._sizes.append(size)
+            return levels
+        finally:
+            self._packing.release()
+
+
+def make_executable(
+    model: PyramidModel,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    recombined: bool = True,
+) -> Executable:
+    """The executable form of `model`; takes a second or so.
+
+    Args:
+        model: in eval mode; read, never changed.
+        device, dtype: where, and in which type, it computes. Norms are folded in float32 before the cast.
+        recombined: let the pyramid be computed in another order where that takes clearly fewer operations.
+    """
+    device = torch.device(device)
+    assert not model.training, "an executable form is for inference"
+    p_levels = tuple(name for name in model.levels if name in model.fpn.levels)
+    pyramid = ExecutablePyramid(model.fpn, p_levels, model.channels, recombined) if p_levels else None
+    needed = set(model.levels).difference(p_levels) | set(pyramid.taps if pyramid is not None else ())
+    body: nn.Module
+    if isinstance(model.body, fx.GraphModule):
+        body = _fused(_inlined(model.body, needed), model.size or (SIDE, SIDE))
+    else:
+        body = _OneAtATime(copy.deepcopy(model.body))
+    for module in (body, pyramid):
+        if module is not None:
+            _prepare(module, device, dtype)
+    return Executable(body, pyramid, model.levels, device, dtype).eval().requires_grad_(False)
+
+
+class _OneAtATime(nn.Module):
+    """A body that could not be traced, as it is. Its taps are read by hooks, which all threads would share."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self._turn = body, threading.Lock()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        with self._turn:
+            taps: dict[str, Tensor] = self.body(images)
+        return taps
+
+
+def _prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    module.to(device, dtype).to(memory_format=torch.channels_last)
+    for part in module.modules():
+        if isinstance(part, Convolution):
+            part.prepare(device, dtype)
+
+
+def _inlined(body: fx.GraphModule, taps: set[str]) -> fx.GraphModule:
+    """A copy of `body` that gives `taps` only, every step of its own down to single layers."""
+    graph, modules, copied = fx.Graph(), dict(body.named_modules()), dict[fx.Node, Any]()
+    for node in body.graph.nodes:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if node.op == "output":
+            graph.output({name: copied[value] for name, value in node.args[0].items() if name in taps})
+        elif isinstance(module, IDLE):
+            copied[node] = copied[node.args[0]]
+        elif isinstance(module, COMPOSITE):
+            copied[node] = _splice(graph, module, node.target, copied[node.args[0]])
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    return fx.GraphModule(_held(body, graph), graph)
+
+
+def _splice(graph: fx.Graph, module: nn.Module, path: str, x: fx.Node) -> Any:
+    """Put the steps of a composite module, applied to `x`, into `graph`."""
+    copied: dict[fx.Node, Any] = {}
+    for node in _Tracer().trace(module).nodes:
+        if node.op == "placeholder":
+            copied[node] = x
+        elif node.op == "output":
+            return copied[node.args[0]]
+        elif node.op == "call_module" and isinstance(module.get_submodule(node.target), IDLE):
+            copied[node] = copied[node.args[0]]
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+            if node.op in ("call_module", "get_attr"):
+                copied[node].target = f"{path}.{node.target}"
+    raise AssertionError("a graph without output")
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return isinstance(module, FrozenBatchNorm2d) or super().is_leaf_module(module, path)
+
+
+def _held(body: nn.Module, graph: fx.Graph) -> dict[str, Any]:
+    """Copies of the modules and parameters that `graph` names."""
+    held: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target not in held:
+            module = body.get_submodule(node.target)
+            held[node.target] = Convolution(module) if Convolution.takes(module) else copy.deepcopy(module)
+        elif node.op == "get_attr":
+            path, _, name = node.target.rpartition(".")
+            held[node.target] = copy.deepcopy(getattr(body.get_submodule(path), name))
+    return held
+
+
+def _fused(body: fx.GraphModule, size: tuple[int, int]) -> fx.GraphModule:
+    """Fold norms, then additions, then activations into the convolutions before them."""
+    graph, uses = body.graph, dict[Any, int]()
+    for node in graph.nodes:
+        uses[node.target] = uses.get(node.target, 0) + 1
+    shapes = _shapes(body, size)
+    for node in list(graph.nodes):
+        convolution = _convolution(body, node)
+        if convolution is None or uses[node.target] > 1:
+            continue
+        after = _only_user(node)
+        if after is not None and is_norm(_module(body, after)):
+            convolution.fold(body.get_submodule(str(after.target)))
+            _replace(after, node)
+            after = _only_user(node)
+        if after is not None and (activation := _activation(body, after)) is not None:
+            convolution.activate(activation)
+            _replace(after, node)
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs:
+            _fuse_addition(body, node, uses, shapes, order)
+    graph.lint()
+    body.recompile()
+    body.delete_all_unused_submodules()
+    return body
+
+
+def _fuse_addition(
+    body: fx.GraphModule,
+    addition: fx.Node,
+    uses: Mapping[Any, int],
+    shapes: Mapping[str, Any],
+    order: Mapping[Any, int],
+) -> None:
+    """convolution(x) + other → one step, where other is there in time and of the same shape."""
+    terms = addition.args
+    if not all(isinstance(term, fx.Node) for term in terms) or terms[0] is terms[1]:
+        return
+    if addition.target is operator.iadd and _only_user(terms[0]) is not addition:  # type: ignore[arg-type]
+        return  # somebody else counts on the first term having changed
+    last, other = sorted(terms, key=order.__getitem__, reverse=True)
+    assert isinstance(last, fx.Node)
+    assert isinstance(other, fx.Node)
+    convolution = _convolution(body, last)
+    if convolution is None or uses[last.target] > 1 or _only_user(last) is not addition:
+        return
+    same = shapes.get(last.name) is not None and shapes.get(last.name) == shapes.get(other.name)
+    if convolution.activation is not None or not same:
+        return
+    last.args = (*last.args, other)
+    _replace(addition, last)
+    # The sum may take the place of `other` where that is a convolution's own result and this is its last use.
+    last_use = all(user is last or (order[user] < order[last] and _convolution(body, user)) for user in other.users)
+    convolution.accumulates = _convolution(body, other) is not None and last_use and last.args[0] is not other
+    after = _only_user(last)
+    if after is not None and type(activation := _activation(body, after)) is nn.ReLU:
+        convolution.activate(activation)
+        _replace(after, last)
+
+
+def _shapes(body: fx.GraphModule, size: tuple[int, int]) -> dict[str, Any]:
+    """Shape of every step's result for an image of `size`, by the step's name; None where it has none."""
+    meta: Any = on_meta(body)
+    with torch.no_grad():
+        ShapeProp(meta).propagate(torch.empty(1, 3, *size, device="meta"))
+    return {node.name: getattr(node.meta.get("tensor_meta"), "shape", None) for node in meta.graph.nodes}
+
+
+def _replace(node: fx.Node, by: fx.Node) -> None:
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _module(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return body.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _convolution(body: fx.GraphModule, node: fx.Node) -> Convolution | None:
+    module = _module(body, node)
+    return module if isinstance(module, Convolution) else None
+
+
+def _activation(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The activation that a step is, as a module."""
+    if node.op == "call_function" and node.target in FUNCTIONS:
+        made: nn.Module = FUNCTIONS[node.target]()
+        return made
+    module = _module(body, node)
+    return module if is_activation(module) else None

@@ -1,0 +1,148 @@
+"""The networks that have names: torchvision's classifiers, and timm's under `timm/`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torchvision import models
+
+from fpnx.core.errors import FpnxError
+from fpnx.core.text import nearest
+
+__all__ = ["TIMM", "build_network", "builder_versions", "known_name", "names", "native_side", "quiet", "timm_library"]
+
+TIMM = "timm/"
+SIDE = 224  # of the images that torchvision's builders have in mind
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """All classification models that torchvision registers, in its order, with and without stages."""
+    return tuple(models.list_models(module=models))
+
+
+def known_name(name: str) -> str:
+    """`name`, if torchvision or timm has such a network.
+
+    Raises:
+        FpnxError: naming the nearest, or how to install timm.
+    """
+    if name.startswith(TIMM):
+        timm = timm_library()
+        if not timm.is_model(name[len(TIMM) :]):
+            guess = nearest(name, [f"{TIMM}{known}" for known in timm.list_models()])
+            raise FpnxError(f"backbone {name!r} is unknown to timm {timm.__version__}{guess}: see fpnx models timm/")
+    elif name not in names():
+        raise FpnxError(f"backbone {name!r} is unknown{nearest(name, names())}: fpnx models lists them all")
+    return name
+
+
+def build_network(
+    name: str,
+    side: int | None = None,
+    keyword: str | None = None,
+    *,
+    meta: bool = False,
+    loaded: dict[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """The network `name` in eval mode, its parameters drawn by its own code; `meta` ones hold no data.
+
+    A timm network is a `features_only` one. GoogLeNet and Inception get ImageNet's normalisation undone inside, as
+    their published weights need it.
+
+    Args:
+        side: with `keyword`, the builder's name for it: the side of the only square images that it will take.
+        loaded: what a file that timm published for this network holds.
+    """
+    options = {keyword: (side, side) if keyword == "input_size" else side} if keyword else {}
+    network: Any
+    with quiet(), _ParametersOnMeta() if meta else _plain():
+        if name.startswith(TIMM):
+            network = _timm_network(name, options, loaded)
+        else:
+            network = models.get_model(name, weights=None, **options)
+    if hasattr(network, "transform_input"):
+        network.transform_input = True
+    network.eval()
+    return network.to("meta") if meta else network
+
+
+def native_side(name: str) -> int:
+    """The side of the square images that `name` is made for, in pixels."""
+    if name.startswith(TIMM):
+        config = timm_library().get_pretrained_cfg(name[len(TIMM) :])
+        return int(config.input_size[1]) if config is not None else SIDE
+    return SIDE
+
+
+def builder_versions(name: str) -> str:
+    """The versions that decide what `build_network(name)` gives, as one line."""
+    return f"torch {torch.__version__}, " + (
+        f"timm {version('timm')}" if name.startswith(TIMM) else f"torchvision {version('torchvision')}"
+    )
+
+
+def timm_library() -> Any:
+    """The module timm.
+
+    Raises:
+        FpnxError: where it is not installed.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise FpnxError("backbones timm/… need timm: pip install 'fpnx[timm]'")
+    with quiet():
+        return importlib.import_module("timm")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of torchvision's and timm's own code about itself."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, UserWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(torchvision|timm|torch|huggingface_hub)\b")
+        yield
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    yield
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Puts what parameters are made of on the meta device; code that computes with numbers as it builds still can."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTORIES and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _timm_network(name: str, options: dict[str, Any], loaded: dict[str, torch.Tensor] | None) -> nn.Module:
+    timm, plain = timm_library(), name[len(TIMM) :]
+    options = {**options, "features_only": True, "out_indices": _timm_indices(plain)}
+    if loaded is not None:
+        # timm renames and reshapes what its files hold as it loads them.
+        options["pretrained_cfg_overlay"] = {"state_dict": loaded, "custom_load": False}
+    return timm.create_model(plain, pretrained=loaded is not None, **options)
+
+
+@functools.cache
+def _timm_indices(name: str) -> tuple[int, ...]:
+    """Which of its maps a timm network is asked for: the last at each stride from 4 to 32."""
+    with _ParametersOnMeta():
+        network = timm_library().create_model(name, pretrained=False, features_only=True)
+    last = {entry["reduction"]: i for i, entry in enumerate(network.feature_info.info)}
+    chosen = tuple(sorted(i for reduction, i in last.items() if reduction in (4, 8, 16, 32)))
+    return chosen or tuple(network.feature_info.out_indices)

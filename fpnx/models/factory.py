@@ -1,0 +1,241 @@
+"""Backbone + pyramid + recipe, put together from a config."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fpnx.core.config import ExtractConfig, InputConfig, ModelConfig
+from fpnx.core.errors import FpnxError
+from fpnx.core.levels import UNSTRIDED_LEVELS, ordered_levels
+from fpnx.core.text import shown
+from fpnx.models.backbones.factory import (
+    Backbone,
+    create_backbone,
+    given_backbone,
+    parameter_shapes,
+)
+from fpnx.models.necks.fpn import FeaturePyramid
+from fpnx.models.pyramid_model import PyramidModel
+from fpnx.models.weights.checkpoints import write_checkpoint
+from fpnx.models.weights.resolve import HeldPyramid, Weights, given_weights, resolve_weights
+
+__all__ = ["build_model", "create_model", "save_weights"]
+
+DEFAULT_CHANNELS = 256
+UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
+
+
+def create_model(
+    backbone: str | nn.Module | None = ModelConfig.backbone,
+    *,
+    weights: str = ModelConfig.weights,
+    levels: Any = ModelConfig.levels,
+    channels: int | None = ModelConfig.channels,
+    top_block: str | None = ModelConfig.top_block,
+    seed: int = ModelConfig.seed,
+    offline: bool = ModelConfig.offline,
+    size: str | int | tuple[int, int] = InputConfig.size,
+    stride_in_1x1: bool | None = ModelConfig.stride_in_1x1,
+    p7_relu: bool | None = ModelConfig.p7_relu,
+    norm_eps: float | None = ModelConfig.norm_eps,
+    pixel_order: str | None = ModelConfig.pixel_order,
+    resampling: str | None = ModelConfig.resampling,
+    mean: str | Iterable[float] | None = ModelConfig.mean,
+    std: str | Iterable[float] | None = ModelConfig.std,
+) -> PyramidModel:
+    """A backbone with its feature pyramid, in eval mode on the CPU; see `PyramidModel`.
+
+    Args:
+        backbone: a name (`fpnx models` lists them, `"timm/NAME"` is one of timm's); None takes the one that the
+            weights are for, or ResNet-50. Or a module of your own, which takes (B, 3, H, W): its taps are found as
+            those of named networks are. A copy is taken; its parameters stay as they are, only the pyramid is drawn,
+            and `weights` must be `"default"` or `"random"`, which then mean the same.
+        weights: `"default"`, `"imagenet"`, `"coco"`, `"random"`, a torchvision name such as
+            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, detectron2 or mmdetection.
+        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
+        channels: of every P level; None: a file's own, else 256.
+        top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
+        seed: for the parts that have no trained parameters.
+        offline: never download.
+        size: of the recipe's output, as `InputConfig` has it: `"recipe"`, 448, (480, 640). A backbone that is built
+            for one size is built for this one.
+        stride_in_1x1, p7_relu, norm_eps, pixel_order, resampling, mean, std: what a file may not tell of itself;
+            see `fpnx.core.config.FileFacts`.
+
+    Raises:
+        FpnxError: for names, levels, channels or files that do not exist or contradict each other.
+    """
+    module = backbone if isinstance(backbone, nn.Module) else None
+    if isinstance(backbone, type):
+        raise FpnxError(f"backbone {backbone.__name__} is a class: give a module that is made of it")
+    config = ExtractConfig(
+        backbone=None if isinstance(backbone, nn.Module) else backbone,
+        weights=weights,
+        levels=levels,
+        channels=channels,
+        top_block=top_block,
+        seed=seed,
+        offline=offline,
+        size=size,
+        stride_in_1x1=stride_in_1x1,
+        p7_relu=p7_relu,
+        norm_eps=norm_eps,
+        pixel_order=pixel_order,
+        resampling=resampling,
+        mean=mean,
+        std=std,
+    )
+    model = build_model(config, module)
+    model.recipe = model.recipe.sized(config)
+    return model
+
+
+def build_model(config: ModelConfig, module: nn.Module | None = None) -> PyramidModel:
+    """`create_model` from a config; `module` is a network of the caller's own."""
+    weights, backbone = _named(config) if module is None else _given(config, module)
+    _adjust(backbone.body, weights)
+    if weights.pyramid is None:
+        asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
+        backbone.check_levels(asked, config.top_block)
+    with torch.random.fork_rng(devices=[]):  # modules draw when they are made, only to be filled below
+        fpn = _held_pyramid(weights.pyramid, backbone, config, weights) if weights.pyramid else _new(backbone, config)
+    levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
+    if not levels:
+        levels = fpn.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.pyramid_channels)
+    _check_levels(levels, backbone, fpn, weights)
+    fpn.draw(config.seed)
+    model = PyramidModel(backbone, fpn, ordered_levels(levels), weights)
+    _fill(model, weights)
+    return model.eval()
+
+
+def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
+    weights = resolve_weights(config)
+    recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
+    return weights, create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size)
+
+
+def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
+    if config.weights not in ("default", "random"):
+        raise FpnxError(
+            f"weights {shown(config.weights)} beside a module: it keeps the parameters that it has: leave weights out, "
+            "and load them into the module first"
+        )
+    backbone = given_backbone(module)
+    return given_weights(module, backbone.name, config), backbone
+
+
+def _new(backbone: Backbone, config: ModelConfig) -> FeaturePyramid:
+    """A pyramid over all taps, with the top block that the levels need."""
+    levels = tuple(config.levels or ())
+    needed = "c5" if "P7" in levels else "pool" if "P6" in levels else None
+    return FeaturePyramid(backbone.pyramid_channels, config.channels or DEFAULT_CHANNELS, config.top_block or needed)
+
+
+def _held_pyramid(held: HeldPyramid, backbone: Backbone, config: ModelConfig, weights: Weights) -> FeaturePyramid:
+    """The pyramid that the weights hold, with P6 by pool where it is asked for and costs no parameters."""
+    keys, owner = held.keys, shown(weights.name)
+    if config.channels not in (None, keys.channels):
+        raise FpnxError(f"channels {config.channels} contradicts {owner}, which has {keys.channels}: {UNTRAINED}")
+    taps = [backbone.pyramid_channels[k] for k in sorted(backbone.pyramid_channels)]
+    firsts = [held.first_level] if held.first_level is not None else [
+        k for k in backbone.pyramid_channels if tuple(taps[k - min(backbone.pyramid_channels) :]) == keys.in_channels
+    ]  # fmt: skip
+    inputs = {firsts[0] + i: n for i, n in enumerate(keys.in_channels)} if firsts else {}
+    if not inputs.items() or not inputs.items() <= backbone.pyramid_channels.items():
+        raise FpnxError(
+            f"{owner} has laterals for {_listed(keys.in_channels)} channels, {backbone.name} gives {_listed(taps)}: "
+            f"they must be its last taps"
+        )
+    top_block = held.top_block or ("pool" if "P6" in (config.levels or ()) else None)
+    return FeaturePyramid(
+        inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides)
+    )
+
+
+def _adjust(body: nn.Module, weights: Weights) -> None:
+    """Give the body the norms' epsilon and the bottlenecks' stride that the weights were trained with."""
+    for name, module in body.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and weights.norm_eps is not None:
+            module.eps = weights.norm_eps
+        elif weights.stride_in_1x1 and re.fullmatch(r"layer[234]\.0\.conv[12]", name):
+            module.stride = (2, 2) if name.endswith("1") else (1, 1)
+
+
+def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
+    """Write the model's parameters, with what they are, to `.safetensors`, `.pt` or `.pth`.
+
+    `--weights FILE` and `create_model(weights=FILE)` read it back: backbone, pyramid, levels, recipe and the
+    statement of what is trained come from the file.
+
+    Raises:
+        FpnxError: where the file cannot be written.
+    """
+    about = {
+        "backbone": model.backbone,
+        "first_level": model.fpn.first_level,
+        "top_block": model.fpn.top_block,
+        "p7_relu": model.fpn.p7_relu,
+        "norm_eps": model.weights.norm_eps,
+        "stride_in_1x1": model.weights.stride_in_1x1,
+        "levels": list(model.levels),
+        "recipe": model.recipe.to_json(),
+        "parts": {
+            name: [part.trained, part.source]
+            for name, part in (("body", model.weights.body), ("fpn", model.weights.fpn))
+        },
+    }
+    write_checkpoint(path, model.state_dict(), about)
+
+
+def _check_levels(levels: tuple[str, ...], backbone: Backbone, fpn: FeaturePyramid, weights: Weights) -> None:
+    held = weights.pyramid
+    there = (() if held and held.strides else ordered_levels(f"C{k}" for k in backbone.nodes)) + fpn.levels
+    absent = next((name for name in levels if name not in there), None)
+    if absent is None:
+        return
+    if held is not None:
+        raise FpnxError(f"{shown(weights.name)} has no level {absent}: it has {_listed(there)}; {UNTRAINED}")
+    if absent == "P7" and fpn.top_block == "pool":
+        raise FpnxError("level P7 does not come by pool: take top block c5 or p5")
+    raise FpnxError(f"{backbone.name} has no level {absent}: it gives {_listed(there)}")
+
+
+def _listed(items: Iterable[Any]) -> str:
+    return ", ".join(map(str, items))
+
+
+def _fill(model: PyramidModel, weights: Weights) -> None:
+    """Load `weights.state`, strictly for each part that it holds. What the network has beyond its taps is ignored."""
+    own = model.state_dict()
+    parts = {key.split(".", 1)[0] for key in weights.state}
+    beyond = {f"body.{key}" for key in parameter_shapes(model.backbone)} - set(own) if "body" in parts else set()
+    given = {key: value for key, value in weights.state.items() if key not in beyond}
+    wanted = {key for key in own if key.split(".", 1)[0] in parts and not key.endswith("num_batches_tracked")}
+    problems = {
+        "missing": sorted(wanted - set(given)),
+        "unexpected": sorted(set(given) - set(own)),
+        "misshapen": sorted(
+            f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
+            for key in set(given) & set(own)
+            if given[key].shape != own[key].shape
+        ),
+        "not of floating-point numbers": sorted(
+            f"{key} {str(given[key].dtype).removeprefix('torch.')}"
+            for key in set(given) & set(own)
+            if own[key].is_floating_point() and not given[key].is_floating_point()
+        ),
+    }
+    told = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+            for what, keys in problems.items() if keys]  # fmt: skip
+    if told:
+        raise FpnxError(
+            f"{shown(weights.name)} does not fit {model.backbone}: {'; '.join(told)}: take matching weights"
+        )
+    model.load_state_dict(given, strict=False)

@@ -1,0 +1,1 @@
+"""Necks: modules that turn taps into pyramid levels."""

@@ -1,0 +1,205 @@
+"""The preprocessing that weights carry: from an upright picture to the network's input."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fpnx.core.config import InputConfig
+from fpnx.core.errors import FpnxError, ImageError
+
+__all__ = ["Recipe"]
+
+PILLOW = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one picture becomes a network's input: size, resampling, value range, normalisation, padding.
+
+    `sizing` is `"stretch"` (to `height` × `width`), `"aspect"` (shorter side to `short_side`, longer at most
+    `long_side`) or `"native"`. `resampling` is Pillow's antialiased one on 8-bit pixels (`"pillow"`), or the plain
+    bilinear interpolation of `torch.nn.functional` on floats (`"tensor"`), which detectors use. `rounding` of an
+    aspect-keeping size is `"floor"` (`torchvision.transforms.Resize`), `"scaled-floor"`
+    (`torchvision.models.detection`), `"scaled-half-up"` (int(x + 0.5); mmdetection) or `"stepwise-half-up"` (first to
+    the short side, then to the long one; detectron2). Pixels are scaled to 0..`value_range`, put in `order`, less
+    `mean`, over `std`, and then padded right and bottom with zeros to a multiple of `pad_multiple`.
+    """
+
+    sizing: str = "stretch"
+    height: int | None = None
+    width: int | None = None
+    short_side: int | None = None
+    long_side: int | None = None
+    rounding: str = "floor"
+    backend: str = "pillow"
+    resampling: str = "bilinear"
+    value_range: float = 1.0
+    order: str = "RGB"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pad_multiple: int = 1
+
+    def sized(self, config: InputConfig) -> Recipe:
+        """This recipe under the sizing that the user asked for; everything else stays as it is."""
+        if config.short_side is not None:
+            return replace(
+                self,
+                sizing="aspect",
+                height=None,
+                width=None,
+                short_side=config.short_side,
+                long_side=config.long_side,
+            )
+        if config.size == "native":
+            return replace(self, sizing="native", height=None, width=None, short_side=None, long_side=None)
+        if not isinstance(config.size, tuple):
+            return self
+        height, width = config.size
+        return replace(self, sizing="stretch", height=height, width=width, short_side=None, long_side=None)
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """(height, width) of every input, padding included; None where it depends on the picture."""
+        if self.sizing != "stretch" or self.height is None or self.width is None:
+            return None
+        return self.padded((self.height, self.width))
+
+    def input_size(self, source: tuple[int, int], max_pixels: int | None = None) -> tuple[int, int]:
+        """(height, width) of a picture of `source` (height, width) after resizing, before padding.
+
+        Raises:
+            ImageError: where it would be over `max_pixels`.
+        """
+        if self.sizing == "stretch":
+            assert self.height is not None
+            assert self.width is not None
+            size = (self.height, self.width)
+        elif self.sizing == "native":
+            size = source
+        else:
+            size = self._aspect_size(*source)
+        if max_pixels is not None and size[0] * size[1] > max_pixels:
+            raise ImageError(
+                f"the model's input would be {size[0]}×{size[1]} pixels, over the limit of {max_pixels}: "
+                "take a smaller --size, or raise --max-pixels"
+            )
+        return size
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) with the recipe's padding."""
+        height, width = (-(-side // self.pad_multiple) * self.pad_multiple for side in size)
+        return height, width
+
+    def resize(self, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        """RGB picture → (height, width, 3) pixels, 0..255, uint8 (`"pillow"`) or float32 (`"tensor"`)."""
+        if picture.size == size[::-1]:
+            return np.asarray(picture)
+        if self.backend == "pillow":
+            return np.asarray(picture.resize(size[::-1], PILLOW[self.resampling]))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()
+        resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+        return resized[0].permute(1, 2, 0).contiguous().numpy()
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, 3) pixels, 0..255 → (B, 3, H, W) float32 network input, in channels-last layout, unpadded."""
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+        if self.order == "BGR":
+            images = images.flip(1).contiguous(memory_format=torch.channels_last)
+        if images.data_ptr() == pixels.data_ptr():
+            images = images.clone(memory_format=torch.channels_last)
+        if self.value_range != 255.0:
+            images.mul_(self.value_range).div_(255.0) if self.value_range != 1.0 else images.div_(255.0)
+        return images.sub_(_by_channel(self.mean, images.device)).div_(_by_channel(self.std, images.device))
+
+    def pad(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(B, 3, H, W) normalised → padded right and bottom with zeros to `size` (height, width)."""
+        height, width = images.shape[-2:]
+        if (height, width) == size:
+            return images
+        return F.pad(images, (0, size[1] - width, 0, size[0] - height))
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        """One RGB picture → (3, H, W) float32 network input, padding included."""
+        size = self.input_size((picture.height, picture.width))
+        images = self.normalise(torch.from_numpy(np.array(self.resize(picture, size)))[None])
+        return self.pad(images, self.padded(size))[0].contiguous()
+
+    def __str__(self) -> str:
+        sizing = {
+            "stretch": f"stretched to {self.height}×{self.width}",
+            "aspect": f"short side {self.short_side}" + (f", long side ≤ {self.long_side}" if self.long_side else ""),
+            "native": "native size",
+        }[self.sizing]
+        resampling = self.resampling + (" antialiased" if self.backend == "pillow" else "")
+        padding = f", padded to a multiple of {self.pad_multiple}" if self.pad_multiple > 1 else ""
+        numbers = [" ".join(f"{v:g}" for v in values) for values in (self.mean, self.std)]
+        how = "" if self.sizing == "native" else f", {resampling}"
+        scale = f"0..{self.value_range:g} {self.order}"
+        return f"{sizing}{how}, {scale}, mean {numbers[0]}, std {numbers[1]}{padding}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, which `from_json` takes back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> Recipe:
+        """The recipe that `to_json` described.
+
+        Raises:
+            FpnxError: for anything else.
+        """
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not set(values) <= known:
+            raise FpnxError(f"not a recipe: {str(values)[:80]}")
+        known_words = {
+            "sizing": ("stretch", "aspect", "native"),
+            "rounding": ("floor", "scaled-floor", "scaled-half-up", "stepwise-half-up"),
+            "backend": ("pillow", "tensor"),
+            "resampling": tuple(PILLOW),
+            "order": ("RGB", "BGR"),
+        }
+        if any(name in values and values[name] not in words for name, words in known_words.items()):
+            raise FpnxError(f"not a recipe: {str(values)[:80]}")
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, (list, tuple))}
+        return cls(**{**values, **lists})
+
+    def _aspect_size(self, height: int, width: int) -> tuple[int, int]:
+        assert self.short_side is not None
+        short, long = min(height, width), max(height, width)
+        if self.rounding.startswith("scaled"):
+            factor = self.short_side / short
+            if self.long_side is not None:
+                factor = min(factor, self.long_side / long)
+            half = 0.5 if self.rounding == "scaled-half-up" else 0.0
+            new_short, new_long = int(short * factor + half), int(long * factor + half)
+        elif self.rounding == "stepwise-half-up":
+            exact_short, exact_long = float(self.short_side), self.short_side / short * long
+            if self.long_side is not None and exact_long > self.long_side:
+                factor = self.long_side / exact_long
+                exact_short, exact_long = exact_short * factor, exact_long * factor
+            new_short, new_long = int(exact_short + 0.5), int(exact_long + 0.5)
+        else:  # torchvision.transforms.Resize
+            new_short, new_long = self.short_side, int(self.short_side * long / short)
+            if self.long_side is not None and new_long > self.long_side:
+                new_short, new_long = int(self.long_side * new_short / new_long), self.long_side
+        new_short, new_long = max(new_short, 1), max(new_long, 1)
+        return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+@functools.lru_cache(maxsize=64)
+def _by_channel(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """(1, 3, 1, 1) float32, made once: each copy to a GPU would wait for all that it has to do."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)

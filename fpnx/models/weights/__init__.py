@@ -1,0 +1,1 @@
+"""Where parameters come from: names, files and other frameworks' checkpoints."""

@@ -1,0 +1,154 @@
+"""What the config inside an mmdetection checkpoint says, read as text: nothing in it is run."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fpnx.core.errors import FpnxError
+from fpnx.core.text import shown
+
+__all__ = ["read_config"]
+
+LONGEST = 1_000_000  # characters; real configs have some thousands
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """The facts in an mmdetection 2 or 3 config that its weights do not show.
+
+    Returns:
+        Those of these that the config tells: stride_in_1x1, p7_relu, top_block, pixel_order, mean, std (0..255),
+        short_side, long_side, pad_multiple, norm_eps. Empty where the text is no Python config.
+
+    Raises:
+        FpnxError: a network that is no plain ResNet with a plain FPN.
+    """
+    try:
+        return {name: value for name, value in _told(_evaluated(text)).items() if value is not None}
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return {}
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+    model = _dict(config.get("model"))
+    backbone, neck = _dict(model.get("backbone")), _dict(model.get("neck"))
+    _refuse_variants(backbone, neck)
+    told: dict[str, Any] = {}
+    if backbone:
+        told["stride_in_1x1"] = backbone.get("style", "pytorch") == "caffe"
+        told["norm_eps"] = _dict(backbone.get("norm_cfg")).get("eps", 1e-5)
+    if neck:
+        told["p7_relu"] = bool(neck.get("relu_before_extra_convs", False))
+        told["top_block"] = _top_block(neck)
+    return told | _preprocessing(config, model)
+
+
+def _refuse_variants(backbone: Mapping[str, Any], neck: Mapping[str, Any]) -> None:
+    plain = {
+        "neck.type": neck.get("type", "FPN") == "FPN",
+        "neck.act_cfg": neck.get("act_cfg") is None,
+        "neck.upsample_cfg": _dict(neck.get("upsample_cfg")).get("mode", "nearest") == "nearest",
+        "backbone.type": str(backbone.get("type", "ResNet")) in ("ResNet", "ResNeXt"),
+        "backbone.strides": tuple(backbone.get("strides") or (1, 2, 2, 2)) == (1, 2, 2, 2),
+        "backbone.dilations": set(backbone.get("dilations") or (1,)) == {1},
+    }
+    for name, is_plain in plain.items():
+        if not is_plain:
+            part = {"neck": neck, "backbone": backbone}[name.partition(".")[0]]
+            value = part.get(name.partition(".")[2])
+            value = shown(value)[:40] if isinstance(value, str) else "something else"
+            raise FpnxError(f"the config inside has {name} = {value}: fpnx reads a plain ResNet or ResNeXt with an FPN")
+
+
+def _top_block(neck: Mapping[str, Any]) -> str | None:
+    """Where P6 comes from; `"none"` where there is none."""
+    extra = neck.get("add_extra_convs", False)
+    if extra:
+        return {"on_input": "c5", "on_output": "p5", "on_lateral": "m5", True: "c5"}.get(extra)
+    inputs, outputs = neck.get("in_channels"), neck.get("num_outs")
+    if not isinstance(inputs, (list, tuple)) or not isinstance(outputs, int):
+        return None
+    above = outputs - (len(inputs) - int(neck.get("start_level", 0)))
+    if above > 1:
+        raise FpnxError(f"the config inside pools {above} levels above the last: fpnx knows one")
+    return "pool" if above == 1 else "none"
+
+
+def _preprocessing(config: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for values, in_rgb in (
+        (_dict(model.get("data_preprocessor")), "bgr_to_rgb"),
+        (_dict(config.get("img_norm_cfg")), "to_rgb"),
+        *((step, "to_rgb") for step in _steps(config) if step.get("type") == "Normalize"),
+    ):
+        mean, std = _numbers(values.get("mean")), _numbers(values.get("std"))
+        if mean and std:
+            told |= {"mean": mean, "std": std, "pixel_order": "RGB" if values.get(in_rgb) else "BGR"}
+            break
+    pads = [values.get("pad_size_divisor") for values in (_dict(model.get("data_preprocessor")),)]
+    pads += [step.get("size_divisor") for step in _steps(config) if step.get("type") == "Pad"]
+    told["pad_multiple"] = next((pad for pad in pads if isinstance(pad, int) and 0 < pad <= 1024), None)
+    scales = [
+        step.get("scale", step.get("img_scale"))
+        for step in _steps(config)
+        if step.get("type") in ("Resize", "MultiScaleFlipAug") and step.get("keep_ratio", True) is True
+    ]
+    for scale in scales:
+        sides = _numbers(scale, 2)
+        if sides:
+            told["short_side"], told["long_side"] = int(min(sides)), int(max(sides))
+            break
+    return told
+
+
+def _steps(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Steps of the pipeline that images go through at test time."""
+    pipelines: list[Any] = [config.get("test_pipeline"), config.get("val_pipeline")]
+    for split in ("test", "val"):
+        pipelines.append(_dict(_dict(config.get("data")).get(split)).get("pipeline"))
+        pipelines.append(_dict(_dict(config.get(f"{split}_dataloader")).get("dataset")).get("pipeline"))
+    waiting = [step for pipeline in pipelines if isinstance(pipeline, (list, tuple)) for step in pipeline]
+    for step in waiting:
+        if isinstance(step, dict):
+            yield step
+            yield from (inner for inner in step.get("transforms") or () if isinstance(inner, dict))
+
+
+def _evaluated(text: str) -> dict[str, Any]:
+    """Top-level assignments of literals, `dict(...)` and earlier names; whatever else stands there is None."""
+    if len(text) > LONGEST:
+        return {}
+    names: dict[str, Any] = {}
+    for statement in ast.parse(text).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            names[statement.targets[0].id] = _value(statement.value, names)
+    return names
+
+
+def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(item, names) for item in node.elts]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _value(node.operand, names)
+        return -value if isinstance(value, (int, float)) else None
+    if isinstance(node, ast.Dict):
+        keys = (_value(key, names) if key is not None else None for key in node.keys)
+        return {key: _value(value, names) for key, value in zip(keys, node.values, strict=True) if isinstance(key, str)}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {each.arg: _value(each.value, names) for each in node.keywords if each.arg is not None}
+    return None
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _numbers(value: Any, count: int = 3) -> tuple[float, ...] | None:
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(v, (int, float)) for v in value):
+        return None
+    return tuple(float(v) for v in value)

@@ -1,0 +1,305 @@
+"""State dicts of other frameworks, recognised by their keys and renamed to fpnx's own; dictionaries in and out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import models
+
+from fpnx.core.errors import FpnxError
+from fpnx.core.text import shown
+from fpnx.models.backbones.factory import parameter_shapes
+from fpnx.models.backbones.registry import names as torchvision_names
+from fpnx.models.weights.mmdetection import read_config
+
+__all__ = ["Layout", "PyramidKeys", "backbone_of", "pyramid_keys", "recognise", "without_head"]
+
+PREFIXES = ("module.", "model.", "_orig_mod.")  # what DistributedDataParallel, Lightning and torch.compile put before
+HEADS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")  # of torchvision's classifiers
+MOSTLY_HEAD = ("alexnet", "vgg")  # whose number of parameters says little about their bodies
+CANDIDATES = 16  # backbones, nearest in parameters, that a file is compared with
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidKeys:
+    """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
+
+    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
+    """
+
+    in_channels: tuple[int, ...]
+    channels: int
+    norm: str | None
+    top_in: int | None
+    first_level: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A state dict in fpnx's layout.
+
+    Attributes:
+        framework: `"fpnx"`, `"torchvision"`, `"torchvision detection"`, `"detectron2"`, `"detectron2 backbone"` (what
+            its converter makes of torchvision's), `"caffe2"` (Detectron's) or `"mmdetection"`.
+        state: `body.*` with torchvision's names, `fpn.*`.
+        ignored: how many tensors belong to heads.
+        told: what the file tells beside its parameters, by the names of `fpnx.core.config.FileFacts` and of recipes.
+        pyramid: None where there is none.
+    """
+
+    framework: str
+    state: Mapping[str, Tensor]
+    ignored: int
+    told: Mapping[str, Any]
+    pyramid: PyramidKeys | None
+
+
+Rename = Callable[[str], "str | None"]
+
+
+def recognise(state: Mapping[str, Tensor], config: str | None = None) -> Layout:
+    """Say whose layout `state` has, and rename what belongs to the backbone and the pyramid.
+
+    Args:
+        state: names → tensors, as they stand in a file.
+        config: the text of an mmdetection config.
+
+    Raises:
+        FpnxError: names in the backbone or the pyramid that no layout has.
+    """
+    framework, state, stripped = _framework(state)
+    namespace, rename = _renaming(framework, state)
+    renamed: dict[str, Tensor] = {}
+    strange: list[str] = []
+    ignored = 0
+    for name, value in state.items():
+        new = rename(name)
+        if new is not None and not new.endswith("num_batches_tracked"):
+            renamed[new] = value
+        elif new is None and re.match(namespace, name):
+            strange.append(name)
+        elif new is None:
+            ignored += 1
+    if strange:
+        raise FpnxError(f"the layout is {framework}'s, but it has names that fpnx does not know: {_few(strange)}")
+    told = _told(framework, state, config)
+    if framework == "caffe2":
+        renamed, told = _unfused(renamed, told)
+    if framework in ("torchvision", "fpnx"):
+        bodies = {name: value for name, value in renamed.items() if not _in_head(name, "body.")}
+        ignored, renamed = ignored + len(renamed) - len(bodies), bodies
+    pyramid = pyramid_keys(renamed, _first_level(framework, state))
+    return Layout(framework=framework, state=renamed, ignored=ignored + stripped, told=told, pyramid=pyramid)
+
+
+def without_head(names: Iterable[str]) -> list[str]:
+    """Those of a torchvision network's names that are not its classifier's."""
+    return [name for name in names if not _in_head(name) and not name.endswith("num_batches_tracked")]
+
+
+def _in_head(name: str, prefix: str = "") -> bool:
+    return name.startswith(tuple(prefix + head for head in HEADS))
+
+
+def pyramid_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> PyramidKeys | None:
+    """What `fpn.*` of a state dict in fpnx's layout says of its pyramid; None where there is none."""
+    laterals = [state[f"fpn.inner_blocks.{i}.0.weight"] for i in range(16) if f"fpn.inner_blocks.{i}.0.weight" in state]
+    if not laterals:
+        return None
+    norms = [name.rsplit(".", 1)[1] for name in state if re.match(r"fpn\.(inner|layer)_blocks\.\d+\.1\.", name)]
+    norm = None if not norms else "batch" if "running_mean" in norms else "group"
+    top = state.get("fpn.extra_blocks.p6.weight")
+    return PyramidKeys(
+        in_channels=tuple(lateral.shape[1] for lateral in laterals),
+        channels=laterals[0].shape[0],
+        norm=norm,
+        top_in=None if top is None else top.shape[1],
+        first_level=first_level,
+    )
+
+
+def backbone_of(body: Mapping[str, Tensor], asked: str | None) -> str:
+    """The backbone whose names and shapes `body` (torchvision's names) has, or the nearest to it.
+
+    Raises:
+        FpnxError: where `asked` is another one, or none is near.
+    """
+    given = {name: tuple(body[name].shape) for name in without_head(body)}
+    likeness = {name: _likeness(given, name) for name in [asked] if name is not None}
+    if likeness and max(likeness.values()) == 1.0:
+        return str(asked)
+    parameters = sum(value.numel() for name, value in body.items() if "running_" not in name)
+    near = sorted(torchvision_names(), key=lambda name: abs(_parameters(name) - parameters))[:CANDIDATES]
+    for name in [*near, *(name for name in torchvision_names() if name.startswith(MOSTLY_HEAD) and name not in near)]:
+        likeness[name] = _likeness(given, name)
+        if likeness[name] == 1.0:
+            if asked is not None:
+                raise FpnxError(f"it is for {name}, not for {asked}: drop --backbone or take another file")
+            return name
+    best = asked or max(likeness, key=lambda name: likeness[name])
+    if likeness[best] < 0.5:
+        raise FpnxError(
+            f"its names ({_few(list(body))}) are of no backbone that fpnx knows"
+            if asked is None
+            else f"its names ({_few(list(body))}) are not those of {asked}"
+        )
+    return best
+
+
+def _likeness(given: Mapping[str, tuple[int, ...]], backbone: str) -> float:
+    """The share of names and shapes that a file and a backbone have in common."""
+    shapes = parameter_shapes(backbone)
+    wanted = {name: shapes[name] for name in without_head(shapes)}
+    return len(given.items() & wanted.items()) / len(given.items() | wanted.items())
+
+
+def _parameters(backbone: str) -> int:
+    return int(models.get_model_weights(backbone).DEFAULT.meta["num_params"])
+
+
+MARKS = {
+    "torchvision detection": r"backbone\.body\.",
+    "fpnx": r"(body|fpn)\.",
+    "detectron2": r"backbone\.bottom_up\.",
+    "detectron2 backbone": r"stem\.conv1\.",
+    "caffe2": r"res2_0_branch2a_w$",
+    "mmdetection": r"neck\.(lateral|fpn)_convs\.",
+}
+
+
+def _framework(state: Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor], int]:
+    """The layout's name, the state without what wrappers put before names, and how many tensors had no such prefix."""
+    left_out = 0
+    for _ in range(4):
+        for framework, mark in MARKS.items():
+            if any(re.match(mark, name) for name in state):
+                return framework, state, left_out
+        prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None)
+        if prefix is None:
+            break
+        inner = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+        left_out += len(state) - len(inner)
+        state = inner
+    return "torchvision", state, left_out
+
+
+def _renaming(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Rename]:
+    """Names that must be known (a pattern), and how they are renamed; None for what belongs to heads."""
+    if framework == "fpnx":
+        return r"(body|fpn)\.", _from_own
+    if framework == "torchvision detection":
+        return r"backbone\.", lambda name: _from_own(name[9:]) if name.startswith("backbone.") else None
+    if framework.startswith("detectron2"):
+        return r"backbone\.|stem\.|res\d", _from_detectron2(_first_level(framework, state))
+    if framework == "caffe2":
+        return r"(res|conv1|fpn)(?!.*_momentum$)", _from_caffe2
+    if framework == "mmdetection":
+        laterals = {match[1] for name in state if (match := re.match(r"neck\.lateral_convs\.(\d+)\.", name))}
+        return r"(backbone|neck)\.", _from_mmdetection(len(laterals))
+    return r"(?!)", _from_torchvision
+
+
+def _from_torchvision(name: str) -> str:
+    """The name that a parameter has today: published DenseNet files say `norm.1` for `norm1`."""
+    return "body." + re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+
+
+def _from_own(name: str) -> str | None:
+    """fpnx's own names; torchvision's detectors leave out `features.`, and once left out the `.0` of convolutions."""
+    name = re.sub(r"^body\.(?=\d)", "body.features.", name)
+    name = re.sub(r"^(fpn\.(?:inner|layer)_blocks\.\d+)\.(?=weight|bias)", r"\1.0.", name)
+    known = r"body\..+|fpn\.((inner|layer)_blocks\.\d+\.[01]\.\w+|extra_blocks\.p\d\.(weight|bias))"
+    return name if re.fullmatch(known, name) else None
+
+
+def _from_detectron2(first_level: int | None) -> Rename:
+    def rename(name: str) -> str | None:
+        name = name.removeprefix("backbone.bottom_up.")
+        if match := re.fullmatch(r"stem\.conv1\.(norm\.)?(\w+)", name):
+            return f"body.{'bn1' if match[1] else 'conv1'}.{match[2]}"
+        if match := re.fullmatch(r"res([2-5])\.(\d+)\.(conv(\d)|shortcut)\.(norm\.)?(\w+)", name):
+            inner = f"{'bn' if match[5] else 'conv'}{match[4]}" if match[4] else f"downsample.{1 if match[5] else 0}"
+            return f"body.layer{int(match[1]) - 1}.{match[2]}.{inner}.{match[6]}"
+        if match := re.fullmatch(r"backbone\.fpn_(lateral|output)(\d)\.(norm\.)?(\w+)", name):
+            blocks = "inner_blocks" if match[1] == "lateral" else "layer_blocks"
+            return f"fpn.{blocks}.{int(match[2]) - (first_level or 0)}.{1 if match[3] else 0}.{match[4]}"
+        if match := re.fullmatch(r"backbone\.top_block\.(p[67]\.(weight|bias))", name):
+            return f"fpn.extra_blocks.{match[1]}"
+        return None
+
+    return rename
+
+
+def _from_caffe2(name: str) -> str | None:
+    """Names of Detectron and Caffe2, such as `res2_0_branch2a_bn_gamma`."""
+    roles = {
+        "w": "weight", "bn_s": "weight", "bn_gamma": "weight", "bn_b": "bias", "bn_beta": "bias",
+        "bn_rm": "running_mean", "bn_running_mean": "running_mean",
+        "bn_riv": "running_var", "bn_running_var": "running_var",
+    }  # fmt: skip
+    match = re.fullmatch(r"(res_)?conv1_(\w+?)|res([2-5])_(\d+)_branch(1|2[abc])_(\w+)", name)
+    role = roles.get((match[2] or match[6]) if match else "")
+    if match is None or role is None:
+        # The stem's bias is always 0 in these files: a batch norm follows.
+        return "body.conv1.num_batches_tracked" if name == "conv1_b" else None
+    is_norm = (match[2] or match[6]).startswith("bn")
+    if match[3] is None:
+        return f"body.{'bn1' if is_norm else 'conv1'}.{role}"
+    block = f"body.layer{int(match[3]) - 1}.{match[4]}"
+    if match[5] == "1":
+        return f"{block}.downsample.{1 if is_norm else 0}.{role}"
+    return f"{block}.{'bn' if is_norm else 'conv'}{'abc'.index(match[5][1]) + 1}.{role}"
+
+
+def _from_mmdetection(laterals: int) -> Rename:
+    def rename(name: str) -> str | None:
+        if name.startswith("backbone."):
+            return f"body.{name[9:]}"
+        match = re.fullmatch(r"neck\.(lateral|fpn)_convs\.(\d+)\.(conv|bn|gn)\.(\w+)", name)
+        if match is None:
+            return None
+        i, part = int(match[2]), 0 if match[3] == "conv" else 1
+        if match[1] == "lateral" or i < laterals:
+            blocks = "inner_blocks" if match[1] == "lateral" else "layer_blocks"
+            return f"fpn.{blocks}.{i}.{part}.{match[4]}"
+        return f"fpn.extra_blocks.p{6 + i - laterals}.{match[4]}" if part == 0 else None
+
+    return rename
+
+
+def _first_level(framework: str, state: Mapping[str, Tensor]) -> int | None:
+    found = [int(match[1]) for name in state if (match := re.match(r"backbone\.fpn_lateral(\d)\.", name))]
+    return min(found, default=None) if framework == "detectron2" else None
+
+
+def _told(framework: str, state: Mapping[str, Tensor], config: str | None) -> dict[str, Any]:
+    if framework == "mmdetection":
+        return read_config(config or "")
+    if framework == "detectron2":  # old versions kept these as buffers
+        found = {"mean": state.get("pixel_mean"), "std": state.get("pixel_std")}
+        return {
+            name: tuple(value.flatten().tolist())
+            for name, value in found.items()
+            if value is not None and value.numel() == 3
+        }
+    return {}
+
+
+def _unfused(state: dict[str, Tensor], told: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Detectron folded the statistics of its norms into weight and bias: put the neutral ones in their place."""
+    for name in [name for name in state if re.search(r"(bn\d|downsample\.1)\.weight$", name)]:
+        mean = name.replace("weight", "running_mean")
+        if mean not in state:
+            state[mean] = torch.zeros_like(state[name])
+            state[name.replace("weight", "running_var")] = torch.ones_like(state[name])
+            told = {**told, "norm_eps": 0.0}
+    return state, told
+
+
+def _few(names: list[str]) -> str:
+    return shown(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))

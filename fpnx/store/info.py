@@ -1,0 +1,68 @@
+"""What a store holds, as plain values, and code that reads it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fpnx.core.plan_summary import LevelShape
+
+if TYPE_CHECKING:
+    from fpnx.store.reader import Store
+
+
+__all__ = ["level_shapes", "reading_snippet", "store_facts"]
+
+
+def level_shapes(store: Store) -> list[LevelShape]:
+    """Every level of a store at every network-input size."""
+    shapes = []
+    for size in store.sizes:
+        for level in store.levels:
+            dataset = store.dataset(size, level)
+            count, channels, height, width = dataset.shape
+            bytes_per_image = channels * height * width * dataset.dtype.itemsize
+            stride = int(dataset.attrs["stride"])
+            shapes.append(LevelShape(size, count, level, stride, channels, height, width, bytes_per_image))
+    return shapes
+
+
+def store_facts(store: Store) -> dict[str, Any]:
+    """What `show_info` shows, as plain values."""
+    states = {name: int((store.status == value).sum()) for value, name in enumerate(("pending", "done", "failed"))}
+    return {
+        "file": store.path,
+        "complete": store.complete,
+        "images": {"total": len(store), **states},
+        "shard": store.cut.to_json() if store.cut else None,
+        "shards": len(store.shards),
+        "root": store.root,
+        "levels": [shape.to_json() for shape in level_shapes(store)],
+        "failed": [{"path": path, "reason": reason} for path, reason in store.failures()],
+        "config": store.config,
+        "fingerprint": store.fingerprint,
+        "provenance": store.provenance.to_json(),
+    }
+
+
+def reading_snippet(store: Store) -> str:
+    """Python that reads this very file with h5py alone; or a set of shards with fpnx."""
+    level = store.levels[0]
+    if store.shards:
+        one = f"item = next(iter(store)); print(item.path, item[{level!r}].shape)"
+        return f"import fpnx\n\nwith fpnx.open({store.path!r}) as store:\n    {one}\n"
+    lines = [
+        "import h5py",
+        "",
+        f"with h5py.File({str(store.path)!r}, {'r'!r}{'' if store.complete else ', locking=False'}) as f:",
+        '    names = f["images/path"].asstr(errors="surrogateescape")[:]',
+        '    done = f["images/status"][:] == 1',
+    ]
+    if len(store.sizes) == 1:
+        shape = store.dataset(store.sizes[0], level).shape
+        lines.append(f'    i = done.argmax(); print(names[i], f["{level}"][i].shape)  # {shape[1:]}')
+    elif store.sizes:
+        lines += [
+            '    groups, rows = f["images/group"].asstr()[:], f["images/row"][:]',
+            f'    i = done.argmax(); print(names[i], f["pyramids"][groups[i]]["{level}"][rows[i]].shape)',
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,328 @@
+"""Sets of shards, read as the one file that a whole run would have written. No torch."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import os
+import re
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fpnx.core.errors import StoreError
+from fpnx.core.image_list import list_fingerprint
+from fpnx.core.sharding import Cut, Shard
+from fpnx.core.text import shown
+from fpnx.core.validation import format_size
+from fpnx.remote.glob import match_urls
+from fpnx.remote.urls import is_url
+from fpnx.store.reader import PENDING, Store, different_fields, open_store
+
+try:
+    import resource
+except ImportError:  # Windows has no such limit
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["Joined", "ShardSet", "open_pyramids", "open_shards"]
+
+OPEN = 64  # files of a set that are open at most; an eighth of what the process may have, where that is less
+NAMED = 5  # missing shards that a message names
+NAME = re.compile(r"\.shard-\d{5}-of-\d{5}(?=\.|$)")
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+class ShardSet(Store):
+    """All shards of one run as one store, with rows as a whole run gives them; see `Store`.
+
+    However many shards there are, few of their files are open at a time.
+
+    Attributes:
+        shards: their own stores, in order.
+        list: fingerprint of the whole list of images.
+    """
+
+    def __init__(self, paths: Iterable[str], name: str | None = None) -> None:
+        self._lock = threading.RLock()  # a thread may close what another is about to read
+        self._recent: OrderedDict[int, Store] = OrderedDict()
+        self._most = _most_open()
+        self._joined: dict[tuple[tuple[int, int], str], Joined] = {}
+        self._index: dict[str, int] | None = None
+        self._closed = False
+        self.shards = self._gathered(paths)
+        first = self.shards[0]
+        assert first.cut is not None
+        self.path = name or NAME.sub(f".shard-*-of-{len(self.shards):05}", first.path)
+        self.cut, self.list = None, first.cut.list
+        self.config, self.provenance, self.fingerprint = first.config, first.provenance, first.fingerprint
+        self.root, self.levels = first.root, first.levels
+        self.paths = [path for shard in self.shards for path in shard.paths]
+        self.padded_sizes = [size for shard in self.shards for size in shard.padded_sizes]
+        for table in ("bytes", "mtimes_ns", "input_sizes", "status", "source_sizes", "nonfinite"):
+            setattr(self, table, np.concatenate([getattr(shard, table) for shard in self.shards]))
+        self.rows, self._pieces = _joined_rows(self.shards)
+        self._firsts = [shard.cut.first for shard in self.shards if shard.cut]
+
+    def _gathered(self, paths: Iterable[str]) -> list[Store]:
+        found: dict[int, Store] = {}
+        for path in paths:
+            store = open_store(path)
+            try:
+                cut = _cut_of(store)
+                _refuse_other(store, next(iter(found.values()), store))
+                if cut.index in found:
+                    both = f"{shown(found[cut.index].path)} and {shown(store.path)}"
+                    raise StoreError(f"shard {cut.shard} is there twice: {both}: name each shard once")
+                found[cut.index] = store
+            finally:
+                store.release()
+        if not found:
+            raise StoreError("no shards: name their files")
+        _refuse_missing(found)
+        return [found[index] for index in sorted(found)]
+
+    def each(self) -> Iterator[Store]:
+        """The shards' own stores in order; see `Store.each`."""
+        return (self._shard(number) for number in range(len(self.shards)))
+
+    def altered(self) -> str:
+        """Why the images are not those of the list that the shards were cut from; empty where they are."""
+        records = zip(map(os.fsencode, self.paths), self.bytes.tolist(), self.mtimes_ns.tolist(), strict=True)
+        return "" if list_fingerprint(records) == self.list else "their images are not those of the list they tell of"
+
+    def refresh(self) -> None:
+        """Nothing to do: a finished file does not change."""
+
+    def error(self, index: int) -> str:
+        """Why image `index` failed; empty where it did not."""
+        number = bisect.bisect_right(self._firsts, index) - 1
+        with self._lock:
+            return self._shard(number).error(index - self._firsts[number])
+
+    def errors(self) -> np.ndarray:
+        """(N,) reasons of all images; see `Store.errors`."""
+        with self._lock:
+            return np.concatenate([shard.errors() for shard in self.each()])
+
+    def failures(self) -> list[tuple[str, str]]:
+        """(path, reason) of every failed image."""
+        with self._lock:
+            return [failure for shard in self.each() for failure in shard.failures()]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The padded network-input sizes of all shards, (height, width)."""
+        return sorted(self._pieces)
+
+    def dataset(self, size: tuple[int, int], level: str) -> Joined:
+        """All rows of one size and level, in order; see `Store.dataset`."""
+        if self._closed:
+            raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
+        if (size, level) not in self._joined:
+            if size not in self._pieces:
+                raise StoreError(
+                    f"{shown(self.path)} is not a whole fpnx file: /pyramids/{format_size(size)} is missing"
+                )
+            self._joined[size, level] = Joined(self, size, level, self._pieces[size])
+        return self._joined[size, level]
+
+    def check(self) -> None:
+        """Look at every group and level of every shard."""
+        with self._lock:
+            for shard in self.each():
+                shard.check()
+
+    def links_to(self, size: tuple[int, int], level: str) -> bool:
+        """Never: the shards have links of their own."""
+        return False
+
+    def release(self) -> None:
+        """Close all files until something of them is asked for."""
+        with self._lock:
+            for shard in self._recent.values():
+                shard.release()
+            self._recent.clear()
+
+    def close(self) -> None:
+        """Close all files; items of this set can no longer read."""
+        self._closed = True
+        for shard in self.shards:
+            shard.close()
+
+    def _shard(self, number: int) -> Store:
+        shard = self._recent[number] = self._recent.pop(number, self.shards[number])
+        while len(self._recent) > self._most:
+            self._recent.popitem(last=False)[1].release()
+        return shard
+
+    def read(self, number: int, size: tuple[int, int], level: str, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
+        """Some rows of shard `number`.
+
+        Raises:
+            StoreError: where its dataset is not of `shape`.
+        """
+        with self._lock:
+            dataset = self._shard(number).dataset(size, level)
+            if dataset.shape != shape:
+                raise StoreError(
+                    f"{shown(self.shards[number].path)} is not a whole fpnx file: {dataset.name} is {dataset.shape}, "
+                    f"where {shape} belongs"
+                )
+            array: np.ndarray = dataset[rows]
+            return array
+
+
+class Joined:
+    """The rows of one size and level over all shards: as much of `h5py.Dataset` as reading takes.
+
+    Attributes:
+        name, dtype, shape, attrs: as of the dataset in a merged file.
+    """
+
+    def __init__(
+        self, whole: ShardSet, size: tuple[int, int], level: str, pieces: Sequence[tuple[int, int, int]]
+    ) -> None:
+        self._whole, self._size, self._level, self._pieces = whole, size, level, pieces
+        self._starts = [start for _, start, _ in pieces]
+        with whole._lock:
+            first = whole._shard(pieces[0][0]).dataset(size, level)
+            self.name, self.dtype, self.attrs = first.name, first.dtype, dict(first.attrs)
+            self.shape: tuple[int, ...] = (pieces[-1][1] + pieces[-1][2], *first.shape[1:])
+
+    @property
+    def size(self) -> int:
+        """How many values there are."""
+        return int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """A row → (C, H, W), or a stretch of rows → (n, C, H, W)."""
+        if not isinstance(key, slice):
+            row = int(key)
+            if not 0 <= row < len(self):
+                raise IndexError(f"row {row} of {len(self)}")
+            found: np.ndarray = self[row : row + 1][0]
+            return found
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise IndexError("rows of a set are read one by one, or in stretches without a step")
+        parts = []
+        for number, first, count in self._pieces[max(0, bisect.bisect_right(self._starts, start) - 1) :]:
+            if first >= stop:
+                break
+            rows = slice(max(start - first, 0), min(stop - first, count))
+            parts.append(self._whole.read(number, self._size, self._level, rows, (count, *self.shape[1:])))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])
+
+
+def open_pyramids(path: Paths) -> Store:
+    """Open what `fpnx extract` wrote: a file, or the complete set of a run's shards as one; see `Store`.
+
+    Args:
+        path: a file, also a `.part` that is being written; or shards as a glob, `"out.shard-*.h5"`, or as a sequence
+            of paths, in any order.
+
+    Raises:
+        StoreError: for a file that is missing, truncated, not fpnx's, or of a future format version; for shards of
+            different runs, and a missing, unfinished or repeated one.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        return open_shards(path)
+    name = os.fspath(path)
+    return open_shards(name) if glob.has_magic(name) and not os.path.lexists(name) else open_store(name)
+
+
+def open_shards(paths: Paths) -> ShardSet:
+    """The complete set of a run's shards, by a glob or by their paths; see `open_pyramids`."""
+    given = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    found: list[str] = []
+    for name in given:
+        if glob.has_magic(name) and not os.path.lexists(name):
+            raw = os.fsencode(name)
+            there = list(map(os.fsdecode, match_urls(raw))) if is_url(raw) else sorted(glob.glob(name))
+            if not there:
+                raise StoreError(f"no file is called {shown(name)}: name the shards that fpnx extract --shard wrote")
+            found += there
+        else:
+            found.append(name)
+    return ShardSet(found, given[0] if len(given) == 1 < len(found) else None)
+
+
+def _cut_of(store: Store) -> Cut:
+    if store.path.endswith(".part"):
+        which = f"shard {store.cut.shard}" if store.cut else "no shard"
+        raise StoreError(f"{shown(store.path)} ({which}) is unfinished: finish it with --resume")
+    if store.cut is None:
+        raise StoreError(f"{shown(store.path)} is no shard: it was made without --shard, and is read by itself")
+    if len(store) != len(store.cut.slice):
+        raise StoreError(
+            f"{shown(store.path)} is not a whole fpnx file: it has {len(store)} images, and shard {store.cut.shard} of "
+            f"{store.cut.images} has {len(store.cut.slice)}"
+        )
+    if pending := int((store.status == PENDING).sum()):
+        raise StoreError(f"{shown(store.path)} (shard {store.cut.shard}) is unfinished: {pending} images are pending")
+    return store.cut
+
+
+def _refuse_other(store: Store, first: Store) -> None:
+    """Refuse a shard of another run than the first's."""
+    assert store.cut is not None
+    assert first.cut is not None
+    fields = different_fields(first.config, store.config)
+    if not fields and store.fingerprint != first.fingerprint:
+        fields = ["their fingerprints differ"]
+    if not fields and store.cut.count != first.cut.count:
+        fields = [f"one of {first.cut.count} shards and one of {store.cut.count}"]
+    if not fields and (store.cut.list, store.cut.images) != (first.cut.list, first.cut.images):
+        fields = ["their lists of images differ"]
+    if fields:
+        raise StoreError(
+            f"{shown(first.path)} and {shown(store.path)} are shards of different runs "
+            f"({shown('; '.join(fields))}): name those of one run only"
+        )
+
+
+def _refuse_missing(found: dict[int, Store]) -> None:
+    some = next(iter(found.values()))
+    assert some.cut is not None
+    count = some.cut.count
+    missing = [Shard(index, count) for index in range(count) if index not in found]
+    if not missing:
+        return
+    path = NAME.sub(f".shard-{missing[0].index:05}-of-{count:05}", some.path)
+    names = ", ".join(map(str, missing[:NAMED])) + (f" and {len(missing) - NAMED} more" if missing[NAMED:] else "")
+    hint = "name all shards of the run"
+    if path != some.path:
+        part, there = f"{path}.part", os.path.exists(path)
+        hint = f"{shown(path)} is {'there, but not named' if there else 'not there'}"
+        if not there and os.path.exists(part):
+            hint = f"{shown(part)} is unfinished: finish it with --resume"
+    raise StoreError(f"{len(missing)} of {count} shards missing: {names} ({hint})")
+
+
+def _joined_rows(shards: Iterable[Store]) -> tuple[np.ndarray, dict[tuple[int, int], list[tuple[int, int, int]]]]:
+    """The row of every image among all of its size; and by size, where each shard's begin: (shard, first row, rows)."""
+    members: Counter[tuple[int, int] | None] = Counter()
+    rows, pieces = [], dict[tuple[int, int], list[tuple[int, int, int]]]()
+    for number, shard in enumerate(shards):
+        before = np.array([members[size] for size in shard.padded_sizes], np.int64)
+        rows.append(np.where(shard.rows < 0, shard.rows, shard.rows + before))
+        for size, count in Counter(filter(None, shard.padded_sizes)).items():
+            pieces.setdefault(size, []).append((number, members[size], count))
+            members[size] += count
+    return np.concatenate(rows), pieces
+
+
+def _most_open() -> int:
+    if resource is None:
+        return OPEN
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return OPEN if soft == resource.RLIM_INFINITY else max(1, min(OPEN, soft // 8))

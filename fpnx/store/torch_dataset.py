@@ -1,0 +1,121 @@
+"""The torch Dataset over a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from fpnx.core.errors import FpnxError
+from fpnx.core.levels import parse_levels
+from fpnx.core.text import shown
+from fpnx.store.reader import DONE, Store
+from fpnx.store.shard_set import open_pyramids
+
+__all__ = ["PyramidDataset", "ShapeBatchSampler"]
+
+
+class PyramidDataset(Dataset[dict[str, Any]]):
+    """Stored pyramids for training heads: the images that are done, in the order of the store.
+
+    `data[i]` → `{"P3": (C, H, W) tensor in the stored dtype, ..., "path": str, "index": row in the store}` and, where
+    `target` is given, `"target": target(path)`. The file is opened in each worker process on first use.
+
+    Args:
+        path: what `fpnx extract` wrote: a file, or a run's shards as a glob or as paths in any order.
+        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None takes all in the file.
+        target: from a stored path to its label.
+
+    Raises:
+        FpnxError: a file that cannot be read, or a level that it does not have.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        levels: str | Iterable[str] | None = None,
+        target: Callable[[str], Any] | None = None,
+    ) -> None:
+        self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(one) for one in path]
+        if target is not None and not callable(target):
+            raise FpnxError(f"target {target!r}: take a function from a stored path to its label")
+        self.target = target
+        with open_pyramids(self.path) as store:
+            self.levels = store.levels if levels is None else parse_levels(levels)
+            for level in self.levels:
+                if level not in store.levels:
+                    raise FpnxError(f"no level {level!r} in {shown(store.path)}: it has {', '.join(store.levels)}")
+            self.indices: list[int] = np.flatnonzero(store.status == DONE).tolist()
+            self.sizes: list[Hashable] = [store.padded_sizes[index] for index in self.indices]
+        self._opened: tuple[int, Store] | None = None
+
+    @property
+    def store(self) -> Store:
+        """The store, opened by this very process: an HDF5 handle does not survive a fork."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), open_pyramids(self.path))
+        return self._opened[1]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"image {i}: {shown(self.store.path)} holds {len(self)} that are done")
+        item = self.store[self.indices[i]]
+        sample: dict[str, Any] = {level: torch.from_numpy(item[level]) for level in self.levels}
+        sample |= {"path": item.path, "index": item.index}
+        if self.target is not None:
+            sample["target"] = self.target(item.path)
+        return sample
+
+    def batch_sampler(self, batch_size: int, shuffle: bool = False, seed: int = 0) -> ShapeBatchSampler:
+        """For `DataLoader(batch_sampler=...)`: batches of images of one shape."""
+        return ShapeBatchSampler(self.sizes, batch_size, shuffle, seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+class ShapeBatchSampler(Sampler[list[int]]):
+    """Batches of images of one shape; shuffled differently, and reproducibly, in each epoch.
+
+    Each iteration is the next epoch of `seed`; `set_epoch` goes to a given one.
+
+    Args:
+        shapes: the shape of each image, or anything that stands for it.
+        batch_size: images a batch; the last of each shape may be smaller.
+        shuffle: images within their shape, and the batches.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, shapes: Sequence[Hashable], batch_size: int, shuffle: bool = False, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise FpnxError(f"batch size {batch_size}: take 1 or more")
+        self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
+        self._members: dict[Hashable, list[int]] = {}
+        for i, shape in enumerate(shapes):
+            self._members.setdefault(shape, []).append(i)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.epoch += 1
+        batches = []
+        for members in self._members.values():
+            order = torch.randperm(len(members), generator=generator).tolist() if self.shuffle else range(len(members))
+            ordered = [members[i] for i in order]
+            batches += [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+        if self.shuffle:
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return iter(batches)
+
+    def __len__(self) -> int:
+        return sum(-(-len(members) // self.batch_size) for members in self._members.values())

@@ -1,0 +1,1 @@
+"""From arrays to pictures: heatmaps, grids of panels, PNG files and one HTML page."""

@@ -1,0 +1,397 @@
+"""fpnx benchmark: what it measures, how it tells of it, and what it refuses. No figure of time is asserted."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fpnx
+from fpnx.benchmark.plot import draw_stages
+from fpnx.benchmark.profiling import Cost, count_costs, count_executed
+from fpnx.benchmark.results import Column, Findings
+from fpnx.benchmark.roofline import MatrixProduct, write_speed
+from fpnx.commands.benchmark import benchmark
+from fpnx.benchmark.synthetic_images import fill, make_photographs
+from fpnx.benchmark.timers import PeakMemory, Spread, spread
+from fpnx.cli.benchmark_view import show_findings
+from fpnx.core.config import BenchmarkConfig, ExtractConfig
+from fpnx.core.errors import FpnxError, Interrupted
+from fpnx.core.events import Listener
+from fpnx.core.plan_summary import LevelShape
+from fpnx.inference.graph_fusion import make_executable
+from tests.helpers.process import document
+
+TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "size": 64, "channels": 8, "repeats": 2, "workers": 2}
+READING = ["decode", "resize + normalise", "copy to device"]
+NETWORK = ["C2", "C3", "C4", "C5", "lateral + top-down", "output P2", "output P5", "top block"]
+WRITING = ["copy back", "write"]
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    """Two precisions, a batch size that does not fit, and the plain script, on small images of which one is bad."""
+    folder = tmp_path_factory.mktemp("few")
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (72, 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "bad.jpg").write_bytes(b"no image")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fpnx.benchmark.case.available_memory", lambda: 256 << 20)  # a small machine
+        return benchmark(
+            **TINY,
+            levels="P2,C3,P5,P6",
+            precision="float32,bfloat16",
+            batch_size="2,4096",
+            images=str(folder),
+            baseline=True,
+        )
+
+
+def test_every_stage_of_every_configuration_has_its_samples(findings: Findings) -> None:
+    names = [column.name for column in findings.columns]
+    kinds = ["float32 batch 2", "float32 batch 4096", "bfloat16 batch 2", "bfloat16 batch 4096", "plain script batch 2"]
+    assert names == [f"mobilenet_v2 {kind}" for kind in kinds]
+    assert findings.rounds == 2
+    for column in findings.columns[0], findings.columns[2]:
+        assert list(column.stages) == [*READING, *NETWORK, *WRITING]
+        assert column.forward_stages == NETWORK
+        assert all(len(samples) == 2 * 3 for samples in column.stages.values())
+        assert all(sample > 0 for samples in column.stages.values() for sample in samples)
+        assert len(column.forward) == len(column.core) == 2 * 3
+        assert min(column.core) > 0
+        assert len(column.end_to_end) == 2
+        assert column.images % 2 == 0
+        assert column.images >= 32
+        assert column.rss is not None
+        assert column.rss > 50e6
+        assert column.cuda is None
+    assert [len(samples) for samples in findings.ceilings.values()] == [6, 6]
+    assert list(findings.ceilings) == ["float32", "bfloat16"]
+    assert len(findings.disk) == 2
+
+
+def test_what_does_not_fit_is_said_and_the_rest_goes_on(findings: Findings) -> None:
+    for column in findings.columns[1], findings.columns[3]:
+        assert column.reason is not None
+        assert column.reason.startswith("does not fit: it needs about ")
+        assert not column.stages
+        assert not column.end_to_end
+
+
+def test_a_bad_image_is_left_out_and_said(findings: Findings) -> None:
+    assert findings.facts["images"].startswith("3 of ")
+    assert [note.startswith("left out: bad.jpg: ") for note in findings.facts["notes"]] == [True]
+
+
+def test_the_plain_script_computes_the_same(findings: Findings) -> None:
+    plain = findings.columns[-1]
+    assert plain.reason is None
+    assert len(plain.forward) == 6
+    assert len(plain.end_to_end) == 2
+    assert plain.errors.keys() == {"P2", "C3", "P5", "P6"}
+    assert max(plain.errors.values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_each_backbone_has_its_own_plain_script(photos: Path) -> None:
+    options = TINY | {"backbone": ["mobilenet_v2", "resnet50"], "repeats": 1}
+    found = benchmark(**options, images=str(photos), baseline=True)
+    plain = [column for column in found.columns if column.plain_script]
+    assert [column.backbone for column in plain] == ["mobilenet_v2", "resnet50"]
+    assert all(max(column.errors.values()) < 1e-4 for column in plain)
+
+
+def test_the_error_of_a_precision_is_that_of_its_type(findings: Findings) -> None:
+    assert not findings.columns[0].errors
+    errors = findings.columns[2].errors
+    assert errors.keys() == {"P2", "C3", "P5", "P6"}
+    assert all(1e-4 < error < 0.5 for error in errors.values())  # bfloat16 keeps 8 bits
+
+
+def test_the_document_holds_every_sample_and_the_machine(findings: Findings) -> None:
+    found = json.loads(json.dumps(findings.to_json()))
+    assert {"processor", "cpus", "torch_threads", "device", "versions", "memory_bytes"} <= found["machine"].keys()
+    assert {"torch", "torchvision", "fpnx", "python", "h5py"} <= found["machine"]["versions"].keys()
+    first = found["configurations"][0]
+    assert first["stages"] == findings.columns[0].stages
+    assert first["forward"] == findings.columns[0].forward
+    assert first["end_to_end"] == findings.columns[0].end_to_end
+    assert first["summary"]["images_per_second"]["samples"] == 2
+    assert first["ratios"]["forward"] == {"median": 1.0, "low": 1.0, "high": 1.0, "samples": 6}
+    assert [shape["level"] for shape in first["shapes"]] == ["P2", "C3", "P5", "P6"]
+    assert [cost["part"] for cost in first["costs"]] == ["backbone", "laterals", "outputs", "top block"]
+    assert found["ceilings_flops"]["float32"] == findings.ceilings["float32"]
+    assert (found["rounds"], found["interrupted"], found["exit_code"]) == (2, False, 0)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_and_line_up(
+    findings: Findings, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    show_findings(findings)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for label in (*READING, *NETWORK, *WRITING, "forward as one", "its stages, % of it", "peak RSS, MB", "error of P5"):
+        assert any(line.startswith(label) for line in lines), label
+    for unit in ("MB per image", "GFLOP", "images/s", "GFLOP/s", "MB/s", "ms  10th–90th"):
+        assert unit in text
+    assert "does not fit" in text
+    assert "bottleneck of mobilenet_v2 float32 batch 2: " in text
+    start = next(i for i, line in enumerate(lines) if line.startswith("time per image and stage"))
+    table = lines[start + 1 : lines.index("", start)]
+    stages = [line for line in table if line.startswith((*READING, *NETWORK, *WRITING, "forward as one"))]
+    assert len({len(line) for line in stages}) == 1, "right edges differ"
+    assert len({line.rindex("–") for line in stages}) == 1, "ranges do not line up"
+
+
+def test_more_columns_than_fit_go_on_below(
+    findings: Findings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    show_findings(findings)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "throughput: median, 10th to 90th percentile (continued)" in lines
+    assert sum(line.startswith("peak RSS, MB") for line in lines) > 1
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_the_picture(findings: Findings, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"stages.{ending}"
+    draw_stages(findings, str(path))
+    starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    assert path.read_bytes().startswith(starts[ending])
+    if ending == "png":
+        with Image.open(path) as picture:
+            colours = picture.convert("RGB").getcolors(1 << 20)
+        assert colours is not None
+        assert len(colours) > 12  # as many as stages, at least
+
+
+def test_the_command_gives_one_document(fpnx: Callable[..., Any], photos: Path) -> None:
+    options = ["--backbone", "mobilenet_v2", "--size", "64", "--channels", "8", "--repeats", "1", "--batch-size", "4"]
+    code, out, err = fpnx("benchmark", *options, "--images", photos, "--json", "--plot", "stages.png")
+    assert code == 0, err
+    found = document(out)
+    assert found["configurations"][0]["size"] == [64, 64]
+    assert found["configurations"][0]["batch_size"] == 4
+    assert Path("stages.png").stat().st_size > 10_000
+    assert "measurements" in err
+
+
+def test_an_interruption_keeps_what_was_measured(photos: Path) -> None:
+    class Impatient(Listener):
+        def progress(self, what: str, done: int, total: int) -> None:
+            if what == "measurements" and done == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    found = benchmark(**TINY | {"repeats": 1000}, images=str(photos), listener=Impatient())
+    assert found.interrupted == signal.SIGINT
+    assert found.exit_code == 130
+    assert len(found.columns[0].forward) in (1, 2)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "interrupted" in shown_on_a_terminal(found)
+
+
+def test_an_interruption_before_the_first_sample_says_so(photos: Path) -> None:
+    class Impatient(Listener):
+        def progress(self, what: str, done: int, total: int) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="interrupted before") as caught:
+        benchmark(**TINY, images=str(photos), listener=Impatient())
+    assert caught.value.signum == signal.SIGINT
+
+
+def shown_on_a_terminal(findings: Findings) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        out = io.StringIO()
+        patch.setattr("sys.stdout", out)
+        show_findings(findings)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--backbone", "resnet5"], "did you mean resnet50?"),
+        (["--batch-size", "0"], "batch size 0"),
+        (["--batch-size", "1,1"], "batch size 1 is given twice"),
+        (["--batch-size", "1,,8"], "batch size '1,,8': a value is missing"),
+        (["--precision", "float32,half"], "precision 'half'"),
+        (["--repeats", "0"], "repeats 0"),
+        (["--images", "empty"], "no images in empty"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--images", "unreadable"], "no image in unreadable can be read"),
+        (["--plot", "stages.txt"], "plot stages.txt"),
+        (["--plot", "nowhere/stages.png"], "its folder does not exist"),
+        (["--baseline", "--size", "native", "--images", "one"], "takes one size"),
+        (["--levels", "P2,P9"], "level 'P9'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_requests_are_one_line(fpnx: Callable[..., Any], arguments: list[str], told: str) -> None:
+    for name in ("empty", "unreadable", "one"):
+        Path(name).mkdir()
+    Path("unreadable/a.jpg").write_bytes(b"no image")
+    Image.new("RGB", (40, 40)).save("one/a.png")
+    code, out, err = fpnx("benchmark", *arguments)
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if not line.endswith("preparations")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("fpnx: ")
+    assert told in lines[0]
+
+
+def test_nothing_that_fits_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpnx.benchmark.case.available_memory", lambda: 1 << 20)
+    with pytest.raises(FpnxError, match="nothing can be measured: mobilenet_v2 float32 batch 4 does not fit"):
+        benchmark(**TINY, batch_size=4, images=str(photos))
+
+
+def test_a_config_is_one_extraction_for_each_combination() -> None:
+    config = BenchmarkConfig(backbone=["resnet50", "vgg16"], precision="float32,bfloat16", batch_size=[1, 8], size=64)
+    runs = [(run.backbone, run.precision, run.batch_size) for run in config.runs()]
+    assert runs == [(b, p, n) for b in ("resnet50", "vgg16") for p in ("float32", "bfloat16") for n in (1, 8)]
+    assert BenchmarkConfig().runs() == [ExtractConfig(weights="random")]
+    assert [run.backbone for run in BenchmarkConfig(backbone="resnet50,vgg16").runs()] == ["resnet50", "vgg16"]
+
+
+def column(**samples: Any) -> Column:
+    """A configuration of 2 GFLOP and 4 MB for each image."""
+    shape = LevelShape((64, 64), 1, "P2", 4, 1, 1000, 1000, 4_000_000)
+    costs = (Cost("backbone", 10, 1_500_000_000), Cost("outputs", 10, 500_000_000))
+    fixed = {"backbone": "vgg16", "precision": "float32", "batch_size": 1, "size": (64, 64)}
+    return Column(**{**fixed, "shapes": [shape], "costs": costs, **samples})
+
+
+STAGES = {
+    "decode": [4.0],
+    "resize + normalise": [2.0],
+    "copy to device": [1.0],
+    "C2": [12.0],
+    "output P2": [6.0],
+    "copy back": [1.0],
+    "write": [2.0],
+}
+
+
+def test_figures_follow_from_samples() -> None:
+    found = column(stages=STAGES, forward=[20.0], end_to_end=[40.0])
+    assert found.flops == 2_000_000_000
+    assert found.bytes_per_image == 4_000_000
+    assert found.achieved() == Spread(1e11, 1e11, 1e11, 1)  # 2 GFLOP in 20 ms
+    assert found.accounted().median == pytest.approx(18 / 20)
+    found.executed, found.core = 1_000_000_000, [25.0]  # levels recombined: half the operations
+    assert found.achieved().median == 5e10
+    assert found.flops == 2_000_000_000
+    assert found.allowed(cpus=2).median == 80  # two cores, 25 ms an image
+    busy = found.busy(workers=2, disk=200e6)
+    # 40 images/s: 20 ms each in the network, 6 ms in two threads, 4 MB each onto a disk of 200 MB/s
+    assert busy == {"network": pytest.approx(0.8), "decoding": pytest.approx(0.12), "writing": pytest.approx(0.8)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "disk", "named"),
+    [
+        ({}, 2e9, "network, most of it in C2 (67 % of the forward pass); busy: network 80 %, decoding 12 %"),
+        ({"decode": [40.0]}, 2e9, "decoding; busy: network 80 %, decoding 84 %"),
+        ({}, 170e6, "writing; busy: network 80 %, decoding 12 %, writing 94 %"),
+    ],
+    ids=["network", "decoding", "disk"],
+)
+def test_the_bottleneck_is_named(changed: dict[str, list[float]], disk: float, named: str) -> None:
+    one = column(stages=STAGES | changed, forward=[20.0], end_to_end=[40.0])
+    found = Findings(machine={}, facts={}, columns=[one], workers=2, disk=[disk])
+    assert (found.bottleneck(one) or "").startswith(named)
+    assert found.bottleneck(column(forward=[20.0])) is None
+
+
+def test_ratios_pair_what_was_measured_side_by_side() -> None:
+    first = column(forward=[10.0, 20.0, 40.0], end_to_end=[8.0, 4.0])
+    # The machine slows down by four; the second is always twice as fast.
+    second = column(forward=[5.0, 10.0, 20.0], end_to_end=[16.0, 8.0])
+    missing = column(reason="does not fit")
+    found = Findings(machine={}, facts={}, columns=[missing, first, second])
+    assert found.ratios(second) == {"forward": Spread(2, 2, 2, 3), "end to end": Spread(2, 2, 2, 2)}
+    assert found.ratios(missing) == {}
+
+
+def test_percentiles_by_hand() -> None:
+    assert spread([float(n) for n in range(11, 0, -1)]) == Spread(6.0, 2.0, 10.0, 11)
+    assert spread([3.0]) == Spread(3.0, 3.0, 3.0, 1)
+
+
+def test_peak_memory_sees_what_is_held_for_a_moment() -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system keeps one peak for a process's whole life")
+    device = torch.device("cpu")
+    with PeakMemory(device) as large:
+        assert np.ones(25_000_000).sum() == 25_000_000  # 200 MB
+    with PeakMemory(device) as small:
+        pass
+    assert 190e6 < large.added < 400e6
+    assert small.added < 50e6
+    assert large.rss >= large.added
+    assert large.cuda is None
+
+
+def test_operations_are_counted_as_they_are_executed() -> None:
+    size = (64, 96)
+    for backbone, fewer in (("resnet50", False), ("mobilenet_v2", True)):
+        model = fpnx.create_model(backbone, weights="random", levels="P2-P5")
+        defined = sum(cost.flops for cost in count_costs(model, size))
+        assert count_executed(make_executable(model, recombined=False), size) == defined
+        assert (count_executed(make_executable(model), size) < 0.8 * defined) is fewer
+
+
+def test_ceilings_are_positive_and_leave_nothing_behind(tmp_path: Path) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    product = MatrixProduct(torch.device("cpu"), "bfloat16")
+    assert product.side >= 512
+    assert math.isfinite(product.measure())
+    assert product.measure() > 0
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    assert 0 < write_speed(tmp_path, (8 << 20) + 5) < 1e12
+    assert not list(tmp_path.iterdir())
+
+
+def test_made_photographs_cost_what_photographs_cost(tmp_path: Path) -> None:
+    first, second = make_photographs(tmp_path, 2)
+    assert first.read_bytes() != second.read_bytes()
+    (tmp_path / "again").mkdir()
+    assert make_photographs(tmp_path / "again", 1)[0].read_bytes() == first.read_bytes()
+    with Image.open(first) as picture:
+        assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (1024, 768))
+        grey = np.asarray(picture.convert("L")).astype(np.float64)
+    assert 1e5 < first.stat().st_size < 5e5  # flat colour takes 12 kB, noise 1.1 MB
+    power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
+    radius = np.hypot(np.fft.fftfreq(768)[:, None], np.fft.fftfreq(1024)[None])
+    low, high = (power[(radius > r) & (radius < 1.2 * r)].mean() for r in (0.01, 0.1))
+    assert 1.0 < math.log10(low / high) / 2 < 1.4  # amplitudes fall by this power of the frequency
+
+
+def test_fill_repeats_in_order(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_text(name)
+    fill(tmp_path / "full", [tmp_path / "a.png", tmp_path / "b.png"], 3)
+    fill(tmp_path / "full", [tmp_path / "a.png", tmp_path / "b.png"], 5)
+    assert "".join(path.read_text() for path in sorted((tmp_path / "full").iterdir())) == "ababa"

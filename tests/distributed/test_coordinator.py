@@ -1,0 +1,356 @@
+"""A run of many shards, as its driver sees it; here the workers are in the driver's own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fpnx
+from fpnx.core.errors import FpnxError, Interrupted
+from fpnx.core.events import Listener
+from fpnx.core.sharding import Shard, shard_path
+from fpnx.distributed.coordinator import SHARD_IMAGES, extract_across, list_path, shards_beside, shards_for
+from fpnx.distributed.placement import Node, Seats, seats_on
+from fpnx.distributed.quarantine import Ledger
+from fpnx.distributed.worker import Job, Report, Worker
+from fpnx.extraction.run import Result
+from tests.helpers.files import noise_image
+
+SLOW = pytest.mark.slow
+TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "size": 64, "pool": "avg", "batch_size": 1}
+
+
+class Here:
+    """A crew of one, that works when it is asked for its next report."""
+
+    def __init__(self, cpus: int = 2, before: Callable[[int], None] = lambda shard: None) -> None:
+        self.cpus, self.before = cpus, before
+        self.handed: list[list[int]] = []
+        self.seats: list[Seats] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[Here]:
+        yield self
+
+    def nodes(self) -> list[Node]:
+        return [Node(self.cpus)]
+
+    def hand_out(self, job: Job, shards: Sequence[int], seats: Seats) -> Here:
+        json.dumps(job.options)
+        self.handed.append(list(shards))
+        self.seats.append(seats)
+        self._told: dict[int, int] = {}
+        self._stop, self._left = False, list(shards)
+        self._worker = Worker(job, self._tell)
+        return self
+
+    def _tell(self, shard: int, finished: int) -> bool:
+        self._told[shard] = finished
+        return self._stop
+
+    def next(self, seconds: float) -> Report | bool:
+        if not self._left:
+            return False
+        shard = self._left.pop(0)
+        self.before(shard)
+        return self._worker(shard)
+
+    def finished(self) -> dict[int, int]:
+        return self._told
+
+    def stop(self) -> None:
+        self._stop = True
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.progressed: list[tuple[str, int, int]] = []
+        self.messages: list[str] = []
+        self.standings: list[str] = []
+        self.plans: list[Any] = []
+
+    def planned(self, plan: Any) -> None:
+        self.plans.append(plan)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self.progressed.append((what, done, total))
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def standing(self, text: str) -> None:
+        self.standings.append(text)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(7):
+        noise_image(i, (80, 64 + 8 * (i % 2))).save(folder / f"{i}.jpg")
+    return folder
+
+
+def run(images: Path, output: Path, crew: Here | None = None, heard: Listener | None = None, **options: Any) -> Result:
+    config = fpnx.ExtractConfig(engine="ray", **{**TINY, **options})
+    return extract_across([images], output, config, heard or Listener(), crew or Here())
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"images"}
+
+
+@pytest.mark.parametrize(
+    "sizing", [pytest.param({"size": 64}, id="fixed"), pytest.param({"size": "native"}, id="native", marks=SLOW)]
+)
+def test_all_shards_together_are_what_one_run_makes(tmp_path: Path, images: Path, sizing: dict[str, Any]) -> None:
+    (images / "3.jpg").write_bytes(b"broken")
+    heard, crew = Heard(), Here()
+    result = run(images, tmp_path / "out.h5", crew, heard, shards=3, max_failed=1, **sizing)
+    assert (result.images, result.done, result.complete, result.exit_code) == (7, 6, True, 0)
+    assert result.computed == (7 if "size" in sizing and sizing["size"] == 64 else 6)  # a broken header is no work
+    assert [path for path, _ in result.failed] == ["3.jpg"]
+    assert result.output == tmp_path / "out.shard-*-of-00003.h5"
+    assert names(tmp_path) == {"out.list.txt", *(f"out.shard-0000{i}-of-00003.h5" for i in range(3))}
+    assert crew.handed == [[0, 1, 2]]
+    assert heard.progressed[-1] == ("images", 7, 7)
+    assert heard.standings[-1] == "shards 3 of 3, actors 1, failed 1"
+    told = result.to_json()["engine"]
+    assert [(each["shard"], each["done"], each["failed"], each["state"]) for each in told["shards"]] == [
+        (0, 2, 0, "complete"), (1, 1, 1, "complete"), (2, 3, 0, "complete")
+    ]  # fmt: skip
+    fpnx.extract([images], tmp_path / "whole.h5", **{**TINY, **sizing})
+    with fpnx.open(tmp_path / "whole.h5") as whole:
+        for shard, (file,) in shards_beside(tmp_path / "out.h5").items():
+            with fpnx.open(file) as store:
+                assert store.fingerprint == whole.fingerprint
+                for item in store:
+                    wanted = whole[item.path]["P4"]
+                    assert np.abs(item["P4"] - wanted).max() <= 1e-5 * np.abs(wanted).max(), (shard, item.path)
+
+
+def test_the_same_command_goes_on(tmp_path: Path, images: Path) -> None:
+    class DeadError(Exception):
+        pass
+
+    def dies(shard: int) -> None:
+        if shard == 2:
+            raise DeadError
+
+    output = tmp_path / "out.h5"
+    with pytest.raises(DeadError):
+        run(images, output, Here(cpus=4, before=dies), actors=4)
+    ended = Here(cpus=2)  # a cluster of another size by now
+    result = run(images, output, ended)
+    assert (ended.handed, result.done, result.computed, result.complete) == ([[2, 3]], 7, 4, True)
+    assert ended.seats == [Seats(1, 2, 0)]
+    idle = Here()
+    again = run(images, output, idle)
+    assert (idle.handed, again.done, again.computed, again.exit_code) == ([], 7, 0, 0)
+
+
+def test_other_images_or_options_are_refused_before_anything_begins(tmp_path: Path, images: Path) -> None:
+    output, crew = tmp_path / "out.h5", Here()
+    run(images, output, shards=2)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    for options, why in [
+        ({"seed": 1}, "made with another config .*seed"),
+        ({"size": 96}, "made with another config"),
+        ({"shards": 3}, "--shards 3: the shards that are there are of 2"),
+        ({"limit": 6}, "was cut from another list"),
+        ({"levels": "P9"}, "P9"),
+        ({"actors": 9}, "9 actors .* the cluster has room for 2"),
+        ({"device": "cuda"}, "the cluster has no GPU"),
+    ]:
+        with pytest.raises(FpnxError, match=why):
+            run(images, output, crew, **options)
+    noise_image(9, (64, 64)).save(images / "9.jpg")
+    with pytest.raises(FpnxError, match=r"was made from other images \(1 added, 0 removed"):
+        run(images, output, crew)
+    assert crew.handed == []
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {"images": before["images"]}
+
+
+def test_a_precision_that_no_worker_has_is_refused_before_anything_begins(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(FpnxError, match="precision tf32 is of CUDA devices"):
+        run(images, tmp_path / "out.h5", crew := Here(), precision="tf32")
+    assert crew.handed == []
+    assert list(tmp_path.iterdir()) == [images]
+
+
+def test_overwrite_begins_anew_in_any_number_of_shards(tmp_path: Path, images: Path) -> None:
+    output = tmp_path / "out.h5"
+    run(images, output, shards=4)
+    Ledger(shard_path(output, Shard(1, 4))).begin("an earlier run")
+    with pytest.raises(FpnxError, match="the cluster has room for"):
+        run(images, output, overwrite=True, shards=2, actors=9)
+    assert len(shards_beside(output)) == 4
+    result = run(images, output, overwrite=True, shards=2, seed=3)
+    assert (result.done, result.computed) == (7, 7)
+    assert names(tmp_path) == {"out.list.txt", *(f"out.shard-0000{i}-of-00002.h5" for i in range(2))}
+
+
+def test_shards_of_two_cuts_are_refused(tmp_path: Path, images: Path) -> None:
+    output = tmp_path / "out.h5"
+    run(images, output, shards=2)
+    shard_path(output, Shard(0, 5)).write_bytes(b"")
+    with pytest.raises(FpnxError, match="shards of 2 and 5"):
+        run(images, output)
+
+
+def test_a_file_in_the_way_of_the_list_is_left_alone(tmp_path: Path, images: Path) -> None:
+    list_path(tmp_path / "out.h5").write_text("my own notes")
+    with pytest.raises(FpnxError, match=r"out\.list\.txt is in the way"):
+        run(images, tmp_path / "out.h5")
+    assert list_path(tmp_path / "out.h5").read_text() == "my own notes"
+
+
+def test_a_dry_run_starts_nothing(tmp_path: Path, images: Path) -> None:
+    crew, heard = Here(), Heard()
+    result = run(images, tmp_path / "out.h5", crew, heard, dry_run=True, shards=3)
+    assert (result.dry_run, result.images, result.done, result.exit_code) == (True, 7, 0, 0)
+    assert (names(tmp_path), crew.handed, len(heard.plans)) == (set(), [], 1)
+
+
+def test_strict_stops_the_others(tmp_path: Path, images: Path) -> None:
+    (images / "1.jpg").write_bytes(b"broken")
+    result = run(images, tmp_path / "out.h5", shards=7, strict=True)
+    assert (result.exit_code, result.complete) == (1, False)
+    assert result.stopped is not None
+    assert "1.jpg failed" in result.stopped
+    assert result.done == 1
+
+
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=SLOW)]
+)
+def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path: Path, images: Path, signum: int) -> None:
+    def interrupt(shard: int) -> None:
+        if shard == 1:
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(Interrupted, match=r"of 7 images are done and kept: the same command goes on") as caught:
+        run(images, tmp_path / "out.h5", Here(before=interrupt), shards=4)
+    assert caught.value.signum == signum
+    assert not list(tmp_path.glob("*.attempts"))
+    result = run(images, tmp_path / "out.h5")
+    assert (result.done, result.complete) == (7, True)
+    assert 0 < result.computed < 7
+
+
+def test_a_shard_that_cannot_be_finished_is_told_and_the_others_are_done(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "out.shard-00001-of-00003.h5.attempts").mkdir()
+    heard = Heard()
+    result = run(images, tmp_path / "out.h5", heard=heard, shards=3)
+    assert (result.done, result.complete, result.exit_code) == (5, False, 1)
+    assert result.stopped is not None
+    assert result.stopped.startswith("1 of 3 shards are not finished, such as shard 1 (cannot keep ")
+    assert any(message.startswith("shard 1: cannot keep ") for message in heard.messages)
+
+
+@pytest.mark.parametrize(
+    ("images", "actors", "shards"),
+    [
+        (1, 1, 1), (1, 8, 1), (7, 8, 7), (480, 2, 2), (SHARD_IMAGES, 1, 1), (SHARD_IMAGES + 1, 1, 2),
+        (2 * SHARD_IMAGES + 1, 2, 4), (10_000, 8, 16), (1_000_000, 8, 984),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_how_many_shards(images: int, actors: int, shards: int) -> None:
+    assert shards_for(images, actors) == shards
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "seats"),
+    [
+        ([Node(2)], {}, Seats(1, 2, 0)),
+        ([Node(2)], {"actors": 2}, Seats(2, 1, 0)),
+        ([Node(2), Node(2)], {}, Seats(2, 2, 0)),
+        ([Node(0), Node(8), Node(4)], {}, Seats(3, 4, 0)),
+        ([Node(64)], {}, Seats(4, 16, 0)),
+        ([Node(8), Node(8)], {"actors": 3}, Seats(3, 4, 0)),
+        ([Node(8), Node(8)], {"actors": 1}, Seats(1, 8, 0)),
+        ([Node(8), Node(8)], {"cpus": 3}, Seats(4, 3, 0)),
+        ([Node(8), Node(8)], {"cpus": 3, "actors": 2}, Seats(2, 3, 0)),
+        ([Node(4), Node(32, 4)], {}, Seats(4, 8, 1)),
+        ([Node(4), Node(32, 4), Node(6, 2)], {}, Seats(6, 3, 1)),
+        ([Node(4), Node(32, 4)], {"device": "cpu"}, Seats(9, 4, 0)),
+        ([Node(4), Node(32, 4)], {"device": "cuda", "actors": 2, "cpus": 2}, Seats(2, 2, 1)),
+        ([Node(1, 2)], {}, Seats(1, 1, 1)),
+    ],
+    ids=str,
+)
+def test_who_sits_where(nodes: list[Node], options: dict[str, Any], seats: Seats) -> None:
+    assert seats_on(nodes, fpnx.ExtractConfig(engine="ray", **options)) == seats
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "why"),
+    [
+        ([Node(0)], {}, "no processor"),
+        ([], {}, "no processor"),
+        ([Node(2)], {"device": "cuda"}, "no GPU"),
+        (
+            [Node(2), Node(2)],
+            {"actors": 5},
+            r"5 actors of 1 processors: the cluster has room for 4 \(4 processors on 2",
+        ),
+        ([Node(2), Node(2)], {"cpus": 3}, "one actors of 3 processors: the cluster has room for 0"),
+        ([Node(8, 2)], {"actors": 3}, r"room for 2 \(2 GPUs on 1"),
+    ],
+    ids=["nothing", "no nodes", "no GPU", "too many", "too large", "too few GPUs"],
+)
+def test_more_than_there_is(nodes: list[Node], options: dict[str, Any], why: str) -> None:
+    with pytest.raises(FpnxError, match=why):
+        seats_on(nodes, fpnx.ExtractConfig(engine="ray", **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"engine": "dask"}, "engine 'dask': take one of local, ray"),
+        ({"shards": 4}, "shards 4 are for an engine: give --engine ray"),
+        ({"actors": 4}, "actors 4 are for an engine"),
+        ({"engine": "ray", "shards": 0}, "shards 0: take auto or a whole number"),
+        ({"engine": "ray", "actors": "two"}, "actors 'two': take auto or"),
+        ({"engine": "ray", "format": "png"}, "makes files of features"),
+        ({"engine": "ray", "device": "cuda:1"}, "hands out devices"),
+        ({"engine": "ray", "shard": "0/2"}, "shard 0/2 .* one of them"),
+        ({"cpus": 0}, "cpus 0: take auto or"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(FpnxError, match=why):
+        fpnx.ExtractConfig(**options)
+
+
+def test_cpus_are_as_many_as_were_asked_for(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fpnx.extraction.pipeline
+
+    given, lanes_for = [], fpnx.extraction.pipeline.lanes_for
+    monkeypatch.setattr("fpnx.extraction.plan.usable_cpus", lambda: 8)
+    monkeypatch.setattr(
+        "fpnx.extraction.pipeline.lanes_for",
+        lambda plan, count: given.append((plan.cpus, plan.workers)) or lanes_for(plan, count),
+    )
+    fpnx.extract([images], tmp_path / "o.h5", **TINY, cpus=3)
+    assert given == [(3, 3)]
+
+
+def test_without_ray_it_says_what_to_install(fpnx: Any, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest))
+    code, out, err = fpnx("extract", images, "--engine", "ray")
+    assert (code, out) == (2, "")
+    assert err == 'fpnx: engine ray: Ray Data is not installed: pip install "fpnx[ray]"\n'

@@ -1,0 +1,314 @@
+"""Shards in the hands of workers, without any engine: deaths, searches, and what is left of zombies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fpnx
+from fpnx._version import __version__
+from fpnx.core.files import lock
+from fpnx.core.sharding import Shard, shard_path
+from fpnx.distributed.quarantine import Ledger, Quarantine, find_culprits
+from fpnx.distributed.worker import DEATHS, Job, Report, Worker
+from fpnx.images.listing import find
+from fpnx.images.manifest import written_list
+from fpnx.store.writer import Writer, part_of
+from tests.helpers.files import ROOT, noise_image
+from tests.helpers.poison import fragile_pythonpath, poisoned
+
+OPTIONS = {"backbone": "mobilenet_v2", "weights": "random", "size": 64, "pool": "avg", "batch_size": 1, "cpus": 1}
+SHARDS = 2
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        noise_image(i, (80, 64)).save(folder / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path, images: Path) -> Job:
+    return job_of(tmp_path, images)
+
+
+def job_of(folder: Path, images: Path, run: str = "run", **options: Any) -> Job:
+    listing = find([images])
+    records = [(source.name, source.bytes, source.mtime_ns) for source in listing.sources]
+    (folder / "list.txt").write_bytes(b"".join(written_list(listing.root, records, 0)))
+    return Job(run, __version__, str(folder / "list.txt"), str(folder / "out.h5"), SHARDS, {**OPTIONS, **options})
+
+
+def silent(shard: int, finished: int) -> bool:
+    return False
+
+
+def file_of(job: Job, index: int) -> Path:
+    return shard_path(Path(job.output), Shard(index, job.shards))
+
+
+def foreign(ledger: Ledger, run: str, host: str = "another-host") -> None:
+    """A line that a worker on another machine wrote, and never took away."""
+    attempt = {"run": run, "host": host, "process": 1, "time": "2026-01-01T00:00:00+00:00", "search": False}
+    with open(ledger.path, "a") as file:
+        file.write(f"\n{json.dumps(attempt)}\n")
+
+
+def test_a_shard_is_what_a_run_on_one_machine_makes_of_it(tmp_path: Path, images: Path, job: Job) -> None:
+    told: list[tuple[int, int]] = []
+
+    def tell(shard: int, finished: int) -> bool:
+        told.append((shard, finished))
+        return False
+
+    worker = Worker(job, tell)
+    reports = [worker(index) for index in range(SHARDS)]
+    assert [(r.state, r.reason, r.computed, r.failed, list(r.culprits)) for r in reports] == [
+        ("complete", "", 3, 0, [])
+    ] * 2
+    assert {(0, 3), (1, 3)} <= set(told)
+    fpnx.extract([images], tmp_path / "whole.h5", **OPTIONS)
+    with fpnx.open(tmp_path / "whole.h5") as whole:
+        for index in range(SHARDS):
+            with fpnx.open(file_of(job, index)) as store:
+                assert store.fingerprint == whole.fingerprint
+                for item in store:
+                    np.testing.assert_array_equal(item["P3"], whole[item.path]["P3"])
+    left = {path.name for path in tmp_path.iterdir()} - {"images", "list.txt", "whole.h5"}
+    assert left == {file_of(job, index).name for index in range(SHARDS)}
+    again = worker(1)
+    assert (again.state, again.computed) == ("complete", 0)
+
+
+def test_a_worker_builds_its_model_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fpnx.inference.engine_cache
+
+    built, build = [], fpnx.inference.engine_cache.build_model
+    monkeypatch.setattr(
+        fpnx.inference.engine_cache, "build_model", lambda config: built.append(config) or build(config)
+    )
+    worker = Worker(job, silent)
+    assert [worker(index).state for index in range(SHARDS)] == ["complete"] * 2
+    assert len(built) == 1
+
+
+def test_reports_are_plain_values(job: Job) -> None:
+    report = Worker(job, silent)(0)
+    assert Report(**json.loads(json.dumps(report.to_json()))) == dataclasses.replace(
+        report, culprits=[], messages=list(report.messages)
+    )
+    assert Job(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
+
+
+def test_what_is_wrong_with_a_shard_is_its_report(job: Job) -> None:
+    other = dataclasses.replace(job, version="0.0.1")
+    report = Worker(other, silent)(0)
+    assert (report.state, report.computed) == ("failed", 0)
+    assert f"fpnx {__version__} is installed on" in report.reason
+    assert not Ledger(file_of(job, 0)).attempts()
+    report = Worker(dataclasses.replace(job, images="nowhere.txt"), silent)(0)
+    assert (report.state, "nowhere.txt" in report.reason) == ("failed", True)
+
+
+def test_a_fault_of_ours_is_no_end_of_the_worker(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by nought")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fpnx.distributed.worker.run_extraction", breaks)
+        worker = Worker(job, silent)
+        report = worker(0)
+    assert report.state == "failed"
+    assert "a fault of fpnx, please report it: ZeroDivisionError: by nought (test_worker.py" in report.reason
+    assert not Ledger(file_of(job, 0)).attempts()
+    assert worker(0).state == "complete"
+
+
+def test_a_worker_that_is_told_to_stop_keeps_what_it_has(tmp_path: Path, images: Path) -> None:
+    job = job_of(tmp_path, images, commit_every=0)
+    report = Worker(job, lambda shard, finished: True)(0)
+    assert (report.state, file_of(job, 0).exists()) == ("interrupted", False)
+    report = Worker(job, lambda shard, finished: finished == 3)(0)
+    assert report.state == "interrupted"
+    assert not Ledger(file_of(job, 0)).attempts()
+    assert part_of(file_of(job, 0)).exists()
+    assert Worker(job, silent)(0).state == "complete"
+
+
+def test_deaths_of_other_runs_do_not_count(job: Job) -> None:
+    ledger = Ledger(file_of(job, 0))
+    for _ in range(2 * DEATHS):
+        ledger.begin("an earlier run")
+    report = Worker(job, silent)(0)
+    assert (report.state, list(report.messages)) == ("complete", [])
+    assert not Quarantine(file_of(job, 0)).path.exists()
+
+
+def test_a_shard_that_is_searched_in_vain_is_given_up(job: Job) -> None:
+    ledger = Ledger(file_of(job, 0))
+    for attempt in range(2 * DEATHS):
+        ledger.begin(job.run, search=attempt >= DEATHS)
+    report = Worker(job, silent)(0)
+    assert (report.state, report.computed) == ("quarantined", 0)
+    assert "killed its worker 6 times, the last 3 while its images were tried one by one" in report.reason
+
+
+@pytest.mark.parametrize("host", ["this", "another"])
+def test_what_a_worker_on_another_host_left_is_begun_anew(tmp_path: Path, images: Path, host: str) -> None:
+    job = job_of(tmp_path, images, commit_every=0)
+    Worker(job, lambda shard, finished: finished >= 2)(0)
+    file = file_of(job, 0)
+    inode = part_of(file).stat().st_ino
+    with open(part_of(file), "rb") as zombie:
+        ledger = Ledger(file)
+        ledger.begin("a run whose node was lost") if host == "this" else foreign(ledger, "a run whose node was lost")
+        report = Worker(job, silent)(0)
+        assert report.state == "complete"
+        assert (file.stat().st_ino == inode) == (host == "this")
+        assert os.fstat(zombie.fileno()).st_ino == inode
+    assert not ledger.path.exists()
+
+
+def test_a_zombie_does_not_give_its_name_to_anothers_work(tmp_path: Path, images: Path) -> None:
+    output = tmp_path / "o.h5"
+    options: dict[str, Any] = {**OPTIONS, "commit_every": 0}
+    fpnx.extract([images], output, **options)
+    os.rename(output, part_of(output))
+    zombie = Writer(output)
+    (tmp_path / "new").write_bytes(b"what another run has begun")
+    os.replace(tmp_path / "new", part_of(output))
+    with pytest.raises(fpnx.FpnxError, match="is another run's by now"):
+        zombie.finish()
+    zombie.close()
+    assert part_of(output).read_bytes() == b"what another run has begun"
+    assert not output.exists()
+
+
+def test_a_worker_waits_for_one_that_takes_its_time_to_die(job: Job) -> None:
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock(file_of(job, 0)):
+            held.set()
+            let_go.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(30)
+    told: list[float] = []
+
+    def tell(shard: int, finished: int) -> bool:
+        told.append(time.monotonic())
+        if len(told) == 2:  # first when the shard is taken, then while it waits
+            let_go.set()
+        return False
+
+    assert Worker(job, tell)(0).state == "complete"
+    holder.join()
+    assert len(told) > 2
+
+
+SCRIPT = """
+import json, sys
+from fpnx.distributed.worker import Job, Worker
+job, index = Job(**json.loads(sys.argv[1])), int(sys.argv[2])
+print(json.dumps(Worker(job, lambda shard, finished: False)(index).to_json()))
+"""
+
+
+def in_process(job: Job, index: int, pythonpath: str) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(job)), str(index)]
+    environment = {**os.environ, "PYTHONPATH": pythonpath}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, "native"], ids=str)
+def test_a_shard_that_kills_its_workers_ends_with_exactly_that_image_failed(
+    tmp_path: Path, images: Path, size: object
+) -> None:
+    """Native sizes read headers before there is a file: there the image kills earlier, and never has a row."""
+    poisoned(images / "4.jpg")
+    pythonpath = fragile_pythonpath(tmp_path / "custom", ROOT)
+    job = job_of(tmp_path, images, size=size)
+    for death in range(DEATHS):
+        assert in_process(job, 1, pythonpath).returncode == -signal.SIGABRT
+        assert len(Ledger(file_of(job, 1)).attempts()) == death + 1
+    done = in_process(job, 1, pythonpath)
+    assert done.returncode == 0, done.stderr
+    report = Report(**json.loads(done.stdout))
+    assert (report.state, report.failed, report.culprits) == ("complete", 1, ["4.jpg"])
+    with fpnx.open(file_of(job, 1)) as store:
+        assert store.failures() == [("4.jpg", "kills the process that computes it (SIGABRT)")]
+        assert [item.path for item in store] == ["3.jpg", "5.jpg"]
+        assert all(np.isfinite(item["P3"]).all() for item in store)
+    assert not Ledger(file_of(job, 1)).path.exists()
+    told = json.loads(Quarantine(file_of(job, 1)).path.read_text())
+    assert (told["deaths"], [each["path"] for each in told["culprits"]]) == (DEATHS, ["4.jpg"])
+
+
+@pytest.mark.slow
+def test_two_culprits_are_found_and_no_other(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("0.jpg", "5.jpg"):
+        poisoned(images / name)
+    (images / "2.jpg").write_bytes(b"no image at all, which is no crime")
+    monkeypatch.setenv("PYTHONPATH", fragile_pythonpath(tmp_path / "custom", ROOT))
+    listing, found = find([images]), dict[bytes, str]()
+    find_culprits(listing.root, listing.sources, OPTIONS, found.__setitem__, lambda: None)
+    assert found == dict.fromkeys((b"0.jpg", b"5.jpg"), "kills the process that computes it (SIGABRT)")
+
+
+@pytest.mark.slow
+def test_a_trial_ends_with_whoever_started_it(tmp_path: Path, images: Path) -> None:
+    listed = job_of(tmp_path, images).images
+    request = {"images": [f"@{listed}"] * 1, "output": str(tmp_path / "t.h5"), "options": OPTIONS}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "fpnx.distributed.quarantine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(request).encode() + b"\n")
+    child.stdin.close()
+    with child:
+        assert child.wait(60) == 1
+    assert not (tmp_path / "t.h5").exists()
+
+
+def test_a_search_that_is_stopped_leaves_no_process(images: Path) -> None:
+    listing = find([images])
+
+    class EnoughError(Exception):
+        pass
+
+    def heed() -> None:
+        raise EnoughError
+
+    children: list[int] = []
+    started: Callable[..., Any] = subprocess.Popen.__init__
+
+    class Watched(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            started(self, *arguments, **options)
+            children.append(self.pid)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Watched)
+        with pytest.raises(EnoughError):
+            find_culprits(listing.root, listing.sources, OPTIONS, lambda *_: None, heed)
+    assert len(children) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)

@@ -1,0 +1,187 @@
+"""The file format and its reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+import fpnx
+from fpnx.core.config import fingerprint
+from fpnx.core.errors import FpnxError, NotDoneError, StoreError
+from fpnx.store.reader import Box, Store, different_fields, valid_extent
+
+OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "channels": 8}
+
+
+@pytest.fixture
+def made(photos: Path, tmp_path: Path) -> Path:
+    (photos / "bad.jpg").write_bytes(b"")
+    fpnx.extract(photos, tmp_path / "made.h5", size="64x96", levels="C3,P3-P6", **OPTIONS)
+    return tmp_path / "made.h5"
+
+
+@pytest.fixture
+def store(made: Path) -> Iterator[Store]:
+    with fpnx.open(made) as opened:
+        yield opened
+
+
+def test_the_layout(made: Path, photos: Path) -> None:
+    with h5py.File(made) as file:
+        assert (file.attrs["format"], file.attrs["format_version"]) == ("fpnx", 1)
+        assert fingerprint(json.loads(file.attrs["config"])) == file.attrs["fingerprint"]
+        assert file.attrs["root"] == str(photos)
+        provenance = json.loads(file.attrs["provenance"])
+        assert provenance["weights"]["pyramid"]["trained"] is False
+        assert provenance["versions"]["torch"]
+        images = {name: (dataset.shape, str(dataset.dtype)) for name, dataset in file["images"].items()}
+        assert images == {
+            "path": ((7,), "object"),
+            "group": ((7,), "object"),
+            "bytes": ((7,), "int64"),
+            "mtime_ns": ((7,), "int64"),
+            "source_size": ((7, 2), "int32"),
+            "input_size": ((7, 2), "int32"),
+            "status": ((7,), "uint8"),
+            "error": ((7,), "|S240"),
+            "row": ((7,), "int64"),
+        }
+        assert file["stats/nonfinite"].shape == (7, 5)
+        assert list(file["pyramids"]) == ["64x96"]
+        level = file["pyramids/64x96/P3"]
+        assert (level.shape, level.dtype, dict(level.attrs)["stride"], level.attrs["channels"]) == (
+            (7, 8, 8, 12), np.float32, 8, 8,
+        )  # fmt: skip
+        assert "padding" in level.attrs["valid"]
+        assert isinstance(file.get("P3", getlink=True), h5py.SoftLink)
+        assert np.array_equal(file["P6"][:], level.file["pyramids/64x96/P6"][:], equal_nan=True)
+        plist = level.id.get_create_plist()
+        assert plist.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
+        assert plist.get_layout() == h5py.h5d.CONTIGUOUS
+        assert file["images/bytes"][0] == (photos / "a.jpg").stat().st_size
+
+
+def test_reading(store: Store, photos: Path) -> None:
+    assert store.levels == ("C3", "P3", "P4", "P5", "P6")
+    assert len(store) == 7
+    assert [item.path for item in store] == ["a.jpg", "b.JPG", "below/a.jpg", "below/e.jpeg", "c.png", "d.webp"]
+    assert store["below/a.jpg"].index == store[3].index == store[-4].index == 3
+    assert store[b"a.jpg"].path == "a.jpg"
+    assert "a.jpg" in store
+    assert "bad.jpg" in store
+    assert "nothing.jpg" not in store
+    item = store["b.JPG"]
+    assert (item.source_size, item.input_size) == ((96, 64), (64, 96))
+    assert item["C3"].shape == (32, 8, 12)
+    assert item["P6"].shape == (8, 1, 2)
+    assert store.stride("P6") == 64
+    with pytest.raises(NotDoneError, match=r"bad\.jpg failed: empty file"):
+        store["bad.jpg"]
+    with pytest.raises(LookupError, match="holds 7 other images"):
+        store["nothing.jpg"]
+    with pytest.raises(IndexError):
+        store[7]
+    with pytest.raises(FpnxError, match="it has C3, P3"):
+        item["P2"]
+
+
+def test_boxes(store: Store) -> None:
+    item = store["b.JPG"]  # 64 wide, 96 high, stretched to 96 wide, 64 high
+    assert item.box("P3", 0, 0) == Box(0.0, 0.0, 8 * 64 / 96, 8 * 96 / 64)
+    assert item.box("P4", 3, 5) == pytest.approx(Box(80 * 64 / 96, 48 * 96 / 64, 64.0, 96.0))
+    assert item.box("P6", 0, 1) == Box(64 * 64 / 96, 0.0, 64.0, 96.0)
+    with pytest.raises(FpnxError, match="8×12 cells"):
+        item.box("P3", 8, 0)
+
+
+def test_what_is_no_name_and_no_cell_is_refused(store: Store) -> None:
+    for key in (True, 1.0, None):
+        with pytest.raises(TypeError, match=f"image {key!r}: take a stored name or an index"):
+            store[key]  # type: ignore[index]
+    item = next(iter(store))
+    with pytest.raises(TypeError, match=r"cell \(1\.5, 0\): take whole numbers"):
+        item.box(store.levels[0], 1.5, 0)  # type: ignore[arg-type]
+
+
+def test_boxes_tile_the_image(photos: Path, tmp_path: Path) -> None:
+    for pool in ("none", "3x2"):
+        fpnx.extract(photos, tmp_path / f"{pool}.h5", short_side=72, levels="P3", pool=pool, **OPTIONS)
+        with fpnx.open(tmp_path / f"{pool}.h5") as store:
+            for item in store:
+                height, width = item.valid("P3")
+                assert item.box("P3", height - 1, width - 1)[2:] == item.source_size[::-1]
+                if pool == "none":
+                    for x in range(width - 1):
+                        assert item.box("P3", 0, x).right == pytest.approx(item.box("P3", 0, x + 1).left)
+
+
+def test_closed_stores_say_so(made: Path) -> None:
+    with fpnx.open(made) as store:
+        item = store[0]
+    with pytest.raises(StoreError, match="has been closed"):
+        item["P3"]
+
+
+def test_unknown_attributes_and_datasets_are_ignored(made: Path) -> None:
+    with h5py.File(made, "r+") as file:
+        file.attrs["tomorrow"] = "x"
+        file["images/labels"] = np.arange(7)
+    with fpnx.open(made) as store:
+        assert len(list(store)) == 6
+
+
+def test_a_future_version_is_refused(made: Path) -> None:
+    with h5py.File(made, "r+") as file:
+        file.attrs["format_version"] = 2
+    with pytest.raises(StoreError, match="format version 2, this fpnx reads 1: update fpnx"):
+        fpnx.open(made)
+
+
+@pytest.mark.parametrize("keep", [10, 2000, 20000, 0.5, 0.99])
+def test_truncated_files(made: Path, keep: float) -> None:
+    content = made.read_bytes()
+    made.write_bytes(content[: int(keep * len(content)) if keep < 1 else int(keep)])
+    with pytest.raises(StoreError) as raised:
+        fpnx.open(made)
+    assert "\n" not in str(raised.value)
+
+
+def test_names_of_any_bytes_come_back(photos: Path, tmp_path: Path) -> None:
+    import os
+
+    names = [b"bad\xff\xfe.jpg", b"new\nline.jpg", "caf\u00e9.jpg".encode(), b"cafe\xcc\x81.jpg", b"[b]x.jpg"]
+    for name in names:
+        (photos / os.fsdecode(name)).write_bytes((photos / "a.jpg").read_bytes())
+    fpnx.extract(photos, tmp_path / "names.h5", size=64, levels="P5", **OPTIONS)
+    with fpnx.open(tmp_path / "names.h5") as store:
+        for name in names:
+            assert os.fsencode(store[name].path) == name
+            assert store[os.fsdecode(name)]["P5"].shape == (8, 2, 2)
+    with h5py.File(tmp_path / "names.h5") as file:
+        read = [os.fsencode(name) for name in file["images/path"].asstr(errors="surrogateescape")]
+        assert set(names) < set(read)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "shape", "valid"),
+    [
+        ((800, 1066), 32, (25, 34), (25, 34)),
+        ((800, 1060), 8, (100, 136), (100, 133)),
+        ((63, 63), 4, (14, 15), (14, 15)),
+    ],
+)
+def test_valid_extent(size: tuple[int, int], stride: int, shape: tuple[int, int], valid: tuple[int, int]) -> None:
+    assert valid_extent(size, stride, shape) == valid
+
+
+def test_different_fields() -> None:
+    old = {"seed": 0, "recipe": {"height": 224, "mean": [1]}, "weights": "a" * 64}
+    new = {"seed": 1, "recipe": {"height": 225, "mean": [1]}, "weights": "b" * 64, "pool": "avg"}
+    told = different_fields(old, new)
+    assert told == ["pool None → avg", "recipe.height 224 → 225", "seed 0 → 1", f"weights {'a' * 12}… → {'b' * 12}…"]

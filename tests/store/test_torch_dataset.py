@@ -1,0 +1,88 @@
+"""Stored pyramids through a real DataLoader."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import fpnx
+from fpnx.core.errors import FpnxError
+from fpnx.store.torch_dataset import ShapeBatchSampler
+
+OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "channels": 8}
+
+
+@pytest.fixture
+def ragged(photos: Path, tmp_path: Path) -> Path:
+    (photos / "bad.jpg").write_bytes(b"")
+    fpnx.extract(photos, tmp_path / "ragged.h5", size="native", levels="P3-P4", **OPTIONS)
+    return tmp_path / "ragged.h5"
+
+
+def test_what_it_is_given_is_checked(ragged: Path) -> None:
+    assert fpnx.PyramidDataset(ragged, levels="P3").levels == ("P3",)
+    for levels in ([], 5, "P9", ["P5"]):
+        with pytest.raises(FpnxError, match="level"):
+            fpnx.PyramidDataset(ragged, levels=levels)  # type: ignore[arg-type]
+    with pytest.raises(FpnxError, match="target 3: take a function"):
+        fpnx.PyramidDataset(ragged, target=3)  # type: ignore[arg-type]
+    data = fpnx.PyramidDataset(ragged)
+    assert data[-1]["path"] == data[5]["path"]
+    for beyond in (6, 999, -7):
+        with pytest.raises(IndexError, match=rf"image {beyond}: .*ragged\.h5 holds 6 that are done"):
+            data[beyond]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shuffled_batches_of_one_shape(ragged: Path, workers: int) -> None:
+    data = fpnx.PyramidDataset(ragged, levels=("P3", "P4"), target=lambda_target)
+    assert len(data) == 6
+    data[0]  # opened before the workers fork
+    loader = DataLoader(data, batch_sampler=data.batch_sampler(2, shuffle=True, seed=0), num_workers=workers)
+    seen = []
+    with fpnx.open(ragged) as store:
+        for batch in loader:
+            for i, path in enumerate(batch["path"]):
+                assert np.array_equal(batch["P3"][i].numpy(), store[path]["P3"])
+                assert store.paths[int(batch["index"][i])] == path
+                assert int(batch["target"][i]) == len(path)
+            seen += batch["path"]
+    assert sorted(seen) == sorted(data[i]["path"] for i in range(6))
+
+
+def lambda_target(path: str) -> int:
+    return len(path)
+
+
+def test_samples(ragged: Path) -> None:
+    data = fpnx.PyramidDataset(ragged)
+    sample = data[1]
+    assert set(sample) == {"P3", "P4", "path", "index"}
+    assert isinstance(sample["P3"], torch.Tensor)
+    assert sample["P3"].shape == (8, 12, 8)
+    again = pickle.loads(pickle.dumps(data))
+    assert torch.equal(again[1]["P4"], sample["P4"])
+    with pytest.raises(FpnxError, match="it has P3, P4"):
+        fpnx.PyramidDataset(ragged, levels=["P2"])
+
+
+def test_batch_sampler() -> None:
+    groups = ["a", "b", "a", "a", "b", "a", "a"]
+    plain = list(ShapeBatchSampler(groups, 2))
+    assert plain == [[0, 2], [3, 5], [6], [1, 4]]
+    sampler = ShapeBatchSampler(groups, 2, shuffle=True, seed=3)
+    epochs = [list(sampler) for _ in range(4)]
+    assert len(sampler) == len(epochs[0]) == 4
+    assert all(sorted(i for batch in epoch for i in batch) == list(range(7)) for epoch in epochs)
+    assert all(len({groups[i] for i in batch}) == 1 for epoch in epochs for batch in epoch)
+    assert len({str(epoch) for epoch in epochs}) > 1
+    sampler.set_epoch(1)
+    assert list(sampler) == epochs[1]
+    with pytest.raises(FpnxError, match="batch size 0"):
+        ShapeBatchSampler(groups, 0)
