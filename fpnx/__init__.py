@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fpnx.models.factory import create_model, save_weights
     from fpnx.models.pyramid_model import PyramidModel
     from fpnx.store.reader import Item, Store
-    from fpnx.store.shard_set import open_pyramids as open
+    from fpnx.store.shard_set import open_store as open
     from fpnx.store.torch_dataset import PyramidDataset
     from fpnx.store.verify import Verification
     from fpnx.visualization.figure import figure

@@ -13,24 +13,24 @@ import h5py
 import numpy as np
 import torch
 
-from fpnx.benchmark.case import Specimen
+from fpnx.benchmark.case import BenchmarkCase
 from fpnx.core.errors import FpnxError
 from fpnx.models.backbones.factory import create_backbone
 from fpnx.models.pyramid_model import PyramidModel
 
-__all__ = ["Rival"]
+__all__ = ["BaselineProcess"]
 
 SECONDS_TO_END = 10
 
 
-class Rival:
+class BaselineProcess:
     """`fpnx.benchmark.baseline_script` in a process, on the images, parameters and batch size of a specimen.
 
     Attributes:
         rss: peak bytes of its main process so far, without the DataLoader's workers; None where nobody knows.
     """
 
-    def __init__(self, specimen: Specimen, folder: Path) -> None:
+    def __init__(self, specimen: BenchmarkCase, folder: Path) -> None:
         folder = folder / f"plain {specimen.plan.model.backbone}"  # of its own: there may be several
         folder.mkdir()
         self.output, self.rss = folder / "out.h5", None

@@ -21,17 +21,17 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.core.image_list import ImageList
 from fpnx.core.system import available_memory
-from fpnx.extraction.batching import Batches, lanes_for
+from fpnx.extraction.batching import Batches, compute_threads
 from fpnx.extraction.plan import Plan
 from fpnx.extraction.run import provenance_of, run_extraction
-from fpnx.extraction.upload import goal_of
+from fpnx.extraction.upload import resolve_destination
 from fpnx.images.decoding import decode
 from fpnx.inference.devices import arithmetic
 from fpnx.inference.engine import Engine
-from fpnx.inference.graph_fusion import Executable
-from fpnx.store.writer import Layout, Writer
+from fpnx.inference.graph_fusion import FusedModel
+from fpnx.store.writer import FileLayout, Writer
 
-__all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "Specimen"]
+__all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "BenchmarkCase"]
 
 DECODE, RESIZE, UPLOAD, DOWNLOAD, WRITE = "decode", "resize + normalise", "copy to device", "copy back", "write"
 BEFORE, AFTER = (DECODE, RESIZE, UPLOAD), (DOWNLOAD, WRITE)  # stages outside the forward pass
@@ -41,7 +41,7 @@ MANY = 10**6  # images: enough for batches to be those of a long run
 IN_FLIGHT = 4  # batches of features that a run holds at most: in the engine, in the queue, being written
 
 
-class Specimen:
+class BenchmarkCase:
     """A plan made ready: a batch of its images, an engine, a file to write to.
 
     Attributes:
@@ -53,7 +53,7 @@ class Specimen:
     def __init__(self, plan: Plan, engine: Engine, folder: Path, name: str) -> None:
         self.plan, self.engine = plan, engine
         self.size = _most_common(plan)
-        self.batch_size = Batches(plan, [], lanes_for(plan, IMAGES)).candidates(self.size, MANY)[0]
+        self.batch_size = Batches(plan, [], compute_threads(plan, IMAGES)).candidates(self.size, MANY)[0]
         self.images = 0
         self.files, self._folder, self._name = folder / "files", folder, name
         members = [i for i, size in enumerate(plan.layout.padded_sizes) if size == self.size]
@@ -137,7 +137,7 @@ class Specimen:
                 self._put(features.arrays)
             return time.thread_time() - started
 
-        lanes, threads_before = lanes_for(self.plan, self.images), torch.get_num_threads()
+        lanes, threads_before = compute_threads(self.plan, self.images), torch.get_num_threads()
         try:
             with ThreadPoolExecutor(lanes, "fpnx-core", torch.set_num_threads, (1,)) as cores:
                 spent = list(cores.map(chain, range(lanes)))
@@ -155,7 +155,7 @@ class Specimen:
         peak, under_way = PeakMemory(self.plan.device), _UnderWay(self._first())
         try:
             with peak if memory else nullcontext():
-                result = run_extraction([self.files], goal_of(output, config), config, listener=under_way)
+                result = run_extraction([self.files], resolve_destination(output, config), config, listener=under_way)
                 ended = time.perf_counter()
         finally:
             output.unlink(missing_ok=True)
@@ -171,7 +171,7 @@ class Specimen:
 
     def _first(self) -> int:
         """Images of the first batches, one for each that is computed at the same time."""
-        return lanes_for(self.plan, IMAGES) * self.batch_size
+        return compute_threads(self.plan, IMAGES) * self.batch_size
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -233,7 +233,7 @@ class _UnderWay(Listener):
 class _Network:
     """A forward pass in its executable form, with a mark at the end of each stage."""
 
-    def __init__(self, executable: Executable, stopwatch: Stopwatch) -> None:
+    def __init__(self, executable: FusedModel, stopwatch: Stopwatch) -> None:
         self._levels, self._pyramid, self._stopwatch = executable.levels, executable.pyramid, stopwatch
         self._body = timed_body(executable.body, stopwatch)
         self._blocks: list[tuple[str, nn.Module]] = []
@@ -259,7 +259,7 @@ def _most_common(plan: Plan) -> tuple[int, int]:
     return max(counts, key=counts.__getitem__)
 
 
-def _layout(plan: Plan, members: Sequence[int]) -> Layout:
+def _layout(plan: Plan, members: Sequence[int]) -> FileLayout:
     layout, some = plan.layout, list(members)
     records = tuple(layout.images.records[index]._replace(name=b"%d" % place) for place, index in enumerate(members))
     size = layout.padded_sizes[some[0]]

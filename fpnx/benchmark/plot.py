@@ -7,17 +7,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fpnx.benchmark.case import AFTER, BEFORE
-from fpnx.benchmark.results import Findings
-from fpnx.benchmark.timers import spread
+from fpnx.benchmark.results import BenchmarkResult
+from fpnx.benchmark.timers import percentiles
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 
 __all__ = ["draw_stages"]
 
 FAMILIES = (("C", "Blues"), ("lateral", "Oranges"), ("output", "Greens"), ("top", "Reds"))
 
 
-def draw_stages(findings: Findings, path: str) -> None:
+def draw_stages(findings: BenchmarkResult, path: str) -> None:
     """Write a bar for each configuration to `path` (PNG, SVG or PDF): median milliseconds per image by stage, and
     a line where a whole run, in which stages overlap, gets to.
 
@@ -26,7 +26,7 @@ def draw_stages(findings: Findings, path: str) -> None:
     """
     columns = [column for column in findings.columns if column.stages or column.forward]
     if not columns:
-        raise FpnxError(f"plot {shown(path)}: nothing was measured that could be drawn")
+        raise FpnxError(f"plot {escape(path)}: nothing was measured that could be drawn")
     figure = Figure(figsize=(11, 1.9 + 0.75 * len(columns)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -34,16 +34,16 @@ def draw_stages(findings: Findings, path: str) -> None:
     colours = _colours(stages)
     left = [0.0] * len(columns)
     for stage in stages:
-        widths = [spread(c.stages[stage]).median if stage in c.stages else 0.0 for c in columns]
+        widths = [percentiles(c.stages[stage]).median if stage in c.stages else 0.0 for c in columns]
         axes.barh(range(len(columns)), widths, left=left, height=0.6, color=colours[stage], label=stage)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     plain = [i for i, column in enumerate(columns) if not column.stages]
     if plain:
-        widths = [spread(columns[i].forward).median for i in plain]
+        widths = [percentiles(columns[i].forward).median for i in plain]
         axes.barh(plain, widths, height=0.6, color="none", edgecolor="0.4", hatch="//", label="forward pass as one")
     for i, column in enumerate(columns):
         if column.end_to_end:
-            ms = 1000 / spread(column.end_to_end).median
+            ms = 1000 / percentiles(column.end_to_end).median
             axes.plot([ms, ms], [i - 0.4, i + 0.4], color="black", lw=2, label=None if i else "files to file")
     axes.set_yticks(range(len(columns)), [column.name.replace(" batch", "\nbatch") for column in columns])
     axes.invert_yaxis()
@@ -57,7 +57,7 @@ def draw_stages(findings: Findings, path: str) -> None:
     try:
         figure.savefig(path)
     except OSError as error:
-        raise FpnxError(f"plot {shown(path)}: {error.strerror}") from error
+        raise FpnxError(f"plot {escape(path)}: {error.strerror}") from error
 
 
 def _colours(stages: list[str]) -> dict[str, tuple[float, float, float, float]]:

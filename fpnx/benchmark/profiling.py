@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fpnx.benchmark.timers import Stopwatch
 from fpnx.core.levels import level_number
-from fpnx.inference.graph_fusion import Executable
+from fpnx.inference.graph_fusion import FusedModel
 from fpnx.models.pyramid_model import PyramidModel
 
 __all__ = ["MERGE", "TOP", "marked", "peak_bytes", "timed_body", "Cost", "count_costs", "count_executed"]
@@ -201,7 +201,7 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
     return (Cost("backbone", _parameters(model.body), backbone), *costs)
 
 
-def count_executed(executable: Executable, size: tuple[int, int]) -> int:
+def count_executed(executable: FusedModel, size: tuple[int, int]) -> int:
     """Operations of one image of `size` (height, width) in the executable form: fewer where levels are recombined.
 
     Counted likewise, by computing one image; weights that are packed already are not seen.

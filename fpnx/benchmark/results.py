@@ -8,14 +8,14 @@ from typing import Any
 
 from fpnx.benchmark.case import AFTER, BEFORE, DECODE, RESIZE, WRITE
 from fpnx.benchmark.profiling import Cost
-from fpnx.benchmark.timers import Spread, spread
+from fpnx.benchmark.timers import Percentiles, percentiles
 from fpnx.core.plan_summary import LevelShape
 
-__all__ = ["Column", "Findings"]
+__all__ = ["CaseResult", "BenchmarkResult"]
 
 
 @dataclass(kw_only=True)
-class Column:
+class CaseResult:
     """One configuration, or the plain script, and its samples.
 
     Attributes:
@@ -79,19 +79,19 @@ class Column:
         for stage in (*BEFORE, *sorted(set(sample) - {*BEFORE, *AFTER}, key=_place), *AFTER):
             self.stages.setdefault(stage, []).append(sample[stage])
 
-    def accounted(self) -> Spread:
+    def accounted(self) -> Percentiles:
         """The forward pass's stages together, over the forward pass measured as one beside them."""
         # An interruption can leave the last sample of some stages behind.
         sums = map(sum, zip(*(self.stages[stage] for stage in self.forward_stages), strict=False))
-        return spread([together / whole for together, whole in zip(sums, self.forward, strict=False)])
+        return percentiles([together / whole for together, whole in zip(sums, self.forward, strict=False)])
 
-    def achieved(self) -> Spread:
+    def achieved(self) -> Percentiles:
         """FLOP/s of the forward pass, of the operations that are executed."""
-        return spread([1000 * (self.executed or self.flops) / ms for ms in self.forward])
+        return percentiles([1000 * (self.executed or self.flops) / ms for ms in self.forward])
 
-    def allowed(self, cpus: int) -> Spread:
+    def allowed(self, cpus: int) -> Percentiles:
         """Images/s that the stages' own processor time allows on `cpus` cores."""
-        return spread([1000 * cpus / ms for ms in self.core])
+        return percentiles([1000 * cpus / ms for ms in self.core])
 
     def busy(self, workers: int, disk: float) -> dict[str, float]:
         """Share of an end-to-end run in which each part works, by what its stages take alone; at most 1.
@@ -100,8 +100,8 @@ class Column:
             workers: decoding threads.
             disk: bytes/s that it can take.
         """
-        rate = spread(self.end_to_end).median
-        ms = {stage: spread(samples).median for stage, samples in self.stages.items()}
+        rate = percentiles(self.end_to_end).median
+        ms = {stage: percentiles(samples).median for stage, samples in self.stages.items()}
         reading, writing = ms[DECODE] + ms[RESIZE], ms[WRITE]
         shares = {
             "network": rate * (sum(ms.values()) - reading - writing) / 1000,
@@ -114,16 +114,16 @@ class Column:
         """All of this as plain values, with every sample."""
         facts = asdict(self)
         facts["summary"] = {
-            "stages_ms": {stage: asdict(spread(samples)) for stage, samples in self.stages.items()},
-            "forward_ms": asdict(spread(self.forward)) if self.forward else None,
-            "images_per_second": asdict(spread(self.end_to_end)) if self.end_to_end else None,
+            "stages_ms": {stage: asdict(percentiles(samples)) for stage, samples in self.stages.items()},
+            "forward_ms": asdict(percentiles(self.forward)) if self.forward else None,
+            "images_per_second": asdict(percentiles(self.end_to_end)) if self.end_to_end else None,
             "stages_over_forward": asdict(self.accounted()) if self.stages and self.forward else None,
         }
         return {"name": self.name, **facts}
 
 
 @dataclass(kw_only=True)
-class Findings:
+class BenchmarkResult:
     """A whole benchmark.
 
     Attributes:
@@ -137,7 +137,7 @@ class Findings:
 
     machine: Mapping[str, Any]
     facts: dict[str, Any]
-    columns: list[Column]
+    columns: list[CaseResult]
     rounds: int = 0
     workers: int = 1
     ceilings: dict[str, list[float]] = field(default_factory=dict)
@@ -149,7 +149,7 @@ class Findings:
         """0, or 128 and the signal."""
         return 128 + self.interrupted if self.interrupted is not None else 0
 
-    def ratios(self, column: Column) -> dict[str, Spread]:
+    def ratios(self, column: CaseResult) -> dict[str, Percentiles]:
         """`column` over the first that was measured, each sample against the one taken beside it:
         `"forward"`, of times turned round, and `"end to end"`; above 1 is faster."""
         first = next((one for one in self.columns if one.forward), column)
@@ -158,19 +158,19 @@ class Findings:
         whole = [b / a for a, b in zip(first.end_to_end, column.end_to_end, strict=False)]
         for name, samples in (("forward", forward), ("end to end", whole)):
             if samples:
-                found[name] = spread(samples)
+                found[name] = percentiles(samples)
         return found
 
-    def bottleneck(self, column: Column) -> str | None:
+    def bottleneck(self, column: CaseResult) -> str | None:
         """One line that names what an end-to-end run spends its time on; None without the samples for it."""
         if not (column.stages and column.end_to_end and self.disk):
             return None
-        busy = column.busy(self.workers, spread(self.disk).high)
+        busy = column.busy(self.workers, percentiles(self.disk).high)
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in busy.items())
         most = max(busy, key=busy.__getitem__)
         detail = ""
         if most == "network":
-            ms = {stage: spread(column.stages[stage]).median for stage in column.forward_stages}
+            ms = {stage: percentiles(column.stages[stage]).median for stage in column.forward_stages}
             heaviest = max(ms, key=ms.__getitem__)
             detail = f", most of it in {heaviest} ({100 * ms[heaviest] / sum(ms.values()):.0f} % of the forward pass)"
         return f"{most}{detail}; busy: {shares}"

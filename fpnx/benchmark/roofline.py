@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fpnx.benchmark.timers import Stopwatch
-from fpnx.core.files import OpenFile, claim
+from fpnx.core.files import OpenFile, reserve_space
 from fpnx.inference.devices import arithmetic, compute_dtype
-from fpnx.inference.packed_conv import Convolution, can_pack, packing
+from fpnx.inference.packed_conv import PackedConv2d, can_pack, packing
 
 __all__ = ["MatrixProduct", "write_speed"]
 
@@ -49,7 +49,7 @@ class MatrixProduct:
     def _ways(self, a: Tensor, b: Tensor) -> list[Callable[[], Tensor]]:
         ways = [lambda: torch.mm(a, b)]
         if self._device.type == "cpu" and can_pack(a.dtype):
-            convolution = Convolution.of(a[:, :, None, None].float(), None, (0, 0))
+            convolution = PackedConv2d.of(a[:, :, None, None].float(), None, (0, 0))
             convolution.prepare(self._device, a.dtype)
             columns = b.view(1, self.side, -1, 32).contiguous(memory_format=torch.channels_last)
             ways.append(lambda: convolution(columns))
@@ -75,7 +75,7 @@ def write_speed(folder: Path, size: int) -> float:
     block.write(os.urandom(PIECE))
     try:
         with open(path, "wb") as new:
-            claim(new.fileno(), size)
+            reserve_space(new.fileno(), size)
         file = OpenFile(path)
         try:
             started = time.perf_counter()

@@ -19,22 +19,22 @@ import torch
 import torchvision
 
 from fpnx._version import __version__
-from fpnx.benchmark.baseline import Rival
-from fpnx.benchmark.case import Specimen
+from fpnx.benchmark.baseline import BaselineProcess
+from fpnx.benchmark.case import BenchmarkCase
 from fpnx.benchmark.profiling import count_costs, count_executed
-from fpnx.benchmark.results import Column, Findings
+from fpnx.benchmark.results import BenchmarkResult, CaseResult
 from fpnx.benchmark.roofline import MatrixProduct, write_speed
-from fpnx.benchmark.synthetic_images import HEIGHT, WIDTH, fill, make_photographs
+from fpnx.benchmark.synthetic_images import HEIGHT, WIDTH, fill, make_images
 from fpnx.core.config import BenchmarkConfig
 from fpnx.core.errors import FpnxError, ImageError, Interrupted
 from fpnx.core.events import Listener
-from fpnx.core.interrupts import Stop
+from fpnx.core.interrupts import StopRequest
 from fpnx.core.system import available_memory, usable_cpus
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.extraction.plan import Plan, make_plan
 from fpnx.images.decoding import decode
-from fpnx.images.listing import find
-from fpnx.images.reading import Source
+from fpnx.images.listing import find_images
+from fpnx.images.reading import ImageSource
 from fpnx.inference.engine import Engine
 from fpnx.models.factory import build_model
 
@@ -51,15 +51,15 @@ DISK = (64 << 20, 512 << 20)  # bytes to measure the disk with
 class Session:
     """What is under measurement, and what was found."""
 
-    def __init__(self, config: BenchmarkConfig, folder: Path, stop: Stop, listener: Listener) -> None:
+    def __init__(self, config: BenchmarkConfig, folder: Path, stop: StopRequest, listener: Listener) -> None:
         self._config, self._folder, self._stop, self._listener = config, folder, stop, listener
         self._notes: list[str] = []
-        self._specimens: list[tuple[Column, Specimen]] = []
-        self._rivals: list[tuple[Column, Rival]] = []
+        self._specimens: list[tuple[CaseResult, BenchmarkCase]] = []
+        self._rivals: list[tuple[CaseResult, BaselineProcess]] = []
         self._products: dict[str, MatrixProduct] = {}
         self._disk_bytes = DISK[0]
         self._done = self._total = 0
-        self.findings = Findings(machine={}, facts={"notes": self._notes}, columns=[])
+        self.findings = BenchmarkResult(machine={}, facts={"notes": self._notes}, columns=[])
 
     def prepare(self) -> None:
         """Images, models, warm-up: everything that comes before the first sample."""
@@ -67,7 +67,7 @@ class Session:
         self._total = 2 * len(runs) + sum(run.precision not in ("auto", "float32") for run in runs)
         self._total += len({run.backbone for run in runs}) if self._config.baseline else 0
         files = self._files()
-        listing, plans = find([self._folder / "images"]), list[Plan]()
+        listing, plans = find_images([self._folder / "images"]), list[Plan]()
         for run in runs:
             with self._step("preparations", None):
                 plans.append(make_plan(self._folder / "measured.h5", run, listing, Listener()))
@@ -77,7 +77,7 @@ class Session:
         for i, plan in enumerate(plans):
             # An engine each: its weights are laid out for the batch size.
             engine = Engine(plan.model, plan.recipe, plan.config, plan.device)
-            self._add(Specimen(plan, engine, self._folder, f"{i}"), files)
+            self._add(BenchmarkCase(plan, engine, self._folder, f"{i}"), files)
         if not self._alive():
             column = self.findings.columns[0]
             raise FpnxError(f"nothing can be measured: {column.name} {column.reason}")
@@ -147,7 +147,7 @@ class Session:
             self.findings.disk.append(write_speed(self._folder, self._disk_bytes))
 
     @contextmanager
-    def _step(self, what: str, column: Column | None) -> Iterator[None]:
+    def _step(self, what: str, column: CaseResult | None) -> Iterator[None]:
         """One measurement. A configuration that turns out not to fit is left out from here on."""
         if self._stop.signum is not None:
             raise Interrupted("interrupted", self._stop.signum)
@@ -162,10 +162,10 @@ class Session:
         self._done += 1
         self._listener.progress(what, self._done, self._total)
 
-    def _alive(self) -> list[tuple[Column, Specimen]]:
+    def _alive(self) -> list[tuple[CaseResult, BenchmarkCase]]:
         return [(column, specimen) for column, specimen in self._specimens if column.reason is None]
 
-    def _rivals_alive(self) -> list[tuple[Column, Rival]]:
+    def _rivals_alive(self) -> list[tuple[CaseResult, BaselineProcess]]:
         return [(column, rival) for column, rival in self._rivals if column.reason is None]
 
     def _forget(self) -> None:
@@ -183,25 +183,25 @@ class Session:
         (self._folder / "images").mkdir()
         if self._config.images is None:
             (self._folder / "made").mkdir()
-            files = make_photographs(self._folder / "made", MADE)
+            files = make_images(self._folder / "made", MADE)
             self.findings.facts["images"] = f"{MADE} made for this, {HEIGHT}×{WIDTH}, JPEG"
         else:
-            files = self._readable(find([self._config.images]).sources[:READ])
-            self.findings.facts["images"] = f"{len(files)} of {shown(self._config.images)}"
+            files = self._readable(find_images([self._config.images]).sources[:READ])
+            self.findings.facts["images"] = f"{len(files)} of {escape(self._config.images)}"
         fill(self._folder / "images", files, len(files))
         return files
 
-    def _readable(self, sources: Sequence[Source]) -> list[Path]:
+    def _readable(self, sources: Sequence[ImageSource]) -> list[Path]:
         files, reason = [], ""
         for source in sources:
             try:
                 decode(source, self._config.max_pixels)
                 files.append(Path(os.fsdecode(source.path)))
             except ImageError as error:
-                reason = f"{shown(source.name)}: {error}"
+                reason = f"{escape(source.name)}: {error}"
                 self._notes.append(f"left out: {reason}")
         if not files:
-            raise FpnxError(f"no image in {shown(self._config.images or '')} can be read ({reason}): give others")
+            raise FpnxError(f"no image in {escape(self._config.images or '')} can be read ({reason}): give others")
         return files
 
     def _check_baseline(self, plans: Sequence[Plan]) -> None:
@@ -220,9 +220,9 @@ class Session:
             "samples_per_round": {"stages": SHORT, "forward": SHORT, "end_to_end": 1},
         }
 
-    def _add(self, specimen: Specimen, files: Sequence[Path]) -> None:
+    def _add(self, specimen: BenchmarkCase, files: Sequence[Path]) -> None:
         plan = specimen.plan
-        column = Column(
+        column = CaseResult(
             backbone=plan.model.backbone,
             precision=plan.precision,
             batch_size=specimen.batch_size,
@@ -262,7 +262,7 @@ class Session:
             ours.errors = {}
             self.findings.columns.append(ours)
             with self._step("preparations", ours):
-                self._rivals.append((ours, Rival(specimen, self._folder)))
+                self._rivals.append((ours, BaselineProcess(specimen, self._folder)))
 
     def _compare_rivals(self) -> None:
         """The error of what the plain script wrote against our float32."""

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["HEIGHT", "WIDTH", "fill", "make_photographs"]
+__all__ = ["HEIGHT", "WIDTH", "fill", "make_images"]
 
 HEIGHT, WIDTH, QUALITY = 768, 1024, 90
 SLOPE = 1.2
 
 
-def make_photographs(folder: Path, count: int, seed: int = 0) -> list[Path]:
+def make_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
     """Write `count` JPEGs of 768×1024 whose amplitudes fall with spatial frequency as those of photographs do.
 
     The slope is the mean that Tolhurst, Tadmor and Chao found (Amplitude spectra of natural images, 1992), so they

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fpnx.core.system import give_back_freed_memory
+from fpnx.core.system import release_freed_memory
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["PeakMemory", "Spread", "Stopwatch", "spread"]
+__all__ = ["PeakMemory", "Percentiles", "Stopwatch", "percentiles"]
 
 
 class Stopwatch:
@@ -94,7 +94,7 @@ class PeakMemory:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Percentiles:
     """What samples say together: the median, and the 10th and 90th percentile (linear between samples)."""
 
     median: float
@@ -103,10 +103,10 @@ class Spread:
     samples: int
 
 
-def spread(samples: Sequence[float]) -> Spread:
-    """At least one sample → its `Spread`."""
+def percentiles(samples: Sequence[float]) -> Percentiles:
+    """At least one sample → its `Percentiles`."""
     low, median, high = np.percentile(np.asarray(samples, np.float64), (10, 50, 90)).tolist()
-    return Spread(median, low, high, len(samples))
+    return Percentiles(median, low, high, len(samples))
 
 
 def _between(before: torch.cuda.Event | float, now: torch.cuda.Event | float) -> float:
@@ -120,7 +120,7 @@ def _give_back() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    give_back_freed_memory()
+    release_freed_memory()
 
 
 def _status(name: str) -> int:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fpnx.benchmark.results import Column, Findings
-from fpnx.benchmark.timers import Spread, spread
+from fpnx.benchmark.results import BenchmarkResult, CaseResult
+from fpnx.benchmark.timers import Percentiles, percentiles
 from fpnx.core.provenance import ModelPart
 
 __all__ = ["show_findings"]
@@ -19,7 +19,7 @@ NOTHING = "–"
 ADDS_UP = 0.1  # how far the stages of the forward pass may be from it before a line says why
 
 
-def show_findings(findings: Findings) -> None:
+def show_findings(findings: BenchmarkResult) -> None:
     """Machine, shapes, costs, stages, throughput, comparison and bottlenecks, on stdout."""
     console = Console(highlight=False)
     _show_head(console, findings)
@@ -35,7 +35,7 @@ def show_findings(findings: Findings) -> None:
     _show_lines(console, findings)
 
 
-def _show_head(console: Console, findings: Findings) -> None:
+def _show_head(console: Console, findings: BenchmarkResult) -> None:
     machine, facts = findings.machine, findings.facts
     per = facts["samples_per_round"]
     memory = f", {machine['memory_bytes'] / 1e9:.1f} GB free" if machine["memory_bytes"] else ""
@@ -56,9 +56,9 @@ def _show_head(console: Console, findings: Findings) -> None:
     console.print(table)
 
 
-def _show_shapes(console: Console, findings: Findings) -> None:
+def _show_shapes(console: Console, findings: BenchmarkResult) -> None:
     """One table for all backbones whose levels are alike."""
-    alike: dict[tuple[Any, ...], list[Column]] = {}
+    alike: dict[tuple[Any, ...], list[CaseResult]] = {}
     for column in findings.columns:
         key = (column.size, *((s.level, s.channels, s.height, s.width) for s in column.shapes))
         alike.setdefault(key, []).append(column)
@@ -77,7 +77,7 @@ def _show_shapes(console: Console, findings: Findings) -> None:
         console.print(table)
 
 
-def _show_costs(console: Console, findings: Findings) -> None:
+def _show_costs(console: Console, findings: BenchmarkResult) -> None:
     table = _table(console, "parameters, and operations for one image (a multiply-add is two)")
     for name in ("backbone", "part", "parameters", "GFLOP", "share"):
         table.add_column(name, justify="left" if name in ("backbone", "part") else "right")
@@ -95,25 +95,28 @@ def _show_costs(console: Console, findings: Findings) -> None:
     console.print(table)
 
 
-Rows = Sequence[tuple[str, Callable[[Column], str]]]
+Rows = Sequence[tuple[str, Callable[[CaseResult], str]]]
 
 
 def _stage_rows(stages: Sequence[str]) -> Rows:
-    def cell(stage: str) -> Callable[[Column], str]:
-        def show(column: Column) -> str:
+    def cell(stage: str) -> Callable[[CaseResult], str]:
+        def show(column: CaseResult) -> str:
             if stage not in column.stages:
                 return ""
-            whole = sum(spread(samples).median for samples in column.stages.values())
-            found = spread(column.stages[stage])
+            whole = sum(percentiles(samples).median for samples in column.stages.values())
+            found = percentiles(column.stages[stage])
             return f"{_range(found)} {100 * found.median / max(whole, 1e-9):>3.0f}"
 
         return show
 
-    def forward(column: Column) -> str:
-        found, whole = spread(column.forward), sum(spread(samples).median for samples in column.stages.values())
+    def forward(column: CaseResult) -> str:
+        found, whole = (
+            percentiles(column.forward),
+            sum(percentiles(samples).median for samples in column.stages.values()),
+        )
         return f"{_range(found)} {100 * found.median / max(whole, 1e-9):>3.0f}"
 
-    def together(column: Column) -> str:
+    def together(column: CaseResult) -> str:
         return f"{_range(_percent(column.accounted()))}   {NOTHING}"
 
     return [
@@ -123,32 +126,32 @@ def _stage_rows(stages: Sequence[str]) -> Rows:
     ]
 
 
-def _throughput_rows(findings: Findings) -> Rows:
-    disk, cpus = spread(findings.disk) if findings.disk else None, findings.machine.get("cpus", 1)
+def _throughput_rows(findings: BenchmarkResult) -> Rows:
+    disk, cpus = percentiles(findings.disk) if findings.disk else None, findings.machine.get("cpus", 1)
 
-    def ceiling(column: Column) -> Spread | None:
+    def ceiling(column: CaseResult) -> Percentiles | None:
         samples = findings.ceilings.get(column.precision)
-        return spread(samples) if samples else None
+        return percentiles(samples) if samples else None
 
-    def share(what: Spread, whole: Spread | None) -> str:
+    def share(what: Percentiles, whole: Percentiles | None) -> str:
         return f"{100 * what.median / whole.high:.0f}" if whole else NOTHING
 
-    def reached(column: Column) -> str:
-        return f"{100 * spread(column.end_to_end).median / column.allowed(cpus).median:.0f}"
+    def reached(column: CaseResult) -> str:
+        return f"{100 * percentiles(column.end_to_end).median / column.allowed(cpus).median:.0f}"
 
-    def written(column: Column) -> Spread:
-        return spread([rate * column.bytes_per_image for rate in column.end_to_end])
+    def written(column: CaseResult) -> Percentiles:
+        return percentiles([rate * column.bytes_per_image for rate in column.end_to_end])
 
-    def ratio(name: str) -> Callable[[Column], str]:
+    def ratio(name: str) -> Callable[[CaseResult], str]:
         return lambda column: _range(found) if (found := findings.ratios(column).get(name)) else NOTHING
 
-    rows: list[tuple[str, Callable[[Column], str]]] = [
-        ("forward, images/s", lambda c: _range(spread([1000 / ms for ms in c.forward]))),
-        ("files to file, images/s", lambda c: _range(spread(c.end_to_end))),
+    rows: list[tuple[str, Callable[[CaseResult], str]]] = [
+        ("forward, images/s", lambda c: _range(percentiles([1000 / ms for ms in c.forward]))),
+        ("files to file, images/s", lambda c: _range(percentiles(c.end_to_end))),
         ("achieved, GFLOP/s", lambda c: _range(_over(c.achieved(), 1e9))),
         ("matrix product, GFLOP/s", lambda c: _range(_over(w, 1e9)) if (w := ceiling(c)) else NOTHING),
         ("achieved of its best, %", lambda c: share(c.achieved(), ceiling(c))),
-        ("core time, ms", lambda c: _range(spread(c.core)) if c.core else NOTHING),
+        ("core time, ms", lambda c: _range(percentiles(c.core)) if c.core else NOTHING),
         ("it allows, images/s", lambda c: _range(c.allowed(cpus)) if c.core else NOTHING),
         ("reached of that, %", lambda c: reached(c) if c.core else NOTHING),
         ("written, MB/s", lambda c: _range(_over(written(c), 1e6))),
@@ -165,21 +168,21 @@ def _throughput_rows(findings: Findings) -> Rows:
     for level in dict.fromkeys(level for column in findings.columns for level in column.errors):
         rows.append((f"error of {level}", _error(level)))
 
-    def guarded(cell: Callable[[Column], str]) -> Callable[[Column], str]:
+    def guarded(cell: Callable[[CaseResult], str]) -> Callable[[CaseResult], str]:
         return lambda column: cell(column) if column.forward and column.end_to_end else _missing(column)
 
     return [(label, guarded(cell)) for label, cell in rows]
 
 
-def _error(level: str) -> Callable[[Column], str]:
+def _error(level: str) -> Callable[[CaseResult], str]:
     return lambda column: f"{column.errors[level]:.1e}" if level in column.errors else NOTHING
 
 
-def _missing(column: Column) -> str:
+def _missing(column: CaseResult) -> str:
     return "does not fit" if column.reason and column.reason.startswith("does not fit") else NOTHING
 
 
-def _show_side_by_side(console: Console, title: str, unit: str, columns: Sequence[Column], rows: Rows) -> None:
+def _show_side_by_side(console: Console, title: str, unit: str, columns: Sequence[CaseResult], rows: Rows) -> None:
     """A row for each of `rows`, a column for each configuration, in as many tables as the width asks for."""
     cells = {label: [cell(column) for column in columns] for label, cell in rows}
     heads = ["\n".join([*column.title, *([unit] if unit else [])]) for column in columns]
@@ -208,7 +211,7 @@ def _pages(widths: Sequence[int], room: int) -> Iterator[tuple[int, int]]:
     yield first, len(widths)
 
 
-def _show_lines(console: Console, findings: Findings) -> None:
+def _show_lines(console: Console, findings: BenchmarkResult) -> None:
     """Bottlenecks, what did not fit, what does not add up, what is to be known."""
     lines = []
     for column in findings.columns:
@@ -238,7 +241,7 @@ def _table(console: Console, title: str) -> Table:
     return Table(box=None, pad_edge=False)
 
 
-def _range(found: Spread) -> str:
+def _range(found: Percentiles) -> str:
     return f"{_number(found.median):>4} {_number(found.low):>4}–{_number(found.high):<4}"
 
 
@@ -251,9 +254,9 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def _over(found: Spread, unit: float) -> Spread:
-    return Spread(found.median / unit, found.low / unit, found.high / unit, found.samples)
+def _over(found: Percentiles, unit: float) -> Percentiles:
+    return Percentiles(found.median / unit, found.low / unit, found.high / unit, found.samples)
 
 
-def _percent(found: Spread) -> Spread:
+def _percent(found: Percentiles) -> Percentiles:
     return _over(found, 0.01)

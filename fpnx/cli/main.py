@@ -14,10 +14,10 @@ import typer
 
 from fpnx._version import __version__
 from fpnx.cli import options as opt
-from fpnx.cli.streams import lasting_outlets
+from fpnx.cli.streams import robust_streams
 from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 
 __all__ = ["app", "main"]
 
@@ -344,7 +344,7 @@ def verify(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; the one place that turns errors into a line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with lasting_outlets() as outlets:
+    with robust_streams() as outlets:
         code = _exit_code(given, "--json" in given)
         # Whoever went away having read enough, as `head` does, takes nothing from the work: its code stands.
         if why := outlets.refusal():
@@ -369,7 +369,7 @@ def _exit_code(given: list[str], wants_json: bool) -> int:
             return _complain(f"{error.format_message()} ({command} --help shows what there is)", wants_json, 2)
         if os.environ.get("FPNX_TRACEBACK"):
             traceback.print_exc()
-        what = shown(f"{type(error).__name__}: {error}")
+        what = escape(f"{type(error).__name__}: {error}")
         hint = "this is a fault of fpnx; FPNX_TRACEBACK=1 shows where, please report it"
         return _complain(f"{what} ({hint})", wants_json, FAULT_OF_OURS)
 

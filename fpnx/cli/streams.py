@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-__all__ = ["lasting_outlets"]
+__all__ = ["robust_streams"]
 
 
 class _Outlet(io.FileIO):
@@ -54,7 +54,7 @@ class _Outlets:
 
 
 @contextlib.contextmanager
-def lasting_outlets() -> Iterator[_Outlets]:
+def robust_streams() -> Iterator[_Outlets]:
     """Have `sys.stdout` and `sys.stderr` outlast their readers; streams that somebody else put there are left alone."""
     outlets, before = _Outlets(), (sys.stdout, sys.stderr)
     if _is_standard(before[0], 1):

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fpnx.core.plan_summary import LevelShape, PlanSummary
-from fpnx.core.text import counted, in_bytes, shown
+from fpnx.core.text import escape, format_bytes, plural
 
 if TYPE_CHECKING:
     from fpnx.commands.merge import Merged
-    from fpnx.commands.visualize import Pictures
+    from fpnx.commands.visualize import VisualizeResult
     from fpnx.core.provenance import WeightsInfo
     from fpnx.extraction.run import Result
     from fpnx.store.reader import Store
@@ -52,7 +52,7 @@ def show_result(result: Result) -> None:
             table.add_row(stage, f"{spent:.1f}", f"{100 * spent / total:.0f} %")
         console.print(table)
         console.print(
-            f"{counted(result.computed, 'image')} in {result.seconds:.1f} s, {result.images_per_second:.1f} images/s "
+            f"{plural(result.computed, 'image')} in {result.seconds:.1f} s, {result.images_per_second:.1f} images/s "
             f"(stages overlap)"
         )
     bad = {level: count for level, count in result.nonfinite.items() if count}
@@ -67,31 +67,31 @@ def show_result(result: Result) -> None:
     if result.stopped:
         console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))
     else:
-        console.print(Text(f"{result.done} of {result.images} images are in {shown(result.output)}"), soft_wrap=True)
+        console.print(Text(f"{result.done} of {result.images} images are in {escape(result.output)}"), soft_wrap=True)
 
 
-def show_pictures(result: Pictures) -> None:
+def show_pictures(result: VisualizeResult) -> None:
     """How many pictures were drawn, where they are, and what is not among them."""
     console = _stdout()
     for path, reason in result.skipped[:FAILURES_SHOWN]:
-        console.print(Text(f"skipped {shown(path)}: {shown(reason)}"), soft_wrap=True)
+        console.print(Text(f"skipped {escape(path)}: {escape(reason)}"), soft_wrap=True)
     if len(result.skipped) > FAILURES_SHOWN:
         console.print(f"and {len(result.skipped) - FAILURES_SHOWN} more were skipped")
     if result.left_out:
         console.print(f"{result.left_out} more images were left out: --limit takes more, --images picks")
     if result.folder is not None:
-        console.print(Text(f"pictures in {shown(result.folder)}: {len(result.pictures)}"), soft_wrap=True)
+        console.print(Text(f"pictures in {escape(result.folder)}: {len(result.pictures)}"), soft_wrap=True)
     if (page := result.page) is not None:
-        room = f"; {page.left_out} found no room in {in_bytes(page.limit_bytes)}" if page.left_out else ""
-        line = f"images in {shown(page.path)}: {page.images}, {in_bytes(page.bytes)}{room}"
+        room = f"; {page.left_out} found no room in {format_bytes(page.limit_bytes)}" if page.left_out else ""
+        line = f"images in {escape(page.path)}: {page.images}, {format_bytes(page.bytes)}{room}"
         console.print(Text(line), soft_wrap=True)
 
 
 def show_merged(result: Merged) -> None:
     """What was merged, and where it is."""
     failed = f", {result.failed} of them failed" if result.failed else ""
-    line = f"{result.images} images of {result.shards} shards are in {shown(result.output)}{failed}"
-    _stdout().print(Text(f"{line} ({in_bytes(result.bytes)})"), soft_wrap=True)
+    line = f"{result.images} images of {result.shards} shards are in {escape(result.output)}{failed}"
+    _stdout().print(Text(f"{line} ({format_bytes(result.bytes)})"), soft_wrap=True)
 
 
 def show_info(store: Store) -> None:
@@ -103,11 +103,11 @@ def show_info(store: Store) -> None:
     counts = facts["images"]
     _facts(
         console,
-        ("file", f"{shown(store.path)}{'' if store.complete else ' (unfinished)'}"),
+        ("file", f"{escape(store.path)}{'' if store.complete else ' (unfinished)'}"),
         ("images", f"{counts['done']} done, {counts['failed']} failed, {counts['pending']} pending"),
-        *([("shard", str(store.cut))] if store.cut else []),
+        *([("shard", str(store.shard_slice))] if store.shard_slice else []),
         *([("shards", str(facts["shards"]))] if facts["shards"] else []),
-        ("root", shown(store.root)),
+        ("root", escape(store.root)),
         ("backbone", f"{store.config['backbone']}, {origin.weights.body}"),
         ("pyramid", f"{', '.join(store.levels)}, {origin.weights.pyramid}"),
         *_checkpoint(origin.weights),
@@ -129,7 +129,7 @@ def show_info(store: Store) -> None:
 def show_verification(found: Verification) -> None:
     """What was looked at, and what is wrong."""
     console = _stdout()
-    console.print(Text(f"{shown(found.file)}: {found.done} done, {found.failed} failed, {found.pending} pending"))
+    console.print(Text(f"{escape(found.file)}: {found.done} done, {found.failed} failed, {found.pending} pending"))
     shards = f" in {found.shards} shards" if found.shards else ""
     console.print(f"{found.values} values read{shards}", end="")
     if found.compared:
@@ -151,13 +151,13 @@ def show_verification(found: Verification) -> None:
 
 def show_plan(plan: PlanSummary) -> None:
     console, config, weights = _stdout(), plan.config, plan.weights
-    passed = f", {counted(plan.skipped, 'other file')} passed over" if plan.skipped else ""
+    passed = f", {plural(plan.skipped, 'other file')} passed over" if plan.skipped else ""
     before = f", {plan.done_before} done before" if plan.done_before else ""
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
     engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
     pyramid = f"{', '.join(plan.level_names)}, {weights.pyramid}" if plan.has_pyramid else "none asked for"
     rows = [
-        ("images", f"{plan.images} in {shown(plan.root)}{passed}{before}"),
+        ("images", f"{plan.images} in {escape(plan.root)}{passed}{before}"),
         *([("shard", str(plan.shard))] if plan.shard else []),
         ("backbone", f"{plan.backbone}, {weights.body}"),
         ("pyramid", pyramid),
@@ -166,7 +166,7 @@ def show_plan(plan: PlanSummary) -> None:
         *([("engine", engine)] if config.engine != "local" else []),
         ("device", f"{','.join(plan.devices)}, {plan.precision}, {batch}"),
         ("output", _output_line(plan)),
-        *([("scratch", f"{shown(plan.scratch)}: worked on there, then sent whole")] if plan.scratch else []),
+        *([("scratch", f"{escape(plan.scratch)}: worked on there, then sent whole")] if plan.scratch else []),
     ]
     _facts(console, *rows)
     if plan.has_pyramid and weights.pyramid.trained is False:
@@ -180,20 +180,19 @@ def _output_line(plan: PlanSummary) -> str:
     """What is made, in which form, and whether there is room for it."""
     config = plan.config
     if config.format == "png":
-        return f"{shown(plan.output)}, a picture an image, {config.mode}"
+        return f"{escape(plan.output)}, a picture an image, {config.mode}"
     pool = "" if config.pool == "none" else f", pool {config.pool}"
-    needed = f"{in_bytes(plan.bytes_needed)} needed, " if plan.levels else ""  # else workers look at sizes
-    free = "free space unknown" if plan.bytes_free is None else f"{in_bytes(plan.bytes_free)} free"
-    return f"{shown(plan.output)}, {config.dtype}{pool}, {needed}{free}"
+    needed = f"{format_bytes(plan.bytes_needed)} needed, " if plan.levels else ""  # else workers look at sizes
+    free = "free space unknown" if plan.bytes_free is None else f"{format_bytes(plan.bytes_free)} free"
+    return f"{escape(plan.output)}, {config.dtype}{pool}, {needed}{free}"
 
 
 def _smaller_ways(plan: PlanSummary) -> str:
     item = 2 if plan.config.dtype == "float16" else 4
     pooled = sum(shape.images * shape.channels for shape in plan.levels) * item
     half = plan.feature_bytes // 2 if item == 4 else plan.feature_bytes
-    return (
-        f"smaller: --dtype float16 {in_bytes(half)}, --pool 7x7 {in_bytes(49 * pooled)}, --pool avg {in_bytes(pooled)}"
-    )
+    grid, vector = format_bytes(49 * pooled), format_bytes(pooled)
+    return f"smaller: --dtype float16 {format_bytes(half)}, --pool 7x7 {grid}, --pool avg {vector}"
 
 
 def _show_levels(console: Console, levels: Sequence[LevelShape]) -> None:
@@ -221,16 +220,16 @@ def _show_levels(console: Console, levels: Sequence[LevelShape]) -> None:
         table.add_row(*cells)
     console.print(table)
     if len(images) > SIZES_SHOWN:
-        console.print(f"and {counted(len(images) - SIZES_SHOWN, 'other input size')}")
+        console.print(f"and {plural(len(images) - SIZES_SHOWN, 'other input size')}")
 
 
 def _show_failures(console: Console, failures: Iterable[tuple[str, str]]) -> None:
     failed = list(failures)
     if not failed:
         return
-    console.print(f"{counted(len(failed), 'image')} failed:")
+    console.print(f"{plural(len(failed), 'image')} failed:")
     for path, reason in failed[:FAILURES_SHOWN]:
-        console.print(Text(f"  {shown(path)}: {shown(reason)}"), soft_wrap=True)
+        console.print(Text(f"  {escape(path)}: {escape(reason)}"), soft_wrap=True)
     if len(failed) > FAILURES_SHOWN:
         console.print(f"  and {len(failed) - FAILURES_SHOWN} more: fpnx info --json lists them all")
 
@@ -238,7 +237,7 @@ def _show_failures(console: Console, failures: Iterable[tuple[str, str]]) -> Non
 def _facts(console: Console, *rows: tuple[str, str]) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(Text(name, style="dim"), Text(shown(value)))
+        table.add_row(Text(name, style="dim"), Text(escape(value)))
     console.print(table)
 
 
@@ -320,7 +319,7 @@ def show_details(found: Mapping[str, Any]) -> None:
             f"  trained: {' and '.join(each['trains'])}",
             f"  recipe:  {each['recipe']}",
             f"  from:    {each['url']}",
-            f"  file:    {shown(each['file'])}{' (is there)' if each['there'] else ''}",
+            f"  file:    {escape(each['file'])}{' (is there)' if each['there'] else ''}",
         ]
         console.print(Text("\n".join(lines)), soft_wrap=True)
 

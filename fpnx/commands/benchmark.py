@@ -8,20 +8,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fpnx.benchmark.results import Findings
+from fpnx.benchmark.results import BenchmarkResult
 from fpnx.benchmark.session import Session
 from fpnx.core.config import BenchmarkConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
-from fpnx.core.interrupts import stoppable
-from fpnx.core.text import shown
-from fpnx.images.decoding import pillow_within_limits
+from fpnx.core.interrupts import handle_signals
+from fpnx.core.text import escape
+from fpnx.images.decoding import pillow_limits
 from fpnx.inference.devices import resolve_device
 
 __all__ = ["benchmark"]
 
 
-def benchmark(*, listener: Listener | None = None, **options: Any) -> Findings:
+def benchmark(*, listener: Listener | None = None, **options: Any) -> BenchmarkResult:
     """Measure configurations side by side; `fpnx benchmark` as a function.
 
     In each round every configuration is measured once after the other (A B A B), so drift of the machine
@@ -37,10 +37,10 @@ def benchmark(*, listener: Listener | None = None, **options: Any) -> Findings:
     """
     config, hears = BenchmarkConfig(**options), listener or Listener()
     if config.plot is not None and not Path(config.plot).absolute().parent.is_dir():
-        raise FpnxError(f"plot {shown(config.plot)}: its folder does not exist: make it, or name another")
+        raise FpnxError(f"plot {escape(config.plot)}: its folder does not exist: make it, or name another")
     for name in config.device.split(","):
         resolve_device(name)
-    with stoppable(hears) as stop, pillow_within_limits(), ExitStack() as stack:
+    with handle_signals(hears) as stop, pillow_limits(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fpnx-")))
         session = Session(config, folder, stop, hears)
         stack.callback(session.close)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpnx.core.config import ExtractConfig
 from fpnx.core.events import Listener
-from fpnx.extraction.upload import goal_of
+from fpnx.extraction.upload import resolve_destination
 from fpnx.images.listing import as_paths, refuse_missing
 from fpnx.store.output_path import DEFAULT_OUTPUTS, check_output
 
@@ -49,14 +49,14 @@ def extract(
     # Mistakes that cost nothing to find are reported before torch is loaded, which takes seconds.
     refuse_missing(paths)
     if config.engine == "local":
-        goal = goal_of(DEFAULT_OUTPUTS[config.format] if output is None else output, config)
+        goal = resolve_destination(DEFAULT_OUTPUTS[config.format] if output is None else output, config)
         if goal.url is None and config.format == "h5":
             check_output(goal.local, config)
         from fpnx.extraction.run import run_extraction
 
         return run_extraction(paths, goal, config, listener=listener)
-    from fpnx.distributed.coordinator import extract_across
-    from fpnx.distributed.ray_backend import connected, require_ray
+    from fpnx.distributed.coordinator import extract_distributed
+    from fpnx.distributed.ray_backend import connect, require_ray
 
     require_ray()
-    return extract_across(paths, output, config, listener or Listener(), connected)
+    return extract_distributed(paths, output, config, listener or Listener(), connect)

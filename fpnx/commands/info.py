@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fpnx.store.reader import Store
-from fpnx.store.shard_set import open_pyramids
+from fpnx.store.shard_set import open_store
 
 __all__ = ["info"]
 
@@ -16,4 +16,4 @@ def info(files: Sequence[str]) -> Store:
     Raises:
         StoreError: a file that cannot be read as fpnx's, or a set of shards that is not complete.
     """
-    return open_pyramids(files[0] if len(files) == 1 else list(files))
+    return open_store(files[0] if len(files) == 1 else list(files))

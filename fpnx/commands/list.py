@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from fpnx.core.text import counted
-from fpnx.images.listing import Listing, find, list_lines
+from fpnx.core.text import plural
+from fpnx.images.listing import Listing, find_images, list_lines
 
 __all__ = ["list_images"]
 
@@ -26,6 +26,6 @@ def list_images(
     Raises:
         FpnxError: a missing input, the same path twice, or no image at all.
     """
-    listing = find(images, limit)
-    summary = f"{counted(len(listing.sources), 'image')}, {counted(listing.skipped, 'other file')} passed over"
+    listing = find_images(images, limit)
+    summary = f"{plural(len(listing.sources), 'image')}, {plural(listing.skipped, 'other file')} passed over"
     return list_lines(listing), [*listing.remarks, *listing.lost, summary], listing

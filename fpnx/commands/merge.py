@@ -18,15 +18,15 @@ from fpnx.core.errors import FpnxError, Interrupted, StoreError
 from fpnx.core.events import Listener
 from fpnx.core.files import OpenFile, check_space, disk_error, free_bytes, lock, sync_folder
 from fpnx.core.image_list import ImageList, ImageRecord
-from fpnx.core.interrupts import Stop, stoppable
+from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.provenance import Provenance
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.core.validation import format_size
 from fpnx.store.hdf5 import open_hdf5
 from fpnx.store.output_path import check_output, real_output
 from fpnx.store.reader import DONE, FAILED, Store
-from fpnx.store.shard_set import ShardSet, open_shards
-from fpnx.store.writer import Layout, Place, make_file, part_of
+from fpnx.store.shard_set import ShardSet, open_shard_set
+from fpnx.store.writer import DatasetExtent, FileLayout, create_file, part_path
 
 __all__ = ["Merged", "merge"]
 
@@ -80,10 +80,10 @@ def merge(
     """
     target, hears = real_output(Path(output)), listener or Listener()
     _check_output(target, overwrite)
-    with stoppable(hears) as stop, open_shards(shards) as store:
+    with handle_signals(hears) as stop, open_shard_set(shards) as store:
         here = [shard.path for shard in store.shards if os.path.exists(shard.path)]  # others are in a store
         if target.exists() and any(os.path.samefile(path, target) for path in here):
-            raise FpnxError(f"output {shown(target)} is one of the shards: name another")
+            raise FpnxError(f"output {escape(target)} is one of the shards: name another")
         layout = _layout(store)
         with lock(target) as alone:
             if not alone:
@@ -103,17 +103,17 @@ def merge(
 
 def _check_output(target: Path, overwrite: bool) -> None:
     check_output(target, OutputConfig(overwrite=True))
-    there = [path for path in (target, part_of(target)) if path.exists()]
+    there = [path for path in (target, part_path(target)) if path.exists()]
     if there and not overwrite:
         what = "exists" if target in there else "holds an unfinished run"
-        raise FpnxError(f"{shown(there[0])} {what}: replace it with --overwrite, or name another output")
+        raise FpnxError(f"{escape(there[0])} {what}: replace it with --overwrite, or name another output")
 
 
-def _layout(store: ShardSet) -> Layout:
+def _layout(store: ShardSet) -> FileLayout:
     told = zip(map(os.fsencode, store.paths), store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True)
     records = tuple(ImageRecord(name, size, mtime) for name, size, mtime in told)
     datasets = {size: {level: store.dataset(size, level) for level in store.levels} for size in store.sizes}
-    layout = Layout(
+    layout = FileLayout(
         images=ImageList(os.fsencode(store.root), records),
         levels=store.levels,
         strides={level: int(held.attrs["stride"]) for levels in datasets.values() for level, held in levels.items()},
@@ -129,19 +129,19 @@ def _layout(store: ShardSet) -> Layout:
     )
     why = "their fingerprint is not that of their config" if layout.fingerprint != store.fingerprint else ""
     if why := why or store.altered():
-        raise StoreError(f"{shown(store.path)} cannot be merged: {why}: fpnx verify tells more")
+        raise StoreError(f"{escape(store.path)} cannot be merged: {why}: fpnx verify tells more")
     return layout
 
 
-def _write(target: Path, store: ShardSet, layout: Layout, stop: Stop, listener: Listener) -> None:
+def _write(target: Path, store: ShardSet, layout: FileLayout, stop: StopRequest, listener: Listener) -> None:
     """Under another name, which nothing takes for a finished file, and with the status of all images last."""
-    fresh = target.with_name(part_of(target).name + ".new")
+    fresh = target.with_name(part_path(target).name + ".new")
     needed = layout.total_bytes()
     try:
         try:
             fresh.unlink(missing_ok=True)
             check_space(target, needed, free_bytes(target.parent))
-            if not make_file(fresh, layout, _provenance(store)):
+            if not create_file(fresh, layout, _provenance(store)):
                 listener.message("this file system cannot set space aside: free space was checked once, now")
             disk = OpenFile(fresh)
             try:
@@ -149,7 +149,7 @@ def _write(target: Path, store: ShardSet, layout: Layout, stop: Stop, listener: 
             finally:
                 disk.close()
             os.replace(fresh, target)
-            part_of(target).unlink(missing_ok=True)
+            part_path(target).unlink(missing_ok=True)
             sync_folder(target.parent)
         finally:
             fresh.unlink(missing_ok=True)
@@ -157,21 +157,21 @@ def _write(target: Path, store: ShardSet, layout: Layout, stop: Stop, listener: 
         raise disk_error(error, target, needed) from error
 
 
-def _copy(fresh: Path, disk: OpenFile, store: ShardSet, stop: Stop, listener: Listener) -> None:
+def _copy(fresh: Path, disk: OpenFile, store: ShardSet, stop: StopRequest, listener: Listener) -> None:
     with open_hdf5(os.fspath(fresh)) as file:
         images, pyramids = file["images"], file["pyramids"]
-        tables = {name: Place.of(images[name]) for name in ("source_size", "error", "status")}
-        tables["nonfinite"] = Place.of(file["stats/nonfinite"])
+        tables = {name: DatasetExtent.of(images[name]) for name in ("source_size", "error", "status")}
+        tables["nonfinite"] = DatasetExtent.of(file["stats/nonfinite"])
         places = {
-            (size, level): Place.of(pyramids[format_size(size)][level])
+            (size, level): DatasetExtent.of(pyramids[format_size(size)][level])
             for size in store.sizes
             for level in store.levels
         }
     starts = dict.fromkeys(store.sizes, 0)
     written, told, total = 0, 0, _megabytes(sum(place.bytes for place in places.values()))
     for shard in store.each():
-        assert shard.cut is not None
-        tables["error"].write(disk, shard.cut.first, _read(shard, "images/error", shard.errors))
+        assert shard.shard_slice is not None
+        tables["error"].write(disk, shard.shard_slice.first, _read(shard, "images/error", shard.errors))
         for size, rows in Counter(filter(None, shard.padded_sizes)).items():
             for level in store.levels:
                 place, row = places[size, level], starts[size]
@@ -195,7 +195,7 @@ def _blocks(shard: Store, size: tuple[int, int], level: str, shape: tuple[int, .
     """All rows of a dataset in order, a bounded number at a time."""
     dataset = shard.dataset(size, level)
     if dataset.shape != shape:
-        raise StoreError(f"{shown(shard.path)}: {dataset.name} is {dataset.shape}, where {shape} belongs")
+        raise StoreError(f"{escape(shard.path)}: {dataset.name} is {dataset.shape}, where {shape} belongs")
     step = max(1, BLOCK // max(1, dataset.dtype.itemsize * int(np.prod(shape[1:]))))
     for start in range(0, shape[0], step):
         yield _read(shard, dataset.name, lambda start=start: dataset[start : start + step])
@@ -206,14 +206,14 @@ def _read(shard: Store, what: str, work: Any) -> np.ndarray:
         values: np.ndarray = work()
         return values
     except (OSError, RuntimeError) as error:  # not to be taken for a disk that refuses to be written
-        raise StoreError(f"{shown(shard.path)}: {what} cannot be read: {shown(str(error))}") from error
+        raise StoreError(f"{escape(shard.path)}: {what} cannot be read: {escape(str(error))}") from error
 
 
 def _megabytes(count: int) -> int:
     return -(-count // 10**6)
 
 
-def _heed(stop: Stop) -> None:
+def _heed(stop: StopRequest) -> None:
     if stop.signum is not None:
         raise Interrupted("interrupted: nothing was merged, and the shards are as they were", stop.signum)
 
@@ -226,7 +226,7 @@ def _provenance(store: ShardSet) -> Provenance:
             "fpnx": __version__,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "list": store.list,
-            "shards": [shown(os.path.basename(shard.path)) for shard in store.shards],
+            "shards": [escape(os.path.basename(shard.path)) for shard in store.shards],
             "devices": sorted({shard.provenance.device for shard in store.shards}),
         },
     )

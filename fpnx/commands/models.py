@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import nearest
-from fpnx.models.backbones.factory import create_backbone, known_survey, survey
-from fpnx.models.backbones.registry import TIMM, build_network, names, timm_library
+from fpnx.core.text import did_you_mean
+from fpnx.models.backbones.factory import cached_detection, create_backbone, detect_stages
+from fpnx.models.backbones.registry import TIMM, build_network, timm_library, torchvision_names
 from fpnx.models.backbones.stage_search import Stages
 from fpnx.models.backbones.tracing import on_meta, run_on_meta
-from fpnx.models.necks.fpn import FeaturePyramid
+from fpnx.models.necks.fpn import FPN
 from fpnx.models.weights.timm import timm_weights
 from fpnx.models.weights.torchvision import COCO, best_weights, native_recipe, published_weights
 
@@ -25,7 +25,7 @@ FPN_CHANNELS = 256  # of the pyramid whose parameters and operations are counted
 
 def is_backbone(word: str) -> bool:
     """Whether `word` is the whole name of a network, and not a part to look for."""
-    return timm_library().is_model(word[len(TIMM) :]) if word.startswith(TIMM) else word in names()
+    return timm_library().is_model(word[len(TIMM) :]) if word.startswith(TIMM) else word in torchvision_names()
 
 
 def matching(word: str | None = None) -> list[str]:
@@ -38,10 +38,11 @@ def matching(word: str | None = None) -> list[str]:
     if word.startswith(TIMM):
         found = [f"{TIMM}{name}" for name in timm_library().list_models() if word[len(TIMM) :] in name]
     else:
-        found = [name for name in names() if word in name]
+        found = [name for name in torchvision_names() if word in name]
     if not found:
         raise FpnxError(
-            f"no backbone's name holds {word!r}{nearest(word.lower(), names())}: fpnx models lists them all"
+            f"no backbone's name holds {word!r}{did_you_mean(word.lower(), torchvision_names())}: "
+            f"fpnx models lists them all"
         )
     return found
 
@@ -54,7 +55,7 @@ def entries(found: Iterable[str]) -> Iterator[dict[str, Any]]:
     those met before have taps.
     """
     for name in found:
-        each = known_survey(name) if name.startswith(TIMM) else survey(name)
+        each = cached_detection(name) if name.startswith(TIMM) else detect_stages(name)
         if each is not None and each.stages is None:
             yield {"name": name, "refused": each.refused}
         else:
@@ -82,9 +83,9 @@ def details(name: str) -> dict[str, Any]:
     recipe = native_recipe(name)
     size = recipe.fixed_size
     assert size is not None
-    backbone = create_backbone(name, 0, size=size if survey(name).keyword else None, meta=True)
+    backbone = create_backbone(name, 0, size=size if detect_stages(name).keyword else None, meta=True)
     size = backbone.size or size
-    pyramid = on_meta(FeaturePyramid(backbone.pyramid_channels, FPN_CHANNELS))
+    pyramid = on_meta(FPN(backbone.pyramid_channels, FPN_CHANNELS))
     with FlopCounterMode(display=False) as body_counter:
         taps = run_on_meta(backbone.body, size)
     with FlopCounterMode(display=False) as pyramid_counter:
@@ -93,7 +94,7 @@ def details(name: str) -> dict[str, Any]:
         "name": name,
         "taps": [
             {**tap, "height": taps[tap["level"]].shape[2], "width": taps[tap["level"]].shape[3]}
-            for tap in _taps(survey(name).stages)
+            for tap in _taps(detect_stages(name).stages)
         ],
         "input_size": list(size),
         "only_squares_in_multiples_of": backbone.side,

@@ -10,7 +10,7 @@ from fpnx.core.config import SAMPLE, ExtractConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.remote.client import connections
-from fpnx.store.shard_set import open_pyramids
+from fpnx.store.shard_set import open_store
 from fpnx.store.verify import Verification, verify_structure
 
 __all__ = ["verify"]
@@ -44,7 +44,7 @@ def verify(
     """
     if sample < 1:
         raise FpnxError(f"sample {sample}: take 1 image or more")
-    with connections(), open_pyramids(file) as store:
+    with connections(), open_store(file) as store:
         if against is None:
             return verify_structure(store, listener)
         from fpnx.extraction.recompute import Recomputation, recompute_options

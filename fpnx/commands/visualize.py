@@ -17,23 +17,23 @@ from fpnx._version import __version__
 from fpnx.core.config import ExtractConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted, NotDoneError
 from fpnx.core.events import Listener
-from fpnx.core.interrupts import Stop, stoppable
+from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.plan_summary import PlanSummary
-from fpnx.core.text import shown
-from fpnx.images.decoding import pillow_within_limits
-from fpnx.images.listing import find
+from fpnx.core.text import escape
+from fpnx.images.decoding import pillow_limits
+from fpnx.images.listing import find_images
 from fpnx.remote.client import connections
 from fpnx.store.reader import FAILED, Item, Store
-from fpnx.store.shard_set import open_pyramids
-from fpnx.visualization.color_scale import Scales, measure
+from fpnx.store.shard_set import open_store
+from fpnx.visualization.color_scale import ColorScales, measure_scales
 from fpnx.visualization.figure import chosen_levels, draw, mode_in_words, rendered
 from fpnx.visualization.html.page import Page, write_page
 from fpnx.visualization.panels import colour_table
-from fpnx.visualization.png_files import Places, save_png
+from fpnx.visualization.png_files import PngPaths, save_png
 from fpnx.visualization.scene import Scene, about_model, find_photo, scene_of
 from fpnx.visualization.selection import select
 
-__all__ = ["Pictures", "visualize"]
+__all__ = ["VisualizeResult", "visualize"]
 
 STORE_ENDINGS = (".h5", ".hdf5", ".part")
 DEFAULT_STEM = "out"  # of photographs that have no name, such as all of a disk
@@ -41,7 +41,7 @@ FOR_PHOTOGRAPHS = ("backbone", "weights", "seed", "size", "device")
 
 
 @dataclass(frozen=True)
-class Pictures:
+class VisualizeResult:
     """What was drawn.
 
     Attributes:
@@ -82,7 +82,7 @@ def visualize(
     html: str | os.PathLike[str] | None = None,
     listener: Listener | None = None,
     **options: Any,
-) -> Pictures:
+) -> VisualizeResult:
     """`fpnx visualize` as a function.
 
     Args:
@@ -105,33 +105,33 @@ def visualize(
     folder = None if html is not None and output is None else Path(output) if output else _folder(paths)
     _check_outputs(folder, None if html is None else Path(html), config)
     with ExitStack() as stack:
-        stack.enter_context(pillow_within_limits())
+        stack.enter_context(pillow_limits())
         stack.enter_context(connections())
         beyond = 0
         named = _are_stores(paths, config)
         if not named:
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="fpnx-"))
-            names = [os.fsdecode(source.name) for source in find(paths).sources]
+            names = [os.fsdecode(source.name) for source in find_images(paths).sources]
             beyond = max(0, len(names) - config.limit)
             if folder is not None:
                 _refuse_existing(folder, names[: config.limit], range(min(len(names), config.limit)), config)
             paths = _extracted(paths, Path(temporary), config, hears)
-        stop = stack.enter_context(stoppable(hears))
-        stores = [stack.enter_context(open_pyramids(path)) for path in paths]
+        stop = stack.enter_context(handle_signals(hears))
+        stores = [stack.enter_context(open_store(path)) for path in paths]
         _refuse_shards_apart(stores)
         show = _Show(stores, named, config, stop, hears)
         pictures = tuple(show.pictures(folder)) if folder is not None else ()
         page = None
         if html is not None:
             page = write_page(Path(html), show.scenes(), show.stores, show.names, config, show.left_out + beyond, hears)
-        return Pictures(folder, pictures, page, tuple(show.skipped.items()), show.left_out + beyond)
+        return VisualizeResult(folder, pictures, page, tuple(show.skipped.items()), show.left_out + beyond)
 
 
 class _Show:
     """The images that are to be drawn, of one or several files."""
 
     def __init__(
-        self, stores: Sequence[Store], named: bool, config: VisualizeConfig, stop: Stop, listener: Listener
+        self, stores: Sequence[Store], named: bool, config: VisualizeConfig, stop: StopRequest, listener: Listener
     ) -> None:
         self.stores, self.config, self._stop, self._listener = stores, config, stop, listener
         self.names = [os.path.basename(store.path) if named else "" for store in stores]
@@ -147,8 +147,10 @@ class _Show:
                 self.skipped[first.paths[row]] = f"failed: {first.error(row)}" if failed else "is not done yet"
         self.rows, self.left_out = ready[: config.limit], max(0, len(ready) - config.limit)
         if not self.rows:
-            why = "; ".join(f"{shown(path)} {reason}" for path, reason in list(self.skipped.items())[:3])
-            raise FpnxError(f"nothing to draw{f' in {shown(first.path)}' if named else ''}: {why or 'no image at all'}")
+            why = "; ".join(f"{escape(path)} {reason}" for path, reason in list(self.skipped.items())[:3])
+            raise FpnxError(
+                f"nothing to draw{f' in {escape(first.path)}' if named else ''}: {why or 'no image at all'}"
+            )
         for store in stores:
             levels = chosen_levels(store, config.levels)
             config.check_channels({lv: store.dataset(size, lv).shape[1] for size in store.sizes for lv in levels})
@@ -156,7 +158,7 @@ class _Show:
 
     def pictures(self, folder: Path) -> Iterator[Path]:
         """Draw and write each picture, and give its path."""
-        places = Places(folder, self.stores[0].paths)
+        places = PngPaths(folder, self.stores[0].paths)
         _refuse_existing(folder, self.stores[0].paths, self.rows, self.config)
         scales = self._scales()
         for scenes in self.scenes():
@@ -166,7 +168,7 @@ class _Show:
             except FpnxError as error:
                 self.skipped[scenes[0].path] = str(error)
                 continue
-            about = {"Title": shown(scenes[0].path), "Description": described(scenes, self.config)}
+            about = {"Title": escape(scenes[0].path), "Description": described(scenes, self.config)}
             save_png(rendered(figure), target, {**about, "Software": f"fpnx {__version__}"})
             yield target
 
@@ -199,12 +201,12 @@ class _Show:
             scenes.append(replace(scene_of(other, same), file=name))
         return scenes
 
-    def _scales(self) -> list[Scales | None]:
+    def _scales(self) -> list[ColorScales | None]:
         if self.config.per_image:
             return [None] * len(self.stores)
         tell = self._listener.progress
         return [
-            measure(
+            measure_scales(
                 store,
                 self.config,
                 chosen_levels(store, self.config.levels),
@@ -230,7 +232,7 @@ def _refuse_existing(folder: Path, paths: Sequence[str], rows: Sequence[int], co
     """Refuse to replace pictures of these rows of `paths` unasked."""
     if config.overwrite:
         return
-    places, there = Places(folder, paths), []
+    places, there = PngPaths(folder, paths), []
     for row in rows:
         try:
             target = places[paths[row]]
@@ -241,7 +243,7 @@ def _refuse_existing(folder: Path, paths: Sequence[str], rows: Sequence[int], co
     if there:
         raise FpnxError(
             f"{len(there)} of the pictures {'is' if len(there) == 1 else 'are'} there already, such as "
-            f"{shown(there[0])}: replace them with --overwrite, or name another folder with -o"
+            f"{escape(there[0])}: replace them with --overwrite, or name another folder with -o"
         )
 
 
@@ -266,10 +268,10 @@ def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
 
 def _refuse_shards_apart(stores: Sequence[Store]) -> None:
     """Shards of one run have no image in common that could be compared: a shell may have taken a pattern apart."""
-    runs = [(store.fingerprint, store.cut.list) for store in stores if store.cut]
+    runs = [(store.fingerprint, store.shard_slice.list) for store in stores if store.shard_slice]
     if len(set(runs)) < len(runs):
         pattern = re.sub(r"\.shard-\d+-", ".shard-*-", stores[0].path)
-        raise FpnxError(f"these are shards of one run: give them as one, in quotes: '{shown(pattern)}'")
+        raise FpnxError(f"these are shards of one run: give them as one, in quotes: '{escape(pattern)}'")
 
 
 def _full_path(item: Item) -> str:
@@ -290,12 +292,12 @@ def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
     ]
     if any(are) and not all(are):
         raise FpnxError(
-            f"{shown(paths[are.index(True)])} is a file of features and {shown(paths[are.index(False)])} is not: "
+            f"{escape(paths[are.index(True)])} is a file of features and {escape(paths[are.index(False)])} is not: "
             f"name the one or the other"
         )
     given = [name for name in FOR_PHOTOGRAPHS if getattr(config, name) is not None]
     if all(are) and given:
-        raise FpnxError(f"--{given[0]} is for photographs: {shown(paths[0])} holds features that are computed already")
+        raise FpnxError(f"--{given[0]} is for photographs: {escape(paths[0])} holds features that are computed already")
     if not all(are) and config.images is not None:
         raise FpnxError("--images picks from a file of features: name the photographs themselves")
     return all(are)
@@ -304,7 +306,7 @@ def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
 def _extracted(paths: Sequence[str], folder: Path, config: VisualizeConfig, listener: Listener) -> list[str]:
     """Files of features, one for each backbone."""
     from fpnx.extraction.run import run_extraction
-    from fpnx.extraction.upload import goal_of
+    from fpnx.extraction.upload import resolve_destination
 
     names = config.backbone or (None,)
     twice = next((name for name in names if list(names).count(name) > 1), None)
@@ -318,7 +320,7 @@ def _extracted(paths: Sequence[str], folder: Path, config: VisualizeConfig, list
         listener.message(f"extracting with {name}" if name else "extracting")
         hears = _Progress(listener, config)
         wanted = ExtractConfig(backbone=name, limit=config.limit, offline=config.offline, **options)
-        run_extraction(paths, goal_of(target, wanted), wanted, listener=hears)
+        run_extraction(paths, resolve_destination(target, wanted), wanted, listener=hears)
         files.append(str(target))
     return files
 
@@ -347,14 +349,14 @@ def _folder(paths: Sequence[str]) -> Path:
 
 def _check_outputs(folder: Path | None, html: Path | None, config: VisualizeConfig) -> None:
     if folder is not None and os.path.lexists(folder) and not folder.is_dir():
-        raise FpnxError(f"{shown(folder)} is not a folder: name another with -o")
+        raise FpnxError(f"{escape(folder)} is not a folder: name another with -o")
     if folder is not None and not folder.parent.is_dir():
-        raise FpnxError(f"{shown(folder.parent)} does not exist: make it, or name another folder with -o")
+        raise FpnxError(f"{escape(folder.parent)} does not exist: make it, or name another folder with -o")
     if html is None:
         return
     if not html.parent.is_dir():
-        raise FpnxError(f"{shown(html.parent)} does not exist: make it, or name another file with --html")
+        raise FpnxError(f"{escape(html.parent)} does not exist: make it, or name another file with --html")
     if html.is_dir():
-        raise FpnxError(f"{shown(html)} is a folder: name a file, such as {shown(html / 'out.html')}")
+        raise FpnxError(f"{escape(html)} is a folder: name a file, such as {escape(html / 'out.html')}")
     if html.exists() and not config.overwrite:
-        raise FpnxError(f"{shown(html)} exists: replace it with --overwrite, or name another with --html")
+        raise FpnxError(f"{escape(html)} exists: replace it with --overwrite, or name another with --html")

@@ -9,16 +9,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["folder", "recall", "remember"]
+__all__ = ["cache_folder", "load_entry", "save_entry"]
 
 
-def folder() -> Path:
+def cache_folder() -> Path:
     """`fpnx` in `$XDG_CACHE_HOME`, or in `~/.cache`; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fpnx"
 
 
-def recall(key: str) -> dict[str, Any] | None:
-    """What `remember` kept under `key`; None where there is nothing whole."""
+def load_entry(key: str) -> dict[str, Any] | None:
+    """What `save_entry` kept under `key`; None where there is nothing whole."""
     try:
         content = json.loads(_file(key).read_bytes())
     except (OSError, ValueError):
@@ -26,7 +26,7 @@ def recall(key: str) -> dict[str, Any] | None:
     return content["value"] if isinstance(content, dict) and content.get("key") == key and "value" in content else None
 
 
-def remember(key: str, value: dict[str, Any]) -> None:
+def save_entry(key: str, value: dict[str, Any]) -> None:
     """Keep `value` under `key`, in one step, so that no reader sees half of it; silent where it cannot be written."""
     file, part = _file(key), None
     try:
@@ -41,4 +41,4 @@ def remember(key: str, value: dict[str, Any]) -> None:
 
 
 def _file(key: str) -> Path:
-    return folder() / "stages" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "stages" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

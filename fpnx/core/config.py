@@ -15,7 +15,7 @@ from typing import Any
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
 from fpnx.core.sharding import Shard, parse_shard
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.core.validation import (
     auto_or_whole,
     check_choice,
@@ -406,7 +406,7 @@ class BenchmarkConfig(InputConfig):
             check_whole("repeats", number, 1, 10_000, "auto or ")
             freeze(self, "repeats", number)
         if self.plot is not None and not self.plot.lower().endswith(PLOTS):
-            raise FpnxError(f"plot {shown(self.plot)}: take a name that ends in {', '.join(PLOTS)}")
+            raise FpnxError(f"plot {escape(self.plot)}: take a name that ends in {', '.join(PLOTS)}")
         if not self.runs():  # which also checks every other field
             raise FpnxError("no precision or no batch size: name at least one, or auto")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fpnx.core.errors import BusyError, FpnxError
-from fpnx.core.text import in_bytes, shown
+from fpnx.core.text import escape, format_bytes
 
 try:
     import fcntl
@@ -30,13 +30,13 @@ __all__ = [
     "LARGE",
     "OpenFile",
     "check_space",
-    "claim",
+    "reserve_space",
     "disk_error",
     "free_bytes",
     "lock",
-    "replace_durably",
+    "replace_file",
     "sync_folder",
-    "whole_or_not_at_all",
+    "atomic_write",
 ]
 
 LARGE = 1 << 16  # bytes from which a piece is worth the system calls that hurry it to the disk
@@ -73,21 +73,23 @@ def lock(output: Path) -> Iterator[bool]:
         try:
             descriptor = os.open(path, flags, 0o666)
         except OSError as error:
-            raise FpnxError(f"cannot write in {shown(output.parent)}: {shown(path.name)}: {error.strerror}") from error
+            raise FpnxError(
+                f"cannot write in {escape(output.parent)}: {escape(path.name)}: {error.strerror}"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 time.sleep(0.1)  # a run that has just taken the lock is about to write who it is
-                holder = shown(os.read(descriptor, 200).decode(errors="replace").strip())
+                holder = escape(os.read(descriptor, 200).decode(errors="replace").strip())
                 os.close(descriptor)
                 raise BusyError(
-                    f"{shown(output)} is being written by another run ({holder or 'unknown'}): "
+                    f"{escape(output)} is being written by another run ({holder or 'unknown'}): "
                     f"wait for it, or take another output"
                 ) from error
             os.close(descriptor)
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise FpnxError(f"cannot lock {shown(path)}: {error.strerror}") from error
+                raise FpnxError(f"cannot lock {escape(path)}: {error.strerror}") from error
             yield False
             return
         # The holder before us may have removed the file between our open and our lock: then it locks nothing.
@@ -112,18 +114,18 @@ def disk_error(error: Exception, output: Path, needed: int) -> FpnxError:
     number = getattr(error, "errno", None) or (int(told[1]) if told else None)
     if number == errno.EFBIG:
         return FpnxError(
-            f"{shown(output)} may not become {in_bytes(needed)} large: this file system or `ulimit -f` forbids it; "
-            f"take another output, or store less with --dtype float16, --pool 7x7 or fewer --levels"
+            f"{escape(output)} may not become {format_bytes(needed)} large: this file system or `ulimit -f` forbids "
+            f"it; take another output, or store less with --dtype float16, --pool 7x7 or fewer --levels"
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
         free = free_bytes(output.parent)
         return FpnxError(
-            f"too little disk space for {shown(output)}: it takes {in_bytes(needed)}"
-            f"{'' if free is None else f' and {in_bytes(free)} are free'}; make room, or store less with "
+            f"too little disk space for {escape(output)}: it takes {format_bytes(needed)}"
+            f"{'' if free is None else f' and {format_bytes(free)} are free'}; make room, or store less with "
             f"--dtype float16, --pool 7x7 or fewer --levels"
         )
-    why = os.strerror(number) if number else shown(str(error))
-    return FpnxError(f"cannot write {shown(output)}: {why}")
+    why = os.strerror(number) if number else escape(str(error))
+    return FpnxError(f"cannot write {escape(output)}: {why}")
 
 
 def check_space(output: Path, needed: int, free: int | None) -> None:
@@ -132,7 +134,7 @@ def check_space(output: Path, needed: int, free: int | None) -> None:
         raise disk_error(OSError(errno.ENOSPC, ""), output, needed)
 
 
-def claim(descriptor: int, size: int) -> bool:
+def reserve_space(descriptor: int, size: int) -> bool:
     """Have the file system set aside `size` bytes; False where it cannot promise them.
 
     fallocate itself, since glibc's posix_fallocate writes into every block where a file system cannot do it: the
@@ -249,7 +251,7 @@ class OpenFile:
 
 
 @contextlib.contextmanager
-def whole_or_not_at_all(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a small file under; at the end it is renamed, after an error there is nothing.
 
     Raises:
@@ -264,10 +266,10 @@ def whole_or_not_at_all(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise FpnxError(f"cannot write {shown(path)}: {error.strerror or error}") from error
+        raise FpnxError(f"cannot write {escape(path)}: {error.strerror or error}") from error
 
 
-def replace_durably(path: Path, chunks: Iterable[bytes]) -> None:
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     """Put `chunks` in the place of what is at `path`, whole or not at all; what is there then outlives a power cut.
 
     Raises:

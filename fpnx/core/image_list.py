@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fpnx.core.sharding import Cut
+from fpnx.core.sharding import ShardSlice
 
 __all__ = ["ImageList", "ImageRecord", "list_fingerprint", "record_line"]
 
@@ -40,7 +40,7 @@ class ImageList:
 
     root: bytes
     records: tuple[ImageRecord, ...]
-    shard: Cut | None = None
+    shard: ShardSlice | None = None
 
     def __len__(self) -> int:
         return len(self.records)

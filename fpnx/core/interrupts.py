@@ -12,12 +12,12 @@ from types import FrameType
 from fpnx.core.errors import Interrupted
 from fpnx.core.events import Listener
 
-__all__ = ["Stop", "stoppable"]
+__all__ = ["StopRequest", "handle_signals"]
 
 ECHO = 0.3  # seconds in which a second signal is taken for the same request: `timeout` sends its own twice
 
 
-class Stop:
+class StopRequest:
     """Whether a signal asked the run to stop.
 
     Before `begin` there is nothing to keep, and a signal raises where it strikes; after it, `signum` is set, and
@@ -35,12 +35,12 @@ class Stop:
 
 
 @contextmanager
-def stoppable(listener: Listener) -> Iterator[Stop]:
+def handle_signals(listener: Listener) -> Iterator[StopRequest]:
     """The first SIGINT or SIGTERM asks to stop after the batch in flight; the second stops at once.
 
     Signals that are ignored, as in `nohup`, stay so. Outside the main thread nothing is changed.
     """
-    stop = Stop()
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -8,7 +8,7 @@ from typing import Any
 
 from fpnx.core.config import ExtractConfig
 from fpnx.core.provenance import WeightsInfo
-from fpnx.core.sharding import Cut
+from fpnx.core.sharding import ShardSlice
 
 __all__ = ["LevelShape", "PlanSummary"]
 
@@ -64,7 +64,7 @@ class PlanSummary:
     scratch: str | None
     images: int
     skipped: int
-    shard: Cut | None
+    shard: ShardSlice | None
     done_before: int
     root: str
     backbone: str

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 
 __all__ = ["AS_GIVEN", "ModelPart", "Provenance", "Setting", "WeightsInfo"]
 
@@ -41,7 +41,7 @@ class ModelPart:
         if self.source == AS_GIVEN:
             return AS_GIVEN
         state = {True: "trained", False: "untrained", None: "from file"}[self.trained]
-        return f"{state} ({shown(self.source)})"
+        return f"{state} ({escape(self.source)})"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, which `from_json` takes back."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from fpnx.core.errors import FpnxError
 
-__all__ = ["Cut", "Shard", "parse_shard", "shard_path"]
+__all__ = ["ShardSlice", "Shard", "parse_shard", "shard_path"]
 
 MOST = 99_999  # what five digits hold
 ARRAY_ID, ARRAY_LEAST, ARRAY_MOST, RANK = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "RANK"
@@ -33,7 +33,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSlice:
     """Which slice of which list the images of a shard are; every shard's file says it, in its attribute `shard`.
 
     Attributes:
@@ -50,12 +50,12 @@ class Cut:
     list: str
 
     @classmethod
-    def of(cls, shard: Shard, images: int, fingerprint: str) -> Cut:
+    def of(cls, shard: Shard, images: int, fingerprint: str) -> ShardSlice:
         """The cut that `shard` makes in a list of `images`."""
         return cls(shard.index, shard.count, shard.slice(images).start, images, fingerprint)
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Cut:
+    def from_json(cls, told: Mapping[str, Any]) -> ShardSlice:
         """Raises ValueError for what `to_json` never gives."""
         held = [told.get(name) for name in ("index", "count", "first", "images")]
         if not all(type(number) is int for number in held) or not isinstance(told.get("list"), str):

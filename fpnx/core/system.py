@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_memory", "give_back_freed_memory", "keep_freed_memory", "usable_cpus"]
+__all__ = ["available_memory", "release_freed_memory", "keep_freed_memory", "usable_cpus"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -55,7 +55,7 @@ def keep_freed_memory() -> None:
             library.mallopt(M_ARENA_MAX, 1)
 
 
-def give_back_freed_memory() -> None:
+def release_freed_memory() -> None:
     """Have glibc hand what is free by now back to the system, after all; with another C library nothing happens.
 
     For the moments at which something large has gone: between what is still in use, little of that comes to use again.

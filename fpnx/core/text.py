@@ -7,14 +7,14 @@ import os
 import re
 from collections.abc import Iterable
 
-__all__ = ["counted", "in_bytes", "nearest", "shown"]
+__all__ = ["plural", "format_bytes", "did_you_mean", "escape"]
 
 # What of a URL may be a secret: user and password, and the query, which signs requests. Other schemes have no query.
 USER = re.compile(r"(?<=://)(?:[^/?#\s@]*@|[^/?#\s@:]*:(?!\d+/)[^\s@]*@)")
 QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
 
 
-def shown(name: str | bytes | os.PathLike[str]) -> str:
+def escape(name: str | bytes | os.PathLike[str]) -> str:
     """A file name as a terminal may see it: control characters and undecodable bytes are escaped, and of a URL what
     may be a secret is left out."""
     text = os.fsdecode(name)
@@ -23,18 +23,18 @@ def shown(name: str | bytes | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean resnet50?)"`, or nothing where no choice is near."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def counted(number: int, what: str) -> str:
+def plural(number: int, what: str) -> str:
     """`"1 image"`, `"2 images"`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def in_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes in the largest unit that it has one of: `"3.2 GB"`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import nearest, shown
+from fpnx.core.text import did_you_mean, escape
 
 __all__ = [
     "auto_or_whole",
@@ -156,7 +156,7 @@ def check_types(config: Any) -> None:
             words = " or ".join(WORDS[kind] for kind in taken if kind in WORDS)
             such = "" if each.default in (None, "") else f", such as {each.default!r}"
             name = each.name.replace("_", " ")
-            raise FpnxError(f"{name} {shown(repr(value))[:80]}: take {words}{such}")
+            raise FpnxError(f"{name} {escape(repr(value))[:80]}: take {words}{such}")
 
 
 @functools.cache
@@ -193,4 +193,4 @@ def check_whole(what: str, value: object, least: int, most: int, before: str = "
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:
     """Refuse what is none of `choices`, naming the nearest."""
     if value not in choices:
-        raise FpnxError(f"{what} {value!r}: take one of {', '.join(choices)}{nearest(str(value), choices)}")
+        raise FpnxError(f"{what} {value!r}: take one of {', '.join(choices)}{did_you_mean(str(value), choices)}")

@@ -19,29 +19,29 @@ from fpnx._version import __version__
 from fpnx.core.config import EngineConfig, ExtractConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
-from fpnx.core.files import check_space, disk_error, lock, replace_durably
+from fpnx.core.files import check_space, disk_error, lock, replace_file
 from fpnx.core.image_list import ImageList, list_fingerprint
-from fpnx.core.interrupts import Stop, stoppable
-from fpnx.core.sharding import Cut, Shard, shard_path
-from fpnx.core.text import shown
-from fpnx.distributed.placement import Node, Seats, seats_on
-from fpnx.distributed.quarantine import Ledger, Quarantine
-from fpnx.distributed.worker import Job, Report
+from fpnx.core.interrupts import StopRequest, handle_signals
+from fpnx.core.sharding import Shard, ShardSlice, shard_path
+from fpnx.core.text import escape
+from fpnx.distributed.placement import Node, Placement, place_actors
+from fpnx.distributed.quarantine import AttemptLog, Quarantine
+from fpnx.distributed.worker import ShardJob, ShardReport
 from fpnx.extraction.pipeline import STAGES
-from fpnx.extraction.plan import Plan, decoders_for, make_plan
+from fpnx.extraction.plan import Plan, decode_threads, make_plan
 from fpnx.extraction.run import Result
-from fpnx.images.decoding import pillow_within_limits
-from fpnx.images.listing import find
-from fpnx.images.manifest import is_list, written_list
+from fpnx.images.decoding import pillow_limits
+from fpnx.images.listing import find_images
+from fpnx.images.manifest import is_manifest, manifest_lines
 from fpnx.inference.devices import resolve_precision
-from fpnx.inference.engine_cache import Equipment
+from fpnx.inference.engine_cache import EngineCache
 from fpnx.remote.client import connections
 from fpnx.remote.urls import is_url
 from fpnx.store.output_path import DEFAULT_OUTPUTS, check_output, real_output
-from fpnx.store.reader import DONE, PENDING, open_store
-from fpnx.store.writer import part_of, refuse_other_run
+from fpnx.store.reader import DONE, PENDING, open_store_file
+from fpnx.store.writer import check_same_run, part_path
 
-__all__ = ["Crew", "Work", "extract_across", "list_path", "shards_beside", "shards_for"]
+__all__ = ["Backend", "RunningWork", "extract_distributed", "list_path", "shards_beside", "shards_for"]
 
 SHARD_IMAGES = 1024  # at most: what a death can cost, and long enough to hide what handing out costs
 HEED = 0.5  # seconds within which a signal is heard
@@ -50,10 +50,10 @@ GRACE = 30.0  # seconds that workers have to come back when they are told to sto
 NOT_THEIRS = {"limit", "shard", "dry_run", "resume", "overwrite", *(each.name for each in fields(EngineConfig))}
 
 
-class Work(Protocol):
+class RunningWork(Protocol):
     """Shards that are being worked on."""
 
-    def next(self, seconds: float) -> Report | bool:
+    def next(self, seconds: float) -> ShardReport | bool:
         """The next report; True where none came in time, False where none will come any more."""
 
     def finished(self) -> Mapping[int, int]:
@@ -63,18 +63,18 @@ class Work(Protocol):
         """Have workers come back with what they have; shards that wait are not begun."""
 
 
-class Crew(Protocol):
+class Backend(Protocol):
     """Who works on shards: what an engine gives."""
 
     def nodes(self) -> Sequence[Node]:
         """The machines that there are."""
 
-    def hand_out(self, job: Job, shards: Sequence[int], seats: Seats) -> Work:
+    def hand_out(self, job: ShardJob, shards: Sequence[int], seats: Placement) -> RunningWork:
         """Start on `shards`, in their order."""
 
 
 @dataclass
-class Standing:
+class ShardStatus:
     """How far a shard is, as its file says: images that are done, failed, and whether it has its final name."""
 
     done: int = 0
@@ -88,12 +88,12 @@ class Standing:
         return self.done + len(self.failed)
 
 
-def extract_across(
+def extract_distributed(
     images: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] | None,
     config: ExtractConfig,
     listener: Listener,
-    engine: Callable[[], AbstractContextManager[Crew]],
+    engine: Callable[[], AbstractContextManager[Backend]],
 ) -> Result:
     """Images → one file for each shard, by the workers of `engine`; what is there of the same run is gone on with.
 
@@ -103,20 +103,20 @@ def extract_across(
     """
     if output is not None and is_url(os.fsencode(output)):
         raise FpnxError(
-            f"output {shown(os.fspath(output))}: workers go on with each other's files, on a disk that all of them "
+            f"output {escape(os.fspath(output))}: workers go on with each other's files, on a disk that all of them "
             "see: name a file there, and send the shards when they are done"
         )
     target = real_output(Path(output or DEFAULT_OUTPUTS["h5"]).absolute())
     check_output(target, replace(config, resume=True, overwrite=False))  # its name alone: no file of it is made
-    with connections(), stoppable(listener) as stop, pillow_within_limits():
-        listing = find(images, config.limit)
+    with connections(), handle_signals(listener) as stop, pillow_limits():
+        listing = find_images(images, config.limit)
         for remark in (*listing.remarks, *listing.lost):
             listener.message(remark)
         with contextlib.nullcontext(True) if config.dry_run else lock(target) as alone:
             if not alone:
                 listener.message("files cannot be locked here: see to it that no second run writes these shards")
             count = _count(target, config, () if config.overwrite else shards_beside(target))
-            plan = make_plan(target, replace(config, device="cpu"), listing, listener, Equipment(), handed_out=True)
+            plan = make_plan(target, replace(config, device="cpu"), listing, listener, EngineCache(), handed_out=True)
             run = _Campaign(target, plan, config, listener)
             if count is not None:
                 run.cut(count)  # refuses other images and other options, before anything is started
@@ -125,7 +125,7 @@ def extract_across(
                 listener.planned(run.plan.summary)
                 return run.result(0.0, dry_run=True)
             with engine() as crew:
-                seats = seats_on(crew.nodes(), config)
+                seats = place_actors(crew.nodes(), config)
                 run.seat(seats)
                 if count is None:
                     run.cut(shards_for(len(listing.sources), seats.actors))
@@ -161,8 +161,8 @@ class _Campaign:
     def __init__(self, target: Path, plan: Plan, config: ExtractConfig, listener: Listener) -> None:
         self.target, self.plan, self.config, self.listener = target, plan, config, listener
         self.count = 0
-        self.standing: list[Standing] = []
-        self.reports: dict[int, Report] = {}
+        self.standing: list[ShardStatus] = []
+        self.reports: dict[int, ShardReport] = {}
         self._shown: tuple[int, str] | None = None
 
     @property
@@ -182,11 +182,11 @@ class _Campaign:
             self.plan, output=self.target.with_name(pattern), config=replace(self.plan.config, shards=count)
         )
         if self.config.overwrite:
-            self.standing = [Standing() for _ in range(count)]
+            self.standing = [ShardStatus() for _ in range(count)]
         else:
             self.look()
 
-    def seat(self, seats: Seats) -> None:
+    def seat(self, seats: Placement) -> None:
         """Settle who works.
 
         Raises:
@@ -198,7 +198,7 @@ class _Campaign:
             self.plan,
             config=replace(self.plan.config, actors=seats.actors, cpus=seats.cpus),
             devices=(device,),
-            workers=decoders_for(self.config, self.plan.listing, seats.cpus),
+            workers=decode_threads(self.config, self.plan.listing, seats.cpus),
             cpus=seats.cpus,
         )
 
@@ -210,7 +210,9 @@ class _Campaign:
         for index in range(self.count):
             shard = Shard(index, self.count)
             place = shard.slice(self.total)
-            own = ImageList(images.root, images.records[place.start : place.stop], Cut.of(shard, self.total, whole))
+            own = ImageList(
+                images.root, images.records[place.start : place.stop], ShardSlice.of(shard, self.total, whole)
+            )
             self.standing.append(self._look_at(shard_path(self.target, shard), own))
         self.plan = replace(self.plan, done_before=sum(each.done for each in self.standing))
 
@@ -220,7 +222,7 @@ class _Campaign:
         there = sum(path.stat().st_size for paths in shards_beside(self.target).values() for path in paths)
         check_space(self.target, needed - there, self.plan.bytes_free)
 
-    def carry_out(self, hand_out: Callable[[Job, Sequence[int]], Work], stop: Stop) -> Result:
+    def carry_out(self, hand_out: Callable[[ShardJob, Sequence[int]], RunningWork], stop: StopRequest) -> Result:
         """Write the list, have all shards worked on, and see what came of it."""
         todo = [index for index, each in enumerate(self.standing) if not each.complete]
         started = time.monotonic()
@@ -273,19 +275,19 @@ class _Campaign:
             engine=self._facts(),
         )
 
-    def _look_at(self, file: Path, own: ImageList) -> Standing:
-        path = next((path for path in (file, part_of(file)) if path.exists()), None)
+    def _look_at(self, file: Path, own: ImageList) -> ShardStatus:
+        path = next((path for path in (file, part_path(file)) if path.exists()), None)
         if path is None:
-            return Standing()
-        with open_store(path) as store:
-            refuse_other_run(store, self.plan.layout.config, own)
+            return ShardStatus()
+        with open_store_file(path) as store:
+            check_same_run(store, self.plan.layout.config, own)
             pending = bool((store.status == PENDING).any())
             if path == file and pending:
                 raise FpnxError(
-                    f"{shown(file)} is not finished, for all its name: rename it to {shown(part_of(file).name)} and "
-                    f"give the same command again, or start over with --overwrite"
+                    f"{escape(file)} is not finished, for all its name: rename it to {escape(part_path(file).name)} "
+                    f"and give the same command again, or start over with --overwrite"
                 )
-            return Standing(
+            return ShardStatus(
                 done=int((store.status == DONE).sum()),
                 failed=tuple(store.failures()),
                 complete=path == file,
@@ -295,20 +297,20 @@ class _Campaign:
     def _write_list(self) -> None:
         """The list that every worker reads its slice of, unless the very same is there."""
         path, listing = list_path(self.target), self.plan.listing
-        if path.exists() and not is_list(os.fsencode(path)):
-            raise FpnxError(f"{shown(path)} is in the way of the list of images: move it, or name another with -o")
+        if path.exists() and not is_manifest(os.fsencode(path)):
+            raise FpnxError(f"{escape(path)} is in the way of the list of images: move it, or name another with -o")
         try:
-            replace_durably(path, written_list(listing.root, listing.records.records, listing.skipped))
+            replace_file(path, manifest_lines(listing.root, listing.records.records, listing.skipped))
         except OSError as error:
             raise disk_error(error, path, 0) from error
 
-    def _job(self) -> Job:
+    def _job(self) -> ShardJob:
         known = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
         options = {name: list(v) if isinstance(v, tuple) else v for name, v in known.items() if name not in NOT_THEIRS}
         options |= {"device": self.plan.device.type, "cpus": self.plan.cpus}
         if os.path.isfile(self.config.weights):
             options["weights"] = os.path.abspath(self.config.weights)
-        return Job(
+        return ShardJob(
             run=secrets.token_hex(8),
             version=__version__,
             images=os.fspath(list_path(self.target)),
@@ -317,7 +319,7 @@ class _Campaign:
             options=options,
         )
 
-    def _follow(self, work: Work, stop: Stop) -> str | None:
+    def _follow(self, work: RunningWork, stop: StopRequest) -> str | None:
         """Show how the work goes on until it ends; why it ended early, or None."""
         stopped: str | None = None
         until = float("inf")
@@ -325,7 +327,7 @@ class _Campaign:
             event = work.next(HEED)
             if event is False:
                 break
-            if isinstance(event, Report):
+            if isinstance(event, ShardReport):
                 self._hear(event)
                 if event.state == "stopped" and stopped is None:
                     stopped = event.reason
@@ -337,7 +339,7 @@ class _Campaign:
             self._tell(work.finished())
         return stopped
 
-    def _hear(self, report: Report) -> None:
+    def _hear(self, report: ShardReport) -> None:
         self.reports[report.shard] = report
         for message in report.messages:
             self.listener.message(message)
@@ -401,7 +403,7 @@ def _count(target: Path, config: ExtractConfig, there: Iterable[Shard]) -> int |
     counts = sorted({shard.count for shard in there})
     if len(counts) > 1:
         raise FpnxError(
-            f"beside {shown(target)} are shards of {' and '.join(map(str, counts))}: remove those of all but one, or "
+            f"beside {escape(target)} are shards of {' and '.join(map(str, counts))}: remove those of all but one, or "
             f"start over with --overwrite"
         )
     if counts and config.shards not in ("auto", counts[0]):
@@ -423,5 +425,5 @@ def _remove(target: Path) -> None:
     for shard, paths in shards_beside(target).items():
         file = shard_path(target, shard)
         with lock(file):
-            for path in (*paths, Ledger(file).path, Quarantine(file).path):
+            for path in (*paths, AttemptLog(file).path, Quarantine(file).path):
                 path.unlink(missing_ok=True)

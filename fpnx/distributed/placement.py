@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
 
-__all__ = ["Node", "Seats", "seats_on"]
+__all__ = ["Node", "Placement", "place_actors"]
 
 MOST_CPUS = 16  # of an actor: lanes beyond that would wait for each other
 
@@ -22,7 +22,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Seats:
+class Placement:
     """Room for workers: how many, and what each has."""
 
     actors: int
@@ -30,7 +30,7 @@ class Seats:
     gpus: int
 
 
-def seats_on(nodes: Sequence[Node], config: ExtractConfig) -> Seats:
+def place_actors(nodes: Sequence[Node], config: ExtractConfig) -> Placement:
     """How many actors to start, and with what.
 
     With GPUs each actor takes one and its share of that machine's processors; without, as few actors as can use all
@@ -65,7 +65,7 @@ def seats_on(nodes: Sequence[Node], config: ExtractConfig) -> Seats:
             f"{actors or 'one'} actors of {cpus} processors: the cluster has room for {room} "
             f"({kind} on {len(able)} machines): take fewer --actors, or fewer --cpus for each"
         )
-    return Seats(actors, cpus, 1 if on_gpus else 0)
+    return Placement(actors, cpus, 1 if on_gpus else 0)
 
 
 def _fitting(nodes: Sequence[Node], cpus: int) -> int:

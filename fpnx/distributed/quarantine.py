@@ -20,14 +20,14 @@ from typing import Any
 import fpnx
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
-from fpnx.core.files import replace_durably, sync_folder
-from fpnx.core.text import shown
+from fpnx.core.files import replace_file, sync_folder
+from fpnx.core.text import escape
 from fpnx.extraction.run import run_extraction
-from fpnx.extraction.upload import goal_of
-from fpnx.images.manifest import written_list
-from fpnx.images.reading import Source
+from fpnx.extraction.upload import resolve_destination
+from fpnx.images.manifest import manifest_lines
+from fpnx.images.reading import ImageSource
 
-__all__ = ["Quarantine", "find_culprits", "Attempt", "Ledger"]
+__all__ = ["Quarantine", "find_culprits", "Attempt", "AttemptLog"]
 
 HEED = 0.5  # seconds within which a request to stop is heard
 TRIAL = [sys.executable, "-m", "fpnx.distributed.quarantine"]
@@ -65,14 +65,14 @@ class Quarantine:
             "culprits": [{"path": os.fsdecode(name), "reason": reason} for name, reason in culprits.items()],
         }
         try:
-            replace_durably(self.path, [json.dumps(told, indent=2).encode() + b"\n"])
+            replace_file(self.path, [json.dumps(told, indent=2).encode() + b"\n"])
         except OSError as error:
-            raise FpnxError(f"cannot write {shown(self.path)}: {error.strerror}") from error
+            raise FpnxError(f"cannot write {escape(self.path)}: {error.strerror}") from error
 
 
 def find_culprits(
     root: bytes,
-    sources: Sequence[Source],
+    sources: Sequence[ImageSource],
     options: Mapping[str, Any],
     found: Callable[[bytes, str], None],
     heed: Callable[[], None],
@@ -99,12 +99,14 @@ def find_culprits(
         find_culprits(root, half, options, found, heed)
 
 
-def _death(root: bytes, sources: Iterable[Source], options: Mapping[str, Any], heed: Callable[[], None]) -> str | None:
+def _death(
+    root: bytes, sources: Iterable[ImageSource], options: Mapping[str, Any], heed: Callable[[], None]
+) -> str | None:
     """How a process that computes these images died; None where it ended by itself, whatever came of them."""
     with tempfile.TemporaryDirectory(prefix="fpnx-") as folder:
         listed = Path(folder, "list.txt")
         records = [source.record for source in sources]
-        listed.write_bytes(b"".join(written_list(root, records, 0)))
+        listed.write_bytes(b"".join(manifest_lines(root, records, 0)))
         request = {
             "images": [f"@{listed}"],
             "output": str(Path(folder, "trial.h5")),
@@ -162,7 +164,7 @@ class Attempt:
     search: bool = False
 
 
-class Ledger:
+class AttemptLog:
     """The file `SHARD.attempts`: a line is appended, and is on the disk, before work on the shard begins.
 
     A worker that ends by itself, however its work went, takes the file away; so what stands in it are deaths, and
@@ -208,7 +210,7 @@ class Ledger:
             self.path.unlink(missing_ok=True)
 
     def _refused(self, error: OSError) -> FpnxError:
-        return FpnxError(f"cannot keep {shown(self.path)}: {error.strerror}")
+        return FpnxError(f"cannot keep {escape(self.path)}: {error.strerror}")
 
 
 def _parsed(lines: list[bytes]) -> Iterator[Attempt]:
@@ -227,7 +229,7 @@ def main() -> None:
         score.write("1000")
     with contextlib.suppress(Exception):
         config = ExtractConfig(**request["options"])
-        run_extraction(request["images"], goal_of(request["output"], config), config)
+        run_extraction(request["images"], resolve_destination(request["output"], config), config)
     os.write(1, b"ended\n")
     os._exit(0)  # the thread that waits for the input's end must not hold up this one
 

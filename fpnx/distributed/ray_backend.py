@@ -22,11 +22,11 @@ from typing import Any
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.system import usable_cpus
-from fpnx.core.text import shown
-from fpnx.distributed.placement import Node, Seats
-from fpnx.distributed.worker import Job, Report, Worker
+from fpnx.core.text import escape
+from fpnx.distributed.placement import Node, Placement
+from fpnx.distributed.worker import ShardJob, ShardReport, Worker
 
-__all__ = ["Cluster", "Handed", "connected", "require_ray"]
+__all__ = ["RayBackend", "RayWork", "connect", "require_ray"]
 
 SILENCE = 10.0  # seconds for a word from another machine
 STORE_BYTES = 100 << 20  # of Ray's object store on this machine: all that travels is small
@@ -50,13 +50,13 @@ def require_ray() -> None:
         raise FpnxError('engine ray: Ray Data is not installed: pip install "fpnx[ray]"')
     if os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
         raise FpnxError(
-            f"RAY_ADDRESS {shown(os.environ['RAY_ADDRESS'])}: Ray Client cannot hand out shards: start fpnx on a "
+            f"RAY_ADDRESS {escape(os.environ['RAY_ADDRESS'])}: Ray Client cannot hand out shards: start fpnx on a "
             f"machine of the cluster with RAY_ADDRESS=auto, or by `ray job submit`"
         )
 
 
-class Cluster:
-    """A connection to Ray, made by `connected`."""
+class RayBackend:
+    """A connection to Ray, made by `connect`."""
 
     def __init__(self, ray: Any, address: str) -> None:
         self._ray, self.address = ray, address
@@ -66,25 +66,25 @@ class Cluster:
         found = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         return [Node(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in found]
 
-    def hand_out(self, job: Job, shards: Sequence[int], seats: Seats) -> Handed:
+    def hand_out(self, job: ShardJob, shards: Sequence[int], seats: Placement) -> RayWork:
         """Start on `shards`, in their order."""
-        return Handed(self._ray, job, shards, seats)
+        return RayWork(self._ray, job, shards, seats)
 
 
-class Handed:
+class RayWork:
     """Shards that are being worked on."""
 
-    def __init__(self, ray: Any, job: Job, shards: Sequence[int], seats: Seats) -> None:
+    def __init__(self, ray: Any, job: ShardJob, shards: Sequence[int], seats: Placement) -> None:
         self._ray = ray
         home = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         here = home(ray.get_runtime_context().get_node_id(), soft=False)  # it lives as long as whom it informs
-        self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-        self._events: queue.SimpleQueue[Report | BaseException | None] = queue.SimpleQueue()
+        self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()
+        self._events: queue.SimpleQueue[ShardReport | BaseException | None] = queue.SimpleQueue()
         arguments = (job, shards, seats)
         self._thread = threading.Thread(target=self._run, args=arguments, name="fpnx-ray", daemon=True)
         self._thread.start()
 
-    def next(self, seconds: float) -> Report | bool:
+    def next(self, seconds: float) -> ShardReport | bool:
         """The next report; True where none came in time, False where none will come any more.
 
         Raises:
@@ -115,7 +115,7 @@ class Handed:
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.get(self._board.stop.remote(), timeout=SILENCE)
 
-    def _run(self, job: Job, shards: Sequence[int], seats: Seats) -> None:
+    def _run(self, job: ShardJob, shards: Sequence[int], seats: Placement) -> None:
         try:
             for report in _reports(self._ray, self._board, job, shards, seats):
                 self._events.put(report)
@@ -124,7 +124,7 @@ class Handed:
             self._events.put(error)
 
 
-def _reports(ray: Any, board: Any, job: Job, shards: Sequence[int], seats: Seats) -> Iterator[Report]:
+def _reports(ray: Any, board: Any, job: ShardJob, shards: Sequence[int], seats: Placement) -> Iterator[ShardReport]:
     """One row a shard, through a pool of actors, each of which has one in hand.
 
     Ray Data starts actors again that died, and gives them their row once more, without end: the ledger sets the limit.
@@ -144,10 +144,10 @@ def _reports(ray: Any, board: Any, job: Job, shards: Sequence[int], seats: Seats
         num_gpus=seats.gpus,
     )
     for row in made.iter_rows():
-        yield Report(**json.loads(row["report"]))
+        yield ShardReport(**json.loads(row["report"]))
 
 
-class Board:
+class ProgressBoard:
     """Where workers write how far they are, and read whether to stop; a Ray actor beside the driver."""
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ class Actor:
     """A `Worker` as Ray Data calls it: rows of shards → rows of reports, in JSON."""
 
     def __init__(self, job: str, board: Any) -> None:
-        self._worker = Worker(Job(**json.loads(job)), _teller(board))
+        self._worker = Worker(ShardJob(**json.loads(job)), _teller(board))
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[str]]:
         return {"report": [json.dumps(self._worker(int(shard)).to_json()) for shard in rows["shard"]]}
@@ -193,7 +193,7 @@ def _teller(board: Any) -> Callable[[int, int], bool]:
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[Cluster]:
+def connect() -> Iterator[RayBackend]:
     """A connection to the cluster of RAY_ADDRESS, to the one that this process is connected to, or to a new one of
     this machine alone, which ends with it.
 
@@ -216,7 +216,7 @@ def connected() -> Iterator[Cluster]:
             if not theirs:
                 _connect(ray, address)
             try:
-                yield Cluster(ray, address)
+                yield RayBackend(ray, address)
             finally:
                 if not theirs:
                     ray.shutdown()
@@ -239,7 +239,7 @@ def _connect(ray: Any, address: str) -> None:
         with _signals_kept(), _quiet_start(said):
             ray.init(**options)
     except Exception as error:
-        where = "a cluster on this machine" if address == "local" else f"the cluster at RAY_ADDRESS {shown(address)}"
+        where = "a cluster on this machine" if address == "local" else f"the cluster at RAY_ADDRESS {escape(address)}"
         why = _first_line(error)
         if any(b"InvalidAuthToken" in line for line in said):
             why = f"it does not take this token (RAY_AUTH_MODE is {os.environ.get('RAY_AUTH_MODE', 'not set')} here)"
@@ -304,9 +304,9 @@ def _quiet_start(said: list[bytes]) -> Iterator[None]:
 def _cause(error: BaseException) -> str:
     """What happened on the other machine: the last line of the trace that Ray hands on."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() if line.strip()]
-    return shown(lines[-1] if lines else type(error).__name__)
+    return escape(lines[-1] if lines else type(error).__name__)
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return shown(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+    return escape(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)

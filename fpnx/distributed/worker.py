@@ -19,16 +19,16 @@ from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import BusyError, FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.sharding import Shard, shard_path
-from fpnx.core.text import shown
-from fpnx.distributed.quarantine import Attempt, Ledger, Quarantine, find_culprits
+from fpnx.core.text import escape
+from fpnx.distributed.quarantine import Attempt, AttemptLog, Quarantine, find_culprits
 from fpnx.extraction.run import Result, run_extraction
-from fpnx.extraction.upload import goal_of
-from fpnx.images.listing import Listing, find
-from fpnx.inference.engine_cache import Equipment
-from fpnx.store.reader import PENDING, open_store
-from fpnx.store.writer import part_of
+from fpnx.extraction.upload import resolve_destination
+from fpnx.images.listing import Listing, find_images
+from fpnx.inference.engine_cache import EngineCache
+from fpnx.store.reader import PENDING, open_store_file
+from fpnx.store.writer import part_path
 
-__all__ = ["Job", "Report", "Worker"]
+__all__ = ["ShardJob", "ShardReport", "Worker"]
 
 DEATHS = 3  # of workers, from which on a shard is searched for the image to blame; and of searches, to give it up
 TELL_EVERY = 1.0  # seconds
@@ -38,7 +38,7 @@ Tell = Callable[[int, int], bool]  # shard, images of it that are finished → w
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """What all workers of a run are told; plain values.
 
     Attributes:
@@ -59,7 +59,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Report:
+class ShardReport:
     """How the work on a shard ended; plain values.
 
     Attributes:
@@ -99,11 +99,11 @@ class Worker:
         tell: hears how far a shard is, about every second; gives back whether to stop.
     """
 
-    def __init__(self, job: Job, tell: Tell) -> None:
+    def __init__(self, job: ShardJob, tell: Tell) -> None:
         self._job, self._tell = job, tell
-        self._equipment = Equipment()
+        self._equipment = EngineCache()
 
-    def __call__(self, index: int) -> Report:
+    def __call__(self, index: int) -> ShardReport:
         started, ear = time.monotonic(), _Ear(index, self._tell)
         known: dict[str, Any] = {"shard": index, "worker": f"process {os.getpid()} on {socket.gethostname()}"}
         try:
@@ -120,7 +120,7 @@ class Worker:
             what = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
             known |= {"state": "failed", "reason": f"a fault of fpnx, please report it: {what}"}
         culprits = Quarantine(self._file(index)).culprits(self._job.run)
-        return Report(
+        return ShardReport(
             **known,
             culprits=[os.fsdecode(name) for name in culprits],
             messages=ear.messages,
@@ -139,7 +139,7 @@ class Worker:
                 f"started: install one version everywhere"
             )
         file = self._file(index)
-        ledger, quarantine = Ledger(file), Quarantine(file)
+        ledger, quarantine = AttemptLog(file), Quarantine(file)
         before = ledger.attempts()
         deaths = [attempt for attempt in before if attempt.run == self._job.run]
         searches = sum(attempt.search for attempt in deaths)
@@ -163,7 +163,7 @@ class Worker:
     def _extract(self, index: int, fresh: bool, barred: Mapping[bytes, str], ear: _Ear) -> Result:
         shard = Shard(index, self._job.shards)
         config = ExtractConfig(**self._job.options, shard=shard, resume=not fresh, overwrite=fresh)
-        goal, patience = goal_of(self._job.output, config), time.monotonic() + BUSY
+        goal, patience = resolve_destination(self._job.output, config), time.monotonic() + BUSY
         while True:
             try:
                 return run_extraction(
@@ -179,15 +179,15 @@ class Worker:
         """The images that kill their process, by name; each is written down when it is found."""
         culprits = quarantine.culprits(self._job.run)
         quarantine.write(self._job.run, deaths, culprits)
-        listing = find(self._images, None, Shard(index, self._job.shards))
-        pending = listing.sources if fresh else _pending(part_of(self._file(index)), listing)
+        listing = find_images(self._images, None, Shard(index, self._job.shards))
+        pending = listing.sources if fresh else _pending(part_path(self._file(index)), listing)
         suspects = [source for source in pending if source.name not in culprits]
         ear.message(f"shard {index} killed its worker {deaths} times: trying {len(suspects)} images in other processes")
 
         def found(name: bytes, reason: str) -> None:
             culprits[name] = reason
             quarantine.write(self._job.run, deaths, culprits)
-            ear.message(f"{shown(name)} {reason}")
+            ear.message(f"{escape(name)} {reason}")
 
         if suspects:
             find_culprits(listing.root, suspects, self._job.options, found, ear.heed)
@@ -252,7 +252,7 @@ def _pending(part: Path, listing: Listing) -> Sequence[Any]:
     """The images of an unfinished file that are not done; all of them where there is none."""
     if not part.exists():
         return listing.sources
-    with open_store(part) as store:
+    with open_store_file(part) as store:
         if len(store) != len(listing.sources):
             return listing.sources
         return [listing.sources[i] for i in np.flatnonzero(store.status == PENDING).tolist()]

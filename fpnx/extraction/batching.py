@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fpnx.core.system import available_memory
 from fpnx.extraction.plan import Plan
 
-__all__ = ["Batches", "lanes_for"]
+__all__ = ["Batches", "compute_threads"]
 
 LANES = 16  # threads that compute; beyond that Python's own lock would hold them up
 BYTES_A_PIXEL = 1024  # of network input, for all maps that are alive at once (VGG-16: 820, ResNet-50: 500)
@@ -18,7 +18,7 @@ BETTER = 0.95  # of the time per image that the first candidate takes, for anoth
 ENOUGH = 25  # images for each image in the trials: fewer are done before the choice could pay
 
 
-def lanes_for(plan: Plan, images: int) -> int:
+def compute_threads(plan: Plan, images: int) -> int:
     """How many threads compute side by side: on CPU each takes a core or more, on CUDA one for each device.
 
     Batches that are computed one beside the other on a core each need no waiting for each other, so they are faster

@@ -17,18 +17,18 @@ import torch
 
 from fpnx.core.errors import ImageError, Interrupted
 from fpnx.core.events import Listener
-from fpnx.core.interrupts import Stop
-from fpnx.core.system import give_back_freed_memory, keep_freed_memory
-from fpnx.core.text import shown
-from fpnx.extraction.batching import Batches, lanes_for
+from fpnx.core.interrupts import StopRequest
+from fpnx.core.system import keep_freed_memory, release_freed_memory
+from fpnx.core.text import escape
+from fpnx.extraction.batching import Batches, compute_threads
 from fpnx.extraction.plan import Plan
 from fpnx.extraction.sink import Sink
-from fpnx.images.decoding import Budget, decode
+from fpnx.images.decoding import PixelBudget, decode
 from fpnx.inference.devices import arithmetic, slow_precision
 from fpnx.inference.engine import Engine, Features, Fitting
 from fpnx.store.reader import DONE
 
-__all__ = ["STAGES", "Clock", "compute"]
+__all__ = ["STAGES", "StageClock", "run_pipeline"]
 
 STAGES = ("decode", "resize", "forward", "write")
 AHEAD = 1  # decoded batches that wait, besides one for each lane
@@ -39,7 +39,7 @@ HEED = 0.1  # seconds within which a signal is heard
 _Item = TypeVar("_Item")
 
 
-class Clock:
+class StageClock:
     """Seconds spent in each stage, summed over threads, and over the whole run."""
 
     def __init__(self) -> None:
@@ -79,11 +79,11 @@ class Clock:
         return time.perf_counter() - self._commit
 
 
-def compute(plan: Plan, sink: Sink, clock: Clock, stop: Stop, listener: Listener) -> str | None:
+def run_pipeline(plan: Plan, sink: Sink, clock: StageClock, stop: StopRequest, listener: Listener) -> str | None:
     """Decode, forward and write, overlapped; returns why it stopped early, or None.
 
     Threads: `plan.workers` that decode, ahead of need by a batch for each lane and one more; lanes that compute,
-    see `lanes_for`; one that writes. The calling thread hears of what was done, and of signals.
+    see `compute_threads`; one that writes. The calling thread hears of what was done, and of signals.
     """
     pending = np.flatnonzero((sink.status != DONE) & (plan.layout.rows >= 0)).tolist()
     total = len(plan.listing.sources)
@@ -97,7 +97,7 @@ def compute(plan: Plan, sink: Sink, clock: Clock, stop: Stop, listener: Listener
         return None
     if (remark := slow_precision(plan.device, plan.precision)) is not None:
         listener.message(remark)
-    count = lanes_for(plan, len(pending))
+    count = compute_threads(plan, len(pending))
     threads_before = torch.get_num_threads()
     with (
         arithmetic(plan.device, plan.precision),
@@ -137,7 +137,7 @@ def compute(plan: Plan, sink: Sink, clock: Clock, stop: Stop, listener: Listener
                     lane.join()
             # Each lane set its own number, and with it that of the threads to come.
             torch.set_num_threads(threads_before)
-            give_back_freed_memory()
+            release_freed_memory()
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ _Event = _Done | _Failure | str | BaseException  # str: a message to the user
 class _Feed:
     """Batches of decoded images for the lanes, read ahead by a bounded number; and what lanes have to tell."""
 
-    def __init__(self, plan: Plan, pending: Sequence[int], lanes: int, clock: Clock) -> None:
+    def __init__(self, plan: Plan, pending: Sequence[int], lanes: int, clock: StageClock) -> None:
         self.batches = Batches(plan, pending, lanes)
         self.events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._plan, self._clock = plan, clock
-        self._budget = Budget(plan.config.max_pixels)
+        self._budget = PixelBudget(plan.config.max_pixels)
         self._decoders = ThreadPoolExecutor(plan.workers, "fpnx-decode", torch.set_num_threads, (1,))
         self._waiting: deque[tuple[list[int], list[Future[_Loaded | ImageError]]]] = deque()
         self._ahead, self._lock, self._closed = lanes + AHEAD, threading.Lock(), False
@@ -246,7 +246,9 @@ class _Feed:
 class _Lane(threading.Thread):
     """Takes batches through an engine, on `threads` cores of its own, until there is none left."""
 
-    def __init__(self, plan: Plan, feed: _Feed, scribe: _Scribe, engine: Engine, clock: Clock, threads: int) -> None:
+    def __init__(
+        self, plan: Plan, feed: _Feed, scribe: _Scribe, engine: Engine, clock: StageClock, threads: int
+    ) -> None:
         super().__init__(name="fpnx-lane", daemon=True)
         self._plan, self._feed, self._scribe, self._clock = plan, feed, scribe, clock
         self._engine, self._fitting = engine, Fitting(engine, feed.events.put)
@@ -298,7 +300,7 @@ class _Lane(threading.Thread):
 class _Scribe:
     """The one thread that writes, and commits when it is time to."""
 
-    def __init__(self, plan: Plan, sink: Sink, clock: Clock) -> None:
+    def __init__(self, plan: Plan, sink: Sink, clock: StageClock) -> None:
         self._sink, self._clock, self._every = sink, clock, plan.config.commit_every
         self._thread = ThreadPoolExecutor(1, "fpnx-scribe")
 
@@ -348,4 +350,4 @@ def _failures(indices: Sequence[int], features: Features | None, strict: bool) -
 
 
 def _strictly(plan: Plan, index: int, reason: str) -> str:
-    return f"{shown(plan.listing.sources[index].name)} failed ({reason}) and the run is strict"
+    return f"{escape(plan.listing.sources[index].name)} failed ({reason}) and the run is strict"

@@ -22,16 +22,16 @@ from fpnx.core.system import usable_cpus
 from fpnx.core.validation import parse_pool
 from fpnx.images.decoding import upright_size
 from fpnx.images.listing import Listing
-from fpnx.images.reading import Source
+from fpnx.images.reading import ImageSource
 from fpnx.inference.devices import resolve_device, resolve_precision
-from fpnx.inference.engine_cache import Equipment
+from fpnx.inference.engine_cache import EngineCache
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.remote.urls import is_url
-from fpnx.store.reader import DONE, open_store
-from fpnx.store.writer import Layout, part_of, refuse_other_run
+from fpnx.store.reader import DONE, open_store_file
+from fpnx.store.writer import FileLayout, check_same_run, part_path
 
-__all__ = ["Plan", "decoders_for", "identity_of", "make_plan"]
+__all__ = ["Plan", "decode_threads", "fingerprint_fields", "make_plan"]
 
 DECODERS = 16  # threads at most, unless more are asked for
 
@@ -45,14 +45,14 @@ class Plan:
     listing: Listing
     model: PyramidModel
     recipe: Recipe
-    layout: Layout
+    layout: FileLayout
     devices: tuple[torch.device, ...]
     precision: str
     batch_size: int | None  # None: found out by trying a few
     workers: int
     cpus: int
     bytes_free: int | None  # None: its file system does not count
-    equipment: Equipment
+    equipment: EngineCache
     done_before: int = 0
     destination: str | None = None  # the store's address that the output is sent to
 
@@ -80,7 +80,7 @@ class Plan:
             scratch=str(self.output.parent) if self.destination else None,
             images=len(self.listing.sources),
             skipped=self.listing.skipped,
-            shard=self.listing.cut,
+            shard=self.listing.shard_slice,
             done_before=self.done_before,
             root=os.fsdecode(self.listing.root),
             backbone=self.model.backbone,
@@ -104,7 +104,7 @@ def make_plan(
     config: ExtractConfig,
     listing: Listing,
     listener: Listener,
-    equipment: Equipment | None = None,
+    equipment: EngineCache | None = None,
     *,
     destination: str | None = None,
     finished: str | None = None,
@@ -121,17 +121,17 @@ def make_plan(
     """
     devices = tuple(resolve_device(name) for name in config.device.split(","))
     precision = resolve_precision(config.precision, None if handed_out else devices[0])
-    equipment = equipment or Equipment()
+    equipment = equipment or EngineCache()
     model = equipment.model(config)
     recipe = model.recipe.sized(config)
-    identity = identity_of(model, recipe, config)
+    identity = fingerprint_fields(model, recipe, config)
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
-    workers = decoders_for(config, listing, cpus)
+    workers = decode_threads(config, listing, cpus)
     before = _before(output, config) or finished
     done_before = 0
     if before is not None:
-        with open_store(before) as store:
-            refuse_other_run(store, identity, listing.records)
+        with open_store_file(before) as store:
+            check_same_run(store, identity, listing.records)
             sizes, padded, rows = store.input_sizes, store.padded_sizes, store.rows
             errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
             done_before = int((store.status == DONE).sum())
@@ -143,7 +143,7 @@ def make_plan(
         sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, listener)
         padded, rows = _padded_sizes(model, recipe, sizes, errors)
     shapes = {size: _stored_shapes(model, size, config.pool) for size in dict.fromkeys(padded) if size is not None}
-    layout = Layout(
+    layout = FileLayout(
         images=listing.records,
         levels=model.levels,
         strides={level: model.stride(level) for level in model.levels},
@@ -178,7 +178,7 @@ def make_plan(
     return plan
 
 
-def identity_of(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> dict[str, Any]:
+def fingerprint_fields(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> dict[str, Any]:
     """All that the stored numbers depend on, as plain values: the config of a store, and what it is known by."""
     identity = {
         **model.identity(),
@@ -190,7 +190,7 @@ def identity_of(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> d
     return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
 
 
-def decoders_for(config: ExtractConfig, listing: Listing, cpus: int) -> int:
+def decode_threads(config: ExtractConfig, listing: Listing, cpus: int) -> int:
     """Threads that decode: as many as asked for, else as cores; the most where images come over a network, of which
     they mostly wait."""
     if isinstance(config.workers, int):
@@ -201,7 +201,7 @@ def decoders_for(config: ExtractConfig, listing: Listing, cpus: int) -> int:
 def _dropped(output: Path) -> int:
     """Bytes that dropping an old `.part` will free."""
     try:
-        about = os.stat(part_of(output))
+        about = os.stat(part_path(output))
     except OSError:
         return 0
     return 512 * about.st_blocks if hasattr(about, "st_blocks") else 0
@@ -211,7 +211,7 @@ def _before(output: Path, config: ExtractConfig) -> Path | None:
     """The file that `--resume` goes on from."""
     if not config.resume or config.format == "png":
         return None
-    return next((path for path in (part_of(output), output) if path.exists()), None)
+    return next((path for path in (part_path(output), output) if path.exists()), None)
 
 
 def _input_sizes(
@@ -224,7 +224,7 @@ def _input_sizes(
         sizes[:] = recipe.input_size((1, 1), max_pixels)
         return sizes, errors
 
-    def measure(source: Source) -> tuple[int, int] | ImageError:
+    def measure(source: ImageSource) -> tuple[int, int] | ImageError:
         try:
             return recipe.input_size(upright_size(source, max_pixels), max_pixels)
         except ImageError as error:

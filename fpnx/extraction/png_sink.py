@@ -12,7 +12,7 @@ from fpnx._version import __version__
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.provenance import Provenance
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.extraction.plan import Plan
 from fpnx.extraction.sink import Outcome
 from fpnx.images.decoding import decode
@@ -20,13 +20,13 @@ from fpnx.images.listing import Listing
 from fpnx.store.reader import DONE, FAILED, PENDING, valid_extent
 from fpnx.visualization.figure import draw, mode_in_words, rendered
 from fpnx.visualization.panels import colour_table
-from fpnx.visualization.png_files import Places, save_png
+from fpnx.visualization.png_files import PngPaths, save_png
 from fpnx.visualization.scene import Photo, Scene, about_model
 
-__all__ = ["Gallery", "check_gallery"]
+__all__ = ["PngSink", "check_png_folder"]
 
 
-class Gallery:
+class PngSink:
     """Draws each image as it comes, on a scale of its own. A picture that is there already counts as done.
 
     Attributes:
@@ -65,7 +65,7 @@ class Gallery:
             except FpnxError as error:  # a point or a channel that it does not have
                 self.fail(index, str(error))
                 continue
-            about = {"Title": shown(scene.path), "Description": f"{mode_in_words(self._config)}; {self._about}"}
+            about = {"Title": escape(scene.path), "Description": f"{mode_in_words(self._config)}; {self._about}"}
             save_png(picture, self._places[scene.path], {**about, "Software": f"fpnx {__version__}"})
             for level, counts in nonfinite.items():
                 self._nonfinite[level] += counts[position]
@@ -127,7 +127,7 @@ class Gallery:
         return os.fsdecode(self._sources[index].name)
 
 
-def check_gallery(folder: Path, listing: Listing, config: ExtractConfig) -> None:
+def check_png_folder(folder: Path, listing: Listing, config: ExtractConfig) -> None:
     """Refuse a folder that cannot be made, or that holds pictures which nobody asked to keep or replace.
 
     Raises:
@@ -135,18 +135,18 @@ def check_gallery(folder: Path, listing: Listing, config: ExtractConfig) -> None
     """
     colour_table(config.colormap)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise FpnxError(f"output {shown(folder)} is not a folder: name another with -o")
+        raise FpnxError(f"output {escape(folder)} is not a folder: name another with -o")
     if not folder.parent.is_dir():
-        raise FpnxError(f"output folder {shown(folder.parent)} does not exist: make it, or name another with -o")
+        raise FpnxError(f"output folder {escape(folder.parent)} does not exist: make it, or name another with -o")
     places = _places(folder, listing)
     targets = [places[os.fsdecode(source.name)] for source in listing.sources]
     there = [] if config.resume or config.overwrite else [path for path in targets if os.path.lexists(path)]
     if there:
         raise FpnxError(
-            f"{len(there)} of the pictures are there already, such as {shown(there[0])}: keep them with --resume, "
+            f"{len(there)} of the pictures are there already, such as {escape(there[0])}: keep them with --resume, "
             f"replace them with --overwrite, or name another folder with -o"
         )
 
 
-def _places(folder: Path, listing: Listing) -> Places:
-    return Places(folder, [os.fsdecode(source.name) for source in listing.sources])
+def _places(folder: Path, listing: Listing) -> PngPaths:
+    return PngPaths(folder, [os.fsdecode(source.name) for source in listing.sources])

@@ -11,15 +11,15 @@ import numpy as np
 
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
-from fpnx.extraction.plan import identity_of
-from fpnx.images.decoding import decode, pillow_within_limits
-from fpnx.images.listing import find
+from fpnx.core.text import escape
+from fpnx.extraction.plan import fingerprint_fields
+from fpnx.images.decoding import decode, pillow_limits
+from fpnx.images.listing import find_images
 from fpnx.inference.devices import arithmetic, resolve_device
 from fpnx.inference.engine import Engine
 from fpnx.models.factory import build_model
 from fpnx.store.reader import Store, different_fields
-from fpnx.store.verify import first_of
+from fpnx.store.verify import describe_first
 
 __all__ = ["Recomputation", "recompute_options"]
 
@@ -35,7 +35,9 @@ def recompute_options(store: Store, weights: str | None, device: str, offline: b
     """
     options = store.provenance.options
     if options is None:
-        raise FpnxError(f"{shown(store.path)} does not say with which options it was made: it cannot be computed again")
+        raise FpnxError(
+            f"{escape(store.path)} does not say with which options it was made: it cannot be computed again"
+        )
     changed = {"weights": weights} if weights is not None else {}
     return {**options, **changed, "device": device, "offline": offline}
 
@@ -55,26 +57,26 @@ class Recomputation:
 
     def __init__(self, store: Store, against: Any, options: dict[str, Any], sample: int) -> None:
         self._store = store
-        listing = find([against] if isinstance(against, (str, os.PathLike)) else list(against))
+        listing = find_images([against] if isinstance(against, (str, os.PathLike)) else list(against))
         there = {os.fsdecode(source.name): source for source in listing.sources}
         missing = [i for i, path in enumerate(store.paths) if path not in there]
         if len(missing) == len(store):
             raise FpnxError(
-                f"none of the images of {shown(store.path)} is in {shown(listing.root)}: name the same folder"
+                f"none of the images of {escape(store.path)} is in {escape(listing.root)}: name the same folder"
             )
         gone = set(missing)
         here = [i for i, path in enumerate(store.paths) if i not in gone]
         known = [i for i in here if min(there[store.paths[i]].bytes, store.bytes[i]) >= 0]
         others = [i for i in known if there[store.paths[i]].bytes != store.bytes[i]]
-        self._problems = [*first_of("not among the images any more", store, missing)]
-        self._problems += first_of("another file than then", store, others)
+        self._problems = [*describe_first("not among the images any more", store, missing)]
+        self._problems += describe_first("another file than then", store, others)
         usable = [item.index for item in store if item.index not in gone.union(others)]
         places = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
         self.chosen = [(i, there[store.paths[i]]) for i in sorted({usable[round(place)] for place in places})]
         try:
             self._config = ExtractConfig(**options)
         except TypeError as error:
-            name = shown(store.path)
+            name = escape(store.path)
             raise FpnxError(f"{name} was made with options that this fpnx does not know: {error}") from error
         self._engine: Engine | None = self._made() if self.chosen else None
 
@@ -82,10 +84,10 @@ class Recomputation:
         """The engine that computed the store."""
         model = build_model(self._config)
         recipe = model.recipe.sized(self._config)
-        fields = different_fields(self._store.config, identity_of(model, recipe, self._config))
+        fields = different_fields(self._store.config, fingerprint_fields(model, recipe, self._config))
         if fields:
             raise FpnxError(
-                f"{shown(self._store.path)} cannot be computed again here ({'; '.join(map(shown, fields))}): "
+                f"{escape(self._store.path)} cannot be computed again here ({'; '.join(map(escape, fields))}): "
                 f"bring the same weights with --weights"
             )
         device, config = resolve_device(self._config.device), self._config
@@ -101,7 +103,7 @@ class Recomputation:
             largest = max(largest, difference)
             if not difference <= _tolerance(store):
                 problems.append(
-                    f"{shown(store.paths[index])}: computed again it differs by {difference:.2g} of its level"
+                    f"{escape(store.paths[index])}: computed again it differs by {difference:.2g} of its level"
                 )
         return largest, problems
 
@@ -110,7 +112,7 @@ class Recomputation:
         engine, most = self._engine, self._config.max_pixels
         if engine is None:
             return
-        with pillow_within_limits(), arithmetic(engine.device, engine.precision, steady=False):
+        with pillow_limits(), arithmetic(engine.device, engine.precision, steady=False):
             for index, source in self.chosen:
                 picture = decode(source, most)
                 size = engine.recipe.input_size((picture.height, picture.width), most)

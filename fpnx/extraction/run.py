@@ -22,21 +22,21 @@ from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.files import lock
-from fpnx.core.interrupts import Stop, stoppable
+from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.plan_summary import PlanSummary
 from fpnx.core.provenance import Provenance
-from fpnx.core.text import shown
-from fpnx.extraction.pipeline import STAGES, Clock, compute
+from fpnx.core.text import escape
+from fpnx.extraction.pipeline import STAGES, StageClock, run_pipeline
 from fpnx.extraction.plan import Plan, make_plan
 from fpnx.extraction.sink import Hdf5Sink, Outcome, Sink, outcome_of
-from fpnx.extraction.upload import Goal, check_goal, deliver, work_folder
-from fpnx.images.decoding import pillow_within_limits
-from fpnx.images.listing import find
-from fpnx.inference.engine_cache import Equipment
+from fpnx.extraction.upload import Destination, check_destination, scratch_folder, upload
+from fpnx.images.decoding import pillow_limits
+from fpnx.images.listing import find_images
+from fpnx.inference.engine_cache import EngineCache
 from fpnx.remote.client import connections
 from fpnx.store.output_path import check_output
-from fpnx.store.reader import PENDING, Store, open_store
-from fpnx.store.writer import part_of
+from fpnx.store.reader import PENDING, Store, open_store_file
+from fpnx.store.writer import part_path
 
 __all__ = ["Result", "provenance_of", "run_extraction"]
 
@@ -114,11 +114,11 @@ class Result:
 
 def run_extraction(
     images: Sequence[str | os.PathLike[str]],
-    goal: Goal,
+    goal: Destination,
     config: ExtractConfig,
     *,
     listener: Listener | None = None,
-    equipment: Equipment | None = None,
+    equipment: EngineCache | None = None,
     barred: Mapping[bytes, str] | None = None,
 ) -> Result:
     """Images → `goal`, in this process.
@@ -136,13 +136,13 @@ def run_extraction(
         Interrupted: on SIGINT or SIGTERM; what was done is kept.
     """
     hears, target, draws = listener or Listener(), goal.local, config.format == "png"
-    with connections(), work_folder(goal):
+    with connections(), scratch_folder(goal):
         if not draws:
             check_output(target, config)
-        finished = check_goal(goal, config)
-        with stoppable(hears) as stop, pillow_within_limits():
+        finished = check_destination(goal, config)
+        with handle_signals(hears) as stop, pillow_limits():
             assert not isinstance(config.shard, str), "the config has parsed it"
-            listing = find(images, config.limit, config.shard)
+            listing = find_images(images, config.limit, config.shard)
             if barred:
                 sources = tuple(replace(source, barred=barred.get(source.name, "")) for source in listing.sources)
                 listing = replace(listing, sources=sources)
@@ -152,9 +152,9 @@ def run_extraction(
                 if not alone:
                     hears.message("files cannot be locked here: see to it that no second run writes this output")
                 if draws:
-                    from fpnx.extraction.png_sink import check_gallery
+                    from fpnx.extraction.png_sink import check_png_folder
 
-                    check_gallery(target, listing, config)
+                    check_png_folder(target, listing, config)
                 else:
                     check_output(target, config)  # again: another run may have ended since
                 plan = make_plan(target, config, listing, hears, equipment, destination=goal.url, finished=finished)
@@ -162,12 +162,12 @@ def run_extraction(
                     config.check_channels({shape.level: shape.channels for shape in plan.shapes})
                 hears.planned(plan.summary)
                 if config.dry_run:
-                    return _result(plan, Outcome(), Clock(), complete=False, dry_run=True)
+                    return _result(plan, Outcome(), StageClock(), complete=False, dry_run=True)
                 result = None if draws else _finished(plan, finished)
                 if result is None:
                     result = _run(plan, _sink(plan, hears), stop, hears)
                 if goal.url is not None and finished is None and result.complete:
-                    deliver(goal, plan.layout.config, listing.records, stop, hears)
+                    upload(goal, plan.layout.config, listing.records, stop, hears)
                 return result
 
 
@@ -183,7 +183,7 @@ def provenance_of(plan: Plan) -> Provenance:
             "h5py": h5py.__version__,
         },
         options=plan.config.repeatable(),
-        command=tuple(shown(argument) for argument in sys.argv[:64]),
+        command=tuple(escape(argument) for argument in sys.argv[:64]),
         weights=plan.model.weights.info,
         recipe=str(plan.recipe),
         device=", ".join(map(_device_name, plan.devices)),
@@ -195,29 +195,29 @@ def provenance_of(plan: Plan) -> Provenance:
 def _sink(plan: Plan, listener: Listener) -> Sink:
     """The sink for the plan's format."""
     if plan.config.format == "png":
-        from fpnx.extraction.png_sink import Gallery
+        from fpnx.extraction.png_sink import PngSink
 
-        return Gallery(plan, provenance_of(plan))
+        return PngSink(plan, provenance_of(plan))
     return Hdf5Sink.open(plan, provenance_of(plan), listener)
 
 
 def _finished(plan: Plan, address: str | None) -> Result | None:
     """How the run ended that a complete output is of; None where there is none to go on from."""
-    if not plan.config.resume or part_of(plan.output).exists():
+    if not plan.config.resume or part_path(plan.output).exists():
         return None
     output = plan.output if plan.output.exists() else address
     if output is None:
         return None
-    with open_store(output) as store:
+    with open_store_file(output) as store:
         _refuse_unfinished(plan.output, store)
-        return _result(plan, outcome_of(store), Clock())
+        return _result(plan, outcome_of(store), StageClock())
 
 
-def _run(plan: Plan, sink: Sink, stop: Stop, listener: Listener) -> Result:
-    clock = Clock()
+def _run(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> Result:
+    clock = StageClock()
     try:
         stop.begin()
-        stopped = compute(plan, sink, clock, stop, listener)
+        stopped = run_pipeline(plan, sink, clock, stop, listener)
         if stopped is None:
             sink.finish()
         else:
@@ -238,15 +238,15 @@ def _refuse_unfinished(output: Path, store: Store) -> None:
     pending = int((store.status == PENDING).sum())
     if pending:
         raise FpnxError(
-            f"{shown(output)} is not finished ({pending} images are pending): rename it to "
-            f"{shown(part_of(output).name)} and continue it with --resume, or start over with --overwrite"
+            f"{escape(output)} is not finished ({pending} images are pending): rename it to "
+            f"{escape(part_path(output).name)} and continue it with --resume, or start over with --overwrite"
         )
 
 
 def _result(
     plan: Plan,
     outcome: Outcome,
-    clock: Clock,
+    clock: StageClock,
     *,
     complete: bool = True,
     stopped: str | None = None,

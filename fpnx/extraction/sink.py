@@ -11,8 +11,8 @@ import numpy as np
 from fpnx.core.events import Listener
 from fpnx.core.provenance import Provenance
 from fpnx.extraction.plan import Plan
-from fpnx.store.reader import DONE, Store, open_store
-from fpnx.store.writer import Writer, part_of
+from fpnx.store.reader import DONE, Store, open_store_file
+from fpnx.store.writer import Writer, part_path
 
 __all__ = ["Hdf5Sink", "Outcome", "Sink", "outcome_of"]
 
@@ -81,7 +81,7 @@ class Hdf5Sink(Writer):
         Raises:
             FpnxError: where the disk refuses.
         """
-        if plan.config.resume and part_of(plan.output).exists():
+        if plan.config.resume and part_path(plan.output).exists():
             return cls.reopen(plan.output)
         sink = cls.create(plan.output, plan.layout, provenance)
         if not sink.space_is_claimed:
@@ -90,8 +90,8 @@ class Hdf5Sink(Writer):
 
     def outcome(self) -> Outcome:
         """What the file, or the `.part` of an unfinished run, holds."""
-        part = part_of(self.output)
-        with open_store(part if part.exists() else self.output) as store:
+        part = part_path(self.output)
+        with open_store_file(part if part.exists() else self.output) as store:
             return outcome_of(store)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fpnx.core.errors import ImageError
-from fpnx.core.text import shown
-from fpnx.images.reading import Source, opened
+from fpnx.core.text import escape
+from fpnx.images.reading import ImageSource, open_source
 
-__all__ = ["Budget", "as_rgb", "decode", "pillow_within_limits", "upright_size"]
+__all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_size"]
 
 # What Pillow recognises by more than its beginning: these begin right, and are broken further on.
 DAMAGED = (
@@ -52,7 +52,7 @@ NOT_IMAGES = (  # how files that pretend to be images begin
 )
 
 
-def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:
+def upright_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
     """(height, width) after EXIF orientation, from the header alone.
 
     Raises:
@@ -63,7 +63,7 @@ def upright_size(source: Source, max_pixels: int) -> tuple[int, int]:
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
-class Budget:
+class PixelBudget:
     """How many pixels may be under decoding at once, over all threads; a larger image waits until it is alone.
 
     Decoding takes up to 27 bytes a pixel (measured: WebP with alpha and orientation), so that `pixels` bounds it.
@@ -92,10 +92,10 @@ class Budget:
                 self._changed.notify_all()
 
 
-def decode(source: Source, max_pixels: int, claim: Callable[[int], None] | None = None) -> Image.Image:
+def decode(source: ImageSource, max_pixels: int, claim: Callable[[int], None] | None = None) -> Image.Image:
     """The upright 8-bit RGB picture: first frame, alpha over white, 16-bit grey scaled to 8 bits.
 
-    `claim` hears the number of pixels before any is decoded; see `Budget`.
+    `claim` hears the number of pixels before any is decoded; see `PixelBudget`.
 
     Raises:
         ImageError: with the reason why it cannot be read.
@@ -105,11 +105,11 @@ def decode(source: Source, max_pixels: int, claim: Callable[[int], None] | None 
             claim(image.width * image.height)
         image.load()
         turn = UPRIGHT.get(_orientation(image))
-        picture = as_rgb(image)
+        picture = to_rgb(image)
         return picture.transpose(turn) if turn is not None else picture
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB, with nothing clipped silently.
 
     Raises:
@@ -131,7 +131,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def pillow_within_limits() -> Iterator[None]:
+def pillow_limits() -> Iterator[None]:
     """Leave the limit on pixels to `max_pixels`, and keep Pillow's remarks on odd files off the terminal."""
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
@@ -144,13 +144,13 @@ def pillow_within_limits() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: Source, max_pixels: int, whole: bool = True) -> Iterator[Image.Image]:
+def _opened(source: ImageSource, max_pixels: int, whole: bool = True) -> Iterator[Image.Image]:
     """The file opened by Pillow; whatever goes wrong inside becomes an `ImageError` with a short reason."""
     try:
         if source.barred:
             raise ImageError(source.barred)
         most = BYTES_A_PIXEL * max_pixels + MORE_BYTES  # texts and profiles are read whole
-        with opened(source, most, whole) as file, _recognised(file) as image:
+        with open_source(source, most, whole) as file, _recognised(file) as image:
             _check_pixels(image, max_pixels)
             yield image
     except ImageError:
@@ -158,9 +158,9 @@ def _opened(source: Source, max_pixels: int, whole: bool = True) -> Iterator[Ima
     except MemoryError as error:
         raise ImageError("out of memory: lower --workers, or refuse such images with --max-pixels") from error
     except OSError as error:
-        raise ImageError(shown(error.strerror or str(error) or type(error).__name__)) from error
+        raise ImageError(escape(error.strerror or str(error) or type(error).__name__)) from error
     except Exception as error:  # decoders raise ValueError, SyntaxError, struct.error and more
-        raise ImageError(shown(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)) from error
+        raise ImageError(escape(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)) from error
 
 
 def _recognised(file: BinaryIO) -> Image.Image:

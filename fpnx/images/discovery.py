@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
-from fpnx.images.reading import NOT_FOUND, Source, locate, members_of, source_of
+from fpnx.core.text import escape
+from fpnx.images.reading import NOT_FOUND, ImageSource, archive_members, locate, member_source
 from fpnx.images.tar_index import is_archive, is_compressed
 from fpnx.remote import client as remote
 from fpnx.remote import urls
-from fpnx.remote.backends import NO_FOLDERS, Facts
+from fpnx.remote.backends import NO_FOLDERS, ObjectInfo
 from fpnx.remote.glob import match_objects
 
 __all__ = ["EXTENSIONS", "Found", "find_file", "find_in_archive", "find_listed", "find_remote", "is_image"]
@@ -21,7 +21,7 @@ __all__ = ["EXTENSIONS", "Found", "find_file", "find_in_archive", "find_listed",
 EXTENSIONS = frozenset(
     b".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
-UNKNOWN = Facts(-1, 0)
+UNKNOWN = ObjectInfo(-1, 0)
 ARCHIVES_AT_ONCE = 8  # archives of a store whose headers are read side by side
 
 
@@ -38,7 +38,7 @@ class Found:
     """
 
     roots: list[bytes] = field(default_factory=list)
-    sources: list[Source] = field(default_factory=list)
+    sources: list[ImageSource] = field(default_factory=list)
     skipped: int = 0
     remarks: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ def find_file(path: bytes, where: str = "") -> Found:
         source = locate(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise FpnxError(f"{where}{shown(path)}: {why}; name files, folders or @list.txt") from error
+        raise FpnxError(f"{where}{escape(path)}: {why}; name files, folders or @list.txt") from error
     if is_archive(path):
         return find_in_archive(path)
     return Found([os.path.dirname(source.path)], [source])
@@ -78,7 +78,7 @@ def find_listed(paths: Sequence[bytes], where: str = "") -> Found:
     paths = [urls.checked(path) if urls.is_url(path) else path for path in paths]
     for path in filter(urls.is_url, paths):
         if urls.names_folder(path):
-            raise FpnxError(f"{where}{shown(path)} names a folder: a list names images")
+            raise FpnxError(f"{where}{escape(path)} names a folder: a list names images")
     simple = [path for path in paths if urls.is_url(path) and not _may_be_packed(path)]
     answers = dict(zip(simple, remote.about_all(simple), strict=True))
     failures = [answer for answer in answers.values() if isinstance(answer, remote.RemoteError)]
@@ -87,9 +87,9 @@ def find_listed(paths: Sequence[bytes], where: str = "") -> Found:
     found = Found()
     for path in paths:
         if (answer := answers.get(path)) is not None:
-            facts = answer if isinstance(answer, Facts) else UNKNOWN
+            facts = answer if isinstance(answer, ObjectInfo) else UNKNOWN
             found.roots.append(urls.folder_of(path))
-            found.sources.append(Source(urls.plain(path), path, facts.bytes, facts.mtime_ns))
+            found.sources.append(ImageSource(urls.plain(path), path, facts.bytes, facts.mtime_ns))
         else:
             found.add(_find_object(path) if urls.is_url(path) else find_file(path, where))
     return found
@@ -101,15 +101,15 @@ def find_in_archive(path: bytes) -> Found:
     Raises:
         FpnxError: where it cannot be read, or is no tar archive.
     """
-    facts, held = members_of(path)
+    facts, held = archive_members(path)
     found = Found([urls.plain(path)], skipped=held.others, remarks=list(held.remarks))
     for name in sorted(held.members):
         if not _is_hidden(name) and is_image(name):
-            found.sources.append(source_of(path, facts, name, held.members[name]))
+            found.sources.append(member_source(path, facts, name, held.members[name]))
         elif not _is_hidden(name):
             found.skipped += 1
     if held.lost:
-        found.lost.append(f"{shown(path)}: {held.lost}")
+        found.lost.append(f"{escape(path)}: {held.lost}")
     return found
 
 
@@ -122,7 +122,7 @@ def find_remote(url: bytes) -> Found:
     url = urls.checked(url)
     if urls.is_web(url):
         if urls.names_folder(url):
-            raise FpnxError(f"{shown(url)}: {NO_FOLDERS}")
+            raise FpnxError(f"{escape(url)}: {NO_FOLDERS}")
         return _find_object(url)
     missing: remote.RemoteError | None = None
     if not urls.names_folder(url):
@@ -167,7 +167,7 @@ def _find_globbed(pattern: bytes, root: bytes) -> Found:
     return _gathered(root, match_objects(pattern), archives=True)
 
 
-def _gathered(root: bytes, below: Sequence[tuple[bytes, Facts]], archives: bool) -> Found:
+def _gathered(root: bytes, below: Sequence[tuple[bytes, ObjectInfo]], archives: bool) -> Found:
     found, packed, outside = Found([root]), list[bytes](), 0
     for url, facts in below:
         name = urls.inside(url, root)
@@ -176,7 +176,7 @@ def _gathered(root: bytes, below: Sequence[tuple[bytes, Facts]], archives: bool)
         if name.startswith(b"/") or b".." in name.split(b"/") or b"\0" in name:
             outside += 1
         elif is_image(name):
-            found.sources.append(Source(url, url, facts.bytes, facts.mtime_ns))
+            found.sources.append(ImageSource(url, url, facts.bytes, facts.mtime_ns))
         elif archives and is_archive(name):
             packed.append(url)
         else:
@@ -190,7 +190,7 @@ def _gathered(root: bytes, below: Sequence[tuple[bytes, Facts]], archives: bool)
         readers.shutdown(cancel_futures=True)
     if outside:
         found.skipped += outside
-        found.remarks.append(f"{shown(root)}: {outside} objects are left out, since their names lead out of it")
+        found.remarks.append(f"{escape(root)}: {outside} objects are left out, since their names lead out of it")
     return found
 
 
@@ -200,4 +200,4 @@ def _is_hidden(name: bytes) -> bool:
 
 def _refuse_compressed(path: bytes) -> None:
     if is_compressed(path) and not os.path.isdir(path):
-        raise FpnxError(f"{shown(path)} is compressed, or no tar: only plain .tar archives can be read at any place")
+        raise FpnxError(f"{escape(path)} is compressed, or no tar: only plain .tar archives can be read at any place")

@@ -10,14 +10,14 @@ from typing import Any
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.image_list import ImageList, list_fingerprint
-from fpnx.core.sharding import Cut, Shard
-from fpnx.core.text import shown
+from fpnx.core.sharding import Shard, ShardSlice
+from fpnx.core.text import escape
 from fpnx.images.discovery import EXTENSIONS, Found, find_file, find_listed, find_remote, is_image
-from fpnx.images.manifest import is_list, listed_path, read_list, written_list
-from fpnx.images.reading import Source, text_file
+from fpnx.images.manifest import image_path, is_manifest, manifest_lines, read_manifest
+from fpnx.images.reading import ImageSource, open_text
 from fpnx.remote.urls import common_root, inside, is_url, joined
 
-__all__ = ["Listing", "as_paths", "find", "list_lines", "refuse_missing"]
+__all__ = ["Listing", "as_paths", "find_images", "list_lines", "refuse_missing"]
 
 # How files begin that somebody may name as a list, and that are none.
 NO_TEXT = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"PK\x03\x04", b"\x89HDF", b"\x1f\x8b")
@@ -32,19 +32,21 @@ class Listing:
     """
 
     root: bytes
-    sources: tuple[Source, ...]
+    sources: tuple[ImageSource, ...]
     skipped: int
-    cut: Cut | None = None
+    shard_slice: ShardSlice | None = None
     remarks: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
 
     @property
     def records(self) -> ImageList:
         """What a store keeps of these images."""
-        return ImageList(self.root, tuple(source.record for source in self.sources), self.cut)
+        return ImageList(self.root, tuple(source.record for source in self.sources), self.shard_slice)
 
 
-def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, shard: Shard | None = None) -> Listing:
+def find_images(
+    images: Sequence[str | os.PathLike[str]], limit: int | None = None, shard: Shard | None = None
+) -> Listing:
     """Files, folders (recursive; known extensions; hidden files left out), addresses and `@lists` → a listing.
 
     Names are relative to the one folder given, else to the common parent of all. They are in byte order; a list
@@ -64,15 +66,17 @@ def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, sha
     """
     images = as_paths(images)
     for argument in map(os.fsencode, images):
-        if argument.startswith(b"@") and not os.path.lexists(argument) and is_list(argument[1:]):
+        if argument.startswith(b"@") and not os.path.lexists(argument) and is_manifest(argument[1:]):
             if len(images) > 1:
-                raise FpnxError(f"{shown(argument)} is from fpnx list and stands alone: name no other images beside it")
+                raise FpnxError(
+                    f"{escape(argument)} is from fpnx list and stands alone: name no other images beside it"
+                )
             return _from_list(argument[1:], limit, shard)
     found, listed = Found(), False
     for argument in map(os.fsencode, images):
         if argument.startswith(b"@") and not os.path.lexists(argument):
             listed = True
-            found.add(find_listed(_read_list(argument[1:]), f"in {shown(argument[1:])}: "))
+            found.add(find_listed(_read_list(argument[1:]), f"in {escape(argument[1:])}: "))
         elif is_url(argument):
             found.add(find_remote(argument))
         elif os.path.isdir(argument):
@@ -90,7 +94,7 @@ def find(images: Sequence[str | os.PathLike[str]], limit: int | None = None, sha
     remarks, lost = tuple(found.remarks), tuple(found.lost)
     if shard is None:
         return Listing(root, tuple(sources), found.skipped, None, remarks, lost)
-    cut = Cut.of(shard, len(sources), list_fingerprint(source.record for source in sources))
+    cut = ShardSlice.of(shard, len(sources), list_fingerprint(source.record for source in sources))
     return Listing(root, tuple(sources[cut.first : cut.slice.stop]), found.skipped, cut, remarks, lost)
 
 
@@ -111,10 +115,10 @@ def as_paths(images: Any) -> list[str | os.PathLike[str]]:
 
 
 def refuse_missing(images: Sequence[str | os.PathLike[str]]) -> None:
-    """Tell at once, without a look into folders, archives and stores, of names that `find` would not find.
+    """Tell at once, without a look into folders, archives and stores, of names that `find_images` would not find.
 
     Raises:
-        FpnxError: as `find` would.
+        FpnxError: as `find_images` would.
     """
     for argument in map(os.fsencode, images):
         name = argument.removeprefix(b"@")
@@ -126,15 +130,15 @@ def refuse_missing(images: Sequence[str | os.PathLike[str]]) -> None:
 
 
 def list_lines(listing: Listing) -> Iterator[bytes]:
-    """A listing as a file, which `find(["@list.txt"])` reads; see `fpnx.images.manifest`.
+    """A listing as a file, which `find_images(["@list.txt"])` reads; see `fpnx.images.manifest`.
 
     Raises:
         FpnxError: for an image that is not where its name says.
     """
     for source in listing.sources:
-        if source.path != listed_path(listing.root, source.name):
-            raise FpnxError(f"{shown(source.path)} cannot be listed: its name is {shown(source.name)}")
-    return written_list(listing.root, listing.records.records, listing.skipped)
+        if source.path != image_path(listing.root, source.name):
+            raise FpnxError(f"{escape(source.path)} cannot be listed: its name is {escape(source.name)}")
+    return manifest_lines(listing.root, listing.records.records, listing.skipped)
 
 
 def _named(found: Found) -> tuple[bytes, list[bytes]]:
@@ -155,7 +159,7 @@ def _named(found: Found) -> tuple[bytes, list[bytes]]:
 
 def _nothing(images: Sequence[str | os.PathLike[str]], found: Found) -> FpnxError:
     more = f" ({found.skipped} other files)" if found.skipped else ""
-    where = ", ".join(map(shown, images))
+    where = ", ".join(map(escape, images))
     lost = f"; {found.lost[0]}" if found.lost else ""
     return FpnxError(f"no images in {where}{more}: known extensions are {_extensions()}{lost}")
 
@@ -177,7 +181,7 @@ def _walk(folder: bytes) -> Found:
             entries = sorted(os.scandir(here), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             raise FpnxError(
-                f"folder {shown(here)}: {error.strerror}: make it readable, or name the images themselves"
+                f"folder {escape(here)}: {error.strerror}: make it readable, or name the images themselves"
             ) from error
         for entry in entries:
             if entry.name.startswith(b"."):
@@ -187,7 +191,7 @@ def _walk(folder: bytes) -> Found:
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif is_image(entry.name) and (seen is None or stat.S_ISREG(seen.st_mode)):
                 size, mtime = (seen.st_size, seen.st_mtime_ns) if seen is not None else (-1, 0)
-                found.sources.append(Source(entry.path, entry.path, size, mtime))
+                found.sources.append(ImageSource(entry.path, entry.path, size, mtime))
             else:
                 found.skipped += 1
     return found
@@ -202,20 +206,20 @@ def _about(entry: os.DirEntry[bytes]) -> os.stat_result | None:
 
 
 def _from_list(path: bytes, limit: int | None, shard: Shard | None) -> Listing:
-    told = read_list(path, limit, shard)
-    sources = tuple(Source(name, listed_path(told.root, name), size, mtime) for name, size, mtime in told.records)
+    told = read_manifest(path, limit, shard)
+    sources = tuple(ImageSource(name, image_path(told.root, name), size, mtime) for name, size, mtime in told.records)
     _refuse_twice(sources)
     # A disk that is not mounted is no reason to fail image by image; a single changed one is.
     reasons = map(_not_as_listed, sources)
     if (why := next(reasons, "")) and all(reasons):
         raise FpnxError(
-            f"none of the {len(sources)} images is as it was listed in {shown(path)}, such as "
-            f"{shown(sources[0].path)} ({why}): bring them back, or list them again"
+            f"none of the {len(sources)} images is as it was listed in {escape(path)}, such as "
+            f"{escape(sources[0].path)} ({why}): bring them back, or list them again"
         )
-    return Listing(told.root, sources, told.skipped, told.cut)
+    return Listing(told.root, sources, told.skipped, told.shard_slice)
 
 
-def _not_as_listed(source: Source) -> str:
+def _not_as_listed(source: ImageSource) -> str:
     """Why a file is not what its list says; empty where it is, or is no file on a disk."""
     if is_url(source.path):
         return ""
@@ -230,26 +234,26 @@ def _not_as_listed(source: Source) -> str:
 
 def _read_list(path: bytes) -> list[bytes]:
     try:
-        with text_file(path) as file:
+        with open_text(path) as file:
             content = file.read()
     except OSError as error:
-        raise FpnxError(f"list {shown(path)}: {error.strerror}") from error
+        raise FpnxError(f"list {escape(path)}: {error.strerror}") from error
     if content.startswith(NO_TEXT):
-        raise FpnxError(f"list {shown(path)} is an image or an archive, not a text with a path on each line")
+        raise FpnxError(f"list {escape(path)} is an image or an archive, not a text with a path on each line")
     lines = content.split(b"\0") if b"\0" in content else [line.rstrip(b"\r") for line in content.split(b"\n")]
     lines = [line for line in lines if line]
     if not lines:
-        raise FpnxError(f"list {shown(path)} names no image: put a path on each line")
+        raise FpnxError(f"list {escape(path)} names no image: put a path on each line")
     if is_url(path):
         return [joined(path, line) for line in lines]
     return [line if is_url(line) else os.path.abspath(line) for line in lines]
 
 
-def _refuse_twice(sources: Iterable[Source]) -> None:
+def _refuse_twice(sources: Iterable[ImageSource]) -> None:
     names: set[bytes] = set()
     for source in sources:
         if source.name in names:
-            raise FpnxError(f"{shown(source.name)} is given twice: name each image once")
+            raise FpnxError(f"{escape(source.name)} is given twice: name each image once")
         names.add(source.name)
 
 

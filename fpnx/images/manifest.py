@@ -20,12 +20,12 @@ from typing import Any
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.image_list import ImageRecord, list_fingerprint, record_line
-from fpnx.core.sharding import Cut, Shard
-from fpnx.core.text import shown
-from fpnx.images.reading import text_file
+from fpnx.core.sharding import Shard, ShardSlice
+from fpnx.core.text import escape
+from fpnx.images.reading import open_text
 from fpnx.remote.urls import is_url
 
-__all__ = ["Listed", "is_list", "listed_path", "read_list", "written_list"]
+__all__ = ["Manifest", "is_manifest", "image_path", "read_manifest", "manifest_lines"]
 
 FORMAT, VERSION = "fpnx-list", 1
 MARK = f'{{"format":"{FORMAT}",'.encode()
@@ -33,32 +33,32 @@ LONGEST = 1 << 17  # bytes of one line; a path of 4096 bytes takes 24 kB at most
 
 
 @dataclass(frozen=True)
-class Listed:
+class Manifest:
     """The images that were asked for of a list, and which part of it they are."""
 
     root: bytes
     records: tuple[ImageRecord, ...]
     skipped: int
-    cut: Cut | None
+    shard_slice: ShardSlice | None
 
 
-def listed_path(root: bytes, name: bytes) -> bytes:
+def image_path(root: bytes, name: bytes) -> bytes:
     """Where a listed image is."""
     return os.path.join(root, name)
 
 
-def is_list(path: str | bytes) -> bool:
+def is_manifest(path: str | bytes) -> bool:
     """Whether `fpnx list` wrote this file; what is read of a pipe would be lost to who reads it next."""
     try:
         if not is_url(os.fsencode(path)) and not os.path.isfile(path):
             return False
-        with text_file(os.fsencode(path)) as file:
+        with open_text(os.fsencode(path)) as file:
             return file.read(len(MARK)) == MARK
     except (OSError, ValueError):
         return False
 
 
-def written_list(root: bytes, records: Sequence[ImageRecord], skipped: int) -> Iterator[bytes]:
+def manifest_lines(root: bytes, records: Sequence[ImageRecord], skipped: int) -> Iterator[bytes]:
     """The lines of a list."""
     head = {
         "format": FORMAT,
@@ -72,14 +72,14 @@ def written_list(root: bytes, records: Sequence[ImageRecord], skipped: int) -> I
     yield from map(record_line, records)
 
 
-def read_list(path: str | bytes, limit: int | None = None, shard: Shard | None = None) -> Listed:
+def read_manifest(path: str | bytes, limit: int | None = None, shard: Shard | None = None) -> Manifest:
     """What a list names: of its first `limit` images those that are `shard`'s. The rest is counted and hashed only.
 
     Raises:
         FpnxError: for a list that is not as it was written.
     """
     try:
-        with text_file(os.fsencode(path)) as file:
+        with open_text(os.fsencode(path)) as file:
             head = _head(path, file.readline(LONGEST))
             total = head["images"] if limit is None else min(limit, head["images"])
             mine = shard.slice(total) if shard is not None else range(total)
@@ -93,13 +93,13 @@ def read_list(path: str | bytes, limit: int | None = None, shard: Shard | None =
                     lines.append(line)
                 count += 1
     except OSError as error:
-        raise FpnxError(f"list {shown(path)}: {error.strerror}") from error
+        raise FpnxError(f"list {escape(path)}: {error.strerror}") from error
     if count != head["images"]:
         raise _altered(path, f"it has {count} lines, where its first says {head['images']}")
     if whole.hexdigest() != head["sha256"]:
         raise _altered(path, "its lines are not those that its first line tells the sha256 of")
-    cut = Cut.of(shard, total, beginning.hexdigest()) if shard is not None else None
-    return Listed(os.fsencode(head["root"]), tuple(_record(path, line) for line in lines), head["skipped"], cut)
+    cut = ShardSlice.of(shard, total, beginning.hexdigest()) if shard is not None else None
+    return Manifest(os.fsencode(head["root"]), tuple(_record(path, line) for line in lines), head["skipped"], cut)
 
 
 def _head(path: str | bytes, line: bytes) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _head(path: str | bytes, line: bytes) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _altered(path, "its first line cannot be read") from error
     if version != VERSION:
-        raise FpnxError(f"list {shown(path)} has format version {shown(str(version))}, this fpnx reads {VERSION}")
+        raise FpnxError(f"list {escape(path)} has format version {escape(str(version))}, this fpnx reads {VERSION}")
     counts, texts = [head.get(name) for name in ("images", "skipped")], [head.get(name) for name in ("sha256", "root")]
     if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(t, str) for t in texts):
         raise _altered(path, "its first line lacks what belongs there")
@@ -121,10 +121,10 @@ def _record(path: str | bytes, line: bytes) -> ImageRecord:
         name, size, mtime = json.loads(line)
         raw = os.fsencode(name)
     except (ValueError, TypeError, RecursionError) as error:
-        raise _altered(path, f"{shown(line[:80])} is no image") from error
+        raise _altered(path, f"{escape(line[:80])} is no image") from error
     outside = not raw or raw.startswith(b"/") or b".." in raw.split(b"/") or b"\0" in raw
     if type(size) is not int or type(mtime) is not int or outside:
-        raise _altered(path, f"{shown(line[:80])} is no image")
+        raise _altered(path, f"{escape(line[:80])} is no image")
     return ImageRecord(raw, size, mtime)
 
 
@@ -133,4 +133,4 @@ def _json(value: object) -> bytes:
 
 
 def _altered(path: str | bytes, why: str) -> FpnxError:
-    return FpnxError(f"list {shown(path)} is not as fpnx list wrote it: {why}; list the images again")
+    return FpnxError(f"list {escape(path)} is not as fpnx list wrote it: {why}; list the images again")

@@ -15,14 +15,23 @@ from typing import BinaryIO, cast
 
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.image_list import ImageRecord
-from fpnx.core.text import shown
-from fpnx.images.tar_index import Catalogue, Member, catalogue
+from fpnx.core.text import escape
+from fpnx.images.tar_index import Member, TarIndex, read_tar_index
 from fpnx.remote import client as remote
 from fpnx.remote import urls
-from fpnx.remote.backends import Facts
+from fpnx.remote.backends import ObjectInfo
 from fpnx.remote.file import RangeReader
 
-__all__ = ["NOT_FOUND", "Piece", "Source", "locate", "members_of", "opened", "source_of", "text_file"]
+__all__ = [
+    "NOT_FOUND",
+    "ArchivePart",
+    "ImageSource",
+    "locate",
+    "archive_members",
+    "open_source",
+    "member_source",
+    "open_text",
+]
 
 CATALOGUES = 4  # archives whose headers are kept, for members that are asked for by name
 LARGEST_LIST = 1 << 30  # bytes of a list that is fetched
@@ -30,7 +39,7 @@ CHANGED, NOT_FOUND = "changed after it was listed", "not found"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ArchivePart:
     """A member of an archive; `size` of the whole archive."""
 
     archive: bytes
@@ -39,12 +48,12 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ImageSource:
     """One image file: `name` as stored, `path` to open, size in bytes and mtime (ns) when it was listed.
 
     A `path` is that of a file, an address, or either of a plain tar archive with the name of a member behind it; what
     the `piece` knows of that is found again where it is not given. A member's time is that of its archive. For what an
-    address gives instead of a time, or of a size, see `fpnx.remote.backends.Facts`. `barred` is why it must not be
+    address gives instead of a time, or of a size, see `fpnx.remote.backends.ObjectInfo`. `barred` is why it must not be
     opened at all, where it must not.
     """
 
@@ -52,7 +61,7 @@ class Source:
     path: bytes
     bytes: int
     mtime_ns: int
-    piece: Piece | None = None
+    piece: ArchivePart | None = None
     barred: str = ""
 
     @property
@@ -61,7 +70,7 @@ class Source:
         return ImageRecord(self.name, self.bytes, self.mtime_ns)
 
 
-def locate(path: bytes) -> Source:
+def locate(path: bytes) -> ImageSource:
     """The image at a path or an address, or that member of an archive; its name is its path.
 
     Raises:
@@ -71,21 +80,21 @@ def locate(path: bytes) -> Source:
     try:
         if urls.is_url(path):
             facts = remote.about(path)
-            return Source(urls.plain(path), path, facts.bytes, facts.mtime_ns)
+            return ImageSource(urls.plain(path), path, facts.bytes, facts.mtime_ns)
         about = os.stat(path)
-        return Source(path, path, about.st_size, about.st_mtime_ns)
+        return ImageSource(path, path, about.st_size, about.st_mtime_ns)
     except (OSError, ValueError, remote.RemoteError) as error:
         gone = not isinstance(error, remote.RemoteError) or error.reason.startswith(NOT_FOUND)
         if not gone or (split := _archive_and_member(path)) is None:
             raise
         archive, name = split
-        facts, held = members_of(archive)
+        facts, held = archive_members(archive)
         if (member := held.members.get(name)) is None:
-            raise FpnxError(f"{shown(archive)} has no member {shown(name)}: tar -tf shows what it has") from error
-        return source_of(archive, facts, name, member)
+            raise FpnxError(f"{escape(archive)} has no member {escape(name)}: tar -tf shows what it has") from error
+        return member_source(archive, facts, name, member)
 
 
-def text_file(path: bytes) -> BinaryIO:
+def open_text(path: bytes) -> BinaryIO:
     """A list, opened for reading; one at an address is fetched.
 
     Raises:
@@ -99,7 +108,7 @@ def text_file(path: bytes) -> BinaryIO:
 
 
 @contextmanager
-def opened(source: Source, most: int, whole: bool = True) -> Iterator[BinaryIO]:
+def open_source(source: ImageSource, most: int, whole: bool = True) -> Iterator[BinaryIO]:
     """The bytes of an image, to read.
 
     Args:
@@ -127,16 +136,16 @@ def opened(source: Source, most: int, whole: bool = True) -> Iterator[BinaryIO]:
         raise ImageError(error.reason) from error
 
 
-def _fetched(source: Source, piece: Piece | None, most: int, whole: bool) -> BinaryIO:
+def _fetched(source: ImageSource, piece: ArchivePart | None, most: int, whole: bool) -> BinaryIO:
     """An object, or a member of an archive that is one."""
     if piece is not None:
-        facts, member = Facts(piece.size, source.mtime_ns), piece.member
+        facts, member = ObjectInfo(piece.size, source.mtime_ns), piece.member
         _check_whole(member, piece.size)
         if not whole:
             return _member_file(member, remote.Ranges(piece.archive, facts))
         data = remote.read(piece.archive, facts, member.offset, member.offset + member.stored, most)
         return _member_file(member, lambda start, count: data[start - member.offset :][:count])
-    facts = Facts(source.bytes, source.mtime_ns)
+    facts = ObjectInfo(source.bytes, source.mtime_ns)
     if not whole and not urls.is_web(source.path):
         return _member_file(Member(0, source.bytes), remote.Ranges(source.path, facts))
     return io.BytesIO(remote.read(source.path, facts, most=most))
@@ -155,7 +164,7 @@ def _regular(path: bytes) -> Iterator[BinaryIO]:
         yield file
 
 
-def _check_unchanged(file: BinaryIO, source: Source, piece: Piece | None) -> None:
+def _check_unchanged(file: BinaryIO, source: ImageSource, piece: ArchivePart | None) -> None:
     about = os.fstat(file.fileno())
     if not stat.S_ISREG(about.st_mode):
         raise ImageError("not a regular file")
@@ -197,18 +206,18 @@ def _at(file: BinaryIO, start: int, count: int) -> bytes:
     return file.read(count)
 
 
-def source_of(archive: bytes, facts: Facts, name: bytes, member: Member) -> Source:
+def member_source(archive: bytes, facts: ObjectInfo, name: bytes, member: Member) -> ImageSource:
     path = urls.plain(archive) + b"/" + name
-    return Source(path, path, member.bytes, facts.mtime_ns, Piece(archive, facts.bytes, member))
+    return ImageSource(path, path, member.bytes, facts.mtime_ns, ArchivePart(archive, facts.bytes, member))
 
 
-def _piece(source: Source) -> Piece | None:
+def _piece(source: ImageSource) -> ArchivePart | None:
     """The piece of a source that is known by its path only, as from a list; None where it is none."""
     if (split := _archive_and_member(source.path)) is None:
         return None
     archive, name = split
     try:
-        facts, held = members_of(archive, source.mtime_ns)
+        facts, held = archive_members(archive, source.mtime_ns)
     except remote.RemoteError as error:
         if error.reason.startswith(NOT_FOUND):  # a folder with such a name
             return None
@@ -216,8 +225,8 @@ def _piece(source: Source) -> Piece | None:
     except FpnxError as error:
         raise ImageError(str(error)) from error
     if (member := held.members.get(name)) is None:
-        raise ImageError(f"not in its archive any more: {shown(archive)}")
-    return Piece(archive, facts.bytes, member)
+        raise ImageError(f"not in its archive any more: {escape(archive)}")
+    return ArchivePart(archive, facts.bytes, member)
 
 
 def _archive_and_member(path: bytes) -> tuple[bytes, bytes] | None:
@@ -229,12 +238,12 @@ def _archive_and_member(path: bytes) -> tuple[bytes, bytes] | None:
     return None
 
 
-_catalogues: dict[bytes, tuple[Facts, Catalogue]] = {}
+_catalogues: dict[bytes, tuple[ObjectInfo, TarIndex]] = {}
 _turns: defaultdict[bytes, threading.Lock] = defaultdict(threading.Lock)  # each archive is gone through once
 _lock = threading.Lock()
 
 
-def members_of(path: bytes, mtime_ns: int | None = None) -> tuple[Facts, Catalogue]:
+def archive_members(path: bytes, mtime_ns: int | None = None) -> tuple[ObjectInfo, TarIndex]:
     """Facts on an archive and what is in it; a catalogue is kept, and holds while the archive has its size and time.
 
     Where `mtime_ns` is known, an archive in a store is not asked for its time again: reading from it tells.
@@ -257,22 +266,22 @@ def members_of(path: bytes, mtime_ns: int | None = None) -> tuple[Facts, Catalog
         return kept
 
 
-def _remote_catalogue(path: bytes, kept: tuple[Facts, Catalogue] | None) -> tuple[Facts, Catalogue]:
+def _remote_catalogue(path: bytes, kept: tuple[ObjectInfo, TarIndex] | None) -> tuple[ObjectInfo, TarIndex]:
     facts = remote.about(path)
     if facts.bytes < 0:
-        raise FpnxError(f"{shown(path)}: this server does not tell its size: download it first")
+        raise FpnxError(f"{escape(path)}: this server does not tell its size: download it first")
     if kept is not None and kept[0] == facts and facts.mtime_ns:
         return kept
-    return facts, catalogue(remote.Ranges(path, facts), facts.bytes, shown(path))
+    return facts, read_tar_index(remote.Ranges(path, facts), facts.bytes, escape(path))
 
 
-def _local_catalogue(path: bytes, kept: tuple[Facts, Catalogue] | None) -> tuple[Facts, Catalogue]:
+def _local_catalogue(path: bytes, kept: tuple[ObjectInfo, TarIndex] | None) -> tuple[ObjectInfo, TarIndex]:
     try:
         with _regular(path) as file:
             about = os.fstat(file.fileno())
-            facts = Facts(about.st_size, about.st_mtime_ns)
+            facts = ObjectInfo(about.st_size, about.st_mtime_ns)
             if kept is not None and kept[0] == facts:
                 return kept
-            return facts, catalogue(lambda start, count: _at(file, start, count), facts.bytes, shown(path))
+            return facts, read_tar_index(lambda start, count: _at(file, start, count), facts.bytes, escape(path))
     except (OSError, ImageError) as error:
-        raise FpnxError(f"{shown(path)}: {getattr(error, 'strerror', None) or error}") from error
+        raise FpnxError(f"{escape(path)}: {getattr(error, 'strerror', None) or error}") from error

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 
-__all__ = ["Catalogue", "Member", "catalogue", "is_archive", "is_compressed"]
+__all__ = ["TarIndex", "Member", "read_tar_index", "is_archive", "is_compressed"]
 
 BLOCK = 512
 LARGEST_HEADER = 1 << 20  # bytes: long names and attributes take some kB; a header may claim what it likes
@@ -49,7 +49,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class TarIndex:
     """What an archive holds.
 
     Attributes:
@@ -76,7 +76,7 @@ def is_compressed(path: bytes) -> bool:
     return path.lower().endswith(COMPRESSED_NAMES)
 
 
-def catalogue(read: Callable[[int, int], bytes], size: int, what: str) -> Catalogue:
+def read_tar_index(read: Callable[[int, int], bytes], size: int, what: str) -> TarIndex:
     """Go through the headers of an archive.
 
     Args:
@@ -99,7 +99,7 @@ def catalogue(read: Callable[[int, int], bytes], size: int, what: str) -> Catalo
     except (FpnxError, OSError):
         raise
     except Exception as error:
-        raise FpnxError(f"{what} is not a tar archive ({shown(str(error))})") from error
+        raise FpnxError(f"{what} is not a tar archive ({escape(str(error))})") from error
     found = _Found()
     damaged = False
     try:
@@ -113,7 +113,7 @@ def catalogue(read: Callable[[int, int], bytes], size: int, what: str) -> Catalo
     except Exception:  # hostile headers make tarfile raise many kinds
         damaged = True
     found.follow_links()
-    return Catalogue(found.members, found.others, tuple(found.remarks(what)), _lost(read, tar.offset, size, damaged))
+    return TarIndex(found.members, found.others, tuple(found.remarks(what)), _lost(read, tar.offset, size, damaged))
 
 
 class _Headers:

@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 from fpnx.core.config import ExtractConfig
-from fpnx.inference.cuda_graphs import Replays
+from fpnx.inference.cuda_graphs import CudaGraphs
 from fpnx.inference.engine import Engine, Features
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 
-__all__ = ["StreamingEngine", "make_engine"]
+__all__ = ["CudaEngine", "make_engine"]
 
 
-class StreamingEngine(Engine):
+class CudaEngine(Engine):
     """An `Engine` whose `__call__` returns before the device has computed; casts and layouts are made there."""
 
     def __init__(self, model: PyramidModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> None:
         super().__init__(model, recipe, config, device)
         self._in, self._compute, self._out = (torch.cuda.Stream(device) for _ in range(3))
         self._compute.wait_stream(torch.cuda.current_stream(device))  # the weights are on their way there
-        self._forward = Replays(self.executable)
+        self._forward = CudaGraphs(self.executable)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> Features:
         """Images of one padded size, each (h, w, 3), 0..255 → their features, once `ready()` has returned."""
@@ -77,7 +77,7 @@ class StreamingEngine(Engine):
 
 def make_engine(model: PyramidModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> Engine:
     """The engine for a device."""
-    kind = StreamingEngine if device.type == "cuda" else Engine
+    kind = CudaEngine if device.type == "cuda" else Engine
     return kind(model, recipe, config, device)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Replays"]
+__all__ = ["CudaGraphs"]
 
 EAGER_FIRST = 3  # passes of a shape before it is recorded: cuDNN tries its algorithms in them
 KEPT = 2  # shapes recorded at most, since each holds the memory of its maps
@@ -32,7 +32,7 @@ class _Recorded:
         return {name: level.clone() for name, level in self.levels.items()}  # the next replay overwrites its own
 
 
-class Replays:
+class CudaGraphs:
     """`replays(images)` is `forward(images)`, for (B, 3, H, W) on the CUDA device of the current stream.
 
     For one thread and one stream, which is not the default one. What cannot be recorded, or gives other numbers

@@ -16,7 +16,7 @@ from torch import Tensor
 from fpnx.core.config import ExtractConfig
 from fpnx.core.validation import parse_pool
 from fpnx.inference.devices import compute_dtype, resolve_precision
-from fpnx.inference.graph_fusion import make_executable
+from fpnx.inference.graph_fusion import fuse_model
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.store.reader import valid_extent
@@ -51,7 +51,7 @@ class Engine:
         self.precision = resolve_precision(config.precision, device)
         self.dtype = compute_dtype(self.precision)
         # Fewer operations in more steps pay on processors; a GPU's time goes into the steps.
-        self.executable = make_executable(model, device, self.dtype, recombined=device.type == "cpu")
+        self.executable = fuse_model(model, device, self.dtype, recombined=device.type == "cpu")
         self.recipe, self.device = recipe, device
         self.pool, self.stored = config.pool, STORED[config.dtype]
         self._strides = {name: model.stride(name) for name in model.levels}

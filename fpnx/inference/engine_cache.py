@@ -7,17 +7,17 @@ from typing import Any
 import torch
 
 from fpnx.core.config import ExtractConfig
-from fpnx.core.system import give_back_freed_memory
+from fpnx.core.system import release_freed_memory
 from fpnx.inference.cuda import make_engine
 from fpnx.inference.engine import Engine
 from fpnx.models.factory import build_model
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 
-__all__ = ["Equipment"]
+__all__ = ["EngineCache"]
 
 
-class Equipment:
+class EngineCache:
     """What runs that differ in their images alone can share: it is built when it is first asked for, and kept.
 
     A run of another config gets, and leaves behind, equipment of its own.
@@ -52,4 +52,4 @@ class Equipment:
         if self._model is not None and not self._emptied:
             self._model.to("meta")
             self._emptied = True
-            give_back_freed_memory()
+            release_freed_memory()

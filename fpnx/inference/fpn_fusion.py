@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpnx.inference.packed_conv import Convolution, is_activation, is_norm
-from fpnx.models.necks.fpn import FeaturePyramid
+from fpnx.inference.packed_conv import PackedConv2d, is_activation, is_norm
+from fpnx.models.necks.fpn import FPN
 
-__all__ = ["ExecutablePyramid"]
+__all__ = ["FusedFpn"]
 
 WORTH = 0.8  # share of the multiply-adds below which another order is also faster, memory traffic included
 AT_TWO, BEYOND_TWO = 16, 25  # kernel cells that all phases of an upsampling by 2, or by 4, 8, …, have together
 
 
-class ExecutablePyramid(nn.Module):
-    """Computes what `FeaturePyramid` defines; taps and maps in channels-last layout.
+class FusedFpn(nn.Module):
+    """Computes what `FPN` defines; taps and maps in channels-last layout.
 
     P_k = output_k(lateral_k(C_k) + up(lateral_{k+1}(C_{k+1}) + up(…))) is a sum over its taps. Where taps have few
     channels, `output_k` is better merged with their laterals than applied to their sum; see `_Recombined`. That
@@ -31,7 +31,7 @@ class ExecutablePyramid(nn.Module):
     """
 
     def __init__(
-        self, pyramid: FeaturePyramid, levels: Collection[str], channels: Mapping[str, int], recombined: bool = True
+        self, pyramid: FPN, levels: Collection[str], channels: Mapping[str, int], recombined: bool = True
     ) -> None:
         super().__init__()
         self.first, self.last, self.top_block = pyramid.first_level, pyramid.last_level, pyramid.top_block
@@ -120,13 +120,13 @@ class ExecutablePyramid(nn.Module):
                 least, best = whole, n + 1
         return best
 
-    def _plain_lateral(self, k: int) -> Convolution | None:
+    def _plain_lateral(self, k: int) -> PackedConv2d | None:
         block = self.lateral[str(k)]
-        return block if isinstance(block, Convolution) and _is_plain(block, 1) else None
+        return block if isinstance(block, PackedConv2d) and _is_plain(block, 1) else None
 
-    def _plain_output(self, k: int) -> Convolution | None:
+    def _plain_output(self, k: int) -> PackedConv2d | None:
         block = self.output[str(k)]
-        return block if isinstance(block, Convolution) and _is_plain(block, 3) else None
+        return block if isinstance(block, PackedConv2d) and _is_plain(block, 3) else None
 
 
 class _Recombined(nn.Module):
@@ -139,13 +139,13 @@ class _Recombined(nn.Module):
     added to M_n instead: then zero padding means the same on the small map as on the large.
     """
 
-    def __init__(self, laterals: list[Convolution], output: Convolution) -> None:
+    def __init__(self, laterals: list[PackedConv2d], output: PackedConv2d) -> None:
         super().__init__()
         self.steps = len(laterals)
         self.bias: Tensor | None
         kernel = output.weight.double()
         merged = [torch.einsum("omyx,mi->oiyx", kernel, lateral.weight[:, :, 0, 0].double()) for lateral in laterals]
-        self.finest = Convolution.of(merged[0].float(), output.bias, (1, 1))
+        self.finest = PackedConv2d.of(merged[0].float(), output.bias, (1, 1))
         scales = [2**step for step in range(1, self.steps + 1)]
         self.shares = nn.ModuleList(
             _UpsampledConvolution(weight, scale) for weight, scale in zip([*merged[1:], kernel], scales, strict=True)
@@ -173,7 +173,7 @@ class _UpsampledConvolution(nn.Module):
             for columns in kinds:
                 weight = torch.cat([_summed(_summed(kernel, 2, y), 3, x) for y in _ROWS[rows] for x in _ROWS[columns]])
                 padding = (int(rows == "ends"), int(columns == "ends"))
-                self.parts[f"{rows}_{columns}"] = Convolution.of(weight.float(), None, padding)
+                self.parts[f"{rows}_{columns}"] = PackedConv2d.of(weight.float(), None, padding)
 
     def forward(self, x: Tensor, level: Tensor) -> None:
         batch, _, height, width = x.shape
@@ -234,10 +234,10 @@ def _add_upsampled(lateral: Tensor, coarse: Tensor) -> Tensor:
 def _block(block: nn.Module) -> nn.Module:
     """A lateral, output or top block as one convolution, with what follows folded in; else a copy of it."""
     parts = list(block) if isinstance(block, nn.Sequential) else [block]
-    if not Convolution.takes(parts[0]):
+    if not PackedConv2d.takes(parts[0]):
         return copy.deepcopy(block)
     after = parts[1:]
-    made = Convolution(parts[0])
+    made = PackedConv2d(parts[0])
     if after and is_norm(after[0]):
         made.fold(after.pop(0))
     if after and is_activation(after[0]):
@@ -245,7 +245,7 @@ def _block(block: nn.Module) -> nn.Module:
     return nn.Sequential(made, *copy.deepcopy(after)) if after else made
 
 
-def _is_plain(convolution: Convolution, side: int) -> bool:
+def _is_plain(convolution: PackedConv2d, side: int) -> bool:
     """Whether a convolution is side × side, keeps the size of its map, and is linear."""
     return (
         tuple(convolution.weight.shape[2:]) == (side, side)

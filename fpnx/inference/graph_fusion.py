@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
 
-from fpnx.core.system import give_back_freed_memory
-from fpnx.inference.fpn_fusion import ExecutablePyramid
-from fpnx.inference.packed_conv import SIZES_PACKED, Convolution, can_pack, is_activation, is_norm, packing
+from fpnx.core.system import release_freed_memory
+from fpnx.inference.fpn_fusion import FusedFpn
+from fpnx.inference.packed_conv import SIZES_PACKED, PackedConv2d, can_pack, is_activation, is_norm, packing
 from fpnx.models.backbones.tracing import on_meta
 from fpnx.models.pyramid_model import PyramidModel
 
-__all__ = ["Executable", "make_executable"]
+__all__ = ["FusedModel", "fuse_model"]
 
 COMPOSITE = (nn.Sequential, SqueezeExcitation)  # looked into; every other module of a body is one step
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)  # nothing to do in eval mode
@@ -30,7 +30,7 @@ FUNCTIONS = {F.relu: nn.ReLU, torch.relu: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn
 SIDE = 256  # of the image for which shapes are followed through a body, where it takes any size
 
 
-class Executable(nn.Module):
+class FusedModel(nn.Module):
     """`executable(images)` is `model(images)` for inference: (B, 3, H, W) → `{"P2": (B, C, H/4, W/4), ...}`.
 
     Maps come in channels-last layout and in the type it was made for. Only what `levels` need is computed. It holds
@@ -40,7 +40,7 @@ class Executable(nn.Module):
     def __init__(
         self,
         body: nn.Module,
-        pyramid: ExecutablePyramid | None,
+        pyramid: FusedFpn | None,
         levels: tuple[str, ...],
         device: torch.device,
         dtype: torch.dtype,
@@ -75,7 +75,7 @@ class Executable(nn.Module):
             with torch.inference_mode(), packing():
                 levels: dict[str, Tensor] = self(images)
             if not self._sizes:
-                give_back_freed_memory()  # the plain weights
+                release_freed_memory()  # the plain weights
             if size not in self._sizes:
                 self._sizes.append(size)
             return levels
@@ -83,13 +83,13 @@ class Executable(nn.Module):
             self._packing.release()
 
 
-def make_executable(
+def fuse_model(
     model: PyramidModel,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
     recombined: bool = True,
-) -> Executable:
+) -> FusedModel:
     """The executable form of `model`; takes a second or so.
 
     Args:
@@ -100,7 +100,7 @@ def make_executable(
     device = torch.device(device)
     assert not model.training, "an executable form is for inference"
     p_levels = tuple(name for name in model.levels if name in model.fpn.levels)
-    pyramid = ExecutablePyramid(model.fpn, p_levels, model.channels, recombined) if p_levels else None
+    pyramid = FusedFpn(model.fpn, p_levels, model.channels, recombined) if p_levels else None
     needed = set(model.levels).difference(p_levels) | set(pyramid.taps if pyramid is not None else ())
     body: nn.Module
     if isinstance(model.body, fx.GraphModule):
@@ -110,7 +110,7 @@ def make_executable(
     for module in (body, pyramid):
         if module is not None:
             _prepare(module, device, dtype)
-    return Executable(body, pyramid, model.levels, device, dtype).eval().requires_grad_(False)
+    return FusedModel(body, pyramid, model.levels, device, dtype).eval().requires_grad_(False)
 
 
 class _OneAtATime(nn.Module):
@@ -129,7 +129,7 @@ class _OneAtATime(nn.Module):
 def _prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     module.to(device, dtype).to(memory_format=torch.channels_last)
     for part in module.modules():
-        if isinstance(part, Convolution):
+        if isinstance(part, PackedConv2d):
             part.prepare(device, dtype)
 
 
@@ -180,7 +180,7 @@ def _held(body: nn.Module, graph: fx.Graph) -> dict[str, Any]:
     for node in graph.nodes:
         if node.op == "call_module" and node.target not in held:
             module = body.get_submodule(node.target)
-            held[node.target] = Convolution(module) if Convolution.takes(module) else copy.deepcopy(module)
+            held[node.target] = PackedConv2d(module) if PackedConv2d.takes(module) else copy.deepcopy(module)
         elif node.op == "get_attr":
             path, _, name = node.target.rpartition(".")
             held[node.target] = copy.deepcopy(getattr(body.get_submodule(path), name))
@@ -269,9 +269,9 @@ def _module(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return body.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _convolution(body: fx.GraphModule, node: fx.Node) -> Convolution | None:
+def _convolution(body: fx.GraphModule, node: fx.Node) -> PackedConv2d | None:
     module = _module(body, node)
-    return module if isinstance(module, Convolution) else None
+    return module if isinstance(module, PackedConv2d) else None
 
 
 def _activation(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-__all__ = ["SIZES_PACKED", "Convolution", "can_pack", "is_activation", "is_norm", "native_on_cpu", "packing"]
+__all__ = ["SIZES_PACKED", "PackedConv2d", "can_pack", "is_activation", "is_norm", "native_on_cpu", "packing"]
 
 # Activations that oneDNN applies to a convolution's result while it is still in registers: (name, scalars, algorithm).
 FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {
@@ -33,7 +33,7 @@ SIZES_PACKED = 2  # by convolution; a layout is for one size of map, and with an
 _PACKING = threading.local()
 
 
-class Convolution(nn.Module):
+class PackedConv2d(nn.Module):
     """activation(convolution(x) [+ other]) for inference; float32 parameters until `prepare`.
 
     `convolution` is read, never changed. Not for training, and without a useful `state_dict`. Once its weight is laid
@@ -56,7 +56,7 @@ class Convolution(nn.Module):
         self._packed: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Convolution:
+    def of(cls, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> PackedConv2d:
         """From float32 parameters, with stride 1."""
         made = cls(nn.Conv2d(1, 1, 1))
         made._plain, made.bias, made.padding = weight, bias, padding
@@ -151,7 +151,7 @@ def packing() -> Iterator[None]:
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """Whether `module` is a norm that `Convolution.fold` takes: one with statistics of its own, in eval mode."""
+    """Whether `module` is a norm that `PackedConv2d.fold` takes: one with statistics of its own, in eval mode."""
     if isinstance(module, FrozenBatchNorm2d):
         return True
     return type(module) is nn.BatchNorm2d and not module.training and module.running_var is not None
@@ -186,7 +186,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     layer.bias = nn.Parameter(torch.randn(16, generator=generator))
     try:
         for accumulates in (False, True):
-            plain, tried = Convolution(layer), Convolution(layer)
+            plain, tried = PackedConv2d(layer), PackedConv2d(layer)
             tried.accumulates = accumulates
             for made in (plain, tried):
                 made.activate(nn.ReLU())

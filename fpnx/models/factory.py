@@ -13,17 +13,17 @@ from torch import nn
 from fpnx.core.config import ExtractConfig, InputConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, ordered_levels
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.models.backbones.factory import (
     Backbone,
+    backbone_from_module,
     create_backbone,
-    given_backbone,
     parameter_shapes,
 )
-from fpnx.models.necks.fpn import FeaturePyramid
+from fpnx.models.necks.fpn import FPN
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.weights.checkpoints import write_checkpoint
-from fpnx.models.weights.resolve import HeldPyramid, Weights, given_weights, resolve_weights
+from fpnx.models.weights.resolve import CheckpointNeck, Weights, resolve_weights, weights_from_module
 
 __all__ = ["build_model", "create_model", "save_weights"]
 
@@ -124,23 +124,23 @@ def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
 def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
     if config.weights not in ("default", "random"):
         raise FpnxError(
-            f"weights {shown(config.weights)} beside a module: it keeps the parameters that it has: leave weights out, "
-            "and load them into the module first"
+            f"weights {escape(config.weights)} beside a module: it keeps the parameters that it has: leave weights "
+            "out, and load them into the module first"
         )
-    backbone = given_backbone(module)
-    return given_weights(module, backbone.name, config), backbone
+    backbone = backbone_from_module(module)
+    return weights_from_module(module, backbone.name, config), backbone
 
 
-def _new(backbone: Backbone, config: ModelConfig) -> FeaturePyramid:
+def _new(backbone: Backbone, config: ModelConfig) -> FPN:
     """A pyramid over all taps, with the top block that the levels need."""
     levels = tuple(config.levels or ())
     needed = "c5" if "P7" in levels else "pool" if "P6" in levels else None
-    return FeaturePyramid(backbone.pyramid_channels, config.channels or DEFAULT_CHANNELS, config.top_block or needed)
+    return FPN(backbone.pyramid_channels, config.channels or DEFAULT_CHANNELS, config.top_block or needed)
 
 
-def _held_pyramid(held: HeldPyramid, backbone: Backbone, config: ModelConfig, weights: Weights) -> FeaturePyramid:
+def _held_pyramid(held: CheckpointNeck, backbone: Backbone, config: ModelConfig, weights: Weights) -> FPN:
     """The pyramid that the weights hold, with P6 by pool where it is asked for and costs no parameters."""
-    keys, owner = held.keys, shown(weights.name)
+    keys, owner = held.keys, escape(weights.name)
     if config.channels not in (None, keys.channels):
         raise FpnxError(f"channels {config.channels} contradicts {owner}, which has {keys.channels}: {UNTRAINED}")
     taps = [backbone.pyramid_channels[k] for k in sorted(backbone.pyramid_channels)]
@@ -154,9 +154,7 @@ def _held_pyramid(held: HeldPyramid, backbone: Backbone, config: ModelConfig, we
             f"they must be its last taps"
         )
     top_block = held.top_block or ("pool" if "P6" in (config.levels or ()) else None)
-    return FeaturePyramid(
-        inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides)
-    )
+    return FPN(inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides))
 
 
 def _adjust(body: nn.Module, weights: Weights) -> None:
@@ -194,14 +192,14 @@ def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
     write_checkpoint(path, model.state_dict(), about)
 
 
-def _check_levels(levels: tuple[str, ...], backbone: Backbone, fpn: FeaturePyramid, weights: Weights) -> None:
+def _check_levels(levels: tuple[str, ...], backbone: Backbone, fpn: FPN, weights: Weights) -> None:
     held = weights.pyramid
     there = (() if held and held.strides else ordered_levels(f"C{k}" for k in backbone.nodes)) + fpn.levels
     absent = next((name for name in levels if name not in there), None)
     if absent is None:
         return
     if held is not None:
-        raise FpnxError(f"{shown(weights.name)} has no level {absent}: it has {_listed(there)}; {UNTRAINED}")
+        raise FpnxError(f"{escape(weights.name)} has no level {absent}: it has {_listed(there)}; {UNTRAINED}")
     if absent == "P7" and fpn.top_block == "pool":
         raise FpnxError("level P7 does not come by pool: take top block c5 or p5")
     raise FpnxError(f"{backbone.name} has no level {absent}: it gives {_listed(there)}")
@@ -236,6 +234,6 @@ def _fill(model: PyramidModel, weights: Weights) -> None:
             for what, keys in problems.items() if keys]  # fmt: skip
     if told:
         raise FpnxError(
-            f"{shown(weights.name)} does not fit {model.backbone}: {'; '.join(told)}: take matching weights"
+            f"{escape(weights.name)} does not fit {model.backbone}: {'; '.join(told)}: take matching weights"
         )
     model.load_state_dict(given, strict=False)

@@ -10,13 +10,13 @@ from torch import Tensor, fx, nn
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_number
 from fpnx.core.provenance import ModelPart
-from fpnx.images.decoding import as_rgb
+from fpnx.images.decoding import to_rgb
 from fpnx.models.backbones.factory import (
     Backbone,
     one_size,
     tap_shapes,
 )
-from fpnx.models.necks.fpn import SEED_SCHEME, FeaturePyramid
+from fpnx.models.necks.fpn import FPN, SEED_SCHEME
 from fpnx.models.weights.resolve import Weights
 
 __all__ = ["PyramidModel"]
@@ -36,7 +36,7 @@ class PyramidModel(nn.Module):
         size: the only (height, width) that the backbone takes, where it is built for one; else None.
     """
 
-    def __init__(self, backbone: Backbone, fpn: FeaturePyramid, levels: tuple[str, ...], weights: Weights) -> None:
+    def __init__(self, backbone: Backbone, fpn: FPN, levels: tuple[str, ...], weights: Weights) -> None:
         super().__init__()
         self.body = backbone.body
         self.fpn = fpn
@@ -66,7 +66,7 @@ class PyramidModel(nn.Module):
 
     def transform(self, picture: Image.Image) -> Tensor:
         """What the recipe does to one picture (any mode, upright) → (3, H, W) float32, normalised."""
-        return self.recipe(as_rgb(picture))
+        return self.recipe(to_rgb(picture))
 
     def shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         """(channels, height, width) of every level for an input of `size` (height, width), without computing it.

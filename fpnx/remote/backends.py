@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from fpnx.core.errors import FpnxError
 from fpnx.remote.urls import bucket_and_key
 
-__all__ = ["AbandonedError", "AnswerError", "Facts", "NO_FOLDERS", "Service", "connect", "error_code", "refusal"]
+__all__ = ["AbandonedError", "AnswerError", "ObjectInfo", "NO_FOLDERS", "Service", "connect", "error_code", "refusal"]
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 EXTRA = 'pip install "fpnx[remote]"'
@@ -34,7 +34,7 @@ UNCONDITIONAL = ("NotImplemented", "501")  # what a store says that cannot write
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ObjectInfo:
     """What a store tells of an object.
 
     Attributes:
@@ -64,13 +64,13 @@ class Service(Protocol):
 
     loop: asyncio.AbstractEventLoop
 
-    async def about(self, url: bytes) -> Facts:
+    async def about(self, url: bytes) -> ObjectInfo:
         """Size and time of one object."""
 
-    def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, Facts]]:
+    def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, ObjectInfo]]:
         """Address and facts of every object below a folder, whose addresses go on with `prefix`."""
 
-    async def read(self, url: bytes, start: int, end: int | None, most: int) -> tuple[bytes, Facts]:
+    async def read(self, url: bytes, start: int, end: int | None, most: int) -> tuple[bytes, ObjectInfo]:
         """Bytes from `start` to `end` (None: all), never more than `most`, and the facts of the object they are of."""
 
     async def check_writable(self, url: bytes) -> None:
@@ -104,7 +104,7 @@ def connect(scheme: str) -> Service:
 
 
 def stamp(modified: datetime | None, etag: str | None) -> int:
-    """What stands for a file's mtime in ns; see `Facts`. Fractions of seconds are dropped: few answers have them."""
+    """What stands for a file's mtime in ns; see `ObjectInfo`. Fractions of seconds are dropped: few have them."""
     if modified is not None:
         moment = modified if modified.tzinfo else modified.replace(tzinfo=timezone.utc)
         return int(moment.timestamp()) * 1_000_000_000
@@ -126,25 +126,25 @@ class _S3:
         self._client = await self._store.set_session()
         return await self._store._call_s3(method, **arguments)
 
-    async def about(self, url: bytes) -> Facts:
+    async def about(self, url: bytes) -> ObjectInfo:
         bucket, key = bucket_and_key(url)
         told = await self._call("head_object", Bucket=bucket, Key=key)
-        return Facts(int(told["ContentLength"]), stamp(told.get("LastModified"), told.get("ETag")))
+        return ObjectInfo(int(told["ContentLength"]), stamp(told.get("LastModified"), told.get("ETag")))
 
-    async def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, Facts]]:
+    async def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, ObjectInfo]]:
         bucket, key = bucket_and_key(url)
         start = f"{key}/" if key else ""
         asked: dict[str, Any] = {"Bucket": bucket, "Prefix": start + prefix.decode("utf-8", "surrogateescape")}
         while True:
             page = await self._call("list_objects_v2", **asked)
             for held in page.get("Contents", []):
-                facts = Facts(int(held["Size"]), stamp(held.get("LastModified"), held.get("ETag")))
+                facts = ObjectInfo(int(held["Size"]), stamp(held.get("LastModified"), held.get("ETag")))
                 yield b"s3://" + f"{bucket}/{held['Key']}".encode("utf-8", "surrogateescape"), facts
             if not page.get("IsTruncated"):
                 return
             asked["ContinuationToken"] = page["NextContinuationToken"]
 
-    async def read(self, url: bytes, start: int, end: int | None, most: int) -> tuple[bytes, Facts]:
+    async def read(self, url: bytes, start: int, end: int | None, most: int) -> tuple[bytes, ObjectInfo]:
         bucket, key = bucket_and_key(url)
         part = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
         told = await self._call("get_object", Bucket=bucket, Key=key, **part)
@@ -159,7 +159,7 @@ class _S3:
             raise ConnectionResetError
         total = re.fullmatch(r"bytes \d+-\d+/(\d+)", told.get("ContentRange", ""))
         size = int(total[1]) if total else len(data)
-        return data, Facts(size, stamp(told.get("LastModified"), told.get("ETag")))
+        return data, ObjectInfo(size, stamp(told.get("LastModified"), told.get("ETag")))
 
     async def check_writable(self, url: bytes) -> None:
         bucket, key = bucket_and_key(url)  # begun and given up, an upload leaves nothing behind
@@ -212,15 +212,15 @@ class _Google:
         self._store = import_module("gcsfs").GCSFileSystem(skip_instance_cache=True, use_listings_cache=False)
         self.loop = self._store.loop
 
-    async def about(self, url: bytes) -> Facts:
+    async def about(self, url: bytes) -> ObjectInfo:
         return _google_facts(await self._store._info(_text(url)))
 
-    async def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, Facts]]:
+    async def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, ObjectInfo]]:
         found = await self._store._find(_text(url), detail=True, prefix=_text(prefix))
         for name, told in found.items():
             yield b"gs://" + name.encode("utf-8", "surrogateescape"), _google_facts(told)
 
-    async def read(self, url: bytes, start: int, end: int | None, most: int) -> tuple[bytes, Facts]:
+    async def read(self, url: bytes, start: int, end: int | None, most: int) -> tuple[bytes, ObjectInfo]:
         # Its answers do not tell which version they are of: asked before, a replaced object is found out.
         facts = await self.about(url)
         if (facts.bytes if end is None else end - start) > most:
@@ -264,7 +264,7 @@ class _Web:
         address = self._store.encode_url(url.decode("utf-8", "surrogateescape"))
         return self._opened.request(method, address, headers=sent, **self._store.kwargs)
 
-    async def about(self, url: bytes) -> Facts:
+    async def about(self, url: bytes) -> ObjectInfo:
         async with await self._ask("HEAD", url) as answer:
             if answer.status < 400:
                 return _web_facts(answer)
@@ -276,11 +276,11 @@ class _Web:
                 raise refusal(answer.status)
             return _web_facts(answer)
 
-    async def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, Facts]]:
+    async def below(self, url: bytes, prefix: bytes) -> AsyncIterator[tuple[bytes, ObjectInfo]]:
         raise AnswerError(NO_FOLDERS)
-        yield url, Facts(0, 0)
+        yield url, ObjectInfo(0, 0)
 
-    async def read(self, url: bytes, start: int, end: int | None, most: int) -> tuple[bytes, Facts]:
+    async def read(self, url: bytes, start: int, end: int | None, most: int) -> tuple[bytes, ObjectInfo]:
         part = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
         async with await self._ask("GET", url, **part) as answer:
             if answer.status >= 400:
@@ -295,7 +295,7 @@ class _Web:
                 if len(data) > most:
                     raise AnswerError(TOO_LARGE)
             facts = _web_facts(answer)
-            return bytes(data), Facts(len(data), facts.mtime_ns) if end is None else facts
+            return bytes(data), ObjectInfo(len(data), facts.mtime_ns) if end is None else facts
 
     async def check_writable(self, url: bytes) -> None:
         raise AnswerError(READ_ONLY)
@@ -324,23 +324,23 @@ def refusal(status: int) -> AnswerError:
     return AnswerError(f"{words.get(status, 'refused')} ({status})", again=status in (408, 425, 429) or status >= 500)
 
 
-def _web_facts(answer: Any) -> Facts:
+def _web_facts(answer: Any) -> ObjectInfo:
     size, total = answer.headers.get("Content-Length", ""), answer.headers.get("Content-Range", "").rpartition("/")[2]
     number = total if answer.status == 206 else size
     try:
         modified = parsedate_to_datetime(answer.headers["Last-Modified"])
     except (KeyError, ValueError, TypeError):
         modified = None
-    return Facts(int(number) if number.isdigit() else -1, stamp(modified, answer.headers.get("ETag")))
+    return ObjectInfo(int(number) if number.isdigit() else -1, stamp(modified, answer.headers.get("ETag")))
 
 
-def _google_facts(told: dict[str, Any]) -> Facts:
+def _google_facts(told: dict[str, Any]) -> ObjectInfo:
     if told.get("type") != "file":
         raise FileNotFoundError
     modified = told.get("mtime") or told.get("updated")
     if isinstance(modified, str):
         modified = datetime.fromisoformat(modified.replace("Z", "+00:00"))
-    return Facts(int(told["size"]), stamp(modified, told.get("etag")))
+    return ObjectInfo(int(told["size"]), stamp(modified, told.get("etag")))
 
 
 def _callback(sent: Callable[[int], None]) -> Any:

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
-from fpnx.remote.backends import AbandonedError, AnswerError, Facts, Service, connect, error_code, refusal
+from fpnx.core.text import escape
+from fpnx.remote.backends import AbandonedError, AnswerError, ObjectInfo, Service, connect, error_code, refusal
 from fpnx.remote.urls import checked
 
 __all__ = ["Ranges", "RemoteError", "about", "about_all", "below", "check_writable", "connections", "read", "send"]
@@ -92,7 +92,7 @@ class RemoteError(FpnxError):
     """What could not be had of a store; `reason` says why, without the address."""
 
     def __init__(self, url: bytes, reason: str) -> None:
-        super().__init__(f"{shown(url)}: {reason}")
+        super().__init__(f"{escape(url)}: {reason}")
         self.reason = reason
 
 
@@ -122,7 +122,7 @@ def _close_all() -> None:
             _wait(service, service.close, 5)
 
 
-def about(url: bytes) -> Facts:
+def about(url: bytes) -> ObjectInfo:
     """Size and time of an object.
 
     Raises:
@@ -131,19 +131,19 @@ def about(url: bytes) -> Facts:
     return _ask(url, lambda service: service.about(url))
 
 
-def about_all(urls: Sequence[bytes]) -> list[Facts | RemoteError]:
+def about_all(urls: Sequence[bytes]) -> list[ObjectInfo | RemoteError]:
     """`about` of many at once, in their order; what cannot be had is an error in its place."""
     turns = asyncio.Semaphore(TOGETHER)
 
-    async def one(service: Service, url: bytes) -> Facts | RemoteError:
+    async def one(service: Service, url: bytes) -> ObjectInfo | RemoteError:
         async with turns:
             try:
                 return await asyncio.wait_for(_tried(lambda: service.about(url)), SECONDS)
             except Exception as error:
                 return RemoteError(url, _reason(error))
 
-    async def every() -> list[Facts | RemoteError]:
-        answers: list[Facts | RemoteError] = []
+    async def every() -> list[ObjectInfo | RemoteError]:
+        answers: list[ObjectInfo | RemoteError] = []
         for first in range(0, len(urls), CROWD):
             crowd = urls[first : first + CROWD]
             answers += await asyncio.gather(*(one(services[_scheme(url)], url) for url in crowd))
@@ -153,20 +153,20 @@ def about_all(urls: Sequence[bytes]) -> list[Facts | RemoteError]:
     return _wait(next(iter(services.values())), every, None) if services else []
 
 
-def below(url: bytes, prefix: bytes = b"") -> list[tuple[bytes, Facts]]:
+def below(url: bytes, prefix: bytes = b"") -> list[tuple[bytes, ObjectInfo]]:
     """Address and facts of every object below a folder of a store, whose addresses go on with `prefix`.
 
     Raises:
         RemoteError: saying why it cannot be listed.
     """
 
-    async def every(service: Service) -> list[tuple[bytes, Facts]]:
+    async def every(service: Service) -> list[tuple[bytes, ObjectInfo]]:
         return [found async for found in service.below(url, prefix)]
 
     return _ask(url, every, None)  # each page has its own limits
 
 
-def read(url: bytes, listed: Facts, start: int = 0, end: int | None = None, most: int = 1 << 40) -> bytes:
+def read(url: bytes, listed: ObjectInfo, start: int = 0, end: int | None = None, most: int = 1 << 40) -> bytes:
     """Bytes of an object from `start` to `end`, or all of it.
 
     Args:
@@ -192,7 +192,7 @@ def read(url: bytes, listed: Facts, start: int = 0, end: int | None = None, most
 class Ranges:
     """Reads anywhere in an object as requests for its parts, larger ones while they follow on each other."""
 
-    def __init__(self, url: bytes, listed: Facts) -> None:
+    def __init__(self, url: bytes, listed: ObjectInfo) -> None:
         self._url, self._listed = url, listed
         self._start, self._held, self._ahead = 0, b"", LEAST_AHEAD
 
@@ -329,7 +329,7 @@ def _reason(error: BaseException) -> str:
     if str(error).startswith("Forbidden:"):  # the same, without a code
         return str(refusal(403))
     known = next((REASONS[name] for name in _names(error) if name in REASONS), "")
-    return f"{known or type(error).__name__}{f' ({shown(code)})' if code else ''}"
+    return f"{known or type(error).__name__}{f' ({escape(code)})' if code else ''}"
 
 
 def _names(error: BaseException) -> list[str]:

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable
 
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.remote import client as remote
 
 __all__ = ["RangeReader", "RemoteFile"]
@@ -54,4 +54,4 @@ class RemoteFile(io.BufferedReader):
         super().__init__(RangeReader(remote.Ranges(url, facts), facts.bytes), 1 << 16)
 
     def __repr__(self) -> str:
-        return shown(self._url)
+        return escape(self._url)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fpnx.remote import client as remote
 from fpnx.remote import urls
-from fpnx.remote.backends import Facts
+from fpnx.remote.backends import ObjectInfo
 
 __all__ = ["match_objects", "match_urls"]
 
@@ -18,7 +18,7 @@ def match_urls(pattern: bytes) -> list[bytes]:
     return [url for url, _ in match_objects(urls.checked(pattern))]
 
 
-def match_objects(pattern: bytes) -> list[tuple[bytes, Facts]]:
+def match_objects(pattern: bytes) -> list[tuple[bytes, ObjectInfo]]:
     root, matches = urls.glob_root(pattern), urls.glob_pattern(pattern)
     below = remote.below(root, urls.glob_start(urls.inside(pattern, root)))
     return [(url, facts) for url, facts in below if matches.fullmatch(url)]

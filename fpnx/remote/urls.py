@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from urllib.parse import urljoin
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 
 __all__ = [
     "SCHEMES",
@@ -52,14 +52,14 @@ def checked(url: bytes) -> bytes:
     scheme = given.lower()
     if scheme.decode("ascii", "replace") not in SCHEMES:
         choices = ", ".join(f"{name}://" for name in SCHEMES)
-        raise FpnxError(f"{shown(url)}: fpnx reads {choices} and files")
-    if "…@" in shown(url) or b"@" in re.split(rb"[/?#]", rest)[0]:
+        raise FpnxError(f"{escape(url)}: fpnx reads {choices} and files")
+    if "…@" in escape(url) or b"@" in re.split(rb"[/?#]", rest)[0]:
         raise FpnxError(
-            f"{shown(url)} holds a user or password, which would be seen in logs and process lists: leave it out, and "
+            f"{escape(url)} holds a user or password, which would be seen in logs and process lists: leave it out, and "
             f"give it in the store's own way (environment variables, a profile, ~/.netrc)"
         )
     if not re.split(rb"[/?#]", rest)[0]:
-        raise FpnxError(f"{shown(url)} names no {'host' if is_web(url) else 'bucket'}")
+        raise FpnxError(f"{escape(url)} names no {'host' if is_web(url) else 'bucket'}")
     return scheme + b"://" + rest
 
 
@@ -148,4 +148,4 @@ def glob_pattern(url: bytes) -> re.Pattern[bytes]:
     try:
         return re.compile(b"".join(told), re.DOTALL)
     except re.error as error:
-        raise FpnxError(f"{shown(url)}: its [ ] cannot be read as a set of characters") from error
+        raise FpnxError(f"{escape(url)}: its [ ] cannot be read as a set of characters") from error

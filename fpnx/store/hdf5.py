@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from fpnx.core.errors import StoreError
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.remote.client import RemoteError, about
 from fpnx.remote.file import RemoteFile
 from fpnx.remote.urls import checked, is_url
@@ -44,16 +44,16 @@ def open_hdf5(path: str) -> h5py.File:
         return _open_remote(path)
     if not os.path.exists(path):
         part = f"{path}.part"
-        hint = f"; {shown(part)} is there: continue it with --resume" if os.path.exists(part) else ""
-        raise StoreError(f"{shown(path)} does not exist{hint}")
+        hint = f"; {escape(part)} is there: continue it with --resume" if os.path.exists(part) else ""
+        raise StoreError(f"{escape(path)} does not exist{hint}")
     if os.path.isdir(path):
-        raise StoreError(f"{shown(path)} is a folder, not a file that fpnx wrote")
+        raise StoreError(f"{escape(path)} is a folder, not a file that fpnx wrote")
     if not os.path.isfile(path):  # opening a FIFO would wait for ever
-        raise StoreError(f"{shown(path)} is not a regular file")
+        raise StoreError(f"{escape(path)} is not a regular file")
     try:
         open(path, "rb").close()
     except OSError as error:  # HDF5 would tell of this in many words, or raise it as it is
-        raise StoreError(f"{shown(path)}: {error.strerror}") from error
+        raise StoreError(f"{escape(path)}: {error.strerror}") from error
     try:
         # A file that is being written is locked by its writer; ours is laid out so that reading it is safe.
         return h5py.File(path, "r", locking=False)
@@ -63,10 +63,10 @@ def open_hdf5(path: str) -> h5py.File:
         except ValueError:
             foreign = False
         if foreign:
-            raise StoreError(f"{shown(path)} is not an HDF5 file") from error
+            raise StoreError(f"{escape(path)} is not an HDF5 file") from error
         match = re.search(r"\((.*)\)", str(error), re.DOTALL)
-        reason = shown(" ".join((match[1] if match else str(error)).split()))
-        raise StoreError(f"{shown(path)} cannot be read as HDF5, it may be truncated: {reason}") from error
+        reason = escape(" ".join((match[1] if match else str(error)).split()))
+        raise StoreError(f"{escape(path)} cannot be read as HDF5, it may be truncated: {reason}") from error
 
 
 def file_state(file: h5py.File) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ def _open_remote(path: str) -> h5py.File:
     except RemoteError as error:
         raise StoreError(str(error)) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise StoreError(f"{shown(path)} cannot be read as HDF5: it is another file, or truncated") from error
+        raise StoreError(f"{escape(path)} cannot be read as HDF5: it is another file, or truncated") from error
 
 
 def member(parent: h5py.Group, name: str, kind: type[Kind]) -> Kind:
@@ -97,14 +97,14 @@ def member(parent: h5py.Group, name: str, kind: type[Kind]) -> Kind:
     where = f"{parent.name.rstrip('/')}/{name}"
     link = parent.get(name, getlink=True)
     if link is None:
-        raise StoreError(f"{_file(parent)} is not a whole fpnx file: {shown(where)} is missing")
+        raise StoreError(f"{_file(parent)} is not a whole fpnx file: {escape(where)} is missing")
     if not isinstance(link, h5py.HardLink):
-        raise StoreError(f"{_file(parent)} is not to be trusted: {shown(where)} is a link to another place")
+        raise StoreError(f"{_file(parent)} is not to be trusted: {escape(where)} is a link to another place")
     found = parent[name]
     if not isinstance(found, kind):
-        raise StoreError(f"{_file(parent)} is not a whole fpnx file: {shown(where)} is no {kind.__name__.lower()}")
+        raise StoreError(f"{_file(parent)} is not a whole fpnx file: {escape(where)} is no {kind.__name__.lower()}")
     if isinstance(found, h5py.Dataset) and (found.is_virtual or found.external):
-        raise StoreError(f"{_file(parent)} is not to be trusted: the data of {shown(where)} are in other files")
+        raise StoreError(f"{_file(parent)} is not to be trusted: the data of {escape(where)} are in other files")
     return found
 
 
@@ -232,4 +232,4 @@ def _path(held: h5py.Group | h5py.Dataset) -> str:
 
 
 def _file(held: h5py.Group | h5py.Dataset) -> str:
-    return shown(_path(held))
+    return escape(_path(held))

@@ -33,7 +33,7 @@ def store_facts(store: Store) -> dict[str, Any]:
         "file": store.path,
         "complete": store.complete,
         "images": {"total": len(store), **states},
-        "shard": store.cut.to_json() if store.cut else None,
+        "shard": store.shard_slice.to_json() if store.shard_slice else None,
         "shards": len(store.shards),
         "root": store.root,
         "levels": [shape.to_json() for shape in level_shapes(store)],

@@ -15,8 +15,8 @@ from fpnx.core.config import DTYPES
 from fpnx.core.errors import FpnxError, NotDoneError, StoreError
 from fpnx.core.levels import UNSTRIDED_LEVELS, level_number, parse_levels
 from fpnx.core.provenance import Provenance
-from fpnx.core.sharding import Cut
-from fpnx.core.text import shown
+from fpnx.core.sharding import ShardSlice
+from fpnx.core.text import escape
 from fpnx.core.validation import format_size, parse_size
 from fpnx.store.hdf5 import (
     attribute_text,
@@ -41,7 +41,7 @@ __all__ = [
     "Item",
     "Store",
     "different_fields",
-    "open_store",
+    "open_store_file",
     "valid_extent",
 ]
 
@@ -84,7 +84,7 @@ class Item:
         """Features of one level → (C, H, W), in the stored dtype."""
         dataset, row = self._dataset(level), int(self._store.rows[self.index])
         if not 0 <= row < len(dataset):
-            raise StoreError(f"{shown(self._store.path)} is not a whole fpnx file: image {self.index} has no row")
+            raise StoreError(f"{escape(self._store.path)} is not a whole fpnx file: image {self.index} has no row")
         return dataset[row]
 
     @property
@@ -134,7 +134,7 @@ class Item:
             raise FpnxError(f"no level {level!r} in this file: it has {', '.join(self.levels)}")
         size = self._store.padded_sizes[self.index]
         if size is None:
-            raise StoreError(f"{shown(self._store.path)} is not a whole fpnx file: image {self.index} has no size")
+            raise StoreError(f"{escape(self._store.path)} is not a whole fpnx file: image {self.index} has no size")
         return self._store.dataset(size, level)
 
     def __repr__(self) -> str:
@@ -171,22 +171,22 @@ class Store:
             raise
         except Exception as error:  # HDF5 and numpy raise many kinds over a damaged file
             self._file.close()
-            raise StoreError(f"{shown(self.path)} is not a whole fpnx file ({shown(str(error))})") from error
+            raise StoreError(f"{escape(self.path)} is not a whole fpnx file ({escape(str(error))})") from error
 
     def _read_header(self) -> None:
         file = self._file
         if "format" not in file.attrs or attribute_text(file, "format") != FORMAT.encode():
-            raise StoreError(f"{shown(self.path)} is an HDF5 file, but not one of fpnx's")
+            raise StoreError(f"{escape(self.path)} is an HDF5 file, but not one of fpnx's")
         version = attribute_whole(file, "format_version")
         if version != FORMAT_VERSION:
             way = "update fpnx" if version > FORMAT_VERSION else "extract it again"
             raise StoreError(
-                f"{shown(self.path)} has format version {version}, this fpnx reads {FORMAT_VERSION}: {way}"
+                f"{escape(self.path)} has format version {version}, this fpnx reads {FORMAT_VERSION}: {way}"
             )
         self.config: dict[str, Any] = parsed(file, "config")
         self.fingerprint = attribute_text(file, "fingerprint").decode("ascii", "replace")
         self.provenance = self._read_provenance()
-        self.cut = Cut.from_json(parsed(file, "shard")) if "shard" in file.attrs else None
+        self.shard_slice = ShardSlice.from_json(parsed(file, "shard")) if "shard" in file.attrs else None
         self.root: str = os.fsdecode(attribute_text(file, "root"))
         self.levels: tuple[str, ...] = self._known_levels()
         images = member(file, "images", h5py.Group)
@@ -198,7 +198,7 @@ class Store:
         self.mtimes_ns: np.ndarray = table(images, "mtime_ns", np.int64, (count,))
         self.input_sizes: np.ndarray = table(images, "input_size", np.int32, (count, 2))
         if len(self.padded_sizes) != count:
-            raise StoreError(f"{shown(self.path)} is not a whole fpnx file: /images/group names no sizes")
+            raise StoreError(f"{escape(self.path)} is not a whole fpnx file: /images/group names no sizes")
         table(images, "error", f"S{ERROR_BYTES}", (count,))
         self._pyramids = member(file, "pyramids", h5py.Group)
         self._index: dict[str, int] | None = None
@@ -210,7 +210,7 @@ class Store:
         held = [name.decode() for name in names(images, "group")]
         sizes = {name: parse_size(name) for name in set(held)}
         if any(name and size is None for name, size in sizes.items()):
-            raise StoreError(f"{shown(self.path)} is not a whole fpnx file: /images/group names no sizes")
+            raise StoreError(f"{escape(self.path)} is not a whole fpnx file: /images/group names no sizes")
         return [sizes[name] for name in held]
 
     def _known_levels(self) -> tuple[str, ...]:
@@ -220,7 +220,7 @@ class Store:
                 return tuple(levels)
         except FpnxError:
             pass
-        raise StoreError(f"{shown(self.path)} is not a whole fpnx file: its config names no levels")
+        raise StoreError(f"{escape(self.path)} is not a whole fpnx file: its config names no levels")
 
     def _read_provenance(self) -> Provenance:
         """The provenance, where it and the texts of the config are complete."""
@@ -230,7 +230,7 @@ class Store:
             return Provenance.from_json(parsed(self._file, "provenance"))
         except ValueError as error:
             raise StoreError(
-                f"{shown(self.path)} is not a whole fpnx file: its config or provenance is incomplete"
+                f"{escape(self.path)} is not a whole fpnx file: its config or provenance is incomplete"
             ) from error
 
     def each(self) -> Iterator[Store]:
@@ -299,13 +299,13 @@ class Store:
         stored = str(self.config.get("dtype"))
         if dataset.dtype.name != stored or stored not in DTYPES or len(dataset.shape or ()) != 4:
             raise StoreError(
-                f"{shown(self.path)} is not a whole fpnx file: {dataset.name} is {dataset.dtype} {dataset.shape}, "
-                f"where {shown(stored)} (n, C, H, W) belongs"
+                f"{escape(self.path)} is not a whole fpnx file: {dataset.name} is {dataset.dtype} {dataset.shape}, "
+                f"where {escape(stored)} (n, C, H, W) belongs"
             )
         check_bytes(dataset, dataset.size * dataset.dtype.itemsize)
         stride = int(dataset.attrs.get("stride", 0))
         if stride < 1 or (level not in UNSTRIDED_LEVELS and stride != 2 ** level_number(level)):
-            raise StoreError(f"{shown(self.path)} is not a whole fpnx file: {dataset.name} has another stride")
+            raise StoreError(f"{escape(self.path)} is not a whole fpnx file: {dataset.name} has another stride")
         self._checked.add((size, level))
         return dataset
 
@@ -339,7 +339,7 @@ class Store:
             self._index = {name: i for i, name in enumerate(self.paths)}
         name = os.fsdecode(path)
         if name not in self._index:
-            raise NotDoneError(f"{shown(name)} is not in {shown(self.path)}: it holds {len(self)} other images")
+            raise NotDoneError(f"{escape(name)} is not in {escape(self.path)}: it holds {len(self)} other images")
         return self._index[name]
 
     def __getitem__(self, key: int | str | bytes | os.PathLike[str]) -> Item:
@@ -348,12 +348,12 @@ class Store:
         if isinstance(key, (int, np.integer)):
             index = int(key) + len(self) if key < 0 else int(key)
             if not 0 <= index < len(self):
-                raise IndexError(f"image {key}: {shown(self.path)} holds {len(self)}")
+                raise IndexError(f"image {key}: {escape(self.path)} holds {len(self)}")
         else:
             index = self.index(key)
         if self.status[index] != DONE:
             state = f"failed: {self.error(index)}" if self.status[index] == FAILED else "is not done yet"
-            raise NotDoneError(f"{shown(self.paths[index])} {state}")
+            raise NotDoneError(f"{escape(self.paths[index])} {state}")
         return Item(self, index)
 
     def __iter__(self) -> Iterator[Item]:
@@ -385,12 +385,12 @@ class Store:
 
     def _opened(self) -> h5py.File:
         if self._closed:
-            raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
+            raise StoreError(f"{escape(self.path)} has been closed: read inside its with block")
         if not self._file:
             self._file = open_hdf5(self._place)
             if file_state(self._file) != self._state:
                 self._file.close()
-                raise StoreError(f"{shown(self.path)} is another file than when it was opened: open it again")
+                raise StoreError(f"{escape(self.path)} is another file than when it was opened: open it again")
             self._pyramids = member(self._file, "pyramids", h5py.Group)
         return self._file
 
@@ -401,7 +401,7 @@ class Store:
         self.close()
 
 
-def open_store(path: str | os.PathLike[str]) -> Store:
+def open_store_file(path: str | os.PathLike[str]) -> Store:
     """Open a file that `fpnx extract` wrote, also a `.part` that is being written; see `Store`.
 
     Raises:

@@ -15,19 +15,19 @@ import numpy as np
 
 from fpnx.core.errors import StoreError
 from fpnx.core.image_list import list_fingerprint
-from fpnx.core.sharding import Cut, Shard
-from fpnx.core.text import shown
+from fpnx.core.sharding import Shard, ShardSlice
+from fpnx.core.text import escape
 from fpnx.core.validation import format_size
 from fpnx.remote.glob import match_urls
 from fpnx.remote.urls import is_url
-from fpnx.store.reader import PENDING, Store, different_fields, open_store
+from fpnx.store.reader import PENDING, Store, different_fields, open_store_file
 
 try:
     import resource
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
-__all__ = ["Joined", "ShardSet", "open_pyramids", "open_shards"]
+__all__ = ["JoinedDataset", "ShardSet", "open_store", "open_shard_set"]
 
 OPEN = 64  # files of a set that are open at most; an eighth of what the process may have, where that is less
 NAMED = 5  # missing shards that a message names
@@ -50,14 +50,14 @@ class ShardSet(Store):
         self._lock = threading.RLock()  # a thread may close what another is about to read
         self._recent: OrderedDict[int, Store] = OrderedDict()
         self._most = _most_open()
-        self._joined: dict[tuple[tuple[int, int], str], Joined] = {}
+        self._joined: dict[tuple[tuple[int, int], str], JoinedDataset] = {}
         self._index: dict[str, int] | None = None
         self._closed = False
         self.shards = self._gathered(paths)
         first = self.shards[0]
-        assert first.cut is not None
+        assert first.shard_slice is not None
         self.path = name or NAME.sub(f".shard-*-of-{len(self.shards):05}", first.path)
-        self.cut, self.list = None, first.cut.list
+        self.shard_slice, self.list = None, first.shard_slice.list
         self.config, self.provenance, self.fingerprint = first.config, first.provenance, first.fingerprint
         self.root, self.levels = first.root, first.levels
         self.paths = [path for shard in self.shards for path in shard.paths]
@@ -65,17 +65,17 @@ class ShardSet(Store):
         for table in ("bytes", "mtimes_ns", "input_sizes", "status", "source_sizes", "nonfinite"):
             setattr(self, table, np.concatenate([getattr(shard, table) for shard in self.shards]))
         self.rows, self._pieces = _joined_rows(self.shards)
-        self._firsts = [shard.cut.first for shard in self.shards if shard.cut]
+        self._firsts = [shard.shard_slice.first for shard in self.shards if shard.shard_slice]
 
     def _gathered(self, paths: Iterable[str]) -> list[Store]:
         found: dict[int, Store] = {}
         for path in paths:
-            store = open_store(path)
+            store = open_store_file(path)
             try:
                 cut = _cut_of(store)
                 _refuse_other(store, next(iter(found.values()), store))
                 if cut.index in found:
-                    both = f"{shown(found[cut.index].path)} and {shown(store.path)}"
+                    both = f"{escape(found[cut.index].path)} and {escape(store.path)}"
                     raise StoreError(f"shard {cut.shard} is there twice: {both}: name each shard once")
                 found[cut.index] = store
             finally:
@@ -118,16 +118,16 @@ class ShardSet(Store):
         """The padded network-input sizes of all shards, (height, width)."""
         return sorted(self._pieces)
 
-    def dataset(self, size: tuple[int, int], level: str) -> Joined:
+    def dataset(self, size: tuple[int, int], level: str) -> JoinedDataset:
         """All rows of one size and level, in order; see `Store.dataset`."""
         if self._closed:
-            raise StoreError(f"{shown(self.path)} has been closed: read inside its with block")
+            raise StoreError(f"{escape(self.path)} has been closed: read inside its with block")
         if (size, level) not in self._joined:
             if size not in self._pieces:
                 raise StoreError(
-                    f"{shown(self.path)} is not a whole fpnx file: /pyramids/{format_size(size)} is missing"
+                    f"{escape(self.path)} is not a whole fpnx file: /pyramids/{format_size(size)} is missing"
                 )
-            self._joined[size, level] = Joined(self, size, level, self._pieces[size])
+            self._joined[size, level] = JoinedDataset(self, size, level, self._pieces[size])
         return self._joined[size, level]
 
     def check(self) -> None:
@@ -169,14 +169,14 @@ class ShardSet(Store):
             dataset = self._shard(number).dataset(size, level)
             if dataset.shape != shape:
                 raise StoreError(
-                    f"{shown(self.shards[number].path)} is not a whole fpnx file: {dataset.name} is {dataset.shape}, "
+                    f"{escape(self.shards[number].path)} is not a whole fpnx file: {dataset.name} is {dataset.shape}, "
                     f"where {shape} belongs"
                 )
             array: np.ndarray = dataset[rows]
             return array
 
 
-class Joined:
+class JoinedDataset:
     """The rows of one size and level over all shards: as much of `h5py.Dataset` as reading takes.
 
     Attributes:
@@ -223,7 +223,7 @@ class Joined:
         return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])
 
 
-def open_pyramids(path: Paths) -> Store:
+def open_store(path: Paths) -> Store:
     """Open what `fpnx extract` wrote: a file, or the complete set of a run's shards as one; see `Store`.
 
     Args:
@@ -235,13 +235,13 @@ def open_pyramids(path: Paths) -> Store:
             different runs, and a missing, unfinished or repeated one.
     """
     if not isinstance(path, (str, os.PathLike)):
-        return open_shards(path)
+        return open_shard_set(path)
     name = os.fspath(path)
-    return open_shards(name) if glob.has_magic(name) and not os.path.lexists(name) else open_store(name)
+    return open_shard_set(name) if glob.has_magic(name) and not os.path.lexists(name) else open_store_file(name)
 
 
-def open_shards(paths: Paths) -> ShardSet:
-    """The complete set of a run's shards, by a glob or by their paths; see `open_pyramids`."""
+def open_shard_set(paths: Paths) -> ShardSet:
+    """The complete set of a run's shards, by a glob or by their paths; see `open_store_file`."""
     given = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     found: list[str] = []
     for name in given:
@@ -249,51 +249,56 @@ def open_shards(paths: Paths) -> ShardSet:
             raw = os.fsencode(name)
             there = list(map(os.fsdecode, match_urls(raw))) if is_url(raw) else sorted(glob.glob(name))
             if not there:
-                raise StoreError(f"no file is called {shown(name)}: name the shards that fpnx extract --shard wrote")
+                raise StoreError(f"no file is called {escape(name)}: name the shards that fpnx extract --shard wrote")
             found += there
         else:
             found.append(name)
     return ShardSet(found, given[0] if len(given) == 1 < len(found) else None)
 
 
-def _cut_of(store: Store) -> Cut:
+def _cut_of(store: Store) -> ShardSlice:
     if store.path.endswith(".part"):
-        which = f"shard {store.cut.shard}" if store.cut else "no shard"
-        raise StoreError(f"{shown(store.path)} ({which}) is unfinished: finish it with --resume")
-    if store.cut is None:
-        raise StoreError(f"{shown(store.path)} is no shard: it was made without --shard, and is read by itself")
-    if len(store) != len(store.cut.slice):
+        which = f"shard {store.shard_slice.shard}" if store.shard_slice else "no shard"
+        raise StoreError(f"{escape(store.path)} ({which}) is unfinished: finish it with --resume")
+    if store.shard_slice is None:
+        raise StoreError(f"{escape(store.path)} is no shard: it was made without --shard, and is read by itself")
+    if len(store) != len(store.shard_slice.slice):
         raise StoreError(
-            f"{shown(store.path)} is not a whole fpnx file: it has {len(store)} images, and shard {store.cut.shard} of "
-            f"{store.cut.images} has {len(store.cut.slice)}"
+            f"{escape(store.path)} is not a whole fpnx file: it has {len(store)} images, and shard "
+            f"{store.shard_slice.shard} of {store.shard_slice.images} has {len(store.shard_slice.slice)}"
         )
     if pending := int((store.status == PENDING).sum()):
-        raise StoreError(f"{shown(store.path)} (shard {store.cut.shard}) is unfinished: {pending} images are pending")
-    return store.cut
+        raise StoreError(
+            f"{escape(store.path)} (shard {store.shard_slice.shard}) is unfinished: {pending} images are pending"
+        )
+    return store.shard_slice
 
 
 def _refuse_other(store: Store, first: Store) -> None:
     """Refuse a shard of another run than the first's."""
-    assert store.cut is not None
-    assert first.cut is not None
+    assert store.shard_slice is not None
+    assert first.shard_slice is not None
     fields = different_fields(first.config, store.config)
     if not fields and store.fingerprint != first.fingerprint:
         fields = ["their fingerprints differ"]
-    if not fields and store.cut.count != first.cut.count:
-        fields = [f"one of {first.cut.count} shards and one of {store.cut.count}"]
-    if not fields and (store.cut.list, store.cut.images) != (first.cut.list, first.cut.images):
+    if not fields and store.shard_slice.count != first.shard_slice.count:
+        fields = [f"one of {first.shard_slice.count} shards and one of {store.shard_slice.count}"]
+    if not fields and (store.shard_slice.list, store.shard_slice.images) != (
+        first.shard_slice.list,
+        first.shard_slice.images,
+    ):
         fields = ["their lists of images differ"]
     if fields:
         raise StoreError(
-            f"{shown(first.path)} and {shown(store.path)} are shards of different runs "
-            f"({shown('; '.join(fields))}): name those of one run only"
+            f"{escape(first.path)} and {escape(store.path)} are shards of different runs "
+            f"({escape('; '.join(fields))}): name those of one run only"
         )
 
 
 def _refuse_missing(found: dict[int, Store]) -> None:
     some = next(iter(found.values()))
-    assert some.cut is not None
-    count = some.cut.count
+    assert some.shard_slice is not None
+    count = some.shard_slice.count
     missing = [Shard(index, count) for index in range(count) if index not in found]
     if not missing:
         return
@@ -302,9 +307,9 @@ def _refuse_missing(found: dict[int, Store]) -> None:
     hint = "name all shards of the run"
     if path != some.path:
         part, there = f"{path}.part", os.path.exists(path)
-        hint = f"{shown(path)} is {'there, but not named' if there else 'not there'}"
+        hint = f"{escape(path)} is {'there, but not named' if there else 'not there'}"
         if not there and os.path.exists(part):
-            hint = f"{shown(part)} is unfinished: finish it with --resume"
+            hint = f"{escape(part)} is unfinished: finish it with --resume"
     raise StoreError(f"{len(missing)} of {count} shards missing: {names} ({hint})")
 
 

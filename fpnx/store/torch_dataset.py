@@ -12,9 +12,9 @@ from torch.utils.data import Dataset, Sampler
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.store.reader import DONE, Store
-from fpnx.store.shard_set import open_pyramids
+from fpnx.store.shard_set import open_store
 
 __all__ = ["PyramidDataset", "ShapeBatchSampler"]
 
@@ -44,11 +44,11 @@ class PyramidDataset(Dataset[dict[str, Any]]):
         if target is not None and not callable(target):
             raise FpnxError(f"target {target!r}: take a function from a stored path to its label")
         self.target = target
-        with open_pyramids(self.path) as store:
+        with open_store(self.path) as store:
             self.levels = store.levels if levels is None else parse_levels(levels)
             for level in self.levels:
                 if level not in store.levels:
-                    raise FpnxError(f"no level {level!r} in {shown(store.path)}: it has {', '.join(store.levels)}")
+                    raise FpnxError(f"no level {level!r} in {escape(store.path)}: it has {', '.join(store.levels)}")
             self.indices: list[int] = np.flatnonzero(store.status == DONE).tolist()
             self.sizes: list[Hashable] = [store.padded_sizes[index] for index in self.indices]
         self._opened: tuple[int, Store] | None = None
@@ -57,7 +57,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
     def store(self) -> Store:
         """The store, opened by this very process: an HDF5 handle does not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), open_pyramids(self.path))
+            self._opened = (os.getpid(), open_store(self.path))
         return self._opened[1]
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not -len(self) <= i < len(self):
-            raise IndexError(f"image {i}: {shown(self.store.path)} holds {len(self)} that are done")
+            raise IndexError(f"image {i}: {escape(self.store.path)} holds {len(self)} that are done")
         item = self.store[self.indices[i]]
         sample: dict[str, Any] = {level: torch.from_numpy(item[level]) for level in self.levels}
         sample |= {"path": item.path, "index": item.index}

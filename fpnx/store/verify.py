@@ -13,12 +13,12 @@ import numpy as np
 
 from fpnx.core.config import fingerprint
 from fpnx.core.events import Listener
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.core.validation import format_size, parse_pool
 from fpnx.store.reader import DONE, FAILED, PENDING, Store
 from fpnx.store.shard_set import ShardSet
 
-__all__ = ["Verification", "first_of", "verify_structure"]
+__all__ = ["Verification", "describe_first", "verify_structure"]
 
 BLOCK = 1 << 26  # bytes of features that are looked at together
 
@@ -77,7 +77,7 @@ def verify_structure(store: Store, listener: Listener | None = None) -> Verifica
                 wrong += found
                 hears.progress("images", before + seen, len(store))
         before += len(part)
-        where = "" if part is store else f"{shown(os.path.basename(part.path))}: "
+        where = "" if part is store else f"{escape(os.path.basename(part.path))}: "
         problems += [where + problem for problem in wrong]
     states = {state: int((store.status == state).sum()) for state in (PENDING, DONE, FAILED)}
     return Verification(
@@ -107,26 +107,27 @@ def _tables(store: Store) -> Iterator[str]:
         yield "the fingerprint is not the sha256 of the config: one of them was changed"
     if len(set(store.paths)) != len(store.paths):
         yield "a path stands there twice"
-    if store.cut and len(store) != len(store.cut.slice):
-        yield f"it has {len(store)} images, where shard {store.cut.shard} of {store.cut.images} has another number"
+    if store.shard_slice and len(store) != len(store.shard_slice.slice):
+        part = store.shard_slice
+        yield f"it has {len(store)} images, where shard {part.shard} of {part.images} has another number"
     done, failed = store.status == DONE, store.status == FAILED
     if pending := int((store.status == PENDING).sum()):
         yield f"{pending} of {len(store)} images are pending: continue with fpnx extract --resume"
     if unknown := int((~np.isin(store.status, (PENDING, DONE, FAILED))).sum()):
         yield f"{unknown} images have a status that does not exist"
     errors = dict(store.failures())
-    yield from first_of(
+    yield from describe_first(
         "failed without a reason", store, [i for i in np.flatnonzero(failed).tolist() if not errors[store.paths[i]]]
     )
-    yield from first_of("done without a row", store, np.flatnonzero(done & (store.rows < 0)))
-    yield from first_of(
+    yield from describe_first("done without a row", store, np.flatnonzero(done & (store.rows < 0)))
+    yield from describe_first(
         "done without a source size", store, np.flatnonzero(done & (store.source_sizes <= 0).any(axis=1))
     )
     placed = store.rows >= 0
     padded = np.array([size or (0, 0) for size in store.padded_sizes]).reshape(-1, 2)
-    yield from first_of("in a group without a row", store, np.flatnonzero(~placed & padded.any(axis=1)))
+    yield from describe_first("in a group without a row", store, np.flatnonzero(~placed & padded.any(axis=1)))
     wrong = placed & ((store.input_sizes < 1) | (store.input_sizes > padded)).any(axis=1)
-    yield from first_of("of an input size that is not that of its group", store, np.flatnonzero(wrong))
+    yield from describe_first("of an input size that is not that of its group", store, np.flatnonzero(wrong))
 
 
 def _placement(store: Store) -> Iterator[str]:
@@ -146,7 +147,7 @@ def _placement(store: Store) -> Iterator[str]:
             stride, pool = store.stride(level), store.config["pool"]
             most = tuple(-(-side // stride) for side in size)
             if pool != "none" and tuple(cells) != parse_pool(pool):
-                yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, which is not pool {shown(pool)}"
+                yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, which is not pool {escape(pool)}"
             elif pool == "none" and not all(1 <= held <= limit for held, limit in zip(cells, most, strict=True)):
                 yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, where stride {stride} gives {most[0]}×{most[1]}"
     if len(store.sizes) == 1:
@@ -169,8 +170,8 @@ def _values(store: Store) -> Iterator[tuple[int, int, list[str]]]:
                 bad = (~np.isfinite(block)).reshape(len(block), -1).sum(axis=1)
                 wrong = here[(status == DONE) & (bad != store.nonfinite[here, column])]
                 filled = here[(status == FAILED) & ~np.isnan(block).reshape(len(block), -1).all(axis=1)]
-                found = [*first_of(f"not as finite in {level} as the file says", store, wrong)]
-                found += first_of(f"failed, but with values in {level}", store, filled)
+                found = [*describe_first(f"not as finite in {level} as the file says", store, wrong)]
+                found += describe_first(f"failed, but with values in {level}", store, filled)
                 seen += len(block) if position == len(store.levels) - 1 else 0
                 yield block.size, seen, found
 
@@ -187,8 +188,8 @@ def _blocks(dataset: h5py.Dataset) -> Iterator[tuple[int, np.ndarray]]:
         yield start, dataset[start : start + step]
 
 
-def first_of(what: str, store: Store, indices: Sequence[int] | np.ndarray) -> Iterator[str]:
+def describe_first(what: str, store: Store, indices: Sequence[int] | np.ndarray) -> Iterator[str]:
     """One line for all `indices`, with the first of them by name."""
     if len(indices):
         others = f" and {len(indices) - 1} others" if len(indices) > 1 else ""
-        yield f"{shown(store.paths[int(indices[0])])}{others}: {what}"
+        yield f"{escape(store.paths[int(indices[0])])}{others}: {what}"

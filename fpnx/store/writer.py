@@ -15,15 +15,15 @@ import numpy as np
 
 from fpnx.core.config import fingerprint
 from fpnx.core.errors import FpnxError, StoreError
-from fpnx.core.files import BLOCK, LARGE, OpenFile, claim, disk_error, sync_folder
+from fpnx.core.files import BLOCK, LARGE, OpenFile, disk_error, reserve_space, sync_folder
 from fpnx.core.image_list import ImageList
 from fpnx.core.provenance import Provenance
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.core.validation import format_size
 from fpnx.store.hdf5 import open_hdf5
 from fpnx.store.reader import DONE, ERROR_BYTES, FAILED, FORMAT, FORMAT_VERSION, PENDING, Store, different_fields
 
-__all__ = ["Layout", "Place", "Writer", "make_file", "part_of", "refuse_other_run"]
+__all__ = ["FileLayout", "DatasetExtent", "Writer", "create_file", "part_path", "check_same_run"]
 
 TABLE_BYTES = 8 + 8 + 8 + 8 + 1 + ERROR_BYTES + 8 + 16 + 16  # per image, without its path and statistics
 VALID_RULE = "rows ceil(input_height / stride), columns ceil(input_width / stride) of a map are not padding"
@@ -33,7 +33,7 @@ AnyWriter = TypeVar("AnyWriter", bound="Writer")
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """Everything about a file that is known before the first image is computed.
 
     Attributes:
@@ -84,13 +84,13 @@ class Layout:
         return self.feature_bytes() + tables + names + 65536 + BLOCK * len(self.shapes) * len(self.levels)
 
 
-def part_of(output: Path) -> Path:
+def part_path(output: Path) -> Path:
     """Where the work on `output` goes on."""
     return output.with_name(output.name + ".part")
 
 
 @dataclass(frozen=True)
-class Place:
+class DatasetExtent:
     """Where the rows of a dataset are in the file."""
 
     offset: int
@@ -98,11 +98,11 @@ class Place:
     dtype: np.dtype[Any]
 
     @classmethod
-    def of(cls, dataset: h5py.Dataset) -> Place:
+    def of(cls, dataset: h5py.Dataset) -> DatasetExtent:
         """Raises StoreError for one that is not a plain stretch of the file."""
         offset = dataset.id.get_offset() if dataset.size else 0  # what is empty has no place, and needs none
         if offset is None or dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:
-            raise StoreError(f"{shown(dataset.file.filename)} was packed by another tool: it cannot be continued")
+            raise StoreError(f"{escape(dataset.file.filename)} was packed by another tool: it cannot be continued")
         return cls(offset, dataset.shape, dataset.dtype)
 
     @property
@@ -134,9 +134,9 @@ class Writer:
     """
 
     def __init__(self, output: Path, disk: OpenFile | None = None) -> None:
-        self.output, part = output, part_of(output)
+        self.output, part = output, part_path(output)
         if part.is_symlink():
-            raise StoreError(f"{shown(part)} is a link, which fpnx never makes: remove it, or take another output")
+            raise StoreError(f"{escape(part)} is a link, which fpnx never makes: remove it, or take another output")
         with open_hdf5(os.fspath(part)) as file:
             images = file["images"]
             self.status: np.ndarray = images["status"][:]
@@ -147,7 +147,7 @@ class Writer:
             held["stats/nonfinite"] = file["stats/nonfinite"]
             for group in dict.fromkeys(filter(None, self._groups)):
                 held |= {f"{group}/{level}": file[f"pyramids/{group}/{level}"] for level in self._levels}
-            self._places = {name: Place.of(dataset) for name, dataset in held.items()}
+            self._places = {name: DatasetExtent.of(dataset) for name, dataset in held.items()}
         self._bytes = os.path.getsize(part)
         self._disk = disk or OpenFile(part)
         self._fresh: dict[int, int] = {}
@@ -155,7 +155,7 @@ class Writer:
         self.space_is_claimed = True
 
     @classmethod
-    def create(cls: type[AnyWriter], output: Path, layout: Layout, provenance: Provenance) -> AnyWriter:
+    def create(cls: type[AnyWriter], output: Path, layout: FileLayout, provenance: Provenance) -> AnyWriter:
         """Lay out a new `.part` beside `output` and claim its space; a `.part` that is there is dropped.
 
         It is made under another name, so that a `.part` is whole from its first moment.
@@ -163,13 +163,13 @@ class Writer:
         Raises:
             FpnxError: where the disk is too small; nothing is left behind then.
         """
-        part = part_of(output)
+        part = part_path(output)
         fresh = part.with_name(part.name + ".new")
         try:
             part.unlink(missing_ok=True)
             fresh.unlink(missing_ok=True)
             try:
-                claimed = make_file(fresh, layout, provenance)
+                claimed = create_file(fresh, layout, provenance)
                 os.replace(fresh, part)
                 sync_folder(part.parent)
             finally:
@@ -182,7 +182,7 @@ class Writer:
 
     @classmethod
     def reopen(cls: type[AnyWriter], output: Path) -> AnyWriter:
-        """Continue the `.part` beside `output`, which `refuse_other_run` has let pass. Failed rows are pending again.
+        """Continue the `.part` beside `output`, which `check_same_run` has let pass. Failed rows are pending again.
 
         Raises:
             FpnxError: where it cannot be opened for writing, or the disk refuses.
@@ -190,7 +190,7 @@ class Writer:
         try:
             writer = cls(output)
         except OSError as error:
-            raise disk_error(error, part_of(output), 0) from error
+            raise disk_error(error, part_path(output), 0) from error
         try:
             writer.retry()
         except BaseException:
@@ -277,13 +277,13 @@ class Writer:
         """
         self.commit()
         assert not bool((self.status == PENDING).any()), "finish() before every image was put"
-        if not self._disk.is_at(part_of(self.output)):
+        if not self._disk.is_at(part_path(self.output)):
             raise StoreError(
-                f"{shown(part_of(self.output))} is another run's by now: it goes on with it, and this one ends"
+                f"{escape(part_path(self.output))} is another run's by now: it goes on with it, and this one ends"
             )
         self.close()
         with self._writing():
-            os.replace(part_of(self.output), self.output)
+            os.replace(part_path(self.output), self.output)
             sync_folder(self.output.parent)
 
     def close(self) -> None:
@@ -313,7 +313,7 @@ class Writer:
             raise self._failure from error
 
 
-def make_file(path: Path, layout: Layout, provenance: Provenance) -> bool:
+def create_file(path: Path, layout: FileLayout, provenance: Provenance) -> bool:
     """Lay out a file where none is, pending and durable, and claim its space; False where that cannot be promised.
 
     Raises:
@@ -321,20 +321,20 @@ def make_file(path: Path, layout: Layout, provenance: Provenance) -> bool:
     """
     # Space comes first: HDF5 must not be told to write where there is none.
     with open(path, "xb") as probe:
-        claim(probe.fileno(), layout.total_bytes())
+        reserve_space(probe.fileno(), layout.total_bytes())
     with h5py.File(path, "w", locking="best-effort", alignment_threshold=LARGE, alignment_interval=BLOCK) as file:
-        claim(file.id.get_vfd_handle(), layout.total_bytes())
+        reserve_space(file.id.get_vfd_handle(), layout.total_bytes())
         _lay_out(file, layout, provenance)
         file.flush()
         size = file.id.get_filesize()
     with open(path, "r+b") as laid_out:
         laid_out.truncate(size)  # the estimate was larger
-        claimed = claim(laid_out.fileno(), size)
+        claimed = reserve_space(laid_out.fileno(), size)
         os.fsync(laid_out.fileno())
     return claimed
 
 
-def refuse_other_run(store: Store, config: Mapping[str, Any], images: ImageList) -> None:
+def check_same_run(store: Store, config: Mapping[str, Any], images: ImageList) -> None:
     """Raise unless `store` was made with `config` from the image files `images`.
 
     Raises:
@@ -345,7 +345,7 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], images: ImageList)
     fields = different_fields(store.config, config)
     if fields or store.fingerprint != fingerprint(config):
         raise FpnxError(
-            f"{shown(store.path)} was made with another config ({'; '.join(fields) or 'its fingerprint differs'}): "
+            f"{escape(store.path)} was made with another config ({'; '.join(fields) or 'its fingerprint differs'}): "
             f"repeat that one, take another output, or start over with --overwrite"
         )
     there = dict(zip(store.paths, zip(store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True), strict=True))
@@ -356,14 +356,14 @@ def refuse_other_run(store: Store, config: Mapping[str, Any], images: ImageList)
     if added or removed or changed or moved:
         what = "in another order" if moved else f"{added} added, {removed} removed, {changed} changed"
         raise FpnxError(
-            f"{shown(store.path)} was made from other images ({what}): "
+            f"{escape(store.path)} was made from other images ({what}): "
             f"bring the same ones, take another output, or start over with --overwrite"
         )
-    if store.cut != images.shard:
-        was, asked_for = (f"shard {cut}" if cut else "no shard" for cut in (store.cut, images.shard))
+    if store.shard_slice != images.shard:
+        was, asked_for = (f"shard {cut}" if cut else "no shard" for cut in (store.shard_slice, images.shard))
         alike = "its list had other images outside this shard" if was == asked_for else f"it is {was}, not {asked_for}"
         raise FpnxError(
-            f"{shown(store.path)} was cut from another list ({alike}): bring the same one, take another output, or "
+            f"{escape(store.path)} was cut from another list ({alike}): bring the same one, take another output, or "
             f"start over with --overwrite"
         )
 
@@ -375,7 +375,7 @@ def _differ(before: tuple[int, int], now: tuple[int, int]) -> bool:
     return before != now
 
 
-def _lay_out(file: h5py.File, layout: Layout, provenance: Provenance) -> None:
+def _lay_out(file: h5py.File, layout: FileLayout, provenance: Provenance) -> None:
     records, count = layout.images.records, len(layout.images)
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION
@@ -435,5 +435,5 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _clipped(reason: str) -> bytes:
-    raw = shown(reason).encode()[:ERROR_BYTES]
+    raw = escape(reason).encode()[:ERROR_BYTES]
     return raw.decode("utf-8", "ignore").encode()

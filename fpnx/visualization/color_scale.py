@@ -14,7 +14,7 @@ from fpnx.store.reader import DONE, Item, Store
 from fpnx.visualization.heatmaps import COMPONENTS, Basis, Moments, heatmap
 from fpnx.visualization.scene import Photo, Scene, scene_of
 
-__all__ = ["NO_PHOTO", "Scale", "Scales", "cells_of", "measure", "sample", "spread"]
+__all__ = ["NO_PHOTO", "ColorScale", "ColorScales", "cells_of", "measure_scales", "sample_rows", "value_range"]
 
 SAMPLE_IMAGES = 64
 SAMPLE_BYTES = 2e9
@@ -23,7 +23,7 @@ NO_PHOTO = Photo(None)
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColorScale:
     """The values that are drawn as the first and the last colour, or the basis of a PCA."""
 
     low: float = np.nan
@@ -32,10 +32,10 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Scales:
-    """One `Scale` a level, and on how many of how many images they were measured."""
+class ColorScales:
+    """One `ColorScale` a level, and on how many of how many images they were measured."""
 
-    levels: dict[str, Scale]
+    levels: dict[str, ColorScale]
     images: int
     total: int
 
@@ -43,13 +43,13 @@ class Scales:
         return f"from {self.images} of {self.total} images" if self.images < self.total else "from all images"
 
 
-def spread(values: np.ndarray) -> tuple[float, float]:
+def value_range(values: np.ndarray) -> tuple[float, float]:
     """Least and greatest finite value; NaN twice where there is none."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (np.nan, np.nan)
 
 
-def sample(store: Store) -> list[int]:
+def sample_rows(store: Store) -> list[int]:
     """Rows of done images, evenly spaced over the file: at most 64, and at most 2 GB of features."""
     done = np.flatnonzero(store.status == DONE)
     if not done.size:
@@ -60,12 +60,12 @@ def sample(store: Store) -> list[int]:
     return done[np.unique(np.linspace(0, done.size - 1, count).round().astype(int))].tolist()
 
 
-def measure(
+def measure_scales(
     store: Store,
     config: PictureConfig,
     levels: Sequence[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Scales:
+) -> ColorScales:
     """The scales that pictures of `store` share; the same for the same file. Measured once for each open store."""
     chosen = tuple(levels or store.levels)
     done = int((store.status == DONE).sum())
@@ -73,12 +73,12 @@ def measure(
     key = (chosen, done, config.mode, config.top, config.pick, config.point)
     if key not in kept:
         work = _bases if config.mode == "pca" else _ranges
-        rows = sample(store)
-        kept[key] = Scales(work(store, chosen, rows, config, progress), len(rows), done)
+        rows = sample_rows(store)
+        kept[key] = ColorScales(work(store, chosen, rows, config, progress), len(rows), done)
     return kept[key]
 
 
-_MEASURED: WeakKeyDictionary[Store, dict[object, Scales]] = WeakKeyDictionary()
+_MEASURED: WeakKeyDictionary[Store, dict[object, ColorScales]] = WeakKeyDictionary()
 
 
 def _ranges(
@@ -87,16 +87,18 @@ def _ranges(
     rows: Sequence[int],
     config: PictureConfig,
     progress: Callable[[int, int], None],
-) -> dict[str, Scale]:
+) -> dict[str, ColorScale]:
     ends: dict[str, list[float]] = {level: [] for level in levels}
     for scene in _scenes(store, rows, progress, len(rows)):
         for level in levels:
             try:
-                ends[level] += spread(_shown_map(scene, level, config))
+                ends[level] += value_range(_shown_map(scene, level, config))
             except FpnxError:  # a broken row, or a point that this image does not have
                 continue
     finite = {level: np.array(values)[np.isfinite(values)] for level, values in ends.items()}
-    return {level: Scale(float(v.min()), float(v.max())) if v.size else Scale() for level, v in finite.items()}
+    return {
+        level: ColorScale(float(v.min()), float(v.max())) if v.size else ColorScale() for level, v in finite.items()
+    }
 
 
 def _shown_map(scene: Scene, level: str, config: PictureConfig) -> np.ndarray:
@@ -113,7 +115,7 @@ def _bases(
     rows: Sequence[int],
     config: PictureConfig,
     progress: Callable[[int, int], None],
-) -> dict[str, Scale]:
+) -> dict[str, ColorScale]:
     """Two passes: the moments of all sampled cells, then where their coordinates lie. Memory is one map and C²."""
     passes = 2 * len(rows)
     moments: dict[str, Moments] = {}
@@ -127,7 +129,7 @@ def _bases(
         for level, basis in bases.items():
             for cells in _readable(scene, level):
                 coordinates[level].append(basis.project(cells.T[:, :, None]).reshape(COMPONENTS, -1))
-    return {level: Scale(basis=basis.ranged(np.hstack(coordinates[level]))) for level, basis in bases.items()}
+    return {level: ColorScale(basis=basis.ranged(np.hstack(coordinates[level]))) for level, basis in bases.items()}
 
 
 def _readable(scene: Scene, level: str) -> Iterator[np.ndarray]:

@@ -15,12 +15,12 @@ from PIL import Image
 from fpnx.core.config import PictureConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_place, parse_levels
-from fpnx.images.decoding import pillow_within_limits
+from fpnx.images.decoding import pillow_limits
 from fpnx.store.reader import Item
-from fpnx.visualization.color_scale import Scales, measure
+from fpnx.visualization.color_scale import ColorScales, measure_scales
 from fpnx.visualization.panels import BETWEEN, Map, assembled, colour_table, covered, map_of, tile_size
 from fpnx.visualization.scene import Scene, scene_of
-from fpnx.visualization.text_layout import DPI, fitted, width_of, write
+from fpnx.visualization.text_layout import DPI, fit_text, text_width, write
 
 __all__ = ["chosen_levels", "draw", "figure", "mode_in_words", "rendered"]
 
@@ -54,7 +54,7 @@ def figure(
     items: Item | Sequence[Item],
     *,
     levels: str | Sequence[str] | None = None,
-    scales: Sequence[Scales] | None = None,
+    scales: Sequence[ColorScales] | None = None,
     **options: Any,
 ) -> Figure:
     """An image's source and its levels as heatmaps; several items, of one file each, make a row each.
@@ -62,8 +62,8 @@ def figure(
     Args:
         items: `store["cats/01.jpg"]`, or one item a file.
         levels: which of the file's levels; all where None.
-        scales: for each item, what `fpnx.visualization.color_scale.measure` gave; where None, and `per_image` is not
-            asked for, that is called, which reads a bounded part of the file once.
+        scales: for each item, what `fpnx.visualization.color_scale.measure_scales` gave; where None, and `per_image` is
+            not asked for, that is called, which reads a bounded part of the file once.
         options: the fields of `fpnx.core.config.PictureConfig`: `mode="pca"`, `overlay=True`, `colormap="magma"`, …
 
     Returns:
@@ -76,10 +76,10 @@ def figure(
     config = PictureConfig(**options)
     rows = [items] if isinstance(items, Item) else list(items)
     chosen = parse_levels(levels) if levels is not None else None
-    shared: list[Scales | None] = list(scales) if scales is not None else [None] * len(rows)
+    shared: list[ColorScales | None] = list(scales) if scales is not None else [None] * len(rows)
     if scales is None and not config.per_image:
-        shared = [measure(item.store, config, chosen_levels(item, chosen)) for item in rows]
-    with pillow_within_limits():
+        shared = [measure_scales(item.store, config, chosen_levels(item, chosen)) for item in rows]
+    with pillow_limits():
         return draw([scene_of(item) for item in rows], config, chosen, shared)
 
 
@@ -100,7 +100,7 @@ def draw(
     scenes: Sequence[Scene],
     config: PictureConfig,
     levels: Iterable[str] | None,
-    scales: Sequence[Scales | None],
+    scales: Sequence[ColorScales | None],
 ) -> Figure:
     """The figure of one image: for each scene its source, the C levels in a row and the P levels below."""
     table = colour_table(config.colormap)
@@ -144,14 +144,14 @@ def mode_in_words(config: PictureConfig) -> str:
     return WORDS[config.mode]
 
 
-def _scale_in_words(scales: Sequence[Scales | None]) -> str:
+def _scale_in_words(scales: Sequence[ColorScales | None]) -> str:
     given = [shared for shared in scales if shared is not None]
     if not given:
         return "a scale of its own for each image and level"
     return f"one scale a level{' and file' if len(given) > 1 else ''}, {max(given, key=lambda s: s.total)}"
 
 
-def _maps(scene: Scene, config: PictureConfig, levels: Iterable[str] | None, shared: Scales | None) -> list[Map]:
+def _maps(scene: Scene, config: PictureConfig, levels: Iterable[str] | None, shared: ColorScales | None) -> list[Map]:
     if scene.missing:
         return []
     scales = shared.levels if shared is not None else {}
@@ -172,7 +172,7 @@ def _draw_source(
     pixels = covered(scene, panel)
     if pixels is None:
         page.image(np.full((*panel, 3), 245, np.uint8), at)
-        lines = fitted(scene.photo.remark, panel[1] - 16, 11, max(1, (panel[0] - 12) // 15))
+        lines = fit_text(scene.photo.remark, panel[1] - 16, 11, max(1, (panel[0] - 12) // 15))
         for number, line in enumerate(lines):
             page.text(at[0] + 8, at[1] + 18 + 15 * number, line, 11, color=DIM)
         return
@@ -182,7 +182,7 @@ def _draw_source(
         mark = (x / width * panel[1], y / height * panel[0])
     page.image(pixels, at, label="source", mark=mark)
     if scene.photo.remark:
-        page.text(at[0], at[1] + panel[0] + LINE, fitted(scene.photo.remark, column, 10.5)[0], 10.5, color=DIM)
+        page.text(at[0], at[1] + panel[0] + LINE, fit_text(scene.photo.remark, column, 10.5)[0], 10.5, color=DIM)
 
 
 def _draw_level(
@@ -223,7 +223,7 @@ def _numbers(page: _Page, found: Map, at: tuple[float, float], width: int) -> No
     middle = _number((low + high) / 2)
     page.text(at[0], at[1], ends[0], 10.5)
     page.text(at[0] + width, at[1], ends[1], 10.5, ha="right")
-    if width_of("".join([*ends, middle]), 10.5) < width - 30:
+    if text_width("".join([*ends, middle]), 10.5) < width - 30:
         page.text(at[0] + width / 2, at[1], middle, 10.5, ha="center")
 
 
@@ -251,15 +251,15 @@ class _Page:
     def paragraph(self, text: str, size: float = 12, lines: int = 1, **style: Any) -> None:
         """Text over the whole width, below what there is."""
         width = (self.width - 2 * MARGIN) / (BOLD if "fontweight" in style else 1)
-        for line in fitted(text, width, size, lines):
+        for line in fit_text(text, width, size, lines):
             self.y += LINE * size / 12
             self.text(MARGIN, self.y, line, size, **style)
 
     def title(self, at: tuple[float, float], name: str, size: str, note: str, column: int) -> None:
         """A bold name with a size beside it, and a note below, above a panel at `at`."""
         self.text(at[0], at[1] - LINE - 7, name, 13, fontweight="bold")
-        self.text(at[0] + width_of(name, 13) * BOLD + 8, at[1] - LINE - 7, size, 12)
-        self.text(at[0], at[1] - 7, fitted(note, column, 10.5)[0], 10.5, color=DIM)
+        self.text(at[0] + text_width(name, 13) * BOLD + 8, at[1] - LINE - 7, size, 12)
+        self.text(at[0], at[1] - 7, fit_text(note, column, 10.5)[0], 10.5, color=DIM)
 
     def text(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
         """One line with its baseline at (x, y)."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from fpnx.core.config import MODES, PictureConfig
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import nearest
+from fpnx.core.text import did_you_mean
 from fpnx.core.validation import parse_channels
 
 __all__ = ["COMPONENTS", "Basis", "Moments", "heatmap", "similarity", "strongest"]
@@ -156,7 +156,7 @@ def heatmap(
         if cell is None:
             raise FpnxError("mode similarity compares with one cell: give cell=(y, x)")
         return similarity(features, cell)
-    raise FpnxError(f"mode {mode!r}: take one of {', '.join(MODES)}{nearest(mode, MODES)}")
+    raise FpnxError(f"mode {mode!r}: take one of {', '.join(MODES)}{did_you_mean(mode, MODES)}")
 
 
 def strongest(features: np.ndarray, top: int, pick: str | Iterable[int] | None = None) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from fpnx.core.config import PictureConfig
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import nearest
-from fpnx.visualization.color_scale import Scale, spread
+from fpnx.core.text import did_you_mean
+from fpnx.visualization.color_scale import ColorScale, value_range
 from fpnx.visualization.heatmaps import Basis, heatmap, strongest
 from fpnx.visualization.scene import Scene
 
@@ -45,7 +45,7 @@ class Map:
     stride: int
     shape: tuple[int, int]
     tiles: tuple[np.ndarray, ...]
-    scale: Scale
+    scale: ColorScale
     labels: tuple[str, ...] = ()
     cell: tuple[int, int] | None = None
     clipped: tuple[bool, bool] = (False, False)
@@ -57,7 +57,7 @@ class Map:
         return math.ceil(math.sqrt(len(self.tiles)))
 
 
-def map_of(scene: Scene, level: str, config: PictureConfig, shared: Scale | None) -> Map:
+def map_of(scene: Scene, level: str, config: PictureConfig, shared: ColorScale | None) -> Map:
     """Read a level and compute what it shows, on the scale `shared`, or on its own where that is None.
 
     Raises:
@@ -78,9 +78,9 @@ def map_of(scene: Scene, level: str, config: PictureConfig, shared: Scale | None
         if config.mode == "similarity":
             cell = scene.cell_at(level, shape, config.position(scene.source_size))
         tiles = (heatmap(features, config.mode, cell=cell),)
-    low, high = spread(np.stack(tiles))
+    low, high = value_range(np.stack(tiles))
     if shared is None or basis is not None:
-        scale, clipped = Scale(low, high, basis), (False, False)
+        scale, clipped = ColorScale(low, high, basis), (False, False)
     else:
         scale, clipped = shared, (low < shared.low, high > shared.high)
     finite = np.isfinite(np.stack(tiles)).reshape(len(tiles), *shape, -1).all(axis=(0, 3))
@@ -144,7 +144,9 @@ def colour_table(name: str) -> np.ndarray:
     """
     if name not in matplotlib.colormaps:
         known = sorted(matplotlib.colormaps)
-        raise FpnxError(f"colour map {name!r}: take a matplotlib name such as viridis or magma{nearest(name, known)}")
+        raise FpnxError(
+            f"colour map {name!r}: take a matplotlib name such as viridis or magma{did_you_mean(name, known)}"
+        )
     return (matplotlib.colormaps[name](np.linspace(0.0, 1.0, 256))[:, :3] * 255 + 0.5).astype(np.uint8)
 
 

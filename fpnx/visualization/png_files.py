@@ -13,16 +13,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fpnx.core.errors import ImageError
-from fpnx.core.files import whole_or_not_at_all
-from fpnx.core.text import shown
+from fpnx.core.files import atomic_write
+from fpnx.core.text import escape
 
-__all__ = ["Places", "save_png"]
+__all__ = ["PngPaths", "save_png"]
 
 ENDING = ".png"
 LONGEST = 255  # bytes of one name on most file systems
 
 
-class Places:
+class PngPaths:
     """The pictures' paths below `folder`, by the stored paths of all images of a file.
 
     `cats/01.jpg` goes to `cats/01.jpg.png`. Names that a file system may take for one (it may ignore case, or how
@@ -48,7 +48,7 @@ class Places:
         """
         parts = path.split("/")
         if any(part in ("", ".", "..") or "\0" in part or os.sep in part for part in parts):
-            raise ImageError(f"its stored path {shown(path)!r} leads out of its folder")
+            raise ImageError(f"its stored path {escape(path)!r} leads out of its folder")
         name = os.fsencode(parts[-1])
         ending = ENDING.encode()
         folded = _folded(path + ENDING)
@@ -68,7 +68,7 @@ def save_png(picture: Image.Image, path: Path, about: dict[str, str]) -> None:
     info = PngInfo()
     for key, value in about.items():
         info.add_itxt(key, value)
-    with whole_or_not_at_all(path) as part:
+    with atomic_write(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(part, "PNG", pnginfo=info)
 

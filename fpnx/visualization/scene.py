@@ -13,7 +13,7 @@ from PIL import Image
 from fpnx.core.config import InputConfig
 from fpnx.core.errors import FpnxError, ImageError, StoreError
 from fpnx.core.provenance import WeightsInfo
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.images.decoding import decode
 from fpnx.images.reading import locate
 from fpnx.store.reader import Item
@@ -73,7 +73,7 @@ class Scene:
         """
         height, width = self.source_size
         if not (0 <= point[0] <= width and 0 <= point[1] <= height):
-            raise FpnxError(f"point {point[0]:g},{point[1]:g} is outside {shown(self.path)}, {width}×{height} pixels")
+            raise FpnxError(f"point {point[0]:g},{point[1]:g} is outside {escape(self.path)}, {width}×{height} pixels")
         tall, wide = self.reach(level, shape)
         y, x = int(point[1] / tall * shape[0]), int(point[0] / wide * shape[1])
         return min(y, shape[0] - 1), min(x, shape[1] - 1)
@@ -87,14 +87,16 @@ def scene_of(item: Item, photo: Photo | None = None) -> Scene:
     """
     store = item.store
     if min(*item.source_size, *item.input_size) < 1:
-        raise StoreError(f"{shown(store.path)} gives {shown(item.path)} a size of nothing: extract it again")
+        raise StoreError(f"{escape(store.path)} gives {escape(item.path)} a size of nothing: extract it again")
 
     def read(level: str) -> np.ndarray:
         try:
             height, width = item.valid(level)
             return item[level][:, :height, :width]
         except (OSError, RuntimeError, KeyError) as error:
-            raise StoreError(f"{shown(item.path)}: {level} cannot be read from {shown(store.path)}: {error}") from error
+            raise StoreError(
+                f"{escape(item.path)}: {level} cannot be read from {escape(store.path)}: {error}"
+            ) from error
 
     return Scene(
         path=item.path,
@@ -117,18 +119,18 @@ def find_photo(item: Item) -> Photo:
     try:
         source = locate(path)
     except (OSError, ValueError, FpnxError) as error:
-        return Photo(None, f"source not found ({getattr(error, 'strerror', None) or error}): {shown(path)}")
+        return Photo(None, f"source not found ({getattr(error, 'strerror', None) or error}): {escape(path)}")
     changed = (source.bytes, source.mtime_ns) != (int(store.bytes[row]), int(store.mtimes_ns[row]))
     try:
         picture = decode(source, InputConfig.max_pixels)
     except ImageError as error:
-        return Photo(None, f"source cannot be read ({error}): {shown(path)}")
+        return Photo(None, f"source cannot be read ({error}): {escape(path)}")
     if (picture.height, picture.width) != item.source_size:
-        return Photo(None, f"source is another picture now, {picture.width}×{picture.height} pixels: {shown(path)}")
+        return Photo(None, f"source is another picture now, {picture.width}×{picture.height} pixels: {escape(path)}")
     return Photo(picture, "file changed since extraction" if changed else "")
 
 
 def about_model(backbone: str, levels: tuple[str, ...], weights: WeightsInfo) -> str:
     """`"resnet50: trained (…) · pyramid: untrained (random, seed 0)"`: which parts of a model are trained."""
     pyramid = "none in this file" if all(level.startswith("C") for level in levels) else str(weights.pyramid)
-    return f"{shown(backbone)}: {weights.body} · pyramid: {pyramid}"
+    return f"{escape(backbone)}: {weights.body} · pyramid: {pyramid}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import nearest, shown
+from fpnx.core.text import did_you_mean, escape
 
 __all__ = ["select"]
 
@@ -39,9 +39,9 @@ def select(paths: Sequence[str], wanted: Iterable[str] | None) -> list[int]:
         else:
             found = [row for row, path in enumerate(paths) if fnmatch.fnmatchcase(path, one)]
         if not found:
-            near = nearest(one, map(shown, paths[:LOOKED_AT]))
+            near = did_you_mean(one, map(escape, paths[:LOOKED_AT]))
             raise FpnxError(
-                f"no image {shown(one)!r} among {len(paths)}{near}: take a stored name, a glob such "
+                f"no image {escape(one)!r} among {len(paths)}{near}: take a stored name, a glob such "
                 f"as 'cats/*', an index from 0 to {len(paths) - 1}, or a range such as 0:10"
             )
         chosen.update(found)

@@ -9,9 +9,9 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 
-__all__ = ["DPI", "fitted", "printable", "width_of", "write"]
+__all__ = ["DPI", "fit_text", "printable", "text_width", "write"]
 
 DPI = 100
 FAMILIES = (  # the first comes with matplotlib; the others, where a machine has them, for the scripts that it lacks
@@ -30,15 +30,15 @@ FAMILIES = (  # the first comes with matplotlib; the others, where a machine has
 
 def printable(text: str) -> str:
     """A text that can be drawn: what is not printable, or what no font here has, becomes an escape."""
-    return "".join(c if _font_of(c) is not None else c.encode("unicode_escape").decode() for c in shown(text))
+    return "".join(c if _font_of(c) is not None else c.encode("unicode_escape").decode() for c in escape(text))
 
 
-def width_of(text: str, size: float) -> float:
+def text_width(text: str, size: float) -> float:
     """Width in pixels of a printable text whose letters are `size` pixels high."""
     return sum(_advance(c) for c in text) * size
 
 
-def fitted(text: str, width: float, size: float, lines: int = 1) -> list[str]:
+def fit_text(text: str, width: float, size: float, lines: int = 1) -> list[str]:
     """A text in at most `lines` lines of at most `width` pixels; what is too much goes out of its middle.
 
     Lines end after a space or a separator where there is one, else anywhere.
@@ -76,7 +76,7 @@ def _broken(text: str, width: float, size: float) -> list[str]:
             end = stop if stop > len(line) // 2 else len(line)
             lines.append(line[:end].rstrip())
             line = line[end:].lstrip()
-            used, stop = width_of(line + letter, size), 0
+            used, stop = text_width(line + letter, size), 0
         line += letter
         if letter in " /_-·,":
             stop = len(line)

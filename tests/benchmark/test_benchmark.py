@@ -19,17 +19,17 @@ from PIL import Image
 import fpnx
 from fpnx.benchmark.plot import draw_stages
 from fpnx.benchmark.profiling import Cost, count_costs, count_executed
-from fpnx.benchmark.results import Column, Findings
+from fpnx.benchmark.results import BenchmarkResult, CaseResult
 from fpnx.benchmark.roofline import MatrixProduct, write_speed
-from fpnx.commands.benchmark import benchmark
-from fpnx.benchmark.synthetic_images import fill, make_photographs
-from fpnx.benchmark.timers import PeakMemory, Spread, spread
+from fpnx.benchmark.synthetic_images import fill, make_images
+from fpnx.benchmark.timers import PeakMemory, Percentiles, percentiles
 from fpnx.cli.benchmark_view import show_findings
+from fpnx.commands.benchmark import benchmark
 from fpnx.core.config import BenchmarkConfig, ExtractConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.plan_summary import LevelShape
-from fpnx.inference.graph_fusion import make_executable
+from fpnx.inference.graph_fusion import fuse_model
 from tests.helpers.process import document
 
 TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "size": 64, "channels": 8, "repeats": 2, "workers": 2}
@@ -39,7 +39,7 @@ WRITING = ["copy back", "write"]
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+def findings(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
     """Two precisions, a batch size that does not fit, and the plain script, on small images of which one is bad."""
     folder = tmp_path_factory.mktemp("few")
     for i in range(3):
@@ -58,7 +58,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Findings:
         )
 
 
-def test_every_stage_of_every_configuration_has_its_samples(findings: Findings) -> None:
+def test_every_stage_of_every_configuration_has_its_samples(findings: BenchmarkResult) -> None:
     names = [column.name for column in findings.columns]
     kinds = ["float32 batch 2", "float32 batch 4096", "bfloat16 batch 2", "bfloat16 batch 4096", "plain script batch 2"]
     assert names == [f"mobilenet_v2 {kind}" for kind in kinds]
@@ -81,7 +81,7 @@ def test_every_stage_of_every_configuration_has_its_samples(findings: Findings) 
     assert len(findings.disk) == 2
 
 
-def test_what_does_not_fit_is_said_and_the_rest_goes_on(findings: Findings) -> None:
+def test_what_does_not_fit_is_said_and_the_rest_goes_on(findings: BenchmarkResult) -> None:
     for column in findings.columns[1], findings.columns[3]:
         assert column.reason is not None
         assert column.reason.startswith("does not fit: it needs about ")
@@ -89,12 +89,12 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(findings: Findings) -> N
         assert not column.end_to_end
 
 
-def test_a_bad_image_is_left_out_and_said(findings: Findings) -> None:
+def test_a_bad_image_is_left_out_and_said(findings: BenchmarkResult) -> None:
     assert findings.facts["images"].startswith("3 of ")
     assert [note.startswith("left out: bad.jpg: ") for note in findings.facts["notes"]] == [True]
 
 
-def test_the_plain_script_computes_the_same(findings: Findings) -> None:
+def test_the_plain_script_computes_the_same(findings: BenchmarkResult) -> None:
     plain = findings.columns[-1]
     assert plain.reason is None
     assert len(plain.forward) == 6
@@ -112,14 +112,14 @@ def test_each_backbone_has_its_own_plain_script(photos: Path) -> None:
     assert all(max(column.errors.values()) < 1e-4 for column in plain)
 
 
-def test_the_error_of_a_precision_is_that_of_its_type(findings: Findings) -> None:
+def test_the_error_of_a_precision_is_that_of_its_type(findings: BenchmarkResult) -> None:
     assert not findings.columns[0].errors
     errors = findings.columns[2].errors
     assert errors.keys() == {"P2", "C3", "P5", "P6"}
     assert all(1e-4 < error < 0.5 for error in errors.values())  # bfloat16 keeps 8 bits
 
 
-def test_the_document_holds_every_sample_and_the_machine(findings: Findings) -> None:
+def test_the_document_holds_every_sample_and_the_machine(findings: BenchmarkResult) -> None:
     found = json.loads(json.dumps(findings.to_json()))
     assert {"processor", "cpus", "torch_threads", "device", "versions", "memory_bytes"} <= found["machine"].keys()
     assert {"torch", "torchvision", "fpnx", "python", "h5py"} <= found["machine"]["versions"].keys()
@@ -137,7 +137,7 @@ def test_the_document_holds_every_sample_and_the_machine(findings: Findings) -> 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_fit_and_line_up(
-    findings: Findings, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    findings: BenchmarkResult, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     show_findings(findings)
@@ -158,7 +158,7 @@ def test_tables_fit_and_line_up(
 
 
 def test_more_columns_than_fit_go_on_below(
-    findings: Findings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    findings: BenchmarkResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     show_findings(findings)
@@ -168,7 +168,7 @@ def test_more_columns_than_fit_go_on_below(
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
-def test_the_picture(findings: Findings, ending: str, tmp_path: Path) -> None:
+def test_the_picture(findings: BenchmarkResult, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"stages.{ending}"
     draw_stages(findings, str(path))
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
@@ -216,7 +216,7 @@ def test_an_interruption_before_the_first_sample_says_so(photos: Path) -> None:
     assert caught.value.signum == signal.SIGINT
 
 
-def shown_on_a_terminal(findings: Findings) -> str:
+def shown_on_a_terminal(findings: BenchmarkResult) -> str:
     with pytest.MonkeyPatch.context() as patch:
         out = io.StringIO()
         patch.setattr("sys.stdout", out)
@@ -275,12 +275,12 @@ def test_a_config_is_one_extraction_for_each_combination() -> None:
     assert [run.backbone for run in BenchmarkConfig(backbone="resnet50,vgg16").runs()] == ["resnet50", "vgg16"]
 
 
-def column(**samples: Any) -> Column:
+def column(**samples: Any) -> CaseResult:
     """A configuration of 2 GFLOP and 4 MB for each image."""
     shape = LevelShape((64, 64), 1, "P2", 4, 1, 1000, 1000, 4_000_000)
     costs = (Cost("backbone", 10, 1_500_000_000), Cost("outputs", 10, 500_000_000))
     fixed = {"backbone": "vgg16", "precision": "float32", "batch_size": 1, "size": (64, 64)}
-    return Column(**{**fixed, "shapes": [shape], "costs": costs, **samples})
+    return CaseResult(**{**fixed, "shapes": [shape], "costs": costs, **samples})
 
 
 STAGES = {
@@ -298,7 +298,7 @@ def test_figures_follow_from_samples() -> None:
     found = column(stages=STAGES, forward=[20.0], end_to_end=[40.0])
     assert found.flops == 2_000_000_000
     assert found.bytes_per_image == 4_000_000
-    assert found.achieved() == Spread(1e11, 1e11, 1e11, 1)  # 2 GFLOP in 20 ms
+    assert found.achieved() == Percentiles(1e11, 1e11, 1e11, 1)  # 2 GFLOP in 20 ms
     assert found.accounted().median == pytest.approx(18 / 20)
     found.executed, found.core = 1_000_000_000, [25.0]  # levels recombined: half the operations
     assert found.achieved().median == 5e10
@@ -320,7 +320,7 @@ def test_figures_follow_from_samples() -> None:
 )
 def test_the_bottleneck_is_named(changed: dict[str, list[float]], disk: float, named: str) -> None:
     one = column(stages=STAGES | changed, forward=[20.0], end_to_end=[40.0])
-    found = Findings(machine={}, facts={}, columns=[one], workers=2, disk=[disk])
+    found = BenchmarkResult(machine={}, facts={}, columns=[one], workers=2, disk=[disk])
     assert (found.bottleneck(one) or "").startswith(named)
     assert found.bottleneck(column(forward=[20.0])) is None
 
@@ -330,14 +330,14 @@ def test_ratios_pair_what_was_measured_side_by_side() -> None:
     # The machine slows down by four; the second is always twice as fast.
     second = column(forward=[5.0, 10.0, 20.0], end_to_end=[16.0, 8.0])
     missing = column(reason="does not fit")
-    found = Findings(machine={}, facts={}, columns=[missing, first, second])
-    assert found.ratios(second) == {"forward": Spread(2, 2, 2, 3), "end to end": Spread(2, 2, 2, 2)}
+    found = BenchmarkResult(machine={}, facts={}, columns=[missing, first, second])
+    assert found.ratios(second) == {"forward": Percentiles(2, 2, 2, 3), "end to end": Percentiles(2, 2, 2, 2)}
     assert found.ratios(missing) == {}
 
 
 def test_percentiles_by_hand() -> None:
-    assert spread([float(n) for n in range(11, 0, -1)]) == Spread(6.0, 2.0, 10.0, 11)
-    assert spread([3.0]) == Spread(3.0, 3.0, 3.0, 1)
+    assert percentiles([float(n) for n in range(11, 0, -1)]) == Percentiles(6.0, 2.0, 10.0, 11)
+    assert percentiles([3.0]) == Percentiles(3.0, 3.0, 3.0, 1)
 
 
 def test_peak_memory_sees_what_is_held_for_a_moment() -> None:
@@ -359,8 +359,8 @@ def test_operations_are_counted_as_they_are_executed() -> None:
     for backbone, fewer in (("resnet50", False), ("mobilenet_v2", True)):
         model = fpnx.create_model(backbone, weights="random", levels="P2-P5")
         defined = sum(cost.flops for cost in count_costs(model, size))
-        assert count_executed(make_executable(model, recombined=False), size) == defined
-        assert (count_executed(make_executable(model), size) < 0.8 * defined) is fewer
+        assert count_executed(fuse_model(model, recombined=False), size) == defined
+        assert (count_executed(fuse_model(model), size) < 0.8 * defined) is fewer
 
 
 def test_ceilings_are_positive_and_leave_nothing_behind(tmp_path: Path) -> None:
@@ -375,10 +375,10 @@ def test_ceilings_are_positive_and_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_made_photographs_cost_what_photographs_cost(tmp_path: Path) -> None:
-    first, second = make_photographs(tmp_path, 2)
+    first, second = make_images(tmp_path, 2)
     assert first.read_bytes() != second.read_bytes()
     (tmp_path / "again").mkdir()
-    assert make_photographs(tmp_path / "again", 1)[0].read_bytes() == first.read_bytes()
+    assert make_images(tmp_path / "again", 1)[0].read_bytes() == first.read_bytes()
     with Image.open(first) as picture:
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (1024, 768))
         grey = np.asarray(picture.convert("L")).astype(np.float64)

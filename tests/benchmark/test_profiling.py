@@ -12,7 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork
 import fpnx
 from fpnx.benchmark.profiling import MERGE, Cost, count_costs, marked, peak_bytes, timed_body
 from fpnx.benchmark.timers import Stopwatch
-from fpnx.inference.graph_fusion import make_executable
+from fpnx.inference.graph_fusion import fuse_model
 
 
 def resnet50(levels: str = "P2-P5", top_block: str | None = None) -> fpnx.PyramidModel:
@@ -111,7 +111,7 @@ def test_marks_come_in_order_and_shallow_levels_stop_early() -> None:
     watch = Stopwatch(torch.device("cpu"))
     images = torch.zeros(1, 3, 64, 64)
     for levels, expected in (("P2", ["C2", "C3", "C4", "C5"]), ("C2,C3", ["C2", "C3"])):
-        body = timed_body(make_executable(resnet50(levels)).body, watch)
+        body = timed_body(fuse_model(resnet50(levels)).body, watch)
         watch.start()
         with torch.inference_mode():
             assert list(body(images)) == expected

@@ -24,8 +24,8 @@ from fpnx.core.config import ExtractConfig
 from fpnx.core.files import OpenFile
 from fpnx.core.system import usable_cpus
 from fpnx.images.decoding import decode
-from fpnx.images.listing import find
-from fpnx.images.reading import Source
+from fpnx.images.listing import find_images
+from fpnx.images.reading import ImageSource
 from fpnx.inference.engine import Engine
 
 BATCH, ROUNDS = 4, 7
@@ -34,10 +34,10 @@ BATCH, ROUNDS = 4, 7
 def main(folder: str, backbones: list[str]) -> None:
     torch.set_num_threads(1)
     for backbone in backbones:
-        print(json.dumps(core_time(backbone, find([folder]).sources[:BATCH])), flush=True)
+        print(json.dumps(core_time(backbone, find_images([folder]).sources[:BATCH])), flush=True)
 
 
-def core_time(backbone: str, sources: Sequence[Source]) -> dict[str, object]:
+def core_time(backbone: str, sources: Sequence[ImageSource]) -> dict[str, object]:
     model = fpnx.create_model(backbone, weights="random", levels="P2-P5")
     config = ExtractConfig()
     recipe = model.recipe.sized(config)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import fpnx as package
 from fpnx.core.errors import FpnxError, ImageError
-from fpnx.visualization.png_files import Places, save_png
+from fpnx.visualization.png_files import PngPaths, save_png
 from fpnx.visualization.selection import select
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.process import document, process
@@ -242,7 +242,7 @@ def test_mistakes_are_one_line(arguments: list[str], told: str, here: Path, fpnx
 
 def test_places_collide_nowhere() -> None:
     paths = ["a.jpg", "A.jpg", "b/c.jpg", "e\u0301.jpg", "\u00e9.jpg", "x.jpg", "x.jpg.png/y.jpg", "n" * 255, "a.png"]
-    places = Places(Path("out"), paths)
+    places = PngPaths(Path("out"), paths)
     found = [str(places[path]) for path in paths]
     assert found[2] == "out/b/c.jpg.png"
     assert found[8] == "out/a.png.png"
@@ -250,13 +250,13 @@ def test_places_collide_nowhere() -> None:
     assert len(set(folded)) == len(paths)
     assert not any(one.startswith(f"{other}/") for one in folded for other in folded)
     assert max(len(os.fsencode(part)) for name in found for part in name.split("/")) <= 255
-    assert [str(Places(Path("out"), paths[::-1])[path]) for path in paths] == found
+    assert [str(PngPaths(Path("out"), paths[::-1])[path]) for path in paths] == found
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", "a//x", "./x", "a\0b", ""], ids=repr)
 def test_places_stay_in_their_folder(path: str) -> None:
     with pytest.raises(ImageError, match="leads out of its folder"):
-        Places(Path("out"), [path])[path]
+        PngPaths(Path("out"), [path])[path]
 
 
 def test_a_picture_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from fpnx.core.config import ExtractConfig, OutputConfig, VisualizeConfig, fingerprint
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
-from fpnx.core.text import counted, in_bytes
+from fpnx.core.text import format_bytes, plural
 from fpnx.models.weights.timm import forbidden
 
 
@@ -144,11 +144,11 @@ def test_a_word_that_neither_forbids_nor_allows_downloads(monkeypatch: pytest.Mo
     ("number", "told"), [(0, "0.0 kB"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (3.2e9, "3.2 GB"), (4e12, "4.0 TB")]
 )
 def test_bytes_in_words(number: float, told: str) -> None:
-    assert in_bytes(number) == told
+    assert format_bytes(number) == told
 
 
 def test_counts_in_words() -> None:
-    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [plural(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
 
 
 def test_fingerprint_depends_on_content_alone() -> None:

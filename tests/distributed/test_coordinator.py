@@ -17,10 +17,10 @@ import fpnx
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.sharding import Shard, shard_path
-from fpnx.distributed.coordinator import SHARD_IMAGES, extract_across, list_path, shards_beside, shards_for
-from fpnx.distributed.placement import Node, Seats, seats_on
-from fpnx.distributed.quarantine import Ledger
-from fpnx.distributed.worker import Job, Report, Worker
+from fpnx.distributed.coordinator import SHARD_IMAGES, extract_distributed, list_path, shards_beside, shards_for
+from fpnx.distributed.placement import Node, Placement, place_actors
+from fpnx.distributed.quarantine import AttemptLog
+from fpnx.distributed.worker import ShardJob, ShardReport, Worker
 from fpnx.extraction.run import Result
 from tests.helpers.files import noise_image
 
@@ -34,7 +34,7 @@ class Here:
     def __init__(self, cpus: int = 2, before: Callable[[int], None] = lambda shard: None) -> None:
         self.cpus, self.before = cpus, before
         self.handed: list[list[int]] = []
-        self.seats: list[Seats] = []
+        self.seats: list[Placement] = []
 
     @contextmanager
     def __call__(self) -> Iterator[Here]:
@@ -43,7 +43,7 @@ class Here:
     def nodes(self) -> list[Node]:
         return [Node(self.cpus)]
 
-    def hand_out(self, job: Job, shards: Sequence[int], seats: Seats) -> Here:
+    def hand_out(self, job: ShardJob, shards: Sequence[int], seats: Placement) -> Here:
         json.dumps(job.options)
         self.handed.append(list(shards))
         self.seats.append(seats)
@@ -56,7 +56,7 @@ class Here:
         self._told[shard] = finished
         return self._stop
 
-    def next(self, seconds: float) -> Report | bool:
+    def next(self, seconds: float) -> ShardReport | bool:
         if not self._left:
             return False
         shard = self._left.pop(0)
@@ -101,7 +101,7 @@ def images(tmp_path: Path) -> Path:
 
 def run(images: Path, output: Path, crew: Here | None = None, heard: Listener | None = None, **options: Any) -> Result:
     config = fpnx.ExtractConfig(engine="ray", **{**TINY, **options})
-    return extract_across([images], output, config, heard or Listener(), crew or Here())
+    return extract_distributed([images], output, config, heard or Listener(), crew or Here())
 
 
 def names(folder: Path) -> set[str]:
@@ -151,7 +151,7 @@ def test_the_same_command_goes_on(tmp_path: Path, images: Path) -> None:
     ended = Here(cpus=2)  # a cluster of another size by now
     result = run(images, output, ended)
     assert (ended.handed, result.done, result.computed, result.complete) == ([[2, 3]], 7, 4, True)
-    assert ended.seats == [Seats(1, 2, 0)]
+    assert ended.seats == [Placement(1, 2, 0)]
     idle = Here()
     again = run(images, output, idle)
     assert (idle.handed, again.done, again.computed, again.exit_code) == ([], 7, 0, 0)
@@ -189,7 +189,7 @@ def test_a_precision_that_no_worker_has_is_refused_before_anything_begins(tmp_pa
 def test_overwrite_begins_anew_in_any_number_of_shards(tmp_path: Path, images: Path) -> None:
     output = tmp_path / "out.h5"
     run(images, output, shards=4)
-    Ledger(shard_path(output, Shard(1, 4))).begin("an earlier run")
+    AttemptLog(shard_path(output, Shard(1, 4))).begin("an earlier run")
     with pytest.raises(FpnxError, match="the cluster has room for"):
         run(images, output, overwrite=True, shards=2, actors=9)
     assert len(shards_beside(output)) == 4
@@ -271,25 +271,25 @@ def test_how_many_shards(images: int, actors: int, shards: int) -> None:
 @pytest.mark.parametrize(
     ("nodes", "options", "seats"),
     [
-        ([Node(2)], {}, Seats(1, 2, 0)),
-        ([Node(2)], {"actors": 2}, Seats(2, 1, 0)),
-        ([Node(2), Node(2)], {}, Seats(2, 2, 0)),
-        ([Node(0), Node(8), Node(4)], {}, Seats(3, 4, 0)),
-        ([Node(64)], {}, Seats(4, 16, 0)),
-        ([Node(8), Node(8)], {"actors": 3}, Seats(3, 4, 0)),
-        ([Node(8), Node(8)], {"actors": 1}, Seats(1, 8, 0)),
-        ([Node(8), Node(8)], {"cpus": 3}, Seats(4, 3, 0)),
-        ([Node(8), Node(8)], {"cpus": 3, "actors": 2}, Seats(2, 3, 0)),
-        ([Node(4), Node(32, 4)], {}, Seats(4, 8, 1)),
-        ([Node(4), Node(32, 4), Node(6, 2)], {}, Seats(6, 3, 1)),
-        ([Node(4), Node(32, 4)], {"device": "cpu"}, Seats(9, 4, 0)),
-        ([Node(4), Node(32, 4)], {"device": "cuda", "actors": 2, "cpus": 2}, Seats(2, 2, 1)),
-        ([Node(1, 2)], {}, Seats(1, 1, 1)),
+        ([Node(2)], {}, Placement(1, 2, 0)),
+        ([Node(2)], {"actors": 2}, Placement(2, 1, 0)),
+        ([Node(2), Node(2)], {}, Placement(2, 2, 0)),
+        ([Node(0), Node(8), Node(4)], {}, Placement(3, 4, 0)),
+        ([Node(64)], {}, Placement(4, 16, 0)),
+        ([Node(8), Node(8)], {"actors": 3}, Placement(3, 4, 0)),
+        ([Node(8), Node(8)], {"actors": 1}, Placement(1, 8, 0)),
+        ([Node(8), Node(8)], {"cpus": 3}, Placement(4, 3, 0)),
+        ([Node(8), Node(8)], {"cpus": 3, "actors": 2}, Placement(2, 3, 0)),
+        ([Node(4), Node(32, 4)], {}, Placement(4, 8, 1)),
+        ([Node(4), Node(32, 4), Node(6, 2)], {}, Placement(6, 3, 1)),
+        ([Node(4), Node(32, 4)], {"device": "cpu"}, Placement(9, 4, 0)),
+        ([Node(4), Node(32, 4)], {"device": "cuda", "actors": 2, "cpus": 2}, Placement(2, 2, 1)),
+        ([Node(1, 2)], {}, Placement(1, 1, 1)),
     ],
     ids=str,
 )
-def test_who_sits_where(nodes: list[Node], options: dict[str, Any], seats: Seats) -> None:
-    assert seats_on(nodes, fpnx.ExtractConfig(engine="ray", **options)) == seats
+def test_who_sits_where(nodes: list[Node], options: dict[str, Any], seats: Placement) -> None:
+    assert place_actors(nodes, fpnx.ExtractConfig(engine="ray", **options)) == seats
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_who_sits_where(nodes: list[Node], options: dict[str, Any], seats: Seats
 )
 def test_more_than_there_is(nodes: list[Node], options: dict[str, Any], why: str) -> None:
     with pytest.raises(FpnxError, match=why):
-        seats_on(nodes, fpnx.ExtractConfig(engine="ray", **options))
+        place_actors(nodes, fpnx.ExtractConfig(engine="ray", **options))
 
 
 @pytest.mark.parametrize(

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 
 from fpnx.core.errors import FpnxError
-from fpnx.distributed.quarantine import Attempt, Ledger, Quarantine
+from fpnx.distributed.quarantine import Attempt, AttemptLog, Quarantine
 
 
 def test_attempts_are_kept_until_the_work_ends(tmp_path: Path) -> None:
     shard = tmp_path / "out.shard-00000-of-00002.h5"
-    ledger = Ledger(shard)
+    ledger = AttemptLog(shard)
     assert ledger.attempts() == []
     ledger.begin("a")
     ledger.begin("a", search=True)
     ledger.begin("b")
-    told = Ledger(shard).attempts()
+    told = AttemptLog(shard).attempts()
     assert [(each.run, each.search) for each in told] == [("a", False), ("a", True), ("b", False)]
     assert {(each.host, each.process) for each in told} == {(socket.gethostname(), os.getpid())}
     assert [path.name for path in tmp_path.iterdir()] == ["out.shard-00000-of-00002.h5.attempts"]
     ledger.end()
     ledger.end()
-    assert (Ledger(shard).attempts(), list(tmp_path.iterdir())) == ([], [])
+    assert (AttemptLog(shard).attempts(), list(tmp_path.iterdir())) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_attempts_are_kept_until_the_work_ends(tmp_path: Path) -> None:
     ids=["half", "zeros", "list", "lacking", "empty", "number", "not text"],
 )
 def test_a_torn_line_counts_for_nothing_and_harms_no_other(tmp_path: Path, torn: bytes) -> None:
-    ledger = Ledger(tmp_path / "s.h5")
+    ledger = AttemptLog(tmp_path / "s.h5")
     ledger.begin("a")
     with open(ledger.path, "ab") as file:
         file.write(torn)
@@ -44,7 +44,7 @@ def test_a_torn_line_counts_for_nothing_and_harms_no_other(tmp_path: Path, torn:
 
 
 def test_a_line_is_on_the_disk_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger, synced, fsync = Ledger(tmp_path / "s.h5"), [], os.fsync
+    ledger, synced, fsync = AttemptLog(tmp_path / "s.h5"), [], os.fsync
 
     def watched(descriptor: int) -> None:
         synced.append(os.fstat(descriptor).st_size)
@@ -58,13 +58,13 @@ def test_a_line_is_on_the_disk_before_work_begins(tmp_path: Path, monkeypatch: p
 
 def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
     with pytest.raises(FpnxError, match=r"cannot keep .*s.h5.attempts: No such file"):
-        Ledger(tmp_path / "nowhere" / "s.h5").begin("a")
+        AttemptLog(tmp_path / "nowhere" / "s.h5").begin("a")
     with pytest.raises(FpnxError, match=r"cannot write .*s.h5.failed.json: No such file"):
         Quarantine(tmp_path / "nowhere" / "s.h5").write("a", 3, {})
 
 
 def test_an_attempt_is_plain_values(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "s.h5")
+    ledger = AttemptLog(tmp_path / "s.h5")
     ledger.begin("a")
     (line,) = ledger.path.read_text().split("\n\n")[0].strip().splitlines()
     assert Attempt(**json.loads(line)) == ledger.attempts()[0]

@@ -17,7 +17,7 @@ import pytest
 
 import fpnx
 from fpnx.distributed.coordinator import shards_beside
-from fpnx.distributed.quarantine import Attempt, Ledger
+from fpnx.distributed.quarantine import Attempt, AttemptLog
 from fpnx.store.reader import PENDING
 from tests.helpers.cluster import machines
 from tests.helpers.files import ROOT, noise_image
@@ -74,7 +74,7 @@ def ended(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
 
 
 def attempts(output: Path) -> list[Attempt]:
-    return [each for path in output.parent.glob("*.attempts") for each in Ledger(Path(str(path)[:-9])).attempts()]
+    return [each for path in output.parent.glob("*.attempts") for each in AttemptLog(Path(str(path)[:-9])).attempts()]
 
 
 def waited_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:

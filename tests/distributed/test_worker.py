@@ -21,11 +21,11 @@ import fpnx
 from fpnx._version import __version__
 from fpnx.core.files import lock
 from fpnx.core.sharding import Shard, shard_path
-from fpnx.distributed.quarantine import Ledger, Quarantine, find_culprits
-from fpnx.distributed.worker import DEATHS, Job, Report, Worker
-from fpnx.images.listing import find
-from fpnx.images.manifest import written_list
-from fpnx.store.writer import Writer, part_of
+from fpnx.distributed.quarantine import AttemptLog, Quarantine, find_culprits
+from fpnx.distributed.worker import DEATHS, ShardJob, ShardReport, Worker
+from fpnx.images.listing import find_images
+from fpnx.images.manifest import manifest_lines
+from fpnx.store.writer import Writer, part_path
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.poison import fragile_pythonpath, poisoned
 
@@ -43,33 +43,33 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path: Path, images: Path) -> Job:
+def job(tmp_path: Path, images: Path) -> ShardJob:
     return job_of(tmp_path, images)
 
 
-def job_of(folder: Path, images: Path, run: str = "run", **options: Any) -> Job:
-    listing = find([images])
+def job_of(folder: Path, images: Path, run: str = "run", **options: Any) -> ShardJob:
+    listing = find_images([images])
     records = [(source.name, source.bytes, source.mtime_ns) for source in listing.sources]
-    (folder / "list.txt").write_bytes(b"".join(written_list(listing.root, records, 0)))
-    return Job(run, __version__, str(folder / "list.txt"), str(folder / "out.h5"), SHARDS, {**OPTIONS, **options})
+    (folder / "list.txt").write_bytes(b"".join(manifest_lines(listing.root, records, 0)))
+    return ShardJob(run, __version__, str(folder / "list.txt"), str(folder / "out.h5"), SHARDS, {**OPTIONS, **options})
 
 
 def silent(shard: int, finished: int) -> bool:
     return False
 
 
-def file_of(job: Job, index: int) -> Path:
+def file_of(job: ShardJob, index: int) -> Path:
     return shard_path(Path(job.output), Shard(index, job.shards))
 
 
-def foreign(ledger: Ledger, run: str, host: str = "another-host") -> None:
+def foreign(ledger: AttemptLog, run: str, host: str = "another-host") -> None:
     """A line that a worker on another machine wrote, and never took away."""
     attempt = {"run": run, "host": host, "process": 1, "time": "2026-01-01T00:00:00+00:00", "search": False}
     with open(ledger.path, "a") as file:
         file.write(f"\n{json.dumps(attempt)}\n")
 
 
-def test_a_shard_is_what_a_run_on_one_machine_makes_of_it(tmp_path: Path, images: Path, job: Job) -> None:
+def test_a_shard_is_what_a_run_on_one_machine_makes_of_it(tmp_path: Path, images: Path, job: ShardJob) -> None:
     told: list[tuple[int, int]] = []
 
     def tell(shard: int, finished: int) -> bool:
@@ -95,7 +95,7 @@ def test_a_shard_is_what_a_run_on_one_machine_makes_of_it(tmp_path: Path, images
     assert (again.state, again.computed) == ("complete", 0)
 
 
-def test_a_worker_builds_its_model_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_builds_its_model_once(job: ShardJob, monkeypatch: pytest.MonkeyPatch) -> None:
     import fpnx.inference.engine_cache
 
     built, build = [], fpnx.inference.engine_cache.build_model
@@ -107,25 +107,25 @@ def test_a_worker_builds_its_model_once(job: Job, monkeypatch: pytest.MonkeyPatc
     assert len(built) == 1
 
 
-def test_reports_are_plain_values(job: Job) -> None:
+def test_reports_are_plain_values(job: ShardJob) -> None:
     report = Worker(job, silent)(0)
-    assert Report(**json.loads(json.dumps(report.to_json()))) == dataclasses.replace(
+    assert ShardReport(**json.loads(json.dumps(report.to_json()))) == dataclasses.replace(
         report, culprits=[], messages=list(report.messages)
     )
-    assert Job(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
+    assert ShardJob(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
 
 
-def test_what_is_wrong_with_a_shard_is_its_report(job: Job) -> None:
+def test_what_is_wrong_with_a_shard_is_its_report(job: ShardJob) -> None:
     other = dataclasses.replace(job, version="0.0.1")
     report = Worker(other, silent)(0)
     assert (report.state, report.computed) == ("failed", 0)
     assert f"fpnx {__version__} is installed on" in report.reason
-    assert not Ledger(file_of(job, 0)).attempts()
+    assert not AttemptLog(file_of(job, 0)).attempts()
     report = Worker(dataclasses.replace(job, images="nowhere.txt"), silent)(0)
     assert (report.state, "nowhere.txt" in report.reason) == ("failed", True)
 
 
-def test_a_fault_of_ours_is_no_end_of_the_worker(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_is_no_end_of_the_worker(job: ShardJob, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by nought")
 
@@ -135,7 +135,7 @@ def test_a_fault_of_ours_is_no_end_of_the_worker(job: Job, monkeypatch: pytest.M
         report = worker(0)
     assert report.state == "failed"
     assert "a fault of fpnx, please report it: ZeroDivisionError: by nought (test_worker.py" in report.reason
-    assert not Ledger(file_of(job, 0)).attempts()
+    assert not AttemptLog(file_of(job, 0)).attempts()
     assert worker(0).state == "complete"
 
 
@@ -145,13 +145,13 @@ def test_a_worker_that_is_told_to_stop_keeps_what_it_has(tmp_path: Path, images:
     assert (report.state, file_of(job, 0).exists()) == ("interrupted", False)
     report = Worker(job, lambda shard, finished: finished == 3)(0)
     assert report.state == "interrupted"
-    assert not Ledger(file_of(job, 0)).attempts()
-    assert part_of(file_of(job, 0)).exists()
+    assert not AttemptLog(file_of(job, 0)).attempts()
+    assert part_path(file_of(job, 0)).exists()
     assert Worker(job, silent)(0).state == "complete"
 
 
-def test_deaths_of_other_runs_do_not_count(job: Job) -> None:
-    ledger = Ledger(file_of(job, 0))
+def test_deaths_of_other_runs_do_not_count(job: ShardJob) -> None:
+    ledger = AttemptLog(file_of(job, 0))
     for _ in range(2 * DEATHS):
         ledger.begin("an earlier run")
     report = Worker(job, silent)(0)
@@ -159,8 +159,8 @@ def test_deaths_of_other_runs_do_not_count(job: Job) -> None:
     assert not Quarantine(file_of(job, 0)).path.exists()
 
 
-def test_a_shard_that_is_searched_in_vain_is_given_up(job: Job) -> None:
-    ledger = Ledger(file_of(job, 0))
+def test_a_shard_that_is_searched_in_vain_is_given_up(job: ShardJob) -> None:
+    ledger = AttemptLog(file_of(job, 0))
     for attempt in range(2 * DEATHS):
         ledger.begin(job.run, search=attempt >= DEATHS)
     report = Worker(job, silent)(0)
@@ -173,9 +173,9 @@ def test_what_a_worker_on_another_host_left_is_begun_anew(tmp_path: Path, images
     job = job_of(tmp_path, images, commit_every=0)
     Worker(job, lambda shard, finished: finished >= 2)(0)
     file = file_of(job, 0)
-    inode = part_of(file).stat().st_ino
-    with open(part_of(file), "rb") as zombie:
-        ledger = Ledger(file)
+    inode = part_path(file).stat().st_ino
+    with open(part_path(file), "rb") as zombie:
+        ledger = AttemptLog(file)
         ledger.begin("a run whose node was lost") if host == "this" else foreign(ledger, "a run whose node was lost")
         report = Worker(job, silent)(0)
         assert report.state == "complete"
@@ -188,18 +188,18 @@ def test_a_zombie_does_not_give_its_name_to_anothers_work(tmp_path: Path, images
     output = tmp_path / "o.h5"
     options: dict[str, Any] = {**OPTIONS, "commit_every": 0}
     fpnx.extract([images], output, **options)
-    os.rename(output, part_of(output))
+    os.rename(output, part_path(output))
     zombie = Writer(output)
     (tmp_path / "new").write_bytes(b"what another run has begun")
-    os.replace(tmp_path / "new", part_of(output))
+    os.replace(tmp_path / "new", part_path(output))
     with pytest.raises(fpnx.FpnxError, match="is another run's by now"):
         zombie.finish()
     zombie.close()
-    assert part_of(output).read_bytes() == b"what another run has begun"
+    assert part_path(output).read_bytes() == b"what another run has begun"
     assert not output.exists()
 
 
-def test_a_worker_waits_for_one_that_takes_its_time_to_die(job: Job) -> None:
+def test_a_worker_waits_for_one_that_takes_its_time_to_die(job: ShardJob) -> None:
     held, let_go = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -231,7 +231,7 @@ print(json.dumps(Worker(job, lambda shard, finished: False)(index).to_json()))
 """
 
 
-def in_process(job: Job, index: int, pythonpath: str) -> subprocess.CompletedProcess[str]:
+def in_process(job: ShardJob, index: int, pythonpath: str) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(job)), str(index)]
     environment = {**os.environ, "PYTHONPATH": pythonpath}
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
@@ -248,16 +248,16 @@ def test_a_shard_that_kills_its_workers_ends_with_exactly_that_image_failed(
     job = job_of(tmp_path, images, size=size)
     for death in range(DEATHS):
         assert in_process(job, 1, pythonpath).returncode == -signal.SIGABRT
-        assert len(Ledger(file_of(job, 1)).attempts()) == death + 1
+        assert len(AttemptLog(file_of(job, 1)).attempts()) == death + 1
     done = in_process(job, 1, pythonpath)
     assert done.returncode == 0, done.stderr
-    report = Report(**json.loads(done.stdout))
+    report = ShardReport(**json.loads(done.stdout))
     assert (report.state, report.failed, report.culprits) == ("complete", 1, ["4.jpg"])
     with fpnx.open(file_of(job, 1)) as store:
         assert store.failures() == [("4.jpg", "kills the process that computes it (SIGABRT)")]
         assert [item.path for item in store] == ["3.jpg", "5.jpg"]
         assert all(np.isfinite(item["P3"]).all() for item in store)
-    assert not Ledger(file_of(job, 1)).path.exists()
+    assert not AttemptLog(file_of(job, 1)).path.exists()
     told = json.loads(Quarantine(file_of(job, 1)).path.read_text())
     assert (told["deaths"], [each["path"] for each in told["culprits"]]) == (DEATHS, ["4.jpg"])
 
@@ -268,7 +268,7 @@ def test_two_culprits_are_found_and_no_other(tmp_path: Path, images: Path, monke
         poisoned(images / name)
     (images / "2.jpg").write_bytes(b"no image at all, which is no crime")
     monkeypatch.setenv("PYTHONPATH", fragile_pythonpath(tmp_path / "custom", ROOT))
-    listing, found = find([images]), dict[bytes, str]()
+    listing, found = find_images([images]), dict[bytes, str]()
     find_culprits(listing.root, listing.sources, OPTIONS, found.__setitem__, lambda: None)
     assert found == dict.fromkeys((b"0.jpg", b"5.jpg"), "kills the process that computes it (SIGABRT)")
 
@@ -289,7 +289,7 @@ def test_a_trial_ends_with_whoever_started_it(tmp_path: Path, images: Path) -> N
 
 
 def test_a_search_that_is_stopped_leaves_no_process(images: Path) -> None:
-    listing = find([images])
+    listing = find_images([images])
 
     class EnoughError(Exception):
         pass

@@ -22,8 +22,8 @@ from PIL import Image
 
 import fpnx as package
 from fpnx.core.errors import FpnxError, StoreError
-from fpnx.images.decoding import Budget
-from fpnx.images.listing import find
+from fpnx.images.decoding import PixelBudget
+from fpnx.images.listing import find_images
 from tests.helpers.files import noise_image
 from tests.helpers.process import SMALL, unprivileged
 
@@ -213,11 +213,11 @@ def test_pillow_is_left_as_it_was(zoo: Path, tmp_path: Path) -> None:
     before = Image.MAX_IMAGE_PIXELS
     package.extract(zoo / "upright.jpg", tmp_path / "out.h5", **SMALL)
     assert before == Image.MAX_IMAGE_PIXELS
-    assert len(find([zoo]).sources) == len(GOOD) + len(REASONS)
+    assert len(find_images([zoo]).sources) == len(GOOD) + len(REASONS)
 
 
 def test_decoding_is_bounded_over_all_threads() -> None:
-    budget, lock, now, most = Budget(100), threading.Lock(), [0], [0]
+    budget, lock, now, most = PixelBudget(100), threading.Lock(), [0], [0]
 
     def decode(pixels: int) -> None:
         with budget.share() as claim:

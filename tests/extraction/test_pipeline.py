@@ -17,10 +17,10 @@ import fpnx
 from fpnx.core.config import ExtractConfig, RunConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.validation import parse_size
-from fpnx.extraction.batching import Batches, lanes_for
-from fpnx.inference.cuda_graphs import Replays
+from fpnx.extraction.batching import Batches, compute_threads
+from fpnx.inference.cuda_graphs import CudaGraphs
 from fpnx.inference.engine import Engine
-from fpnx.inference.engine_cache import Equipment
+from fpnx.inference.engine_cache import EngineCache
 from tests.helpers.files import noise_image
 
 TINY: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "size": 64}
@@ -70,7 +70,7 @@ def test_what_cannot_be_recorded_is_computed_as_before():
         passes.append(images.shape)
         return {"P2": images * 2}
 
-    replays = Replays(forward)
+    replays = CudaGraphs(forward)
     for k in range(8):
         images = torch.full((1, 3, 2 + k % 2, 2), float(k))
         assert torch.equal(replays(images)["P2"], images * 2)
@@ -80,7 +80,7 @@ def test_what_cannot_be_recorded_is_computed_as_before():
 
 
 def test_a_model_without_parameters_is_built_again_for_another_device():
-    equipment, config = Equipment(), ExtractConfig(**TINY, levels="P3", channels=16)
+    equipment, config = EngineCache(), ExtractConfig(**TINY, levels="P3", channels=16)
     model = equipment.model(config)
     pixels = [np.asarray(noise_image(1, (64, 64)))]
     recipe = model.recipe.sized(config)
@@ -150,11 +150,11 @@ def test_batch_sizes_worth_trying(images, size, asked, found):
 
 
 def test_lanes():
-    assert lanes_for(plan(["64x64"] * 100, cpus=3), 100) == 3
-    assert lanes_for(plan(["64x64"] * 100, cpus=64), 100) == 16
-    assert lanes_for(plan(["64x64"] * 2, cpus=8), 2) == 2
-    assert lanes_for(plan(["50000x50000"] * 9, cpus=8), 9) == 1
-    assert lanes_for(plan(["64x64"] * 9, device="cuda:0,cuda:1"), 9) == 2
+    assert compute_threads(plan(["64x64"] * 100, cpus=3), 100) == 3
+    assert compute_threads(plan(["64x64"] * 100, cpus=64), 100) == 16
+    assert compute_threads(plan(["64x64"] * 2, cpus=8), 2) == 2
+    assert compute_threads(plan(["50000x50000"] * 9, cpus=8), 9) == 1
+    assert compute_threads(plan(["64x64"] * 9, device="cuda:0,cuda:1"), 9) == 2
 
 
 @pytest.mark.parametrize("device", ["cuda:0,cuda:0", "cuda,cuda:1", "cpu,cuda:0", "cuda:0,", "cuda:x", "gpu"])

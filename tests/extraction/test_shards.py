@@ -17,9 +17,9 @@ import fpnx
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.image_list import list_fingerprint
-from fpnx.core.sharding import Cut, Shard, parse_shard, shard_path
-from fpnx.images.listing import Listing, find, list_lines
-from fpnx.images.manifest import is_list, read_list
+from fpnx.core.sharding import Shard, ShardSlice, parse_shard, shard_path
+from fpnx.images.listing import Listing, find_images, list_lines
+from fpnx.images.manifest import is_manifest, read_manifest
 from tests.helpers.files import noise_image
 from tests.helpers.process import document, process
 
@@ -125,13 +125,13 @@ def test_the_environment_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_shard_takes_and_says(photos: Path, tmp_path: Path) -> None:
-    whole = find([photos])
+    whole = find_images([photos])
     names = [source.name for source in whole.sources]
-    parts = [find([photos], shard=Shard(index, 4)) for index in range(4)]
+    parts = [find_images([photos], shard=Shard(index, 4)) for index in range(4)]
     assert [source.name for part in parts for source in part.sources] == names
-    cuts = [part.cut for part in parts]
+    cuts = [part.shard_slice for part in parts]
     records = [(source.name, source.bytes, source.mtime_ns) for source in whole.sources]
-    assert cuts == [Cut(i, 4, first, 6, list_fingerprint(records)) for i, first in enumerate((0, 1, 3, 4))]
+    assert cuts == [ShardSlice(i, 4, first, 6, list_fingerprint(records)) for i, first in enumerate((0, 1, 3, 4))]
     assert {part.root for part in parts} == {whole.root}
 
     result = fpnx.extract(photos, tmp_path / "out.h5", shard="1/4", **OPTIONS)
@@ -144,7 +144,7 @@ def test_what_a_shard_takes_and_says(photos: Path, tmp_path: Path) -> None:
         config = file.attrs["config"]
     with fpnx.open(result.output) as store:
         assert [os.fsencode(path) for path in store.paths] == names[1:3]
-        assert store.cut == cuts[1]
+        assert store.shard_slice == cuts[1]
     fpnx.extract(photos, tmp_path / "whole.h5", **OPTIONS)
     with h5py.File(tmp_path / "whole.h5") as file:  # what changes the numbers is the same
         assert file.attrs["config"] == config
@@ -152,10 +152,10 @@ def test_what_a_shard_takes_and_says(photos: Path, tmp_path: Path) -> None:
 
 
 def test_the_limit_comes_before_the_cut(photos: Path) -> None:
-    names = [source.name for source in find([photos]).sources]
-    parts = [find([photos], 4, Shard(index, 2)) for index in range(2)]
+    names = [source.name for source in find_images([photos]).sources]
+    parts = [find_images([photos], 4, Shard(index, 2)) for index in range(2)]
     assert [source.name for part in parts for source in part.sources] == names[:4]
-    assert {part.cut.images for part in parts if part.cut} == {4}
+    assert {part.shard_slice.images for part in parts if part.shard_slice} == {4}
 
 
 def test_more_shards_than_images(photos: Path, fpnx: Callable[..., Any]) -> None:
@@ -216,18 +216,18 @@ def listed(listing: Listing, path: Path) -> Path:
 def test_a_list_gives_back_what_it_was_made_of(photos: Path, tmp_path: Path) -> None:
     for name in NAMES:
         shutil.copy(photos / "a.jpg", os.fsencode(photos) + b"/" + name)
-    whole = find([photos])
+    whole = find_images([photos])
     path = listed(whole, tmp_path / "list.txt")
-    assert is_list(str(path))
+    assert is_manifest(str(path))
     assert path.read_bytes().isascii()
-    assert find([f"@{path}"]) == whole
+    assert find_images([f"@{path}"]) == whole
     assert set(NAMES) <= {source.name for source in whole.sources}
     for count in (1, 3, 20):
         for index in range(count):
             shard = Shard(index, count)
-            assert find([f"@{path}"], shard=shard) == find([photos], shard=shard)
-            assert find([f"@{path}"], 5, shard) == find([photos], 5, shard)
-    assert find([f"@{path}"], 3).sources == whole.sources[:3]
+            assert find_images([f"@{path}"], shard=shard) == find_images([photos], shard=shard)
+            assert find_images([f"@{path}"], 5, shard) == find_images([photos], 5, shard)
+    assert find_images([f"@{path}"], 3).sources == whole.sources[:3]
 
 
 def test_what_stands_in_a_list(photos: Path, fpnx: Callable[..., Any], tmp_path: Path) -> None:
@@ -250,9 +250,9 @@ def test_what_stands_in_a_list(photos: Path, fpnx: Callable[..., Any], tmp_path:
 
 
 def test_a_shard_of_a_list_looks_at_its_own_images_only(photos: Path, fpnx: Callable[..., Any], tmp_path: Path) -> None:
-    path = listed(find([photos]), tmp_path / "list.txt")
-    mine = {source.name for source in find([photos], shard=Shard(1, 3)).sources}
-    for source in find([photos]).sources:
+    path = listed(find_images([photos]), tmp_path / "list.txt")
+    mine = {source.name for source in find_images([photos], shard=Shard(1, 3)).sources}
+    for source in find_images([photos]).sources:
         if source.name not in mine:
             os.unlink(source.path)
     code, _, error = fpnx("extract", f"@{path}", "--shard", "1/3", *LINE)
@@ -266,7 +266,7 @@ def test_a_shard_of_a_list_looks_at_its_own_images_only(photos: Path, fpnx: Call
 def test_an_image_that_changed_since_it_was_listed_is_a_row_with_a_reason(
     photos: Path, fpnx: Callable[..., Any], tmp_path: Path
 ) -> None:
-    path = listed(find([photos]), tmp_path / "list.txt")
+    path = listed(find_images([photos]), tmp_path / "list.txt")
     noise_image(7, (90, 60)).save(photos / "a.jpg")
     code, out, _ = fpnx("extract", f"@{path}", "--shard", "0/2", *LINE, "--json")
     told = document(out)
@@ -295,12 +295,12 @@ def swapped(lines: list[bytes]) -> list[bytes]:
 def test_lists_that_are_not_as_they_were_written(
     photos: Path, tmp_path: Path, alter: Callable[[list[bytes]], list[bytes]], told: str
 ) -> None:
-    lines = list(list_lines(find([photos])))
+    lines = list(list_lines(find_images([photos])))
     path = tmp_path / "list.txt"
     path.write_bytes(b"".join(alter(lines)))
     for shard in (None, Shard(0, 3)):
         with pytest.raises(FpnxError, match=told) as raised:
-            find([f"@{path}"], shard=shard)
+            find_images([f"@{path}"], shard=shard)
         assert "\n" not in str(raised.value)
         assert "list" in str(raised.value)
 
@@ -317,20 +317,20 @@ def test_lines_that_fpnx_list_never_writes(tmp_path: Path, line: bytes) -> None:
     text = json.dumps({**head, "root": str(tmp_path), "skipped": 0}, separators=(",", ":"))
     path.write_bytes(text.encode() + b"\n" + body)
     with pytest.raises(FpnxError, match=r"is not as fpnx list wrote it: .* is no image"):
-        read_list(str(path))
+        read_manifest(str(path))
 
 
 def test_a_list_stands_alone(photos: Path, tmp_path: Path) -> None:
-    path = listed(find([photos]), tmp_path / "list.txt")
+    path = listed(find_images([photos]), tmp_path / "list.txt")
     with pytest.raises(FpnxError, match="stands alone"):
-        find([f"@{path}", photos / "a.jpg"])
+        find_images([f"@{path}", photos / "a.jpg"])
 
 
 def test_a_plain_list_can_be_cut_too(photos: Path, tmp_path: Path) -> None:
     path = tmp_path / "plain.txt"
     path.write_text("".join(f"{photos / name}\n" for name in ("c.png", "a.jpg", "b.JPG")))
-    assert not is_list(str(path))
-    parts = [find([f"@{path}"], shard=Shard(index, 2)) for index in range(2)]
+    assert not is_manifest(str(path))
+    parts = [find_images([f"@{path}"], shard=Shard(index, 2)) for index in range(2)]
     assert [[source.name for source in part.sources] for part in parts] == [[b"c.png"], [b"a.jpg", b"b.JPG"]]
 
 

@@ -23,10 +23,10 @@ import fpnx as package
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError, ImageError, Interrupted, StoreError
 from fpnx.core.events import Listener
-from fpnx.extraction.upload import goal_of
+from fpnx.extraction.upload import resolve_destination
 from fpnx.images.decoding import decode, upright_size
-from fpnx.images.listing import find
-from fpnx.images.reading import opened
+from fpnx.images.listing import find_images
+from fpnx.images.reading import open_source
 from fpnx.remote import backends as services
 from fpnx.remote import client as remote
 from tests.helpers.files import ROOT, archive, noise_image
@@ -111,7 +111,7 @@ def test_a_folder_of_a_bucket(bucket: Bucket) -> None:
     for key in ("p/notes.txt", "p/folder/", "p/.hidden/x.jpg", "p/.x.jpg", "p/x.tar", "other/x.jpg", "p/../up.jpg"):
         bucket.put(key, b"x")
     for given in (f"{bucket.url}/p/", f"{bucket.url}/p"):
-        listing = find([given])
+        listing = find_images([given])
         assert listing.root == f"{bucket.url}/p".encode()
         assert [source.name for source in listing.sources] == sorted(key.encode() for key in keys)
         assert listing.skipped == 3
@@ -129,7 +129,7 @@ def test_other_ways_to_name_objects(bucket: Bucket, tmp_path: Path) -> None:
         bucket.put(key, jpeg())
 
     def names(*given: str) -> list[str]:
-        return [source.name.decode() for source in find([f"{bucket.url}/{path}" for path in given]).sources]
+        return [source.name.decode() for source in find_images([f"{bucket.url}/{path}" for path in given]).sources]
 
     assert names("**.jpg") == ["a.jpg", "odd[1].jpg", "p/a.jpg", "p/q/a.jpg"]
     assert names("p/**/*.jpg") == ["a.jpg", "q/a.jpg"]
@@ -138,24 +138,24 @@ def test_other_ways_to_name_objects(bucket: Bucket, tmp_path: Path) -> None:
     assert names("odd[1].jpg") == ["odd[1].jpg"]
     assert names("p/picture") == ["picture"]
     assert names("p/a.jpg", "a.jpg") == ["a.jpg", "p/a.jpg"]
-    assert len(find([bucket.url]).sources) == 6
+    assert len(find_images([bucket.url]).sources) == 6
     bucket.put("list.txt", f"p/q/b.png\n{bucket.url}/a.jpg\n".encode())
-    assert [source.name for source in find([f"@{bucket.url}/list.txt"]).sources] == [b"p/q/b.png", b"a.jpg"]
+    assert [source.name for source in find_images([f"@{bucket.url}/list.txt"]).sources] == [b"p/q/b.png", b"a.jpg"]
     with pytest.raises(FpnxError, match="given twice"):
-        find([f"{bucket.url}/p/", f"{bucket.url}/p/a.jpg"])
+        find_images([f"{bucket.url}/p/", f"{bucket.url}/p/a.jpg"])
     with pytest.raises(FpnxError, match=r"no images in .*/\*\.webp"):
-        find([f"{bucket.url}/*.webp"])
+        find_images([f"{bucket.url}/*.webp"])
 
 
 def test_archives_in_a_bucket(bucket: Bucket) -> None:
     content = archive({"d/01.jpg": jpeg(), "e/01.jpg": jpeg()})
     for key in ("s/0.tar", "s/1.tar"):
         bucket.put(key, content)
-    listing = find([f"{bucket.url}/s/*.tar"])
+    listing = find_images([f"{bucket.url}/s/*.tar"])
     assert [s.name for s in listing.sources] == [f"{i}.tar/{d}/01.jpg".encode() for i in (0, 1) for d in "de"]
     assert decode(listing.sources[3], LIMIT).size == (60, 40)
     assert upright_size(listing.sources[0], LIMIT) == (40, 60)
-    assert [source.name for source in find([f"{bucket.url}/s/1.tar"]).sources] == [b"d/01.jpg", b"e/01.jpg"]
+    assert [source.name for source in find_images([f"{bucket.url}/s/1.tar"]).sources] == [b"d/01.jpg", b"e/01.jpg"]
     bucket.put("s/1.tar", content + bytes(512))
     with pytest.raises(ImageError, match="changed after it was listed"):
         decode(listing.sources[3], LIMIT)
@@ -163,12 +163,12 @@ def test_archives_in_a_bucket(bucket: Bucket) -> None:
 
 def test_what_cannot_be_had(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FpnxError, match=r"^s3://no-such-bucket/x: no such bucket"):
-        find(["s3://no-such-bucket/x"])
+        find_images(["s3://no-such-bucket/x"])
     with pytest.raises(FpnxError, match=rf"^{bucket.url}/nothing.jpg: not found$"):
-        find([f"{bucket.url}/nothing.jpg"])
+        find_images([f"{bucket.url}/nothing.jpg"])
     with pytest.raises(FpnxError, match="no images in"):
-        find([f"{bucket.url}/nothing/"])
-    source = find([bucket.put("a.jpg", jpeg(1))]).sources[0]
+        find_images([f"{bucket.url}/nothing/"])
+    source = find_images([bucket.put("a.jpg", jpeg(1))]).sources[0]
     bucket.put("a.jpg", jpeg(2, (90, 40)))
     with pytest.raises(ImageError, match=r"^changed after it was listed$"):
         decode(source, LIMIT)
@@ -182,9 +182,9 @@ def test_an_answer_that_breaks_is_asked_for_again(bucket: Bucket, monkeypatch: p
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
     content = jpeg() + os.urandom(300_000)
-    source = find([bucket.put("a.jpg", content)]).sources[0]
+    source = find_images([bucket.put("a.jpg", content)]).sources[0]
     line.breaks = 2
-    with opened(source, LIMIT) as file:
+    with open_source(source, LIMIT) as file:
         assert file.read() == content
     line.breaks = 3
     with pytest.raises(ImageError, match=r"^the connection broke$"):
@@ -207,7 +207,7 @@ def test_no_permission(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, code: st
         monkeypatch.setenv("AWS_ENDPOINT_URL", web.url)
         fresh_connections()
         with pytest.raises(FpnxError, match=reason) as told:
-            find(["s3://private/"])
+            find_images(["s3://private/"])
         assert "SECRET" not in str(told.value)
 
 
@@ -220,18 +220,18 @@ def test_no_credentials_and_no_network(bucket: Bucket, monkeypatch: pytest.Monke
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(FpnxError, match="no credentials: set AWS_ACCESS_KEY_ID"):
-        find([f"{bucket.url}/p/"])
+        find_images([f"{bucket.url}/p/"])
     monkeypatch.setenv("FSSPEC_S3_ANON", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     fresh_connections()
     with pytest.raises(FpnxError, match="cannot be reached: no network"):
-        find([f"{bucket.url}/p/"])
+        find_images([f"{bucket.url}/p/"])
 
 
 def test_from_a_bucket_into_a_bucket(bucket: Bucket, photos: Path, tmp_path: Path, fpnx: Callable[..., Any]) -> None:
-    for source in find([photos]).sources:
+    for source in find_images([photos]).sources:
         bucket.put(f"in/{source.name.decode()}", Path(os.fsdecode(source.path)).read_bytes())
     local = package.extract(photos, tmp_path / "local.h5", **SMALL)
     target = f"{bucket.url}/out/features.h5"
@@ -298,7 +298,7 @@ def test_outputs_that_are_refused_before_any_work(
 
 
 def test_somebody_elses_folder_is_not_worked_in(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
-    goal = goal_of(f"{bucket.url}/out.h5", ExtractConfig())
+    goal = resolve_destination(f"{bucket.url}/out.h5", ExtractConfig())
     (tmp_path / "elsewhere").mkdir()
     goal.local.parent.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FpnxError, match="is not a folder of yours"):
@@ -494,7 +494,7 @@ def test_other_objects_are_no_stores(bucket: Bucket, fpnx: Callable[..., Any], t
 def test_shards_into_a_bucket_and_out_of_it(
     bucket: Bucket, photos: Path, tmp_path: Path, fpnx: Callable[..., Any]
 ) -> None:
-    for source in find([photos]).sources:
+    for source in find_images([photos]).sources:
         bucket.put(f"in/{source.name.decode()}", Path(os.fsdecode(source.path)).read_bytes())
     listed = subprocess.run(
         [sys.executable, "-m", "fpnx", "list", f"{bucket.url}/in/"],
@@ -563,7 +563,7 @@ gc.collect()
 def test_more_than_one_page(bucket: Bucket) -> None:
     for i in range(1100):
         bucket.put(f"p/{i:05}.jpg", b"x")
-    listing = find([f"{bucket.url}/p/"])
+    listing = find_images([f"{bucket.url}/p/"])
     assert [source.name for source in listing.sources] == [f"{i:05}.jpg".encode() for i in range(1100)]
 
 
@@ -571,7 +571,7 @@ def test_more_than_one_page(bucket: Bucket) -> None:
 def test_a_store_that_takes_connections_and_says_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
-    source = find([bucket.put("a.jpg", jpeg())]).sources[0]
+    source = find_images([bucket.put("a.jpg", jpeg())]).sources[0]
     line.silent = True
     fresh_connections()
     monkeypatch.setattr(remote, "SECONDS", 3)

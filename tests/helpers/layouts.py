@@ -7,7 +7,7 @@ import numpy as np
 from fpnx.core.image_list import ImageList, ImageRecord
 from fpnx.core.provenance import ModelPart, Provenance, WeightsInfo
 from fpnx.core.validation import parse_size
-from fpnx.store.writer import Layout
+from fpnx.store.writer import FileLayout
 
 LEVELS = ("P4", "P5")
 PROVENANCE = Provenance(
@@ -17,12 +17,12 @@ PROVENANCE = Provenance(
 )
 
 
-def layout_of(groups: list[str], errors: dict[int, str] | None = None, dtype: str = "float32") -> Layout:
+def layout_of(groups: list[str], errors: dict[int, str] | None = None, dtype: str = "float32") -> FileLayout:
     """Images called 0.png, 1.png … of the given groups; two levels of 2 channels."""
     rows = [groups[:i].count(name) if name else -1 for i, name in enumerate(groups)]
     sizes = [[int(n) for n in name.split("x")] if name else [0, 0] for name in groups]
     config = {"levels": list(LEVELS), "channels": 2, "backbone": "none", "dtype": dtype, "pool": "none"}
-    return Layout(
+    return FileLayout(
         images=ImageList(b"/pictures", tuple(ImageRecord(b"%d.png" % i, 10 + i, i) for i in range(len(groups)))),
         levels=LEVELS,
         strides={"P4": 16, "P5": 32},

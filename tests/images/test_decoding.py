@@ -11,22 +11,22 @@ import pytest
 from PIL import Image
 
 from fpnx.core.errors import FpnxError, ImageError
-from fpnx.images.decoding import as_rgb, decode, pillow_within_limits, upright_size
-from fpnx.images.listing import find
-from fpnx.images.reading import Source
+from fpnx.images.decoding import decode, pillow_limits, to_rgb, upright_size
+from fpnx.images.listing import find_images
+from fpnx.images.reading import ImageSource
 from tests.helpers.files import noise_image
 from tests.helpers.process import unprivileged
 
 LIMIT = 10**8
 
 
-def source(path: Path) -> Source:
+def source(path: Path) -> ImageSource:
     about = path.stat()
-    return Source(path.name.encode(), os.fsencode(path), about.st_size, about.st_mtime_ns)
+    return ImageSource(path.name.encode(), os.fsencode(path), about.st_size, about.st_mtime_ns)
 
 
 def names(*arguments: object) -> list[bytes]:
-    return [found.name for found in find([str(argument) for argument in arguments]).sources]
+    return [found.name for found in find_images([str(argument) for argument in arguments]).sources]
 
 
 def test_a_folder_is_listed_in_byte_order(photos: Path) -> None:
@@ -34,7 +34,7 @@ def test_a_folder_is_listed_in_byte_order(photos: Path) -> None:
     (photos / ".git").mkdir()
     (photos / ".git" / "x.jpg").write_bytes(b"x")
     (photos / "notes.txt").write_text("no image")
-    listing = find([photos])
+    listing = find_images([photos])
     assert [s.name for s in listing.sources] == [
         b"a.jpg", b"b.JPG", b"below/a.jpg", b"below/e.jpeg", b"c.png", b"d.webp",
     ]  # fmt: skip
@@ -79,7 +79,7 @@ def test_names_of_any_bytes(photos: Path) -> None:
     odd += [b"cafe\xcc\x81.jpg", b"-o.jpg"]
     for name in odd:
         (photos / os.fsdecode(name)).write_bytes((photos / "a.jpg").read_bytes())
-    listed = [s.name for s in find([photos]).sources]
+    listed = [s.name for s in find_images([photos]).sources]
     assert set(odd) <= set(listed)
     assert listed == sorted(listed)
 
@@ -95,7 +95,7 @@ def test_links_end_and_real_folders_win(photos: Path) -> None:
     outside.mkdir()
     noise_image(0, (8, 8)).save(outside / "o.png")
     (photos / "out").symlink_to(outside)
-    listing = find([photos])
+    listing = find_images([photos])
     listed = [s.name for s in listing.sources]
     assert b"below/a.jpg" in listed
     assert b"linked.jpg" in listed
@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_read_is_named() -> None:
         photos.chmod(0o755)
         try:
             with unprivileged(), pytest.raises(FpnxError, match=r"folder .*/below/closed: Permission denied: make it"):
-                find([photos])
+                find_images([photos])
         finally:
             closed.chmod(0o755)
 
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_not_called_foreign(tmp_path: Path) -> None:
         noise_image(0, (40, 40)).save(path)
         path.write_bytes(path.read_bytes()[:30])
         with (
-            pillow_within_limits(),
+            pillow_limits(),
             pytest.raises(ImageError, match=f"^a damaged {'TIFF' if name == 'a.tif' else 'AVIF'} file$"),
         ):
             decode(source(path), LIMIT)
@@ -139,7 +139,7 @@ def test_an_image_is_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     noise_image(0, (40, 40)).save(tmp_path / "a.jpg")
     with pytest.raises(FpnxError, match=r"list a\.jpg is an image or an archive, not a text"):
-        find(["@a.jpg"])
+        find_images(["@a.jpg"])
 
 
 def test_a_fifo_does_not_block(photos: Path) -> None:
@@ -153,20 +153,20 @@ def test_a_fifo_does_not_block(photos: Path) -> None:
 def test_missing_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FpnxError, match="No such file"):
-        find([missing])
+        find_images([missing])
 
 
 def test_what_gives_no_images(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("x")
     with pytest.raises(FpnxError, match=r"no images in .*\(1 other files\)"):
-        find([tmp_path / "empty"])
+        find_images([tmp_path / "empty"])
     with pytest.raises(FpnxError, match="given twice"):
-        find([photos, photos / "a.jpg"])
+        find_images([photos, photos / "a.jpg"])
     with pytest.raises(FpnxError, match="given twice"):
-        find([photos, photos])
+        find_images([photos, photos])
     with pytest.raises(FpnxError, match="no images given"):
-        find([])
+        find_images([])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -215,7 +215,7 @@ def test_transparency_shows_white(tmp_path: Path) -> None:
     ]  # fmt: skip
     la = Image.new("LA", (2, 1))
     la.putpixel((1, 0), (0, 255))
-    assert np.asarray(as_rgb(la))[0].tolist() == [[255] * 3, [0] * 3]
+    assert np.asarray(to_rgb(la))[0].tolist() == [[255] * 3, [0] * 3]
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 255, 0])
     palette.putpixel((1, 0), 1)
@@ -226,7 +226,7 @@ def test_transparency_shows_white(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV"])
 def test_other_modes(mode: str) -> None:
     picture = noise_image(1, (9, 7)).convert(mode)
-    assert np.array_equal(np.asarray(as_rgb(picture)), np.asarray(picture.convert("RGB")))
+    assert np.array_equal(np.asarray(to_rgb(picture)), np.asarray(picture.convert("RGB")))
 
 
 def test_cmyk_jpeg_shows_what_was_painted(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_truncated_and_damaged_files_fail(tmp_path: Path) -> None:
 
 def test_a_limit_on_pixels_that_the_user_sets(tmp_path: Path) -> None:
     Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
-    with pillow_within_limits():
+    with pillow_limits():
         with pytest.raises(ImageError, match=r"10000×20000 pixels, over the limit of 100000000"):
             upright_size(source(tmp_path / "bomb.png"), LIMIT)
         assert upright_size(source(tmp_path / "bomb.png"), 10**9) == (10000, 20000)
@@ -293,7 +293,7 @@ def test_a_file_that_changed_after_it_was_listed_fails(photos: Path) -> None:
 def test_broken_exif_is_no_failure(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     noise_image(0, (30, 20)).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
-    with pillow_within_limits():
+    with pillow_limits():
         assert decode(source(path), LIMIT).size == (30, 20)
 
 

@@ -17,9 +17,9 @@ import pytest
 import fpnx as package
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.images.decoding import decode, upright_size
-from fpnx.images.listing import find, list_lines
-from fpnx.images.reading import Source, opened
-from fpnx.images.tar_index import Catalogue, catalogue
+from fpnx.images.listing import find_images, list_lines
+from fpnx.images.reading import ImageSource, open_source
+from fpnx.images.tar_index import TarIndex, read_tar_index
 from fpnx.visualization.scene import find_photo
 from tests.helpers.files import noise_image
 from tests.helpers.process import document
@@ -63,18 +63,18 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
     return info
 
 
-def read_catalogue(path: Path) -> Catalogue:
+def read_catalogue(path: Path) -> TarIndex:
     content = path.read_bytes()
-    return catalogue(lambda start, count: content[start : start + count], len(content), path.name)
+    return read_tar_index(lambda start, count: content[start : start + count], len(content), path.name)
 
 
-def content_of(source: Source) -> bytes:
-    with opened(source, LIMIT) as file:
+def content_of(source: ImageSource) -> bytes:
+    with open_source(source, LIMIT) as file:
         return file.read()
 
 
 def names(*arguments: object) -> list[bytes]:
-    return [source.name for source in find([str(argument) for argument in arguments]).sources]
+    return [source.name for source in find_images([str(argument) for argument in arguments]).sources]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_members_are_what_tarfile_unpacks(tmp_path: Path, form: int) -> None:
     held = [("b/01.jpg", jpeg(1)), ("a/01.jpg", jpeg(2)), ("a/01.png", jpeg(3)), (long, jpeg(4)), ("é.jpg", jpeg(5))]
     held += [("note.txt", b"text"), ("caf\udce9.jpg", jpeg(6))]
     path = packed(tmp_path / "x.tar", held, form)
-    listing = find([path])
+    listing = find_images([path])
     images = sorted((os.fsencode(name), content) for name, content in held if not name.endswith("txt"))
     assert [(source.name, content_of(source)) for source in listing.sources] == images
     assert listing.root == os.fsencode(path)
@@ -103,9 +103,9 @@ def test_very_long_names(tmp_path: Path) -> None:
 
 def test_an_archive_made_by_tar_itself(tmp_path: Path, photos: Path) -> None:
     subprocess.run(["tar", "-cf", tmp_path / "x.tar", "-C", photos, "."], check=True)
-    listing = find([tmp_path / "x.tar"])
+    listing = find_images([tmp_path / "x.tar"])
     assert [source.name for source in listing.sources] == names(photos)
-    for source, original in zip(listing.sources, find([photos]).sources, strict=True):
+    for source, original in zip(listing.sources, find_images([photos]).sources, strict=True):
         assert np.array_equal(np.asarray(decode(source, LIMIT)), np.asarray(decode(original, LIMIT)))
         assert upright_size(source, LIMIT) == upright_size(original, LIMIT)
 
@@ -116,7 +116,7 @@ def test_roots_with_other_inputs(tmp_path: Path, photos: Path) -> None:
     assert names(second, first) == [b"a.tar/x.jpg", b"b.TAR/x.jpg"]
     assert names(photos / "a.jpg", first) == [b"a.tar/x.jpg", b"photos/a.jpg"]
     with pytest.raises(FpnxError, match="given twice"):
-        find([first, first])
+        find_images([first, first])
 
 
 def test_a_member_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,14 +124,16 @@ def test_a_member_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert names(tmp_path / "x.tar" / "d" / "picture.dat") == [b"picture.dat"]
     monkeypatch.chdir(tmp_path)
     Path("list.txt").write_text("x.tar/d/picture.dat\nx.tar/d/a.jpg\n")
-    listing = find(["@list.txt"])
+    listing = find_images(["@list.txt"])
     assert [source.name for source in listing.sources] == [b"picture.dat", b"a.jpg"]
     assert content_of(listing.sources[0]) == jpeg(2)
     Path("list.txt").write_text("x.tar\n")
     assert names("@list.txt") == [b"d/a.jpg"]
     with pytest.raises(FpnxError, match=r"x.tar has no member d/b.jpg"):
-        find([tmp_path / "x.tar" / "d" / "b.jpg"])
-    known_by_path = Source(b"a.jpg", os.fsencode(tmp_path / "x.tar/d/a.jpg"), len(jpeg(1)), listing.sources[1].mtime_ns)
+        find_images([tmp_path / "x.tar" / "d" / "b.jpg"])
+    known_by_path = ImageSource(
+        b"a.jpg", os.fsencode(tmp_path / "x.tar/d/a.jpg"), len(jpeg(1)), listing.sources[1].mtime_ns
+    )
     assert content_of(known_by_path) == jpeg(1)
 
 
@@ -140,7 +142,7 @@ def test_archives_in_folders_are_other_files(tmp_path: Path) -> None:
     noise_image(0, (9, 9)).save(tmp_path / "b.png")
     (tmp_path / "folder.tar").mkdir()
     noise_image(0, (9, 9)).save(tmp_path / "folder.tar" / "c.png")
-    listing = find([tmp_path])
+    listing = find_images([tmp_path])
     assert [source.name for source in listing.sources] == [b"b.png", b"folder.tar/c.png"]
     assert listing.skipped == 1
     assert names(tmp_path / "folder.tar") == [b"c.png"]
@@ -148,7 +150,7 @@ def test_archives_in_folders_are_other_files(tmp_path: Path) -> None:
 
 def test_the_same_name_twice_is_the_last(tmp_path: Path) -> None:
     path = packed(tmp_path / "x.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2)), ("./a.jpg", jpeg(3))])
-    listing = find([path])
+    listing = find_images([path])
     assert [content_of(source) for source in listing.sources] == [jpeg(3), jpeg(2)]
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path / "out", filter="data")
@@ -172,7 +174,7 @@ def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
         member("about.jpg", tarfile.SYMTYPE, "round.jpg"),
         contents={"d/a.dat": jpeg(1), "later.jpg": jpeg(2)},
     )
-    listing = find([path])
+    listing = find_images([path])
     found = {source.name: content_of(source) for source in listing.sources}
     first = jpeg(1)
     assert found == {b"hard.jpg": first, b"d/soft.jpg": first, b"e/up.jpg": first, b"later.jpg": jpeg(2)}
@@ -192,7 +194,7 @@ def test_names_that_lead_out_and_what_is_no_file(tmp_path: Path) -> None:
         member("folder.jpg", tarfile.DIRTYPE),
         contents={"/etc/a.jpg": jpeg()},
     )
-    listing = find([path])
+    listing = find_images([path])
     assert [source.name for source in listing.sources] == [b"etc/a.jpg"]
     assert listing.skipped == 4
     assert listing.remarks == (f"{path}: 2 members are left out, since .. in their names leads out of it",)
@@ -218,7 +220,7 @@ def test_a_sparse_member(tmp_path: Path) -> None:
         held = read_catalogue(path)
         if held.members[b"sparse.bmp"].stretches is None:
             pytest.skip("this file system keeps no holes")
-        source = find([path]).sources[0]
+        source = find_images([path]).sources[0]
         assert source.bytes == len(content)
         assert content_of(source) == content
         assert decode(source, LIMIT).size == (500, 400)
@@ -230,7 +232,7 @@ def test_a_truncated_archive_gives_its_whole_members(tmp_path: Path, cut: int) -
     content = whole.read_bytes()
     third = content.index(b"c.jpg")
     (tmp_path / "x.tar").write_bytes(content[: third - 1536 + cut])  # from within b's header to the end of its padding
-    listing = find([tmp_path / "x.tar"])
+    listing = find_images([tmp_path / "x.tar"])
     found = {source.name: source for source in listing.sources}
     assert content_of(found.pop(b"a.jpg")) == b"a" * 512
     assert len(listing.lost) == 1
@@ -297,16 +299,16 @@ def test_joined_archives_are_told(tmp_path: Path) -> None:
 def test_what_is_no_plain_archive(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FpnxError, match=reason):
-        find([tmp_path / name])
+        find_images([tmp_path / name])
 
 
 def test_an_archive_without_images(tmp_path: Path) -> None:
     packed(tmp_path / "x.tar", [("a.txt", b"text")])
     with pytest.raises(FpnxError, match=r"no images in .*x.tar \(1 other files\)"):
-        find([tmp_path / "x.tar"])
+        find_images([tmp_path / "x.tar"])
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(FpnxError, match=r"pipe.tar: not a regular file"):
-        find([tmp_path / "pipe.tar"])
+        find_images([tmp_path / "pipe.tar"])
 
 
 def test_headers_that_lie_end(tmp_path: Path) -> None:
@@ -329,7 +331,7 @@ def test_headers_that_lie_end(tmp_path: Path) -> None:
 
 def test_an_archive_that_changes_fails_image_by_image(tmp_path: Path) -> None:
     path = packed(tmp_path / "x.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
-    listing = find([path])
+    listing = find_images([path])
     packed(path, [("a.jpg", jpeg(3)), ("b.jpg", jpeg(4))])
     with pytest.raises(ImageError, match="changed after it was listed"):
         content_of(listing.sources[0])
@@ -340,7 +342,7 @@ def test_an_archive_that_changes_fails_image_by_image(tmp_path: Path) -> None:
 
 def test_an_archive_is_read_by_several_threads(tmp_path: Path) -> None:
     contents = [jpeg(i, (60 + i, 40)) for i in range(24)]
-    listing = find([packed(tmp_path / "x.tar", [(f"{i:02}.jpg", c) for i, c in enumerate(contents)])])
+    listing = find_images([packed(tmp_path / "x.tar", [(f"{i:02}.jpg", c) for i, c in enumerate(contents)])])
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(content_of, listing.sources * 4)) == contents * 4
 
@@ -361,9 +363,9 @@ def test_features_from_an_archive_are_those_of_the_files(tmp_path: Path, photos:
 
 def test_a_list_of_members(tmp_path: Path, fpnx: Callable[..., Any]) -> None:
     path = packed(tmp_path / "x.tar", [(f"{i}.jpg", jpeg(i)) for i in range(4)])
-    listing = find([path])
+    listing = find_images([path])
     (tmp_path / "list.txt").write_bytes(b"".join(list_lines(listing)))
-    assert find([f"@{tmp_path / 'list.txt'}"]).root == listing.root
+    assert find_images([f"@{tmp_path / 'list.txt'}"]).root == listing.root
     for index in (0, 1):
         assert fpnx("extract", "@list.txt", "--shard", f"{index}/2", *LINE)[0] == 0
     with package.open("out.shard-*.h5") as store:
@@ -371,7 +373,7 @@ def test_a_list_of_members(tmp_path: Path, fpnx: Callable[..., Any]) -> None:
         assert store.bytes.tolist() == [len(jpeg(i)) for i in range(4)]
     os.utime(path, ns=(0, listing.sources[0].mtime_ns + 1))
     with pytest.raises(ImageError, match="changed after it was listed"):
-        decode(find([f"@{tmp_path / 'list.txt'}"]).sources[0], LIMIT)
+        decode(find_images([f"@{tmp_path / 'list.txt'}"]).sources[0], LIMIT)
     path.write_bytes(path.read_bytes()[:1000])
     code, _, err = fpnx("list", path)
     assert code == 1

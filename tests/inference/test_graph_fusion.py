@@ -15,14 +15,14 @@ from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
 from fpnx.inference.devices import slow_precision
-from fpnx.inference.fpn_fusion import ExecutablePyramid, _Recombined, _UpsampledConvolution
-from fpnx.inference.graph_fusion import make_executable
-from fpnx.inference.packed_conv import Convolution, can_pack, native_on_cpu
+from fpnx.inference.fpn_fusion import FusedFpn, _Recombined, _UpsampledConvolution
+from fpnx.inference.graph_fusion import fuse_model
+from fpnx.inference.packed_conv import PackedConv2d, can_pack, native_on_cpu
 from fpnx.models.backbones.factory import Backbone, tap_shapes
 from fpnx.models.backbones.feature_extractor import tapped
-from fpnx.models.backbones.stage_search import Stages, Tap
+from fpnx.models.backbones.stage_search import Stages, TapPoint
 from fpnx.models.factory import create_model
-from fpnx.models.necks.fpn import FeaturePyramid
+from fpnx.models.necks.fpn import FPN
 from fpnx.models.pyramid_model import PyramidModel
 from tests.models.test_backbones import FAMILIES
 
@@ -65,9 +65,9 @@ def assert_equal_levels(made: dict[str, torch.Tensor], wanted: dict[str, torch.T
 
 
 def model_of(network: nn.Module, nodes: dict[int, str], levels: tuple[str, ...]) -> PyramidModel:
-    body = tapped(network.eval(), Stages(taps={k: Tap(node=node) for k, node in nodes.items()}, traced=True))
+    body = tapped(network.eval(), Stages(taps={k: TapPoint(node=node) for k, node in nodes.items()}, traced=True))
     channels = {int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, (128, 128)).items()}
-    fpn = FeaturePyramid(channels, 64, "pool")
+    fpn = FPN(channels, 64, "pool")
     fpn.draw(0)
     weights = create_model("mobilenet_v2", weights="random").weights
     return PyramidModel(Backbone("own", body, nodes, channels), fpn, levels, weights).eval()
@@ -79,7 +79,7 @@ def test_equals_the_model(name, packs):
     model = unsettled(
         create_model(name, weights="random", levels="C2,C4,P2-P7", channels=200 if name[0] == "m" else 48)
     )
-    made = make_executable(model)
+    made = fuse_model(model)
     for size in SIZES:
         with torch.inference_mode():
             if packs:
@@ -94,7 +94,7 @@ def test_equals_the_model(name, packs):
 def test_equals_the_model_of_any_family(name):
     side = FAMILIES[name]
     model = unsettled(create_model(name, weights="random", levels="C2,P2-P4", channels=64))
-    made = make_executable(model)
+    made = fuse_model(model)
     for size in [side] if name == "maxvit_t" else [side, (96, 160)]:
         with torch.inference_mode():
             wanted = model(images(2, size))
@@ -106,32 +106,32 @@ def test_equals_the_model_of_any_family(name):
 @pytest.mark.parametrize("levels", ["C2", "C4", "P4", "P5", "C3,P4-P6", "P7", "P2", "P6"])
 def test_computes_only_what_levels_need(levels):
     model = unsettled(create_model("resnet50", weights="random", levels=levels, channels=16))
-    made = make_executable(model)
+    made = fuse_model(model)
     with torch.inference_mode():
         assert_equal_levels(made(images(1, (64, 96))), model(images(1, (64, 96))))
-    held = sum(isinstance(module, Convolution) for module in made.body.modules())
+    held = sum(isinstance(module, PackedConv2d) for module in made.body.modules())
     assert held == {"C2": 11, "C4": 43}.get(levels, 53)
 
 
 def test_folds_and_fuses_everything_in_a_resnet():
-    made = make_executable(create_model("resnet50", weights="random", levels="P2-P5", channels=16))
+    made = fuse_model(create_model("resnet50", weights="random", levels="P2-P5", channels=16))
     assert {node.op for node in made.body.graph.nodes} == {"placeholder", "call_module", "output"}
     called = [made.body.get_submodule(node.target) for node in made.body.graph.nodes if node.op == "call_module"]
-    assert [type(module) for module in called if not isinstance(module, Convolution)] == [nn.MaxPool2d]
-    assert sum(module.accumulates for module in called if isinstance(module, Convolution)) == 16
+    assert [type(module) for module in called if not isinstance(module, PackedConv2d)] == [nn.MaxPool2d]
+    assert sum(module.accumulates for module in called if isinstance(module, PackedConv2d)) == 16
 
 
 def test_leaves_the_model_as_it_was():
     model = unsettled(create_model("mobilenet_v2", weights="random", levels="P2-P5", channels=32))
     before, code = copy.deepcopy(model.state_dict()), model.body.code
-    made = make_executable(model, dtype=torch.bfloat16)
+    made = fuse_model(model, dtype=torch.bfloat16)
     made.pack(images(1, (64, 64)).bfloat16())
     assert model.body.code == code
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     with torch.no_grad():
-        reference = make_executable(model)
+        reference = fuse_model(model)
         wanted = reference(images(1, (64, 64)))
         for parameter in model.parameters():
             parameter.zero_()
@@ -150,7 +150,7 @@ def test_frozen_norms_any_eps_and_norms_in_the_pyramid(packs):
         block.append(nn.ReLU())
     model.fpn.layer_blocks[0].append(nn.GroupNorm(4, 64))
     model = unsettled(model.eval())
-    made = make_executable(model)
+    made = fuse_model(model)
     assert not any(isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)) for module in made.modules())
     if packs:
         made.pack(images(1, (64, 96)))
@@ -189,7 +189,7 @@ class Awkward(nn.Module):
 def test_leaves_alone_what_cannot_be_fused(packs):
     torch.manual_seed(3)
     model = unsettled(model_of(Awkward(), {2: "relu_2"}, ("C2", "P2")))
-    made = make_executable(model)
+    made = fuse_model(model)
     if packs:
         made.pack(images(1, (32, 48)))
     with torch.inference_mode():
@@ -197,8 +197,8 @@ def test_leaves_alone_what_cannot_be_fused(packs):
 
 
 def test_weights_are_held_once_while_images_are_of_one_size():
-    made = make_executable(unsettled(create_model("resnet18", weights="random", levels="C3,P2-P5", channels=64)))
-    plain = [weakref.ref(module.weight) for module in made.modules() if isinstance(module, Convolution)]
+    made = fuse_model(unsettled(create_model("resnet18", weights="random", levels="C3,P2-P5", channels=64)))
+    plain = [weakref.ref(module.weight) for module in made.modules() if isinstance(module, PackedConv2d)]
     with torch.inference_mode():
         before = made(images(2, (64, 96)))
         made.pack(images(2, (96, 64)))
@@ -211,7 +211,7 @@ def test_weights_are_held_once_while_images_are_of_one_size():
 def test_reorders_by_counting():
     def ways(name: str, channels: int = 256) -> dict[str, int]:
         model = create_model(name, weights="random", levels="P2-P5", channels=channels)
-        made = ExecutablePyramid(model.fpn, model.levels, model.channels)
+        made = FusedFpn(model.fpn, model.levels, model.channels)
         return {k: way.steps for k, way in made.recombined.items() if isinstance(way, _Recombined)}
 
     assert ways("resnet50") == {}
@@ -235,14 +235,14 @@ def test_a_convolution_of_an_upsampled_map(scale, size):
 
 def test_biases_reach_the_border_of_a_reordered_level():
     """With all weights zero, the lateral biases alone: 9 cells inside, 6 at an edge, 4 in a corner."""
-    fpn = FeaturePyramid({2: 1, 3: 1, 4: 1}, 32)
+    fpn = FPN({2: 1, 3: 1, 4: 1}, 32)
     for parameter in fpn.parameters():
         parameter.data.zero_()
     for block, bias in zip(fpn.inner_blocks, (1.0, 10.0, 100.0), strict=True):
         block[0].bias.data.fill_(bias)
     fpn.layer_blocks[0][0].weight.data.fill_(1 / 32)
     fpn.layer_blocks[0][0].bias.data.fill_(0.5)
-    made = ExecutablePyramid(fpn, ["P2"], {"C2": 1, "C3": 1, "C4": 1})
+    made = FusedFpn(fpn, ["P2"], {"C2": 1, "C3": 1, "C4": 1})
     assert made.recombined["2"].steps == 2
     taps = {"C2": torch.zeros(1, 1, 8, 12), "C3": torch.zeros(1, 1, 4, 6), "C4": torch.zeros(1, 1, 2, 3)}
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_biases_reach_the_border_of_a_reordered_level():
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "vgg16"])
 def test_bfloat16_is_near(name):
     model = create_model(name, weights="random", levels="P2-P5", channels=64)
-    made = make_executable(model, dtype=torch.bfloat16)
+    made = fuse_model(model, dtype=torch.bfloat16)
     made.pack(images(1, (64, 96)).bfloat16())
     with torch.inference_mode():
         levels = made(images(2, (64, 96)).bfloat16())
@@ -270,7 +270,7 @@ def test_bfloat16_is_near(name):
 
 def test_types_that_onednn_does_not_pack_are_computed_plainly():
     model = unsettled(create_model("mobilenet_v2", weights="random", levels="P2-P5", channels=256))
-    made = make_executable(model, dtype=torch.float64)
+    made = fuse_model(model, dtype=torch.float64)
     with torch.inference_mode():
         assert_equal_levels(made.pack(images(1, (64, 64)).double()), model(images(1, (64, 64))))
         assert not made.packed
@@ -311,7 +311,7 @@ def test_a_body_that_cannot_be_traced_is_shared_by_threads_one_at_a_time():
 
     model = create_model(Untraceable().eval(), channels=8, levels="C2,C5,P2-P5")
     assert not isinstance(model.body, torch.fx.GraphModule)
-    executable = make_executable(model)
+    executable = fuse_model(model)
     images = [torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(i)) for i in range(24)]
     with torch.no_grad():
         expected = [model(image) for image in images]
@@ -337,13 +337,13 @@ def test_every_kind_of_pyramid(top_block, levels):
     taps = {name: (tap + torch.arange(tap.shape[1]).view(1, -1, 1, 1)).contiguous() for name, tap in taps.items()}
     for norm, relu, names in [(None, True, ()), ("batch", False, ()), (None, False, "abcde")]:
         count = 4 if top_block == "pool" else 5
-        fpn = FeaturePyramid(channels, 32, top_block, norm=norm, p7_relu=relu, names=tuple(names)[:count])
+        fpn = FPN(channels, 32, top_block, norm=norm, p7_relu=relu, names=tuple(names)[:count])
         fpn.draw(1)
         wanted = {"all": fpn.levels, "above": fpn.levels[3:], "finest": fpn.levels[:1]}[levels]
         fpn.eval()
-        made = ExecutablePyramid(fpn, wanted, {f"C{k}": n for k, n in channels.items()}).eval()
+        made = FusedFpn(fpn, wanted, {f"C{k}": n for k, n in channels.items()}).eval()
         for part in made.modules():
-            if isinstance(part, Convolution):
+            if isinstance(part, PackedConv2d):
                 part.prepare(torch.device("cpu"), torch.float32)
         with torch.no_grad():
             assert_equal_levels(made(taps), fpn(taps, wanted))

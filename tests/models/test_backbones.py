@@ -56,14 +56,14 @@ def split(names: Any, fast: Any) -> list[Any]:
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow, id=name) for name in names]
 
 
-def rows(found: backbones.Survey) -> list[list[Any]]:
+def rows(found: backbones.StageDetection) -> list[list[Any]]:
     assert found.stages is not None, found.refused
     return [[2**level, tap.node, tap.channels] for level, tap in sorted(found.stages.taps.items())]
 
 
 @pytest.mark.parametrize("name", split(WITH_STAGES, FAMILIES))
 def test_taps_equal_the_table(name: str) -> None:
-    assert rows(backbones.survey(name)) == TABLE[name]
+    assert rows(backbones.detect_stages(name)) == TABLE[name]
 
 
 def test_the_table_has_what_torchvision_has() -> None:
@@ -389,7 +389,7 @@ def ask(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
 
     def asked() -> str:
         monkeypatch.setattr(backbones, "_surveys", {})
-        found = backbones.survey("resnet18")
+        found = backbones.detect_stages("resnet18")
         assert found.stages is not None
         return found.stages.taps[2].node
 
@@ -432,7 +432,7 @@ def test_writers_at_once_leave_something_whole(home: Path) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}) for _ in range(3)]
     seen = 0
     while any(writer.poll() is None for writer in writers):
-        value = shelf.recall("k")
+        value = shelf.load_entry("k")
         if value is not None:
             seen += 1
             assert len(value["all"]) == 2000

@@ -23,7 +23,7 @@ from fpnx.core.errors import FpnxError
 from fpnx.models.weights.checkpoints import read_checkpoint
 from fpnx.models.weights.framework_defaults import DETECTRON2_RECIPE, MMDETECTION_RECIPE
 from fpnx.models.weights.mmdetection import read_config
-from fpnx.models.weights.state_dicts import recognise
+from fpnx.models.weights.state_dicts import recognize_layout
 from tests.helpers.reference_networks import D2Detector, D2ResNet, MMDetector, randomise
 
 RNG = np.random.default_rng(0)
@@ -356,7 +356,7 @@ def test_other_networks_are_said_to_be_unknown(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
 def test_prefixes_of_wrappers_are_taken_off(prefix, detectron2_state):
     state = {f"{prefix}{name}": value for name, value in detectron2_state.items()} | {"loss.weight": torch.ones(1)}
-    layout = recognise(state)
+    layout = recognize_layout(state)
     assert layout.framework == "detectron2"
     assert layout.ignored == 3
     assert layout.pyramid.first_level == 2

@@ -9,7 +9,7 @@ import torch
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
-from fpnx.models.necks.fpn import FeaturePyramid
+from fpnx.models.necks.fpn import FPN
 
 CHANNELS = {2: 3, 3: 5, 4: 7, 5: 11}
 
@@ -26,7 +26,7 @@ def taps(height: int, width: int) -> dict[str, torch.Tensor]:
 
 
 def test_two_levels_by_hand() -> None:
-    fpn = FeaturePyramid({4: 1, 5: 1}, channels=1)
+    fpn = FPN({4: 1, 5: 1}, channels=1)
     with torch.no_grad():
         for block, scale, bias in ((fpn.inner_blocks[0][0], 2.0, 0.5), (fpn.inner_blocks[1][0], 10.0, 0.0)):
             block.weight.fill_(scale)
@@ -47,7 +47,7 @@ def test_two_levels_by_hand() -> None:
 @pytest.mark.parametrize("size", [(56, 56), (57, 76), (25, 33), (9, 8)], ids=str)
 @pytest.mark.parametrize("top_block", [None, "pool", "c5", "p5"], ids=str)
 def test_equals_torchvision(size: tuple[int, int], top_block: str | None) -> None:
-    fpn = FeaturePyramid(CHANNELS, 6, top_block)
+    fpn = FPN(CHANNELS, 6, top_block)
     fpn.draw(seed=3)
     source = 11 if top_block == "c5" else 6
     extra: ExtraFPNBlock | None = LastLevelMaxPool() if top_block == "pool" else None
@@ -67,7 +67,7 @@ def test_equals_torchvision(size: tuple[int, int], top_block: str | None) -> Non
 @pytest.mark.parametrize("levels", [("P2",), ("P5",), ("P3", "P5"), ("P6",), ("P7",), ("P4", "P6")], ids=str)
 @pytest.mark.parametrize("top_block", ["c5", "p5"])
 def test_what_nobody_asked_for_is_not_computed(levels: tuple[str, ...], top_block: str) -> None:
-    fpn = FeaturePyramid(CHANNELS, 4, top_block)
+    fpn = FPN(CHANNELS, 4, top_block)
     fpn.draw(seed=0)
     ran: list[str] = []
     for name, module in fpn.named_modules():
@@ -89,7 +89,7 @@ def test_what_nobody_asked_for_is_not_computed(levels: tuple[str, ...], top_bloc
 
 
 def test_arguments_are_left_alone() -> None:
-    fpn = FeaturePyramid(CHANNELS, 4, "c5")
+    fpn = FPN(CHANNELS, 4, "c5")
     inputs = taps(16, 16)
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_arguments_are_left_alone() -> None:
 
 
 def test_seeds_depend_on_the_absolute_level_alone() -> None:
-    whole, upper = FeaturePyramid(CHANNELS, 4, "c5"), FeaturePyramid({4: 7, 5: 11}, 4)
+    whole, upper = FPN(CHANNELS, 4, "c5"), FPN({4: 7, 5: 11}, 4)
     torch.rand(17)
     whole.draw(seed=5)
     state = torch.get_rng_state()
@@ -107,7 +107,7 @@ def test_seeds_depend_on_the_absolute_level_alone() -> None:
     assert torch.equal(state, torch.get_rng_state()), "the caller's generator was used"
     assert torch.equal(whole.inner_blocks[2][0].weight, upper.inner_blocks[0][0].weight)
     assert torch.equal(whole.layer_blocks[3][0].weight, upper.layer_blocks[1][0].weight)
-    other = FeaturePyramid({4: 7, 5: 11}, 4)
+    other = FPN({4: 7, 5: 11}, 4)
     other.draw(seed=6)
     assert not torch.equal(other.inner_blocks[0][0].weight, upper.inner_blocks[0][0].weight)
     bound = (3 / 7) ** 0.5  # Kaiming uniform with a = 1 over 7 inputs

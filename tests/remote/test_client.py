@@ -22,10 +22,10 @@ import pytest
 import fpnx as package
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.images.decoding import decode, upright_size
-from fpnx.images.listing import find
-from fpnx.images.reading import locate, opened
+from fpnx.images.listing import find_images
+from fpnx.images.reading import locate, open_source
 from fpnx.remote import client as remote
-from fpnx.remote.backends import Facts
+from fpnx.remote.backends import ObjectInfo
 from fpnx.visualization.scene import find_photo
 from tests.helpers.files import ROOT, archive, noise_image
 from tests.helpers.object_stores import KEYS, Web, free_port, web_server
@@ -68,7 +68,7 @@ def lists(folder: Path, *lines: str) -> str:
 
 def test_one_image(web: Web) -> None:
     url = web.put("/a/b%20c.jpg", jpeg())
-    listing = find([url])
+    listing = find_images([url])
     (source,) = listing.sources
     assert (source.name, listing.root) == (b"b%20c.jpg", f"{web.url}/a".encode())
     assert (source.bytes, source.mtime_ns) == (len(jpeg()), WRITTEN)
@@ -77,7 +77,7 @@ def test_one_image(web: Web) -> None:
 
 
 def test_a_named_address_is_tried_whatever_its_extension(web: Web) -> None:
-    assert decode(find([web.put("/picture", jpeg())]).sources[0], LIMIT).size == (60, 40)
+    assert decode(find_images([web.put("/picture", jpeg())]).sources[0], LIMIT).size == (60, 40)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_named_address_is_tried_whatever_its_extension(web: Web) -> None:
     ids=["all", "no length", "no time", "odd time", "etag", "no head", "signed for get", "nothing"],
 )
 def test_what_a_server_tells(web: Web, manners: dict[str, Any], size: int | None, time_or_etag: int) -> None:
-    source = find([web.put("/a.jpg", jpeg(), **manners)]).sources[0]
+    source = find_images([web.put("/a.jpg", jpeg(), **manners)]).sources[0]
     assert source.bytes == (len(jpeg()) if size is None else size)
     assert source.mtime_ns == time_or_etag
     assert -(2**63) <= source.mtime_ns < 2**63
@@ -113,20 +113,20 @@ def test_what_a_server_tells(web: Web, manners: dict[str, Any], size: int | None
 )
 def test_a_named_address_that_cannot_be_had(web: Web, manners: dict[str, Any], reason: str) -> None:
     with pytest.raises(FpnxError, match=reason):
-        find([web.put("/a.jpg", b"", **manners)])
+        find_images([web.put("/a.jpg", b"", **manners)])
 
 
 def test_no_server(web: Web) -> None:
     with pytest.raises(FpnxError, match="cannot be reached: no network, no such host, or nothing"):
-        find([f"http://127.0.0.1:{free_port()}/a.jpg"])
+        find_images([f"http://127.0.0.1:{free_port()}/a.jpg"])
     with pytest.raises(FpnxError, match="web servers do not list folders"):
-        find([f"{web.url}/folder/"])
+        find_images([f"{web.url}/folder/"])
 
 
 def test_a_list_keeps_its_order_and_its_failures(web: Web, tmp_path: Path) -> None:
     good = [web.put(f"/{name}.jpg", jpeg(i)) for i, name in enumerate("cab")]
     missing, broken = f"{web.url}/missing.jpg", web.put("/broken.jpg", jpeg(), status=503)
-    listing = find([lists(tmp_path, good[0], missing, good[1], broken, good[2])])
+    listing = find_images([lists(tmp_path, good[0], missing, good[1], broken, good[2])])
     assert [s.name for s in listing.sources] == [b"c.jpg", b"missing.jpg", b"a.jpg", b"broken.jpg", b"b.jpg"]
     assert [s.bytes for s in listing.sources if s.bytes < 0] == [-1, -1]
     with pytest.raises(ImageError, match=r"^not found \(404\)$"):
@@ -134,32 +134,32 @@ def test_a_list_keeps_its_order_and_its_failures(web: Web, tmp_path: Path) -> No
     with pytest.raises(ImageError, match=r"^refused \(503\)$"):
         decode(listing.sources[3], LIMIT)
     with pytest.raises(FpnxError, match=r"none of the images can be had, such as .*missing.jpg: not found"):
-        find([lists(tmp_path, missing)])
+        find_images([lists(tmp_path, missing)])
 
 
 def test_lists_on_servers(web: Web) -> None:
     web.put("/lists/a/x.jpg", jpeg(1))
     other = web.put("/y.jpg", jpeg(2))
     url = web.put("/lists/list.txt", f"a/x.jpg\r\n\r\n{other}\n".encode())
-    listing = find([f"@{url}"])
+    listing = find_images([f"@{url}"])
     assert [source.name for source in listing.sources] == [b"lists/a/x.jpg", b"y.jpg"]
     assert listing.root == web.url.encode()
     with pytest.raises(FpnxError, match="not found"):
-        find([f"@{web.url}/nothing.txt"])
+        find_images([f"@{web.url}/nothing.txt"])
     with pytest.raises(FpnxError, match="names no image"):
-        find([f"@{web.put('/empty.txt', b'')}"])
+        find_images([f"@{web.put('/empty.txt', b'')}"])
 
 
 def test_roots_of_several_hosts(web: Web, tmp_path: Path, photos: Path) -> None:
     first = web.put("/a/x.jpg", jpeg())
     other = first.replace("127.0.0.1", "localhost")
-    listing = find([lists(tmp_path, first, other)])
+    listing = find_images([lists(tmp_path, first, other)])
     assert listing.root == b"http://"
     assert [source.name for source in listing.sources] == [u.removeprefix("http://").encode() for u in (first, other)]
     with pytest.raises(FpnxError, match="given twice"):
-        find([first, first])
+        find_images([first, first])
     with pytest.raises(FpnxError, match="two runs"):
-        find([first, str(photos)])
+        find_images([first, str(photos)])
 
 
 def test_no_secret_is_written_anywhere(
@@ -201,16 +201,16 @@ def test_no_secret_is_written_anywhere(
 
 
 def test_a_connection_that_breaks_is_made_again(web: Web) -> None:
-    source = find([web.put("/a.jpg", jpeg(), breaks=2)]).sources[0]
+    source = find_images([web.put("/a.jpg", jpeg(), breaks=2)]).sources[0]
     assert decode(source, LIMIT).size == (60, 40)
     for manners in ({"breaks": 3}, {"breaks": 3, "length": False}):
-        source = find([web.put("/b.jpg", jpeg(), **manners)]).sources[0]
+        source = find_images([web.put("/b.jpg", jpeg(), **manners)]).sources[0]
         with pytest.raises(ImageError, match=r"^the connection broke$"):
             decode(source, LIMIT)
 
 
 def test_a_server_that_says_nothing_does_not_hold_for_ever(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = find([web.put("/a.jpg", jpeg())]).sources[0]
+    source = find_images([web.put("/a.jpg", jpeg())]).sources[0]
     web.files["/a.jpg"].waits = 20
     monkeypatch.setattr(remote, "SECONDS", 0.5)
     with pytest.raises(ImageError, match=r"^no answer in time$"):
@@ -218,14 +218,14 @@ def test_a_server_that_says_nothing_does_not_hold_for_ever(web: Web, monkeypatch
 
 
 def test_what_changes_after_the_listing_fails(web: Web) -> None:
-    source = find([web.put("/a.jpg", jpeg(1))]).sources[0]
+    source = find_images([web.put("/a.jpg", jpeg(1))]).sources[0]
     web.put("/a.jpg", jpeg(2, (61, 40)))
     with pytest.raises(ImageError, match=r"^changed after it was listed$"):
         decode(source, LIMIT)
     web.put("/a.jpg", jpeg(1), modified="Wed, 21 Oct 2015 07:28:01 GMT")
     with pytest.raises(ImageError, match=r"^changed after it was listed$"):
         decode(source, LIMIT)
-    tagged = find([web.put("/b.jpg", jpeg(1), modified="", etag='"1"')]).sources[0]
+    tagged = find_images([web.put("/b.jpg", jpeg(1), modified="", etag='"1"')]).sources[0]
     web.put("/b.jpg", jpeg(1), modified="", etag='"2"')
     with pytest.raises(ImageError, match=r"^changed after it was listed$"):
         decode(tagged, LIMIT)
@@ -233,32 +233,32 @@ def test_what_changes_after_the_listing_fails(web: Web) -> None:
 
 @pytest.mark.parametrize("manners", [{}, {"length": False}], ids=["told", "endless"])
 def test_memory_is_bounded(web: Web, manners: dict[str, Any]) -> None:
-    source = find([web.put("/a.jpg", bytes(200_000), **manners)]).sources[0]
-    with pytest.raises(ImageError, match="more"), opened(source, 100_000):
+    source = find_images([web.put("/a.jpg", bytes(200_000), **manners)]).sources[0]
+    with pytest.raises(ImageError, match="more"), open_source(source, 100_000):
         pass
 
 
 def test_pages_instead_of_images(web: Web) -> None:
-    source = find([web.put("/a.jpg", b"<!DOCTYPE html><html>sign in</html>")]).sources[0]
+    source = find_images([web.put("/a.jpg", b"<!DOCTYPE html><html>sign in</html>")]).sources[0]
     with pytest.raises(ImageError, match="an HTML page"):
         decode(source, LIMIT)
     web.put("/moved.jpg", b"", status=302, leads="/real.jpg")
     web.put("/real.jpg", jpeg())
-    assert decode(find([f"{web.url}/moved.jpg"]).sources[0], LIMIT).size == (60, 40)
+    assert decode(find_images([f"{web.url}/moved.jpg"]).sources[0], LIMIT).size == (60, 40)
     web.put("/round.jpg", b"", status=302, leads="/round.jpg")
     with pytest.raises(FpnxError, match="too many redirects"):
-        find([f"{web.url}/round.jpg"])
+        find_images([f"{web.url}/round.jpg"])
 
 
 def test_an_archive_on_a_server_is_read_in_parts(web: Web) -> None:
     contents = {f"d/{i:02}.jpg": jpeg(i) for i in range(5)} | {"big.dat": os.urandom(3_000_000), "z.jpg": jpeg(9)}
     url = web.put("/x.tar", archive(contents))
-    listing = find([url])
+    listing = find_images([url])
     assert [source.name for source in listing.sources] == sorted(name.encode() for name in contents if "jpg" in name)
     assert listing.root == url.encode()
     got = {}
     for source in listing.sources:
-        with opened(source, LIMIT) as file:
+        with open_source(source, LIMIT) as file:
             got[source.name.decode()] = file.read()
         assert upright_size(source, LIMIT) == (40, 60)
     assert got == {name: content for name, content in contents.items() if "jpg" in name}
@@ -266,7 +266,7 @@ def test_an_archive_on_a_server_is_read_in_parts(web: Web) -> None:
         int(r.split("-")[1]) + 1 - int(r.removeprefix("bytes=").split("-")[0]) for _, _, r in web.requests if r
     )
     assert fetched < 1_000_000  # the large member was passed over
-    assert find([f"{url}/d/03.jpg"]).sources[0].name == b"03.jpg"
+    assert find_images([f"{url}/d/03.jpg"]).sources[0].name == b"03.jpg"
     assert decode(locate(f"{url}/d/03.jpg".encode()), LIMIT).size == (60, 40)
     web.files["/x.tar"].modified = "Wed, 21 Oct 2015 07:28:01 GMT"
     with pytest.raises(ImageError, match=r"^changed after it was listed$"):
@@ -275,17 +275,17 @@ def test_an_archive_on_a_server_is_read_in_parts(web: Web) -> None:
 
 def test_archives_that_servers_do_not_give_in_parts(web: Web) -> None:
     with pytest.raises(FpnxError, match="gives whole files only"):
-        find([web.put("/x.tar", archive({"a.jpg": jpeg()}), ranges=False)])
+        find_images([web.put("/x.tar", archive({"a.jpg": jpeg()}), ranges=False)])
     with pytest.raises(FpnxError, match="does not tell its size"):
-        find([web.put("/y.tar", archive({"a.jpg": jpeg()}), length=False)])
-    cut = find([web.put("/z.tar", archive({"a.jpg": jpeg(1), "b.jpg": jpeg(2)})[:2500])])
+        find_images([web.put("/y.tar", archive({"a.jpg": jpeg()}), length=False)])
+    cut = find_images([web.put("/z.tar", archive({"a.jpg": jpeg(1), "b.jpg": jpeg(2)})[:2500])])
     assert "ends early" in cut.lost[0]
 
 
 def test_reading_ahead_grows_and_shrinks(web: Web) -> None:
     content = os.urandom(2_000_000)
     url = web.put("/x.bin", content).encode()
-    ranges = remote.Ranges(url, Facts(len(content), WRITTEN))
+    ranges = remote.Ranges(url, ObjectInfo(len(content), WRITTEN))
     assert b"".join(ranges(start, 10_000) for start in range(0, 400_000, 10_000)) == content[:400_000]
     assert 2 <= len(web.requests) <= 4
     assert ranges(1_500_000, 600_000) == content[1_500_000:]
@@ -296,7 +296,7 @@ def test_reading_ahead_grows_and_shrinks(web: Web) -> None:
 def test_a_long_list_is_asked_for_in_crowds(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CROWD", 3)
     urls = [web.put(f"/{i}.jpg", bytes(i + 1)) for i in range(10)]
-    assert [source.bytes for source in find([lists(tmp_path, *urls)]).sources] == list(range(1, 11))
+    assert [source.bytes for source in find_images([lists(tmp_path, *urls)]).sources] == list(range(1, 11))
 
 
 def test_a_fork_makes_connections_of_its_own(web: Web) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.remote import urls
 
 
@@ -27,8 +27,8 @@ from fpnx.remote import urls
     ],
 )
 def test_no_secret_is_shown(given: str, expected: str) -> None:
-    assert shown(given) == expected
-    assert "secret" not in shown(given)
+    assert escape(given) == expected
+    assert "secret" not in escape(given)
 
 
 @pytest.mark.parametrize(

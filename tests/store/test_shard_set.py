@@ -27,10 +27,10 @@ from fpnx.core.errors import FpnxError, Interrupted, NotDoneError, StoreError
 from fpnx.core.events import Listener
 from fpnx.core.files import lock
 from fpnx.core.image_list import ImageList, list_fingerprint
-from fpnx.core.sharding import Cut, Shard, shard_path
+from fpnx.core.sharding import Shard, ShardSlice, shard_path
 from fpnx.store.reader import DONE, FAILED
-from fpnx.store.shard_set import ShardSet, open_shards
-from fpnx.store.writer import Layout, Writer, part_of
+from fpnx.store.shard_set import ShardSet, open_shard_set
+from fpnx.store.writer import FileLayout, Writer, part_path
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 from tests.helpers.process import document
@@ -39,10 +39,10 @@ OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "cha
 TABLES = ("bytes", "mtime_ns", "source_size", "input_size", "status", "error", "row", "path", "group")
 
 
-def part(layout: Layout, index: int, count: int) -> Layout:
+def part(layout: FileLayout, index: int, count: int) -> FileLayout:
     """What a shard lays out: a slice of the list, rows numbered anew, and where it was cut."""
     records = layout.images.records
-    cut = Cut.of(Shard(index, count), len(records), list_fingerprint(records))
+    cut = ShardSlice.of(Shard(index, count), len(records), list_fingerprint(records))
     padded = [layout.padded_sizes[i] for i in cut.slice]
     return replace(
         layout,
@@ -55,7 +55,7 @@ def part(layout: Layout, index: int, count: int) -> Layout:
     )
 
 
-def fill(output: Path, layout: Layout, failed: Sequence[int] = ()) -> Path:
+def fill(output: Path, layout: FileLayout, failed: Sequence[int] = ()) -> Path:
     """Write what an extraction would: features that tell which image they are of, the names `failed` without any."""
     first = layout.images.shard.first if layout.images.shard else 0
     writer = Writer.create(output, layout, PROVENANCE)
@@ -69,7 +69,7 @@ def fill(output: Path, layout: Layout, failed: Sequence[int] = ()) -> Path:
     return output
 
 
-def fill_set(folder: Path, layout: Layout, count: int, failed: Sequence[int] = ()) -> list[Path]:
+def fill_set(folder: Path, layout: FileLayout, count: int, failed: Sequence[int] = ()) -> list[Path]:
     """All shards of a run, and the whole run beside them."""
     fill(folder / "whole.h5", layout, failed)
     return [
@@ -182,10 +182,10 @@ def test_globs_and_single_shards(made: list[Path], tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     with fpnx.open(made[1]) as store:
         assert (len(store), store.shards) == (3, ())
-        assert str(store.cut) == "1/4: images 2 to 4 of 11"
+        assert str(store.shard_slice) == "1/4: images 2 to 4 of 11"
     os.rename(made[1], "[1].h5")
     with fpnx.open("[1].h5") as store:  # a name of a file, though it looks like a pattern
-        assert store.cut == Cut.of(Shard(1, 4), 11, store.cut.list if store.cut else "")
+        assert store.shard_slice == ShardSlice.of(Shard(1, 4), 11, store.shard_slice.list if store.shard_slice else "")
     with pytest.raises(StoreError, match=r"no file is called none\*\.h5"):
         fpnx.open("none*.h5")
     with pytest.raises(StoreError, match="no shards"):
@@ -213,7 +213,7 @@ def other_count(made: list[Path]) -> list[Path]:
 
 
 def unfinished(made: list[Path]) -> list[Path]:
-    os.rename(made[2], part_of(made[2]))
+    os.rename(made[2], part_path(made[2]))
     return [path for path in made if path.exists()]
 
 
@@ -236,7 +236,7 @@ def mistold(made: list[Path]) -> list[Path]:
 def too_short(made: list[Path]) -> list[Path]:
     with h5py.File(made[2], "r+") as file:
         told = json.loads(file.attrs["shard"])
-        file.attrs["shard"] = json.dumps(Cut.of(Shard(2, 4), 16, told["list"]).to_json())
+        file.attrs["shard"] = json.dumps(ShardSlice.of(Shard(2, 4), 16, told["list"]).to_json())
     return made
 
 
@@ -249,7 +249,7 @@ def too_short(made: list[Path]) -> list[Path]:
         (lambda made: [made[0], made[3]], r"^2 of 4 shards missing: 1/4, 2/4 \(.*00001-of-00004\.h5 is there, but not"),
         (lambda made: [made[0], made[0]], r"shard 0/4 is there twice: .*00000-of-00004\.h5 and .*00000-of-00004\.h5"),
         (unfinished, r"shards missing: 2/4 \(.*00002-of-00004\.h5\.part is unfinished: finish it with --resume\)"),
-        (lambda made: [*unfinished(made), part_of(made[2])], r"00002-of-00004\.h5\.part \(shard 2/4\) is unfinished"),
+        (lambda made: [*unfinished(made), part_path(made[2])], r"00002-of-00004\.h5\.part \(shard 2/4\) is unfinished"),
         (pending, r"00002-of-00004\.h5 \(shard 2/4\) is unfinished: 1 images are pending"),
         (no_shard, r"whole\.h5 is no shard: it was made without --shard"),
         (mistold, r"00002-of-00004\.h5 is not a whole fpnx file \(there is no shard 2/4 from 1 on of 11 images\)"),
@@ -294,7 +294,7 @@ def test_merged(tmp_path: Path, groups: list[str], dtype: str) -> None:
             assert raw(tmp_path / "out.h5", row, level) == raw(tmp_path / "whole.h5", row, level)
     with fpnx.open(tmp_path / "out.h5") as store, fpnx.open(tmp_path / "whole.h5") as whole:
         assert_same_reading(store, whole)
-        assert store.cut is None
+        assert store.shard_slice is None
         assert store.provenance.merged is not None
         assert store.provenance.merged["shards"] == [path.name for path in made]
         assert replace(store.provenance, merged=None) == PROVENANCE
@@ -340,12 +340,12 @@ def test_what_has_the_outputs_name_stays_until_the_merge_is_whole(made: list[Pat
     assert output.read_bytes() == b"before"
     with h5py.File(made[3], "r+") as file:
         file["images/bytes"][0] = 10 + 8
-    part_of(output).write_bytes(b"unfinished")
+    part_path(output).write_bytes(b"unfinished")
     fpnx.merge(output, made, overwrite=True)
     assert verify(output).problems == ()
-    assert not part_of(output).exists()
+    assert not part_path(output).exists()
     output.unlink()
-    part_of(output).write_bytes(b"unfinished")
+    part_path(output).write_bytes(b"unfinished")
     with pytest.raises(FpnxError, match=r"out\.h5\.part holds an unfinished run"):
         fpnx.merge(output, made)
 
@@ -359,7 +359,7 @@ def test_a_shard_that_cannot_be_read_ends_the_merge(made: list[Path], tmp_path: 
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_not_mixed_in(made: list[Path], tmp_path: Path) -> None:
-    with open_shards(made) as store:
+    with open_shard_set(made) as store:
         before = store[0]["P4"]
         store.release()
         assert np.array_equal(store[0]["P4"], before)
@@ -474,7 +474,7 @@ def test_shards_of_a_real_run(tmp_path: Path, size: str | int, count: int, image
             for item in whole:
                 assert np.abs(store[item.path][level] - item[level]).max() <= 1e-5 * largest
     for shard in store.shards:
-        first = shard.cut.first if shard.cut else 0
+        first = shard.shard_slice.first if shard.shard_slice else 0
         for row in range(len(shard)):
             for level in shard.levels if shard.padded_sizes[row] else ():
                 assert raw(tmp_path / "out.h5", first + row, level) == raw(Path(shard.path), row, level)

@@ -18,8 +18,8 @@ from fpnx.commands.verify import verify
 from fpnx.core.errors import FpnxError, StoreError
 from fpnx.core.files import OpenFile
 from fpnx.core.validation import parse_size
-from fpnx.store.reader import DONE, FAILED, PENDING, Store, open_store
-from fpnx.store.writer import Writer, part_of
+from fpnx.store.reader import DONE, FAILED, PENDING, Store, open_store_file
+from fpnx.store.writer import Writer, part_path
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 
 
@@ -41,7 +41,7 @@ def put(writer: Writer, indices: list[int], group: str) -> None:
 
 def check_done_rows(path: Path) -> int:
     """Every row that is marked done equals what was put; how many there are."""
-    with open_store(path) as store:
+    with open_store_file(path) as store:
         done = np.flatnonzero(store.status == DONE).tolist()
         for index in done:
             for level, expected in features_of([index], size_of(store, index)).items():
@@ -54,8 +54,8 @@ def check_done_rows(path: Path) -> int:
 def states(output: Path) -> list[int]:
     """Statuses in the `.part` as it is on disk now: HDF5 shares what one process opens twice, so of a copy."""
     copy = output.with_name("copy.h5.part")
-    shutil.copyfile(part_of(output), copy)
-    with open_store(copy) as store:
+    shutil.copyfile(part_path(output), copy)
+    with open_store_file(copy) as store:
         return list(store.status)
 
 
@@ -65,7 +65,7 @@ def test_a_new_part_is_whole_pending_and_as_the_format_says(tmp_path: Path) -> N
     )
     writer.close()
     assert sorted(os.listdir(tmp_path)) == ["out.h5.part"]
-    with h5py.File(part_of(tmp_path / "out.h5")) as file:
+    with h5py.File(part_path(tmp_path / "out.h5")) as file:
         assert (file.attrs["format"], file.attrs["format_version"]) == ("fpnx", 1)
         assert file["images/path"].asstr()[:].tolist() == ["0.png", "1.png", "2.png", "3.png"]
         assert file["images/status"][:].tolist() == [PENDING, PENDING, FAILED, PENDING]
@@ -84,7 +84,7 @@ def test_a_new_part_is_whole_pending_and_as_the_format_says(tmp_path: Path) -> N
 def test_the_space_of_a_new_part_is_claimed(tmp_path: Path) -> None:
     writer = Writer.create(tmp_path / "out.h5", layout_of(["960x960"] * 40), PROVENANCE)
     writer.close()
-    about = part_of(tmp_path / "out.h5").stat()
+    about = part_path(tmp_path / "out.h5").stat()
     if not writer.space_is_claimed:
         pytest.skip("this file system cannot set space aside")
     assert 512 * about.st_blocks >= about.st_size > 40 * 2 * 60 * 60 * 4
@@ -92,10 +92,10 @@ def test_the_space_of_a_new_part_is_claimed(tmp_path: Path) -> None:
 
 def test_a_part_that_lacks_one_byte_is_refused(tmp_path: Path) -> None:
     Writer.create(tmp_path / "out.h5", layout_of(["64x64"] * 3), PROVENANCE).close()
-    part = part_of(tmp_path / "out.h5")
+    part = part_path(tmp_path / "out.h5")
     part.write_bytes(part.read_bytes()[:-1])
     with pytest.raises(StoreError, match="truncated"):
-        open_store(part)
+        open_store_file(part)
 
 
 def test_a_finished_file_verifies_and_its_shortcuts_lead_to_the_rows(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_nothing_is_marked_before_a_commit(tmp_path: Path) -> None:
     assert states(output) == [DONE, DONE, PENDING]
     put(writer, [2], "64x64")
     writer.close()
-    assert check_done_rows(part_of(output)) == 2
+    assert check_done_rows(part_path(output)) == 2
 
 
 def test_a_failed_image_is_pending_while_it_is_tried_again_and_clean_once_it_succeeds(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_failed_image_is_pending_while_it_is_tried_again_and_clean_once_it_suc
     writer.fail(1, "truncated")
     writer.commit()
     writer.close()
-    with open_store(part_of(output)) as store:
+    with open_store_file(part_path(output)) as store:
         assert store.status.tolist() == [DONE, FAILED, FAILED]
         assert store.nonfinite_by_level() == {"P4": 3, "P5": 0}
     writer = Writer.reopen(output)
@@ -152,19 +152,19 @@ def test_a_reason_is_cut_between_characters(tmp_path: Path) -> None:
     writer = Writer.create(output, layout_of(["64x64"]), PROVENANCE)
     writer.fail(0, "x" + "é" * 200)
     writer.finish()
-    with open_store(output) as store:
+    with open_store_file(output) as store:
         assert store.error(0) == "x" + "é" * 119
 
 
 def test_a_part_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"mine")
     output = tmp_path / "out.h5"
-    os.symlink(tmp_path / "precious", part_of(output))
+    os.symlink(tmp_path / "precious", part_path(output))
     with pytest.raises(StoreError, match="is a link"):
         Writer.reopen(output)
     Writer.create(output, layout_of(["64x64"]), PROVENANCE).close()
     assert (tmp_path / "precious").read_bytes() == b"mine"
-    assert not part_of(output).is_symlink()
+    assert not part_path(output).is_symlink()
 
 
 class Recorder(OpenFile):
@@ -198,8 +198,8 @@ def recorded_run(tmp_path: Path) -> tuple[bytes, list[tuple[Any, ...]]]:
     writer.fail(2, "at first")
     writer.commit()
     writer.close()
-    start = part_of(output).read_bytes()
-    disk = Recorder(part_of(output))
+    start = part_path(output).read_bytes()
+    disk = Recorder(part_path(output))
     writer = Writer(output, disk)
     writer.retry()
     put(writer, [0, 2], "64x64")
@@ -272,7 +272,7 @@ class Failing(OpenFile):
 def test_after_a_refused_sync_nothing_is_marked_any_more(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     Writer.create(output, layout_of(["64x64"] * 4), PROVENANCE).close()
-    disk = Failing(part_of(output))
+    disk = Failing(part_path(output))
     writer = Writer(output, disk)
     put(writer, [0], "64x64")
     writer.commit()
@@ -288,7 +288,7 @@ def test_after_a_refused_sync_nothing_is_marked_any_more(tmp_path: Path) -> None
 def test_config_and_fingerprint_are_in_the_file(tmp_path: Path) -> None:
     layout = layout_of(["64x64"])
     Writer.create(tmp_path / "out.h5", layout, PROVENANCE).close()
-    with open_store(part_of(tmp_path / "out.h5")) as store:
+    with open_store_file(part_path(tmp_path / "out.h5")) as store:
         assert store.config == json.loads(json.dumps(layout.config))
         assert store.fingerprint == layout.fingerprint
         assert (store.root, store.paths, store.complete) == ("/pictures", ["0.png"], False)

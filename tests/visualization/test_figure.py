@@ -20,11 +20,11 @@ from fpnx.core.config import PictureConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.provenance import ModelPart
 from fpnx.store.reader import Item, Store
-from fpnx.visualization.color_scale import measure, sample
+from fpnx.visualization.color_scale import measure_scales, sample_rows
 from fpnx.visualization.figure import figure, rendered
 from fpnx.visualization.panels import assembled, colour_table, map_of, painted, placed
 from fpnx.visualization.scene import scene_of
-from fpnx.visualization.text_layout import fitted, printable, width_of
+from fpnx.visualization.text_layout import fit_text, printable, text_width
 from tests.helpers.files import noise_image
 
 SMALL = {"backbone": "mobilenet_v2", "weights": "random", "channels": 8}
@@ -156,11 +156,11 @@ def test_a_panel_s_pixels_reach_the_picture_one_to_one(store: Store) -> None:
 
 
 def test_a_panel_has_a_pixel_for_each_cell_and_the_source_s_aspect() -> None:
-    from fpnx.visualization.color_scale import Scale
+    from fpnx.visualization.color_scale import ColorScale
     from fpnx.visualization.panels import Map, tile_size
 
     def of(shape: tuple[int, int]) -> Map:
-        return Map("P2", 4, shape, (np.zeros(shape),), Scale())
+        return Map("P2", 4, shape, (np.zeros(shape),), ColorScale())
 
     assert tile_size((800, 1216), [of((7, 7))], PictureConfig()) == (168, 256)
     assert tile_size((800, 1216), [of((200, 304))], PictureConfig()) == (200, 304)
@@ -244,9 +244,9 @@ def test_long_and_odd_names_fit(stored: Path, tmp_path: Path) -> None:
     ("text", "lines"), [("short", 1), ("many words of a line " * 9, 3), ("x" * 500, 2)], ids=["short", "words", "x"]
 )
 def test_fitted_lines_are_narrow_enough(text: str, lines: int) -> None:
-    broken = fitted(text, 200, 12, lines)
+    broken = fit_text(text, 200, 12, lines)
     assert 1 <= len(broken) <= lines
-    assert all(width_of(line, 12) <= 200 for line in broken)
+    assert all(text_width(line, 12) <= 200 for line in broken)
 
 
 def test_letters_without_a_font_are_escaped() -> None:
@@ -288,21 +288,21 @@ def test_a_source_that_is_not_as_it_was(own: Path, change: object, told: str) ->
 
 def test_the_scale_is_the_file_s(store: Store) -> None:
     energies = [np.sqrt((item["P3"].astype(np.float64) ** 2).sum(axis=0)) for item in store]
-    scale = measure(store, PictureConfig()).levels["P3"]
+    scale = measure_scales(store, PictureConfig()).levels["P3"]
     assert scale.low == pytest.approx(min(e.min() for e in energies))
     assert scale.high == pytest.approx(max(e.max() for e in energies))
-    assert measure(store, PictureConfig()) is measure(store, PictureConfig(overlay=True))  # measured once
+    assert measure_scales(store, PictureConfig()) is measure_scales(store, PictureConfig(overlay=True))  # measured once
 
 
 def test_a_sample_is_spread_over_the_file_and_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sample(store) == [0, 1, 2, 3, 4, 5]
+    assert sample_rows(store) == [0, 1, 2, 3, 4, 5]
     monkeypatch.setattr("fpnx.visualization.color_scale.SAMPLE_IMAGES", 3)
-    assert sample(store) == [0, 2, 5]
+    assert sample_rows(store) == [0, 2, 5]
     monkeypatch.setattr("fpnx.visualization.color_scale.SAMPLE_BYTES", 1)
-    assert sample(store) == [0]
+    assert sample_rows(store) == [0]
     assert "from 1 of 6 images" in texts(figure(store[3]))
     store.status[0] = 0
-    assert sample(store) == [1]
+    assert sample_rows(store) == [1]
 
 
 def test_pca_is_the_same_picture_twice(stored: Path) -> None:
@@ -315,7 +315,7 @@ def test_pca_is_the_same_picture_twice(stored: Path) -> None:
 
 def test_pca_shares_a_basis_unless_per_image(store: Store) -> None:
     config = PictureConfig(mode="pca")
-    basis = measure(store, config).levels["P3"].basis
+    basis = measure_scales(store, config).levels["P3"].basis
     assert basis is not None
     cells = np.concatenate([item["P3"].reshape(8, -1).T for item in store]).astype(np.float64)
     _, _, rows = np.linalg.svd(cells - cells.mean(axis=0), full_matrices=False)
@@ -337,7 +337,7 @@ def test_nan_is_counted_and_spoils_no_scale(own: Path) -> None:
         file["P4"][2, :, 1, 1] = np.nan
     with fpnx.open(own / "out.h5") as store:
         assert "1 cells not finite" in texts(figure(store[2]))
-        assert np.isfinite(measure(store, PictureConfig()).levels["P4"].high)
+        assert np.isfinite(measure_scales(store, PictureConfig()).levels["P4"].high)
 
 
 # In Python --------------------------------------------------------------------------------------------------------

@@ -12,25 +12,33 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fpnx.core.cache import recall, remember
+from fpnx.core.cache import load_entry, save_entry
 from fpnx.core.errors import FpnxError
 from fpnx.models.backbones.feature_extractor import tapped
-from fpnx.models.backbones.registry import TIMM, build_network, builder_versions, known_name, names, native_side, quiet
-from fpnx.models.backbones.stage_search import PROBES, NoStagesError, Stages, Tap, find_stages
+from fpnx.models.backbones.registry import (
+    TIMM,
+    build_network,
+    builder_versions,
+    check_name,
+    native_side,
+    no_warnings,
+    torchvision_names,
+)
+from fpnx.models.backbones.stage_search import PROBES, NoStagesError, Stages, TapPoint, find_stages
 from fpnx.models.backbones.tracing import on_meta, run_on_meta
 from fpnx.models.necks.fpn import seeded_generator
 
 __all__ = [
     "Backbone",
-    "Survey",
+    "StageDetection",
     "backbone_names",
     "create_backbone",
-    "given_backbone",
-    "known_backbone",
-    "known_survey",
+    "backbone_from_module",
+    "check_backbone_name",
+    "cached_detection",
     "one_size",
     "parameter_shapes",
-    "survey",
+    "detect_stages",
     "tap_shapes",
 ]
 
@@ -82,7 +90,7 @@ class Backbone:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
+class StageDetection:
     """What was found of a named network: its stages, or why it has none.
 
     `keyword` is the builder's name for the input size, where it builds for one size only.
@@ -95,37 +103,37 @@ class Survey:
 
 def backbone_names() -> list[str]:
     """Torchvision's classifiers that have stages. Measures those that were not met before."""
-    return [name for name in names() if survey(name).stages is not None]
+    return [name for name in torchvision_names() if detect_stages(name).stages is not None]
 
 
-def known_backbone(name: str) -> str:
+def check_backbone_name(name: str) -> str:
     """`name`, if there is such a network, with stages or without.
 
     Raises:
         FpnxError: naming the nearest.
     """
-    return known_name(name)
+    return check_name(name)
 
 
-def survey(name: str) -> Survey:
+def detect_stages(name: str) -> StageDetection:
     """The stages of the network `name`, measured once for each version of torch and torchvision, and then kept."""
-    found = known_survey(name)
+    found = cached_detection(name)
     if found is None:
         found = _surveys[name] = _measure(name)
-        remember(_key(name), asdict(found))
+        save_entry(_key(name), asdict(found))
     return found
 
 
-def known_survey(name: str) -> Survey | None:
-    """What `survey` gives, where nothing needs to be measured for it."""
+def cached_detection(name: str) -> StageDetection | None:
+    """What `detect_stages` gives, where nothing needs to be measured for it."""
     if name not in _surveys:
-        kept = _survey_from(recall(_key(name)))
+        kept = _survey_from(load_entry(_key(name)))
         if kept is not None:
             _surveys[name] = kept
     return _surveys.get(name)
 
 
-_surveys: dict[str, Survey] = {}
+_surveys: dict[str, StageDetection] = {}
 
 
 def _key(name: str) -> str:
@@ -150,7 +158,7 @@ def create_backbone(
     Raises:
         FpnxError: a network without stages, or a size that it cannot be built for.
     """
-    found = survey(known_backbone(name))
+    found = detect_stages(check_backbone_name(name))
     if found.stages is None:
         raise FpnxError(f"{name} {found.refused}: take another backbone (fpnx models lists them)")
     side = native_side(name) if found.keyword else None
@@ -163,18 +171,20 @@ def create_backbone(
         # A generator of its own: neither the caller's draws before nor those after are touched.
         torch.manual_seed(seeded_generator(seed, f"body.{name}").initial_seed())
         network = build_network(name, built_for and built_for[0], found.keyword, meta=meta)
-    stages = found.stages if nodes is None else Stages(taps={k: Tap(node=n) for k, n in nodes.items()}, traced=True)
+    stages = (
+        found.stages if nodes is None else Stages(taps={k: TapPoint(node=n) for k, n in nodes.items()}, traced=True)
+    )
     return _backbone(name, network, stages, built_for, side)
 
 
 @functools.lru_cache(maxsize=128)
 def parameter_shapes(name: str) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of all parameters and buffers of the whole network, head included; nothing is drawn."""
-    network = build_network(known_backbone(name), meta=True)
+    network = build_network(check_backbone_name(name), meta=True)
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
-def given_backbone(module: nn.Module) -> Backbone:
+def backbone_from_module(module: nn.Module) -> Backbone:
     """Anybody's network as a backbone: a copy of it, in eval mode on the CPU, with its parameters as they are.
 
     Raises:
@@ -184,7 +194,7 @@ def given_backbone(module: nn.Module) -> Backbone:
     try:
         network = copy.deepcopy(module).eval().cpu()
         twin = on_meta(network)
-        with quiet():
+        with no_warnings():
             stages = find_stages(lambda _: twin)
     except NoStagesError as error:
         raise FpnxError(f"the module {name} {error}") from error
@@ -221,7 +231,7 @@ _twins: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 def _backbone(
     name: str, network: nn.Module, stages: Stages, size: tuple[int, int] | None = None, side: int | None = None
 ) -> Backbone:
-    with quiet():
+    with no_warnings():
         body = tapped(network, stages)
     return Backbone(
         name=name,
@@ -250,26 +260,26 @@ def _shapes_alone(name: str, side: int | None = None, keyword: str | None = None
     return network
 
 
-def _measure(name: str) -> Survey:
+def _measure(name: str) -> StageDetection:
     try:
-        with quiet():
+        with no_warnings():
             network = _shapes_alone(name)
             try:
-                return Survey(stages=find_stages(lambda _: network))
+                return StageDetection(stages=find_stages(lambda _: network))
             except NoStagesError:
                 raise
             except Exception as error:  # it may be built for one size only
                 return _measure_built(name, error)
     except NoStagesError as error:
-        return Survey(stages=None, refused=str(error))
+        return StageDetection(stages=None, refused=str(error))
     except (RuntimeError, NotImplementedError, AssertionError, AttributeError, TypeError, ValueError) as error:
         if not name.startswith(TIMM):
             raise
         why = " ".join(str(error).split())[:160]
-        return Survey(stages=None, refused=f"offers no features_only that can be read ({why})")
+        return StageDetection(stages=None, refused=f"offers no features_only that can be read ({why})")
 
 
-def _measure_built(name: str, objection: Exception) -> Survey:
+def _measure_built(name: str, objection: Exception) -> StageDetection:
     """The stages of a network that takes one size, from two builds of it."""
     side = native_side(name)
     for keyword in SIZE_KEYWORDS:
@@ -281,16 +291,16 @@ def _measure_built(name: str, objection: Exception) -> Survey:
             lambda size, keyword=keyword: _shapes_alone(name, size[0], keyword),  # type: ignore[misc]
             [(side, side), (2 * side, 2 * side)],
         )
-        return Survey(stages=stages, keyword=keyword)
+        return StageDetection(stages=stages, keyword=keyword)
     raise objection
 
 
-def _survey_from(kept: Any) -> Survey | None:
+def _survey_from(kept: Any) -> StageDetection | None:
     """The survey whose plain values were kept; None where they are not such."""
     try:
         if kept["stages"] is None:
-            return Survey(stages=None, refused=str(kept["refused"]))
-        taps = {int(level): Tap(**tap) for level, tap in kept["stages"]["taps"].items()}
-        return Survey(stages=Stages(taps=taps, traced=bool(kept["stages"]["traced"])), keyword=kept["keyword"])
+            return StageDetection(stages=None, refused=str(kept["refused"]))
+        taps = {int(level): TapPoint(**tap) for level, tap in kept["stages"]["taps"].items()}
+        return StageDetection(stages=Stages(taps=taps, traced=bool(kept["stages"]["traced"])), keyword=kept["keyword"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fpnx.models.backbones.stage_search import Stages, Tap
+from fpnx.models.backbones.stage_search import Stages, TapPoint
 from fpnx.models.backbones.tracing import Trace, leaves
 
 __all__ = ["tapped"]
@@ -54,7 +54,7 @@ def tapped(network: nn.Module, stages: Stages) -> nn.Module:
 class _Hooked(nn.Module):
     """A network as it is, under its own parameter names, read at the outputs of its modules or at its own."""
 
-    def __init__(self, network: nn.Module, taps: Mapping[int, Tap]) -> None:
+    def __init__(self, network: nn.Module, taps: Mapping[int, TapPoint]) -> None:
         super().__init__()
         # The network's registries are ours: names, devices and training mode are those of one module.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):

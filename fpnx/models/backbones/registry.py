@@ -17,9 +17,18 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import nearest
+from fpnx.core.text import did_you_mean
 
-__all__ = ["TIMM", "build_network", "builder_versions", "known_name", "names", "native_side", "quiet", "timm_library"]
+__all__ = [
+    "TIMM",
+    "build_network",
+    "builder_versions",
+    "check_name",
+    "torchvision_names",
+    "native_side",
+    "no_warnings",
+    "timm_library",
+]
 
 TIMM = "timm/"
 SIDE = 224  # of the images that torchvision's builders have in mind
@@ -27,12 +36,12 @@ FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch
 
 
 @functools.cache
-def names() -> tuple[str, ...]:
+def torchvision_names() -> tuple[str, ...]:
     """All classification models that torchvision registers, in its order, with and without stages."""
     return tuple(models.list_models(module=models))
 
 
-def known_name(name: str) -> str:
+def check_name(name: str) -> str:
     """`name`, if torchvision or timm has such a network.
 
     Raises:
@@ -41,10 +50,12 @@ def known_name(name: str) -> str:
     if name.startswith(TIMM):
         timm = timm_library()
         if not timm.is_model(name[len(TIMM) :]):
-            guess = nearest(name, [f"{TIMM}{known}" for known in timm.list_models()])
+            guess = did_you_mean(name, [f"{TIMM}{known}" for known in timm.list_models()])
             raise FpnxError(f"backbone {name!r} is unknown to timm {timm.__version__}{guess}: see fpnx models timm/")
-    elif name not in names():
-        raise FpnxError(f"backbone {name!r} is unknown{nearest(name, names())}: fpnx models lists them all")
+    elif name not in torchvision_names():
+        raise FpnxError(
+            f"backbone {name!r} is unknown{did_you_mean(name, torchvision_names())}: fpnx models lists them all"
+        )
     return name
 
 
@@ -67,7 +78,7 @@ def build_network(
     """
     options = {keyword: (side, side) if keyword == "input_size" else side} if keyword else {}
     network: Any
-    with quiet(), _ParametersOnMeta() if meta else _plain():
+    with no_warnings(), _ParametersOnMeta() if meta else _plain():
         if name.startswith(TIMM):
             network = _timm_network(name, options, loaded)
         else:
@@ -101,12 +112,12 @@ def timm_library() -> Any:
     """
     if importlib.util.find_spec("timm") is None:
         raise FpnxError("backbones timm/… need timm: pip install 'fpnx[timm]'")
-    with quiet():
+    with no_warnings():
         return importlib.import_module("timm")
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def no_warnings() -> Iterator[None]:
     """No warnings of torchvision's and timm's own code about itself."""
     with warnings.catch_warnings():
         for category in (FutureWarning, UserWarning, DeprecationWarning):

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fpnx.models.backbones.tracing import Trace, leaves, run_on_meta
 
-__all__ = ["PROBES", "NoStagesError", "Stages", "Tap", "find_stages"]
+__all__ = ["PROBES", "NoStagesError", "Stages", "TapPoint", "find_stages"]
 
 # Two sizes, neither square: strides are taken from differences, which no padding or valid convolution distorts.
 PROBES = ((448, 672), (896, 1344))
@@ -22,7 +22,7 @@ class NoStagesError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tap:
+class TapPoint:
     """Where one level is read.
 
     `node` is a module, an operation after the last module of its stage, or `output[i]` of the network itself.
@@ -40,7 +40,7 @@ class Tap:
 class Stages:
     """The taps of a network, by level number; `traced` where they are nodes of its graph, else they are hooked."""
 
-    taps: Mapping[int, Tap]
+    taps: Mapping[int, TapPoint]
     traced: bool
 
 
@@ -213,7 +213,7 @@ def _measured(names: tuple[str, ...], values: tuple[Any, Any], sizes: Sequence[t
     return None
 
 
-def _chosen(maps: Sequence[_Map]) -> dict[int, Tap]:
+def _chosen(maps: Sequence[_Map]) -> dict[int, TapPoint]:
     """At each stride the last of the outermost maps.
 
     Raises:
@@ -237,7 +237,7 @@ def _chosen(maps: Sequence[_Map]) -> dict[int, Tap]:
         node = next(
             (n for n in reversed(found.names) if not any(o.startswith(f"{n}.") for o in others)), found.names[0]
         )
-        taps[LEVELS[stride]] = Tap(
+        taps[LEVELS[stride]] = TapPoint(
             node=node, channels=found.channels, channels_last=found.channels_last, overwritten=found.overwritten
         )
     return taps

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SEED_SCHEME", "FeaturePyramid", "seeded_generator"]
+__all__ = ["SEED_SCHEME", "FPN", "seeded_generator"]
 
 CONVOLVED = ("c5", "p5", "m5")  # top blocks that are convolutions, by what they start from
 SEED_SCHEME = 1  # how seeds become parameters; part of every fingerprint that holds a seed
 
 
-class FeaturePyramid(nn.Module):
+class FPN(nn.Module):
     """Merges taps C_first…C_last top-down into P_first…P_last, and goes on to coarser levels by a top block.
 
     M_last = lateral(C_last); M_k = lateral(C_k) + nearest(M_{k+1} → the size of C_k); P_k = output(M_k), with 1×1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 
 __all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
 
@@ -71,7 +71,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
         FpnxError: a file that is damaged, holds no parameters, or asks for code.
     """
     if file.exists() and not file.is_file():  # opening a FIFO would wait for ever
-        raise FpnxError(f"cannot read weights from {shown(file)}: it is not a regular file")
+        raise FpnxError(f"cannot read weights from {escape(file)}: it is not a regular file")
     try:
         with open(file, "rb") as handle:
             start = handle.read(len(LEGACY_TORCH))
@@ -85,9 +85,9 @@ def read_checkpoint(file: Path) -> Checkpoint:
             else:
                 raise pickle.UnpicklingError("it is neither a torch file nor safetensors nor a pickle")
     except safetensors.SafetensorError as error:
-        raise FpnxError(f"cannot read weights from {shown(file)}: {error}") from error
+        raise FpnxError(f"cannot read weights from {escape(file)}: {error}") from error
     except UNREADABLE as error:
-        raise FpnxError(f"cannot read weights from {shown(file)}: {_reason(error)}") from error
+        raise FpnxError(f"cannot read weights from {escape(file)}: {_reason(error)}") from error
     return _unwrapped(content, file)
 
 
@@ -204,7 +204,7 @@ class _ClosedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._known:
-            raise pickle.UnpicklingError(f"it asks for {shown(f'{module}.{name}')}, {REFUSED}")
+            raise pickle.UnpicklingError(f"it asks for {escape(f'{module}.{name}')}, {REFUSED}")
         return self._known[module, name]
 
 
@@ -240,7 +240,7 @@ def _with_tensors(content: Mapping[Any, Any], depth: int = 2) -> dict[Any, Any]:
 def _unwrapped(content: Any, file: Path) -> Checkpoint:
     """Find the state dict in what a file held: the file itself, or under one of the usual keys."""
     if not isinstance(content, dict):
-        raise FpnxError(f"{shown(file)} is not a state dict (names with tensors): save model.state_dict()")
+        raise FpnxError(f"{escape(file)} is not a state dict (names with tensors): save model.state_dict()")
     meta = content.get("meta")
     config = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str)), None) \
         if isinstance(meta, dict) else None  # fmt: skip
@@ -253,7 +253,7 @@ def _unwrapped(content: Any, file: Path) -> Checkpoint:
         inner, wrapper = inner[key], f"{wrapper}.{key}".lstrip(".")
     state = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:
-        raise FpnxError(f"{shown(file)} is not a state dict (names with tensors): save model.state_dict()")
+        raise FpnxError(f"{escape(file)} is not a state dict (names with tensors): save model.state_dict()")
     return Checkpoint(state, wrapper, _about(description, file), config)
 
 
@@ -266,9 +266,9 @@ def _about(description: Any, file: Path) -> dict[str, Any] | None:
         if about["format"] != FORMAT or not isinstance(version, int):
             raise ValueError(about["format"])
     except (ValueError, KeyError, TypeError) as error:
-        raise FpnxError(f"{shown(file)} has a description that is not fpnx's: {error}") from error
+        raise FpnxError(f"{escape(file)} has a description that is not fpnx's: {error}") from error
     if version > FORMAT_VERSION:
-        raise FpnxError(f"{shown(file)} is of version {version}, this fpnx reads {FORMAT_VERSION}: update fpnx")
+        raise FpnxError(f"{escape(file)} is of version {version}, this fpnx reads {FORMAT_VERSION}: update fpnx")
     return dict(about)
 
 
@@ -280,7 +280,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], 
     """
     target = Path(path)
     if target.suffix not in (".pt", ".pth", ".safetensors"):
-        raise FpnxError(f"weights file {shown(target)}: take a name that ends in .safetensors, .pt or .pth")
+        raise FpnxError(f"weights file {escape(target)}: take a name that ends in .safetensors, .pt or .pth")
     # Tensors may share memory, which safetensors refuses; contiguous copies on the CPU do not.
     plain = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     description = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **about}, sort_keys=True)
@@ -293,7 +293,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], 
         os.replace(part, target)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise FpnxError(f"cannot write {shown(target)}: {error}") from error
+        raise FpnxError(f"cannot write {escape(target)}: {error}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -304,11 +304,11 @@ def _reason(error: Exception) -> str:
         return "it is a zip archive, but no whole torch file"
     asked = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"(?:unsafe|blocklisted) module (\S+)", str(error))
     if asked:
-        return f"it asks for {shown(asked[1])}, {REFUSED}"
+        return f"it asks for {escape(asked[1])}, {REFUSED}"
     text = str(error).rpartition("WeightsUnpickler error:")[2]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return shown(lines[0].split(". ")[0])[:200] if lines else type(error).__name__
+    return escape(lines[0].split(". ")[0])[:200] if lines else type(error).__name__
 
 
 def _few(names: list[str]) -> str:
-    return shown(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))
+    return escape(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))

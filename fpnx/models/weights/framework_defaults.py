@@ -10,10 +10,18 @@ from fpnx.core.config import FileFacts, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.provenance import Setting
 from fpnx.models.preprocessing import Recipe
-from fpnx.models.weights.state_dicts import Layout, PyramidKeys
+from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout
 from fpnx.models.weights.torchvision import DETECTOR_RECIPE, native_recipe
 
-__all__ = ["DETECTRON2_RECIPE", "MMDETECTION_RECIPE", "OPENCV", "option_of", "settle", "settle_top_block", "told_by"]
+__all__ = [
+    "DETECTRON2_RECIPE",
+    "MMDETECTION_RECIPE",
+    "OPENCV",
+    "option_of",
+    "resolve_facts",
+    "resolve_top_block",
+    "facts_in_file",
+]
 
 DETECTRON2_RECIPE = Recipe(
     sizing="aspect", short_side=800, long_side=1333, rounding="stepwise-half-up", pad_multiple=32,
@@ -32,7 +40,7 @@ RESNEXT_STD = (57.375, 57.12, 58.395)  # of detectron2's X-101-32x8d
 BACKENDS = {"antialiased": "pillow", "plain": "tensor"}
 
 
-def told_by(layout: Layout, about: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
+def facts_in_file(layout: StateDictLayout, about: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
     """What the file itself says: its own description, a config inside, or the recipe that it was published with."""
     told = {**layout.told, **{name: about[name] for name in ("norm_eps", "stride_in_1x1", "p7_relu") if name in about}}
     if "top_block" in about:
@@ -42,8 +50,13 @@ def told_by(layout: Layout, about: Mapping[str, Any], recipe: Recipe | None) -> 
     return told
 
 
-def settle(
-    layout: Layout, told: Mapping[str, Any], recipe: Recipe | None, config: ModelConfig, backbone: str, eps: float
+def resolve_facts(
+    layout: StateDictLayout,
+    told: Mapping[str, Any],
+    recipe: Recipe | None,
+    config: ModelConfig,
+    backbone: str,
+    eps: float,
 ) -> tuple[Recipe, dict[str, Any], dict[str, Setting]]:
     """Who says what the parameters cannot: the file, else an option, else the framework's default."""
     usual, defaults = _defaults(layout, backbone, eps)
@@ -73,8 +86,8 @@ def settle(
     return recipe, values, settings
 
 
-def settle_top_block(
-    layout: Layout, keys: PyramidKeys, told: Mapping[str, Any], asked: str | None, unstrided: bool
+def resolve_top_block(
+    layout: StateDictLayout, keys: FpnKeys, told: Mapping[str, Any], asked: str | None, unstrided: bool
 ) -> tuple[str | None, str]:
     """Where the levels above the last come from, and who says so: shapes, the file, an option, the framework."""
     said = told.get("top_block")
@@ -110,7 +123,7 @@ def _facts_of(recipe: Recipe) -> dict[str, Any]:
     return {"pixel_order": recipe.order, "resampling": resampling, "mean": recipe.mean, "std": recipe.std}
 
 
-def _defaults(layout: Layout, backbone: str, detection_eps: float) -> tuple[Recipe, dict[str, Any]]:
+def _defaults(layout: StateDictLayout, backbone: str, detection_eps: float) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and the facts that matter for this file's network, as its framework has them by default."""
     state, framework = layout.state, layout.framework
     middle = state.get("body.layer1.0.conv2.weight")

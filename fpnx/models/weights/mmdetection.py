@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 
 __all__ = ["read_config"]
 
@@ -57,7 +57,7 @@ def _refuse_variants(backbone: Mapping[str, Any], neck: Mapping[str, Any]) -> No
         if not is_plain:
             part = {"neck": neck, "backbone": backbone}[name.partition(".")[0]]
             value = part.get(name.partition(".")[2])
-            value = shown(value)[:40] if isinstance(value, str) else "something else"
+            value = escape(value)[:40] if isinstance(value, str) else "something else"
             raise FpnxError(f"the config inside has {name} = {value}: fpnx reads a plain ResNet or ResNeXt with an FPN")
 
 

@@ -16,13 +16,13 @@ from fpnx.core.config import TOP_BLOCKS, FileFacts, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, parse_levels
 from fpnx.core.provenance import AS_GIVEN, ModelPart, Setting, WeightsInfo
-from fpnx.core.text import nearest, shown
-from fpnx.models.backbones.factory import known_backbone
+from fpnx.core.text import did_you_mean, escape
+from fpnx.models.backbones.factory import check_backbone_name
 from fpnx.models.backbones.registry import TIMM
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.checkpoints import SUFFIXES, read_checkpoint
-from fpnx.models.weights.framework_defaults import OPENCV, option_of, settle, settle_top_block, told_by
-from fpnx.models.weights.state_dicts import Layout, PyramidKeys, backbone_of, recognise
+from fpnx.models.weights.framework_defaults import OPENCV, facts_in_file, option_of, resolve_facts, resolve_top_block
+from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout, backbone_of, recognize_layout
 from fpnx.models.weights.timm import adapted, fetched, timm_recipe, timm_weights
 from fpnx.models.weights.torchvision import (
     COCO,
@@ -35,7 +35,7 @@ from fpnx.models.weights.torchvision import (
     norm_eps_of,
 )
 
-__all__ = ["HeldPyramid", "Weights", "given_weights", "resolve_weights"]
+__all__ = ["CheckpointNeck", "Weights", "weights_from_module", "resolve_weights"]
 
 DEFAULT_BACKBONE = "resnet50"
 # Detectors whose levels are not one per stride: by the laterals' inputs, where the body is tapped, and the strides.
@@ -45,14 +45,14 @@ UNSTRIDED: dict[tuple[str, tuple[int, ...]], tuple[dict[int, str], tuple[int, ..
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldPyramid:
+class CheckpointNeck:
     """The pyramid in a file: what its keys say, and what else had to be known.
 
     `first_level` None: the one whose taps have `keys.in_channels`. `levels` None: all of them. `strides` names the
     levels where these are not one per stride.
     """
 
-    keys: PyramidKeys
+    keys: FpnKeys
     first_level: int | None = None
     top_block: str | None = None
     p7_relu: bool = True
@@ -82,7 +82,7 @@ class Weights:
     body: ModelPart
     fpn: ModelPart
     state: Mapping[str, Tensor]
-    pyramid: HeldPyramid | None = None
+    pyramid: CheckpointNeck | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool = False
     nodes: Mapping[int, str] | None = None
@@ -115,7 +115,7 @@ def resolve_weights(config: ModelConfig) -> Weights:
     Raises:
         FpnxError: an unknown name, a contradiction with `config.backbone`, a file that cannot be had or read.
     """
-    backbone = None if config.backbone is None else known_backbone(config.backbone)
+    backbone = None if config.backbone is None else check_backbone_name(config.backbone)
     if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and not _is_file(config.weights):
         return _timm(config)
     choice = _meant(config.weights, backbone or DEFAULT_BACKBONE)
@@ -130,12 +130,12 @@ def resolve_weights(config: ModelConfig) -> Weights:
     if _is_file(choice):
         return _from_file(Path(choice), backbone, config)
     raise FpnxError(
-        f"weights {shown(choice)!r} are neither a name nor a file{nearest(choice, known_names(backbone))}: take "
+        f"weights {escape(choice)!r} are neither a name nor a file{did_you_mean(choice, known_names(backbone))}: take "
         f"default, imagenet, coco, random, a file, or what `fpnx models {backbone or DEFAULT_BACKBONE}` lists"
     )
 
 
-def given_weights(module: nn.Module, name: str, config: ModelConfig) -> Weights:
+def weights_from_module(module: nn.Module, name: str, config: ModelConfig) -> Weights:
     """A module's own parameters, which stay as they are, and a pyramid drawn from `config.seed`.
 
     The recipe is the module's `recipe` where it has one (a `Recipe`), else what timm noted in its `pretrained_cfg`,
@@ -194,7 +194,7 @@ def _from_published(published: Published, config: ModelConfig) -> Weights:
 def _timm(config: ModelConfig) -> Weights:
     """timm's weights: by the tag, by the full name (which names the backbone too), or the default ones."""
     backbone, choice = config.backbone or config.weights, config.weights
-    known = timm_weights(known_backbone(backbone))
+    known = timm_weights(check_backbone_name(backbone))
     tag = backbone.partition(".")[2]
     if choice in ("default", "imagenet"):
         wanted = [each for each in known if each.tag == tag] or known
@@ -203,7 +203,7 @@ def _timm(config: ModelConfig) -> Weights:
     found = wanted[0] if wanted else None
     if found is None:
         there = ", ".join(each.tag for each in known) or "none"
-        raise FpnxError(f"timm has no weights {shown(choice)!r} for {backbone}, only {there}: take random, or a file")
+        raise FpnxError(f"timm has no weights {escape(choice)!r} for {backbone}, only {there}: take random, or a file")
     if tag and found.tag != tag:
         raise FpnxError(f"weights {found.name} are not those of {backbone}: drop one of the two")
     _refuse_facts(config, found.name)
@@ -238,20 +238,20 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
     checkpoint = read_checkpoint(file)
     sha256 = _sha256(file)
     try:
-        layout = recognise(checkpoint.state, checkpoint.config)
+        layout = recognize_layout(checkpoint.state, checkpoint.config)
         about = _checked(checkpoint.about or {})
         name = _backbone_in(layout, about, backbone)
         if "recipe" in about:
             recipe = Recipe.from_json(about["recipe"])
-        told = told_by(layout, about, recipe)
+        told = facts_in_file(layout, about, recipe)
         eps = norm_eps_of(file, sha256)
-        recipe, values, settings = settle(layout, told, recipe, config, name, eps)
+        recipe, values, settings = resolve_facts(layout, told, recipe, config, name, eps)
         unstrided = UNSTRIDED.get((name, layout.pyramid.in_channels)) if layout.pyramid else None
         pyramid = None
         if layout.pyramid is not None:
-            top_block, who = settle_top_block(layout, layout.pyramid, told, config.top_block, unstrided is not None)
+            top_block, who = resolve_top_block(layout, layout.pyramid, told, config.top_block, unstrided is not None)
             settings["top_block"] = Setting(top_block or "none", who)
-            pyramid = HeldPyramid(
+            pyramid = CheckpointNeck(
                 keys=layout.pyramid,
                 first_level=about.get("first_level", layout.pyramid.first_level),
                 top_block=top_block,
@@ -260,7 +260,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
                 strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
             )
     except FpnxError as error:
-        raise FpnxError(f"{shown(file)}: {error}") from error
+        raise FpnxError(f"{escape(file)}: {error}") from error
     parts = about.get("parts", {})
     body, fpn = (
         ModelPart(*parts[part]) if part in parts else ModelPart(None, file.name)
@@ -302,16 +302,16 @@ def _checked(about: Mapping[str, Any]) -> Mapping[str, Any]:
     }
     for name, is_fitting in fits.items():
         if not is_fitting:
-            raise FpnxError(f"its description has {name} {shown(str(about[name]))[:60]}, which fpnx never wrote")
+            raise FpnxError(f"its description has {name} {escape(str(about[name]))[:60]}, which fpnx never wrote")
     return about
 
 
-def _backbone_in(layout: Layout, about: Mapping[str, Any], asked: str | None) -> str:
+def _backbone_in(layout: StateDictLayout, about: Mapping[str, Any], asked: str | None) -> str:
     named = about.get("backbone")
     if named is not None:
         if asked not in (None, named):
             raise FpnxError(f"it is for {named}, not for {asked}: drop --backbone or take another file")
-        return known_backbone(named)
+        return check_backbone_name(named)
     body = {name[5:]: value for name, value in layout.state.items() if name.startswith("body.")}
     if body:
         return backbone_of(body, asked)

@@ -12,12 +12,12 @@ from torch import Tensor
 from torchvision import models
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
+from fpnx.core.text import escape
 from fpnx.models.backbones.factory import parameter_shapes
-from fpnx.models.backbones.registry import names as torchvision_names
+from fpnx.models.backbones.registry import torchvision_names as torchvision_names
 from fpnx.models.weights.mmdetection import read_config
 
-__all__ = ["Layout", "PyramidKeys", "backbone_of", "pyramid_keys", "recognise", "without_head"]
+__all__ = ["StateDictLayout", "FpnKeys", "backbone_of", "fpn_keys", "recognize_layout", "without_head"]
 
 PREFIXES = ("module.", "model.", "_orig_mod.")  # what DistributedDataParallel, Lightning and torch.compile put before
 HEADS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")  # of torchvision's classifiers
@@ -26,7 +26,7 @@ CANDIDATES = 16  # backbones, nearest in parameters, that a file is compared wit
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidKeys:
+class FpnKeys:
     """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
 
     `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
@@ -40,7 +40,7 @@ class PyramidKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class StateDictLayout:
     """A state dict in fpnx's layout.
 
     Attributes:
@@ -56,13 +56,13 @@ class Layout:
     state: Mapping[str, Tensor]
     ignored: int
     told: Mapping[str, Any]
-    pyramid: PyramidKeys | None
+    pyramid: FpnKeys | None
 
 
 Rename = Callable[[str], "str | None"]
 
 
-def recognise(state: Mapping[str, Tensor], config: str | None = None) -> Layout:
+def recognize_layout(state: Mapping[str, Tensor], config: str | None = None) -> StateDictLayout:
     """Say whose layout `state` has, and rename what belongs to the backbone and the pyramid.
 
     Args:
@@ -93,20 +93,20 @@ def recognise(state: Mapping[str, Tensor], config: str | None = None) -> Layout:
     if framework in ("torchvision", "fpnx"):
         bodies = {name: value for name, value in renamed.items() if not _in_head(name, "body.")}
         ignored, renamed = ignored + len(renamed) - len(bodies), bodies
-    pyramid = pyramid_keys(renamed, _first_level(framework, state))
-    return Layout(framework=framework, state=renamed, ignored=ignored + stripped, told=told, pyramid=pyramid)
+    pyramid = fpn_keys(renamed, _first_level(framework, state))
+    return StateDictLayout(framework=framework, state=renamed, ignored=ignored + stripped, told=told, pyramid=pyramid)
 
 
-def without_head(names: Iterable[str]) -> list[str]:
+def without_head(torchvision_names: Iterable[str]) -> list[str]:
     """Those of a torchvision network's names that are not its classifier's."""
-    return [name for name in names if not _in_head(name) and not name.endswith("num_batches_tracked")]
+    return [name for name in torchvision_names if not _in_head(name) and not name.endswith("num_batches_tracked")]
 
 
 def _in_head(name: str, prefix: str = "") -> bool:
     return name.startswith(tuple(prefix + head for head in HEADS))
 
 
-def pyramid_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> PyramidKeys | None:
+def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> FpnKeys | None:
     """What `fpn.*` of a state dict in fpnx's layout says of its pyramid; None where there is none."""
     laterals = [state[f"fpn.inner_blocks.{i}.0.weight"] for i in range(16) if f"fpn.inner_blocks.{i}.0.weight" in state]
     if not laterals:
@@ -114,7 +114,7 @@ def pyramid_keys(state: Mapping[str, Tensor], first_level: int | None = None) ->
     norms = [name.rsplit(".", 1)[1] for name in state if re.match(r"fpn\.(inner|layer)_blocks\.\d+\.1\.", name)]
     norm = None if not norms else "batch" if "running_mean" in norms else "group"
     top = state.get("fpn.extra_blocks.p6.weight")
-    return PyramidKeys(
+    return FpnKeys(
         in_channels=tuple(lateral.shape[1] for lateral in laterals),
         channels=laterals[0].shape[0],
         norm=norm,
@@ -301,5 +301,5 @@ def _unfused(state: dict[str, Tensor], told: dict[str, Any]) -> tuple[dict[str, 
     return state, told
 
 
-def _few(names: list[str]) -> str:
-    return shown(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))
+def _few(torchvision_names: list[str]) -> str:
+    return escape(", ".join(torchvision_names[:3]) + (", …" if len(torchvision_names) > 3 else ""))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import shown
-from fpnx.models.backbones.registry import TIMM, build_network, quiet, timm_library
+from fpnx.core.text import escape
+from fpnx.models.backbones.registry import TIMM, build_network, no_warnings, timm_library
 from fpnx.models.preprocessing import Recipe
 
 __all__ = ["TimmWeights", "adapted", "fetched", "forbidden", "timm_recipe", "timm_weights"]
@@ -106,7 +106,7 @@ def fetched(weights: TimmWeights, offline: bool) -> Path:
     try:
         if not weights.hub_id:
             raise FileNotFoundError("it is not at Hugging Face")
-        with quiet(), _silent("huggingface_hub"):
+        with no_warnings(), _silent("huggingface_hub"):
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(weights.hub_id, weights.file_name, local_files_only=offline))
@@ -154,5 +154,5 @@ def forbidden() -> bool:
     """
     word = os.environ.get("FPNX_OFFLINE", "")
     if word.lower() not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
-        raise FpnxError(f"FPNX_OFFLINE={shown(word)}: take 1, which forbids downloads, or 0")
+        raise FpnxError(f"FPNX_OFFLINE={escape(word)}: take 1, which forbids downloads, or 0")
     return word.lower() in ("1", "true", "yes", "on")

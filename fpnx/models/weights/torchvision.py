@@ -17,7 +17,7 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 
 from fpnx.core.errors import FpnxError
-from fpnx.models.backbones.registry import TIMM, names, timm_library
+from fpnx.models.backbones.registry import TIMM, timm_library, torchvision_names
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.timm import forbidden, timm_recipe
 
@@ -148,7 +148,7 @@ def known_names(backbone: str | None) -> list[str]:
 @lru_cache(maxsize=1)
 def _owners() -> dict[str, str]:
     """Full name → backbone, without building a recipe."""
-    return {str(entry): name for name in names() for entry in models.get_model_weights(name)} | {
+    return {str(entry): name for name in torchvision_names() for entry in models.get_model_weights(name)} | {
         str(entry): body for name, (body, *_) in DETECTORS.items() for entry in models.get_model_weights(name)
     }
 

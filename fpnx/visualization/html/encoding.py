@@ -11,7 +11,7 @@ import numpy as np
 
 from fpnx.core.errors import FpnxError
 from fpnx.store.reader import Item, Store
-from fpnx.visualization.color_scale import NO_PHOTO, cells_of, sample, spread
+from fpnx.visualization.color_scale import NO_PHOTO, cells_of, sample_rows, value_range
 from fpnx.visualization.heatmaps import COMPONENTS, Basis, Moments, heatmap, similarity
 from fpnx.visualization.scene import scene_of
 
@@ -44,7 +44,7 @@ def digest(
     store: Store, levels: Sequence[str], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Digest]:
     """Measure a file on the same bounded part of it as its scales, in two passes."""
-    rows = sample(store)
+    rows = sample_rows(store)
     spreads: dict[str, dict[str, list[float]]] = {level: {mode: [] for mode in PLAIN_MODES} for level in levels}
     moments: dict[str, Moments] = {}
     lengths: dict[str, Moments] = {}
@@ -54,7 +54,7 @@ def digest(
         moments.setdefault(level, Moments(cells.shape[1])).add(cells)
         lengths.setdefault(level, Moments(cells.shape[1])).add(unit(cells))
         for mode in PLAIN_MODES:
-            spreads[level][mode] += spread(heatmap(features, mode))
+            spreads[level][mode] += value_range(heatmap(features, mode))
 
     _each(store, rows, levels, first, lambda done: progress(done, 2 * len(rows)))
     bases = {level: found.basis() for level, found in moments.items()}
@@ -75,7 +75,7 @@ def digest(
     _each(store, rows, levels, second, lambda done: progress(len(rows) + done, 2 * len(rows)))
     return {
         level: Digest(
-            {mode: spread(np.array(ends)) for mode, ends in spreads[level].items()},
+            {mode: value_range(np.array(ends)) for mode, ends in spreads[level].items()},
             basis.ranged(np.hstack(coordinates[level])),
             directions[level],
             _percentile(np.hstack(errors[level])),
@@ -92,7 +92,7 @@ def encoded(features: np.ndarray, facts: Digest) -> dict[str, Any]:
     told: dict[str, Any] = {"height": height, "width": width}
     for mode in PLAIN_MODES:
         values = heatmap(features, mode).astype(np.float64)
-        low, high = spread(values)
+        low, high = value_range(values)
         finite = np.isfinite(values)
         share = (np.where(finite, values, low) - low) / ((high - low) or 1.0)
         steps = np.where(finite, np.rint(np.nan_to_num(share) * (ABSENT - 1)), ABSENT)

@@ -18,8 +18,8 @@ from fpnx._version import __version__
 from fpnx.core.config import VisualizeConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
-from fpnx.core.files import whole_or_not_at_all
-from fpnx.core.text import shown
+from fpnx.core.files import atomic_write
+from fpnx.core.text import escape
 from fpnx.store.reader import Store
 from fpnx.visualization.figure import chosen_levels
 from fpnx.visualization.html.encoding import PLAIN_MODES, Digest, digest, encoded
@@ -73,13 +73,13 @@ def write_page(
     ]
     skipped: list[str] = []
     count = over = 0
-    with whole_or_not_at_all(path) as part, open(part, "w", encoding="utf-8") as file:
+    with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
         written = file.write(_head())
         for scenes in images:
             try:
                 block = _data(f"image-{count}", _image(scenes, levels, facts))
             except FpnxError as error:
-                skipped.append(f"{shown(scenes[0].path)}: {error}")
+                skipped.append(f"{escape(scenes[0].path)}: {error}")
                 continue
             if over or written + len(block) + TAIL_BYTES > limit_bytes:
                 over += 1
@@ -114,7 +114,7 @@ def _image(
     files: list[dict[str, Any]] = []
     for scene, chosen, digests in zip(scenes, levels, facts, strict=True):
         if scene.missing:
-            files.append({"missing": shown(scene.missing)})
+            files.append({"missing": escape(scene.missing)})
             continue
         maps = {}
         for level in chosen:
@@ -124,9 +124,9 @@ def _image(
             maps[level] = {**encoded(features, digests[level]), "reach": shares}
         files.append({"seen": list(scene.input_size), "maps": maps})
     return {
-        "name": shown(first.path),
+        "name": escape(first.path),
         "size": list(first.source_size),
-        "remark": shown(first.photo.remark),
+        "remark": escape(first.photo.remark),
         "photo": _photo(first),
         "files": files,
     }
@@ -145,7 +145,7 @@ def _photo(scene: Scene) -> str:
 
 def _file(store: Store, name: str, levels: Sequence[str], facts: dict[str, Digest]) -> dict[str, Any]:
     return {
-        "name": shown(name),
+        "name": escape(name),
         "about": about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights),
         "levels": {
             level: {
