@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fpnx.benchmark.profiling import MERGE, TOP, marked, peak_bytes, timed_body
+from fpnx.benchmark.profiling import marked, peak_bytes, timed_body
 from fpnx.benchmark.timers import PeakMemory, Stopwatch
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener

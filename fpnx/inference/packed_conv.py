@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-__all__ = ["SIZES_PACKED", "PackedConv2d", "can_pack", "fuse_sequence", "is_activation", "is_norm", "native_on_cpu", "packing"]
+__all__ = [
+    "SIZES_PACKED",
+    "PackedConv2d",
+    "can_pack",
+    "fuse_sequence",
+    "is_activation",
+    "is_norm",
+    "native_on_cpu",
+    "packing",
+]
 
 # Activations that oneDNN applies to a convolution's result while it is still in registers: (name, scalars, algorithm).
 FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {

@@ -29,8 +29,8 @@ CANDIDATES = 16  # backbones, nearest in parameters, that a file is compared wit
 class FpnKeys:
     """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
 
-    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level. `kind` is
-    the neck's, as `--pyramid` takes it.
+    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
+    `kind` is the neck's, as `--pyramid` takes it.
     """
 
     in_channels: tuple[int, ...]
