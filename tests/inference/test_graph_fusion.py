@@ -355,7 +355,7 @@ def test_tf32_is_as_asked_within_and_as_before_after(words, precision):
     """In a process of its own: torch remembers in which words it was told."""
     script = f"""
 import torch
-from fpnx.inference.engine import arithmetic
+from fpnx.inference.devices import arithmetic
 cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
 words = {words!r} if hasattr(products, "fp32_precision") else "old"
 conv = getattr(cudnn, "conv", None)
