@@ -238,7 +238,7 @@ def _number(value: float) -> str:
 def rendered(figure: Figure) -> Image.Image:
     """The pixels of a figure as a picture."""
     figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
 
 
 class _Page:
