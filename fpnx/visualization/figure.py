@@ -30,6 +30,9 @@ LEAST_COLUMN = 168  # so that a title fits above a narrow panel
 BAR = 9
 BOLD = 1.16  # how much wider bold letters are, at most
 NUMBER = 10  # pixels of a channel's number
+# A figure is larger by this many pixels, and a box of pixels smaller: many a release of Matplotlib rounds figures down
+# and boxes up, where a rounding error would cost the figure a row, or give the box a row or column more.
+SLACK = 1e-6
 DIM = "#555555"
 WORDS = {
     "energy": "energy: L2 norm over channels",
@@ -238,7 +241,7 @@ def _number(value: float) -> str:
 def rendered(figure: Figure) -> Image.Image:
     """The pixels of a figure as a picture."""
     figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
 
 
 class _Page:
@@ -278,7 +281,8 @@ class _Page:
         def stroke(figure: Figure, full: int) -> None:
             height, width = size or pixels.shape[:2]
             left, top = round(at[0]), round(at[1])
-            box = (left / self.width, 1 - (top + height) / full, width / self.width, height / full)
+            x, y = left + SLACK, full - top - height + SLACK
+            box = (x / self.width, y / full, (width - 2 * SLACK) / self.width, (height - 2 * SLACK) / full)
             axes = figure.add_axes(box, label=label, xlim=(0, width), ylim=(height, 0))
             axes.set_axis_off()
             axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto", origin="upper")
@@ -293,7 +297,7 @@ class _Page:
     def finished(self) -> Figure:
         """The figure, as high as what is on it."""
         full = int(self.y) + MARGIN
-        size = (self.width / DPI, full / DPI)
+        size = ((self.width + SLACK) / DPI, (full + SLACK) / DPI)
         figure = Picture(figsize=size, dpi=DPI, facecolor="white", edgecolor="white")
         FigureCanvasAgg(figure)
         figure.set_layout_engine("none")  # a user's own settings must not move anything

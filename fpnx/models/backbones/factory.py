@@ -43,7 +43,9 @@ __all__ = [
 ]
 
 SCHEME = 1  # of finding and keeping stages; a change makes what is kept on disk void
-SIZE_KEYWORDS = ("input_size", "image_size", "img_size")  # how builders call the one size that they build for
+# How builders call the one size that they build for. timm's name is first: before 1.0.31 timm takes the others, and
+# ignores them.
+SIZE_KEYWORDS = ("img_size", "input_size", "image_size")
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, *args, **kwargs)
+        if isinstance(proxy.node.type, str):  # under `from __future__ import annotations`; torch 2.6 cannot pickle it
+            proxy.node.type = None
         self._made[proxy.node] = len(self._made)
         own = [] if kind == "call_module" else [re.sub(r"_\d+$", "", str(proxy.node))]
         self.names[proxy.node] = [self._counted(".".join([*([self._module] if self._module else []), *own]))]
