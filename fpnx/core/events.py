@@ -16,7 +16,7 @@ class Listener:
     def progress(self, what: str, done: int, total: int) -> None:
         """`what` is "headers" or "images"; again and again, from the calling thread."""
 
-    def standing(self, text: str) -> None:
+    def status(self, text: str) -> None:
         """How the work stands over all workers of an engine, in a few words; before each `progress`."""
 
     def message(self, text: str) -> None:

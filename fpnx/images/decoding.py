@@ -147,8 +147,8 @@ def pillow_limits() -> Iterator[None]:
 def _opened(source: ImageSource, max_pixels: int, whole: bool = True) -> Iterator[Image.Image]:
     """The file opened by Pillow; whatever goes wrong inside becomes an `ImageError` with a short reason."""
     try:
-        if source.barred:
-            raise ImageError(source.barred)
+        if source.blocked:
+            raise ImageError(source.blocked)
         most = BYTES_A_PIXEL * max_pixels + MORE_BYTES  # texts and profiles are read whole
         with open_source(source, most, whole) as file, _recognised(file) as image:
             _check_pixels(image, max_pixels)

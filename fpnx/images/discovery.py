@@ -34,14 +34,14 @@ class Found:
         sources: the images, their names still their paths.
         skipped: how many other files were passed over.
         remarks: what the user should know, a line each.
-        lost: archives that may have had more, a line each.
+        truncated: archives that may have had more, a line each.
     """
 
     roots: list[bytes] = field(default_factory=list)
     sources: list[ImageSource] = field(default_factory=list)
     skipped: int = 0
     remarks: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    truncated: list[str] = field(default_factory=list)
 
     def add(self, more: Found) -> None:
         """Put further ones behind these."""
@@ -49,7 +49,7 @@ class Found:
         self.sources += more.sources
         self.skipped += more.skipped
         self.remarks += more.remarks
-        self.lost += more.lost
+        self.truncated += more.truncated
 
 
 def find_file(path: bytes, where: str = "") -> Found:
@@ -108,8 +108,8 @@ def find_in_archive(path: bytes) -> Found:
             found.sources.append(member_source(path, facts, name, held.members[name]))
         elif not _is_hidden(name):
             found.skipped += 1
-    if held.lost:
-        found.lost.append(f"{escape(path)}: {held.lost}")
+    if held.truncated:
+        found.truncated.append(f"{escape(path)}: {held.truncated}")
     return found
 
 

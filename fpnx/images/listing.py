@@ -28,7 +28,7 @@ class Listing:
     """The images of a run in their order, the folder that names are relative to, and what was passed over.
 
     `cut` tells of which list they are a slice, where they are a shard's; `remarks` what the user should know of it,
-    and `lost` which archives may have had more images, a line each.
+    and `truncated` which archives may have had more images, a line each.
     """
 
     root: bytes
@@ -36,7 +36,7 @@ class Listing:
     skipped: int
     shard_slice: ShardSlice | None = None
     remarks: tuple[str, ...] = ()
-    lost: tuple[str, ...] = ()
+    truncated: tuple[str, ...] = ()
 
     @property
     def records(self) -> ImageList:
@@ -91,11 +91,11 @@ def find_images(
         sources.sort(key=lambda source: source.name)
     _refuse_twice(sources)
     del sources[limit if limit is not None else len(sources) :]
-    remarks, lost = tuple(found.remarks), tuple(found.lost)
+    remarks, truncated = tuple(found.remarks), tuple(found.truncated)
     if shard is None:
-        return Listing(root, tuple(sources), found.skipped, None, remarks, lost)
+        return Listing(root, tuple(sources), found.skipped, None, remarks, truncated)
     cut = ShardSlice.of(shard, len(sources), list_fingerprint(source.record for source in sources))
-    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), found.skipped, cut, remarks, lost)
+    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), found.skipped, cut, remarks, truncated)
 
 
 def as_paths(images: Any) -> list[str | os.PathLike[str]]:
@@ -160,8 +160,8 @@ def _named(found: Found) -> tuple[bytes, list[bytes]]:
 def _nothing(images: Sequence[str | os.PathLike[str]], found: Found) -> FpnxError:
     more = f" ({found.skipped} other files)" if found.skipped else ""
     where = ", ".join(map(escape, images))
-    lost = f"; {found.lost[0]}" if found.lost else ""
-    return FpnxError(f"no images in {where}{more}: known extensions are {_extensions()}{lost}")
+    truncated = f"; {found.truncated[0]}" if found.truncated else ""
+    return FpnxError(f"no images in {where}{more}: known extensions are {_extensions()}{truncated}")
 
 
 def _walk(folder: bytes) -> Found:

@@ -53,7 +53,7 @@ class ImageSource:
 
     A `path` is that of a file, an address, or either of a plain tar archive with the name of a member behind it; what
     the `piece` knows of that is found again where it is not given. A member's time is that of its archive. For what an
-    address gives instead of a time, or of a size, see `fpnx.remote.backends.ObjectInfo`. `barred` is why it must not be
+    address gives instead of a time, or of a size, see `fpnx.remote.backends.ObjectInfo`. `blocked` is why it must not be
     opened at all, where it must not.
     """
 
@@ -62,7 +62,7 @@ class ImageSource:
     bytes: int
     mtime_ns: int
     piece: ArchivePart | None = None
-    barred: str = ""
+    blocked: str = ""
 
     @property
     def record(self) -> ImageRecord:

@@ -57,13 +57,13 @@ class TarIndex:
             A hard or symbolic link within the archive is the file that it leads to.
         others: how many members are no files: devices, links that lead nowhere or out of the archive.
         remarks: what the user should know, a line each.
-        lost: why something may be missing at the end, or empty.
+        truncated: why something may be missing at the end, or empty.
     """
 
     members: dict[bytes, Member]
     others: int
     remarks: tuple[str, ...]
-    lost: str
+    truncated: str
 
 
 def is_archive(path: bytes) -> bool:
@@ -113,7 +113,7 @@ def read_tar_index(read: Callable[[int, int], bytes], size: int, what: str) -> T
     except Exception:  # hostile headers make tarfile raise many kinds
         damaged = True
     found.follow_links()
-    return TarIndex(found.members, found.others, tuple(found.remarks(what)), _lost(read, tar.offset, size, damaged))
+    return TarIndex(found.members, found.others, tuple(found.remarks(what)), _truncation(read, tar.offset, size, damaged))
 
 
 class _Headers:
@@ -216,7 +216,7 @@ def _normal(name: bytes, climbs: bool = False) -> bytes | None:
     return b"/".join(parts) if parts and b"\0" not in name else None
 
 
-def _lost(read: Callable[[int, int], bytes], end: int, size: int, damaged: bool) -> str:
+def _truncation(read: Callable[[int, int], bytes], end: int, size: int, damaged: bool) -> str:
     """Why something may be missing behind `end`, where reading the headers ended."""
     mark = read(end, BLOCK) if end < size else b""
     if len(mark) < BLOCK:

@@ -89,7 +89,7 @@ def test_members_are_what_tarfile_unpacks(tmp_path: Path, form: int) -> None:
     images = sorted((os.fsencode(name), content) for name, content in held if not name.endswith("txt"))
     assert [(source.name, content_of(source)) for source in listing.sources] == images
     assert listing.root == os.fsencode(path)
-    assert (listing.skipped, listing.remarks, listing.lost) == (1, (), ())
+    assert (listing.skipped, listing.remarks, listing.truncated) == (1, (), ())
     assert all(source.path == os.fsencode(path) + b"/" + source.name for source in listing.sources)
     assert {source.mtime_ns for source in listing.sources} == {path.stat().st_mtime_ns}
     assert listing.sources[0].bytes == len(images[0][1])
@@ -235,8 +235,8 @@ def test_a_truncated_archive_gives_its_whole_members(tmp_path: Path, cut: int) -
     listing = find_images([tmp_path / "x.tar"])
     found = {source.name: source for source in listing.sources}
     assert content_of(found.pop(b"a.jpg")) == b"a" * 512
-    assert len(listing.lost) == 1
-    assert "ends early" in listing.lost[0]
+    assert len(listing.truncated) == 1
+    assert "ends early" in listing.truncated[0]
     if cut < 512:
         assert not found
     elif cut < 512 + 700:
@@ -272,7 +272,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(content)
     held = read_catalogue(tmp_path / "x.tar")
     assert list(held.members) == [b"0.jpg"]
-    assert held.lost == "its header at byte 1536 is damaged: what comes after is lost"
+    assert held.truncated == "its header at byte 1536 is damaged: what comes after is lost"
 
 
 def test_joined_archives_are_told(tmp_path: Path) -> None:
@@ -280,8 +280,8 @@ def test_joined_archives_are_told(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(one + packed(tmp_path / "b.tar", [("b.jpg", jpeg())]).read_bytes())
     held = read_catalogue(tmp_path / "x.tar")
     assert list(held.members) == [b"a.jpg"]
-    assert "two archives joined" in held.lost
-    assert read_catalogue(tmp_path / "a.tar").lost == ""
+    assert "two archives joined" in held.truncated
+    assert read_catalogue(tmp_path / "a.tar").truncated == ""
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_headers_that_lie_end(tmp_path: Path) -> None:
         (tmp_path / "y.tar").write_bytes(good + bytes(lie) + bytes(2048))
         held = read_catalogue(tmp_path / "y.tar")
         assert list(held.members) == [b"a.jpg"]
-        assert "damaged" in held.lost
+        assert "damaged" in held.truncated
 
 
 def test_an_archive_that_changes_fails_image_by_image(tmp_path: Path) -> None:

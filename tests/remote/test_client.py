@@ -279,7 +279,7 @@ def test_archives_that_servers_do_not_give_in_parts(web: Web) -> None:
     with pytest.raises(FpnxError, match="does not tell its size"):
         find_images([web.put("/y.tar", archive({"a.jpg": jpeg()}), length=False)])
     cut = find_images([web.put("/z.tar", archive({"a.jpg": jpeg(1), "b.jpg": jpeg(2)})[:2500])])
-    assert "ends early" in cut.lost[0]
+    assert "ends early" in cut.truncated[0]
 
 
 def test_reading_ahead_grows_and_shrinks(web: Web) -> None:
