@@ -113,7 +113,9 @@ def read_tar_index(read: Callable[[int, int], bytes], size: int, what: str) -> T
     except Exception:  # hostile headers make tarfile raise many kinds
         damaged = True
     found.follow_links()
-    return TarIndex(found.members, found.others, tuple(found.remarks(what)), _truncation(read, tar.offset, size, damaged))
+    return TarIndex(
+        found.members, found.others, tuple(found.remarks(what)), _truncation(read, tar.offset, size, damaged)
+    )
 
 
 class _Headers:
