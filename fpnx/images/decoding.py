@@ -40,8 +40,6 @@ TRANSPOSE = {  # by EXIF orientation: the operation that makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
 NOT_IMAGES = (  # magic bytes of files that are often mistaken for images
     (b"version https://git-lfs", "a git-lfs pointer, not the image itself: run `git lfs pull`"),
     (b"<svg", "an SVG drawing, not pixels"),

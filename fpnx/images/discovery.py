@@ -138,7 +138,7 @@ def find_listed(paths: Sequence[bytes], where: str = "") -> FoundImages:
     infos = dict(zip(plain_urls, remote.object_infos(plain_urls), strict=True))
     errors = [info for info in infos.values() if isinstance(info, remote.RemoteError)]
     if errors and len(errors) == len(set(paths)):
-        raise FpnxError(f"{where}none of the images can be had, such as {errors[0]}")
+        raise FpnxError(f"{where}none of the images can be read, such as {errors[0]}")
     result = FoundImages()
     for path in paths:
         if (answer := infos.get(path)) is not None:
@@ -252,4 +252,4 @@ def _is_hidden(name: bytes) -> bool:
 
 def _refuse_compressed(path: bytes) -> None:
     if is_compressed(path) and not os.path.isdir(path):
-        raise FpnxError(f"{escape(path)} is compressed, or no tar: only plain .tar archives can be read at any place")
+        raise FpnxError(f"{escape(path)} is compressed, or no tar: only plain .tar archives have random access")

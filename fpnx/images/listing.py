@@ -96,20 +96,6 @@ def find_images(
     return Listing(root, tuple(sources[part.first : part.slice.stop]), found.skipped, part, remarks, truncated)
 
 
-def _find(argument: bytes) -> FoundImages:
-    """The images that one argument stands for."""
-    if _is_list(argument):
-        return find_listed(_read_list(argument[1:]), f"in {escape(argument[1:])}: ")
-    if is_url(argument):
-        return find_remote(argument)
-    path = os.path.abspath(argument)
-    return find_in_folder(path) if os.path.isdir(argument) else find_file(path)
-
-
-def _is_list(argument: bytes) -> bool:
-    return argument.startswith(b"@") and not os.path.lexists(argument)
-
-
 def as_paths(images: Any) -> list[str | os.PathLike[str]]:
     """One path or several, as a list.
 
@@ -151,6 +137,20 @@ def list_lines(listing: Listing) -> Iterator[bytes]:
         if source.path != image_path(listing.root, source.name):
             raise FpnxError(f"{escape(source.path)} cannot be listed: its name is {escape(source.name)}")
     return manifest_lines(listing.root, listing.records.records, listing.skipped)
+
+
+def _find(argument: bytes) -> FoundImages:
+    """The images that one argument stands for."""
+    if _is_list(argument):
+        return find_listed(_read_list(argument[1:]), f"in {escape(argument[1:])}: ")
+    if is_url(argument):
+        return find_remote(argument)
+    path = os.path.abspath(argument)
+    return find_in_folder(path) if os.path.isdir(argument) else find_file(path)
+
+
+def _is_list(argument: bytes) -> bool:
+    return argument.startswith(b"@") and not os.path.lexists(argument)
 
 
 def _root_and_names(found: FoundImages) -> tuple[bytes, list[bytes]]:

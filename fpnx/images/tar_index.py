@@ -89,7 +89,7 @@ def read_tar_index(read: Callable[[int, int], bytes], size: int, what: str) -> T
     """
     start = read(0, BLOCK)
     if (hint := next((hint for magic, hint in COMPRESSED if start.startswith(magic)), None)) is not None:
-        raise FpnxError(f"{what} is compressed with {hint}: only plain tar archives can be read at any place")
+        raise FpnxError(f"{what} is compressed with {hint}: only plain tar archives have random access")
     headers = _HeaderFile(read)
     try:
         # Any: tarfile's types lack `members`, and declare `sparse` as a number.
@@ -194,9 +194,9 @@ class _IndexBuilder:
     def remarks(self, what: str) -> list[str]:
         lines = []
         if self._replaced:
-            lines.append(f"{what}: {self._replaced} members have the name of a later one, which counts, as tar does it")
+            lines.append(f"{what}: {self._replaced} members are replaced by later ones of the same name, as in tar")
         if self._outside:
-            lines.append(f"{what}: {self._outside} members are left out, since .. in their names leads out of it")
+            lines.append(f"{what}: {self._outside} members are left out, because of .. in their names")
         return lines
 
 

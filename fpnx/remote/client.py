@@ -48,10 +48,10 @@ REASONS = {  # by the name of an exception class or its nearest base: the packag
     "NoCredentialsError": NO_CREDENTIALS,
     "PartialCredentialsError": NO_CREDENTIALS,
     "ProfileNotFound": "there is no such profile: see AWS_PROFILE",
-    "CredentialRetrievalError": "the credentials cannot be had: sign in again",
-    "TokenRetrievalError": "the credentials cannot be had: sign in again",
-    "SSOError": "the credentials cannot be had: sign in again",
-    "RefreshError": "the credentials cannot be had: sign in again",
+    "CredentialRetrievalError": "the credentials cannot be loaded: sign in again",
+    "TokenRetrievalError": "the credentials cannot be loaded: sign in again",
+    "SSOError": "the credentials cannot be loaded: sign in again",
+    "RefreshError": "the credentials cannot be loaded: sign in again",
     "DefaultCredentialsError": "no credentials: see `gcloud auth application-default login`",
     "ParamValidationError": "not a name that the store takes",
     "InvalidURL": "not an address",
@@ -71,7 +71,7 @@ REASONS = {  # by the name of an exception class or its nearest base: the packag
     "ConnectionError": CONNECTION_LOST,
     "FileNotFoundError": NOT_FOUND,
     "PermissionError": "no permission",
-    "FileExistsError": "it is there already",
+    "FileExistsError": "it exists already",
 }
 CODE_REASONS = {  # by S3 error code
     "NoSuchBucket": "no such bucket",

@@ -27,7 +27,7 @@ class RangeReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if base + offset < 0:
-            raise OSError("a place before the beginning")
+            raise OSError("a position before the beginning")
         self._position = base + offset
         return self._position
 

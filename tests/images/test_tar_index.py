@@ -155,7 +155,7 @@ def test_the_last_of_repeated_names_counts(tmp_path: Path) -> None:
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path / "out", filter="data")
     assert (tmp_path / "out" / "a.jpg").read_bytes() == jpeg(3)
-    assert listing.remarks == (f"{path}: 1 members have the name of a later one, which counts, as tar does it",)
+    assert listing.remarks == (f"{path}: 1 members are replaced by later ones of the same name, as in tar",)
 
 
 def test_links_stand_for_their_targets(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_names_outside_of_the_archive_and_special_files(tmp_path: Path) -> None:
     listing = find_images([path])
     assert [source.name for source in listing.sources] == [b"etc/a.jpg"]
     assert listing.skipped == 4
-    assert listing.remarks == (f"{path}: 2 members are left out, since .. in their names leads out of it",)
+    assert listing.remarks == (f"{path}: 2 members are left out, because of .. in their names",)
 
 
 def test_a_sparse_member(tmp_path: Path) -> None:

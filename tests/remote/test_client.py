@@ -133,7 +133,7 @@ def test_a_list_keeps_its_order_and_failing_urls(web: Web, tmp_path: Path) -> No
         decode(listing.sources[1], LIMIT)
     with pytest.raises(ImageError, match=r"^refused \(503\)$"):
         decode(listing.sources[3], LIMIT)
-    with pytest.raises(FpnxError, match=r"none of the images can be had, such as .*missing.jpg: not found"):
+    with pytest.raises(FpnxError, match=r"none of the images can be read, such as .*missing.jpg: not found"):
         find_images([list_file(tmp_path, missing)])
 
 
