@@ -233,7 +233,7 @@ def list_images(images: opt.Images, limit: opt.Limit = ExtractConfig.limit) -> i
     with console.Terminal() as terminal:
         for remark in remarks:
             terminal.message(remark)
-    return 1 if listing.lost else 0
+    return 1 if listing.truncated else 0
 
 
 @app.command()

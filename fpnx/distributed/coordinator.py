@@ -110,7 +110,7 @@ def extract_distributed(
     check_output(target, replace(config, resume=True, overwrite=False))  # its name alone: no file of it is made
     with connections(), handle_signals(listener) as stop, pillow_limits():
         listing = find_images(images, config.limit)
-        for remark in (*listing.remarks, *listing.lost):
+        for remark in (*listing.remarks, *listing.truncated):
             listener.message(remark)
         with contextlib.nullcontext(True) if config.dry_run else lock(target) as alone:
             if not alone:
@@ -261,7 +261,7 @@ class _Campaign:
             images=self.total,
             done=sum(each.done for each in self.standing),
             failed=failed,
-            lost=self.plan.listing.lost,
+            lost=self.plan.listing.truncated,
             computed=computed,
             seconds=seconds,
             timings={stage: value / max(computed, 1) for stage, value in spent.items()},
@@ -355,7 +355,7 @@ class _Campaign:
         shown_now = (min(sum(finished.values()), self.total), standing)
         if shown_now != self._shown:
             self._shown = shown_now
-            self.listener.standing(standing)
+            self.listener.status(standing)
             self.listener.progress("images", shown_now[0], self.total)
 
     def _unfinished(self) -> str:

@@ -150,8 +150,8 @@ class Worker:
         search, fresh = len(deaths) - searches >= DEATHS, _nobody_knows(before, file)
         ledger.begin(self._job.run, search)
         try:
-            barred = self._search(index, quarantine, len(deaths), fresh, ear) if search else {}
-            result = self._extract(index, fresh, barred, ear)
+            blocked = self._search(index, quarantine, len(deaths), fresh, ear) if search else {}
+            result = self._extract(index, fresh, blocked, ear)
         except BusyError:  # somebody works on it, and that is written in the ledger
             raise
         except BaseException:
@@ -160,14 +160,14 @@ class Worker:
         ledger.end()
         return result
 
-    def _extract(self, index: int, fresh: bool, barred: Mapping[bytes, str], ear: _Ear) -> Result:
+    def _extract(self, index: int, fresh: bool, blocked: Mapping[bytes, str], ear: _Ear) -> Result:
         shard = Shard(index, self._job.shards)
         config = ExtractConfig(**self._job.options, shard=shard, resume=not fresh, overwrite=fresh)
         goal, patience = resolve_destination(self._job.output, config), time.monotonic() + BUSY
         while True:
             try:
                 return run_extraction(
-                    self._images, goal, config, listener=ear, equipment=self._equipment, barred=barred
+                    self._images, goal, config, listener=ear, equipment=self._equipment, blocked=blocked
                 )
             except BusyError:  # a worker that is thought dead may take its time to die
                 if time.monotonic() > patience:

@@ -119,7 +119,7 @@ def run_extraction(
     *,
     listener: Listener | None = None,
     equipment: EngineCache | None = None,
-    barred: Mapping[bytes, str] | None = None,
+    blocked: Mapping[bytes, str] | None = None,
 ) -> Result:
     """Images → `goal`, in this process.
 
@@ -129,7 +129,7 @@ def run_extraction(
         config: what is asked for.
         listener: receives the progress.
         equipment: lends its model, for runs of many parts.
-        barred: by name, images that must not be opened, and why; they fail.
+        blocked: by name, images that must not be opened, and why; they fail.
 
     Raises:
         FpnxError: a request that cannot be carried out.
@@ -143,10 +143,10 @@ def run_extraction(
         with handle_signals(hears) as stop, pillow_limits():
             assert not isinstance(config.shard, str), "the config has parsed it"
             listing = find_images(images, config.limit, config.shard)
-            if barred:
-                sources = tuple(replace(source, barred=barred.get(source.name, "")) for source in listing.sources)
+            if blocked:
+                sources = tuple(replace(source, blocked=blocked.get(source.name, "")) for source in listing.sources)
                 listing = replace(listing, sources=sources)
-            for remark in (*listing.remarks, *listing.lost):
+            for remark in (*listing.remarks, *listing.truncated):
                 hears.message(remark)
             with nullcontext(True) if config.dry_run else lock(target) as alone:
                 if not alone:
@@ -268,7 +268,7 @@ def _result(
         stopped=stopped,
         complete=complete,
         dry_run=dry_run,
-        lost=plan.listing.lost,
+        lost=plan.listing.truncated,
         plan=plan.summary,
     )
 

@@ -20,7 +20,7 @@ from fpnx.core.interrupts import StopRequest
 from fpnx.core.sharding import shard_path
 from fpnx.core.text import escape
 from fpnx.remote.backends import AbandonedError
-from fpnx.remote.client import RemoteError, about, check_writable, send
+from fpnx.remote.client import RemoteError, check_writable, object_info, send
 from fpnx.remote.urls import bucket_and_key, checked, is_url, is_web, with_name
 from fpnx.store.output_path import real_output
 from fpnx.store.reader import open_store_file
@@ -179,7 +179,7 @@ def upload(
         if not sent:  # it was there before us: from a run that ended in between, or from somebody else's
             with open_store_file(goal.url) as store:
                 check_same_run(store, identity, images)
-        there = about(goal.raw).bytes
+        there = object_info(goal.raw).bytes
     except AbandonedError as error:
         assert stop.signum is not None
         raise Interrupted(f"interrupted while it was sent; {kept}", stop.signum) from error
@@ -193,7 +193,7 @@ def upload(
 
 def _is_there(goal: Destination) -> bool:
     try:
-        about(goal.raw)
+        object_info(goal.raw)
     except RemoteError as error:
         # Who may only write learns nothing of what is there; sending tells.
         if error.reason.startswith(("not found", "no permission")):

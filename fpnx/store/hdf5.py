@@ -12,7 +12,7 @@ import numpy as np
 
 from fpnx.core.errors import StoreError
 from fpnx.core.text import escape
-from fpnx.remote.client import RemoteError, about
+from fpnx.remote.client import RemoteError, object_info
 from fpnx.remote.file import RemoteFile
 from fpnx.remote.urls import checked, is_url
 
@@ -72,7 +72,7 @@ def open_hdf5(path: str) -> h5py.File:
 def file_state(file: h5py.File) -> tuple[int, ...]:
     """What tells a file from one that has taken its name."""
     if _is_remote(file):
-        facts = about(os.fsencode(_path(file)))
+        facts = object_info(os.fsencode(_path(file)))
         return facts.bytes, facts.mtime_ns
     held = os.fstat(file.id.get_vfd_handle())
     return held.st_dev, held.st_ino, held.st_size

@@ -86,7 +86,7 @@ class Heard(Listener):
     def message(self, text: str) -> None:
         self.messages.append(text)
 
-    def standing(self, text: str) -> None:
+    def status(self, text: str) -> None:
         self.standings.append(text)
 
 

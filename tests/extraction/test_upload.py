@@ -178,7 +178,7 @@ def test_what_cannot_be_had(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_answer_that_breaks_is_asked_for_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(remote, "RETRY_DELAYS", (0.01, 0.01))
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
     content = jpeg() + os.urandom(300_000)
@@ -213,7 +213,7 @@ def test_no_permission(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, code: st
 
 def fresh_connections() -> None:
     """As in a new process, with other settings."""
-    remote._services.clear()
+    remote._backends.clear()
 
 
 def test_no_credentials_and_no_network(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_the_same_run_that_was_quicker_counts(bucket: Bucket, photos: Path, tmp_
 def test_what_is_there_is_replaced_only_if_it_may_be(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: bool
 ) -> None:
-    monkeypatch.setattr(services, "PART", 5 << 20 if parts else 1 << 26)
+    monkeypatch.setattr(services, "PART_BYTES", 5 << 20 if parts else 1 << 26)
     content = os.urandom(11 << 20)
     (tmp_path / "x.bin").write_bytes(content)
     url, told = bucket.put("x.bin", b"old").encode(), list[int]()
@@ -379,7 +379,7 @@ def test_a_put_that_fails_half_way(
 ) -> None:
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
-    monkeypatch.setattr(services, "PART", 5 << 20 if parts else 1 << 26)
+    monkeypatch.setattr(services, "PART_BYTES", 5 << 20 if parts else 1 << 26)
     options = [word for name, value in LARGE.items() for word in (f"--{name}", str(value))]
     target = f"{bucket.url}/out.h5"
     folder = tmp_path / "images"
@@ -413,9 +413,9 @@ def test_a_store_that_stops_to_listen_is_given_up(
 ) -> None:
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
-    monkeypatch.setattr(services, "PART", 5 << 20 if parts else 1 << 26)
-    monkeypatch.setattr(remote, "SECONDS", 1)
-    monkeypatch.setattr(remote, "SLOWEST", 1 << 26)
+    monkeypatch.setattr(services, "PART_BYTES", 5 << 20 if parts else 1 << 26)
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT", 1)
+    monkeypatch.setattr(remote, "MIN_BYTES_PER_SECOND", 1 << 26)
     (tmp_path / "x.bin").write_bytes(bytes(12 << 20))
     line.cut_after, line.deaf = 2_000_000, True
     with pytest.raises(remote.RemoteError, match="no answer in time"):
@@ -427,7 +427,7 @@ def test_a_store_that_stops_to_listen_is_given_up(
 def test_an_interrupted_put_leaves_nothing_there(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services, "PART", 5 << 20)
+    monkeypatch.setattr(services, "PART_BYTES", 5 << 20)
     folder, target = tmp_path / "images", f"{bucket.url}/out.h5"
     folder.mkdir()
     for i in range(12):
@@ -574,7 +574,7 @@ def test_a_store_that_takes_connections_and_says_nothing(bucket: Bucket, monkeyp
     source = find_images([bucket.put("a.jpg", jpeg())]).sources[0]
     line.silent = True
     fresh_connections()
-    monkeypatch.setattr(remote, "SECONDS", 3)
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT", 3)
     with pytest.raises(ImageError, match=r"^no answer in time$"):
         decode(source, LIMIT)
     line.close()
