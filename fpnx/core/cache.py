@@ -1,4 +1,4 @@
-"""What was once measured of a network, kept in the user's cache folder for the next run."""
+"""On-disk cache of stage-detection results."""
 
 from __future__ import annotations
 
