@@ -150,7 +150,7 @@ def test_images_that_are_all_other_files_are_not_computed(made: Path, tmp_path: 
             file.write(b"more")
     found = fpnx.verify(made / "fixed.h5", against=tmp_path / "pictures", device="cpu")
     assert (found.compared, found.exit_code) == (0, 1)
-    assert found.problems == ("0.png and 6 others: another file than then",)
+    assert found.problems == ("0.png and 6 others: its file size is not the stored one",)
 
 
 def test_images_that_are_gone_or_others_are_named(made: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_images_that_are_gone_or_others_are_named(made: Path, tmp_path: Path) ->
     (tmp_path / "pictures" / "2.png").write_bytes(b"shorter")
     os.utime(tmp_path / "pictures" / "1.png", (0, 0))  # copied without its time: still the same picture
     found = fpnx.verify(made / "fixed.h5", against=[tmp_path / "pictures"], device="cpu")
-    assert found.problems == ("0.png: not among the images any more", "2.png: another file than then")
+    assert found.problems == ("0.png: not among the images any more", "2.png: its file size is not the stored one")
     assert found.compared == 4
     (tmp_path / "others").mkdir()
     noise_image(0, (64, 64)).save(tmp_path / "others" / "x.png")

@@ -156,7 +156,7 @@ def test_the_odd_ones_at_their_own_sizes(zoo: Path, tmp_path: Path) -> None:
 
 def test_memory_for_a_zoo_is_bounded(zoo: Path, tmp_path: Path) -> None:
     program = (
-        "import resource, sys; from fpnx.cli import main; import torch, fpnx.extraction; before = "
+        "import resource, sys; from fpnx.cli.main import main; import torch, fpnx.extraction.run; before = "
         "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; code = main(sys.argv[1:]); "
         "print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
