@@ -28,8 +28,9 @@ from fpnx.inference.engine_cache import EngineCache
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.remote.urls import is_url
+from fpnx.store.file_layout import FileLayout
 from fpnx.store.reader import DONE, open_store_file
-from fpnx.store.writer import FileLayout, check_same_run, part_path
+from fpnx.store.writer import check_same_run, part_path
 
 __all__ = ["Plan", "decode_threads", "fingerprint_fields", "make_plan"]
 

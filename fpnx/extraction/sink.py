@@ -84,7 +84,7 @@ class Hdf5Sink(Writer):
         if plan.config.resume and part_path(plan.output).exists():
             return cls.reopen(plan.output)
         sink = cls.create(plan.output, plan.layout, provenance)
-        if not sink.space_is_claimed:
+        if not sink.space_is_reserved:
             listener.message("this file system cannot reserve space: free space was checked once, at the start")
         return sink
 

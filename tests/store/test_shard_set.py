@@ -28,9 +28,10 @@ from fpnx.core.events import Listener
 from fpnx.core.files import lock
 from fpnx.core.image_list import ImageList, list_fingerprint
 from fpnx.core.sharding import Shard, ShardSlice, shard_path
+from fpnx.store.file_layout import FileLayout
 from fpnx.store.reader import DONE, FAILED
 from fpnx.store.shard_set import ShardSet, open_shard_set
-from fpnx.store.writer import FileLayout, Writer, part_path
+from fpnx.store.writer import Writer, part_path
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 from tests.helpers.process import document
@@ -380,7 +381,7 @@ def test_verify_of_a_set_names_the_shard(made: list[Path], tmp_path: Path) -> No
     found = verify(made)
     assert found.exit_code == 1
     assert found.problems == (
-        "their images are not those of the list they tell of",
+        "their images are not those of the list that they were cut from",
         "out.shard-00001-of-00004.h5: 2.png: not as finite in P4 as the file says",
     )
 

@@ -85,8 +85,8 @@ def test_the_space_of_a_new_part_is_claimed(tmp_path: Path) -> None:
     writer = Writer.create(tmp_path / "out.h5", layout_of(["960x960"] * 40), PROVENANCE)
     writer.close()
     about = part_path(tmp_path / "out.h5").stat()
-    if not writer.space_is_claimed:
-        pytest.skip("this file system cannot set space aside")
+    if not writer.space_is_reserved:
+        pytest.skip("this file system cannot reserve space")
     assert 512 * about.st_blocks >= about.st_size > 40 * 2 * 60 * 60 * 4
 
 
@@ -201,7 +201,7 @@ def recorded_run(tmp_path: Path) -> tuple[bytes, list[tuple[Any, ...]]]:
     start = part_path(output).read_bytes()
     disk = Recorder(part_path(output))
     writer = Writer(output, disk)
-    writer.retry()
+    writer.reset_failed()
     put(writer, [0, 2], "64x64")
     writer.commit()
     put(writer, [1], "64x96")
