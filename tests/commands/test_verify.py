@@ -1,4 +1,4 @@
-"""`fpnx verify`: a whole file verifies; each thing that can be wrong is found and named."""
+"""`fpnx verify`: a complete file verifies, and each kind of damage is found and named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, and three files of them: fixed.h5, ragged.h5 and pooled.h5."""
+    """A folder of images, and three files of them: fixed.h5, ragged.h5 and pooled.h5."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "pictures").mkdir()
     for i in range(6):
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["fixed.h5", "ragged.h5", "pooled.h5"])
-def test_a_whole_file_verifies_and_its_images_give_the_same_again(made: Path, name: str) -> None:
+def test_a_complete_file_verifies_against_its_images(made: Path, name: str) -> None:
     found = fpnx.verify(made / name, against=made / "pictures", sample=3, device="cpu")
     assert (found.problems, found.exit_code) == ((), 0)
     assert (found.images, found.done, found.failed, found.pending) == (7, 6, 1, 0)
@@ -105,7 +105,7 @@ DAMAGE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_each_thing_that_is_wrong_is_named(made: Path, tmp_path: Path, kind: str) -> None:
+def test_each_kind_of_damage_is_named(made: Path, tmp_path: Path, kind: str) -> None:
     change, problem = DAMAGE[kind]
     path = tmp_path / "out.h5"
     shutil.copyfile(made / "fixed.h5", path)
@@ -113,10 +113,10 @@ def test_each_thing_that_is_wrong_is_named(made: Path, tmp_path: Path, kind: str
         change(file)
     found = fpnx.verify(path)
     assert found.exit_code == 1
-    assert any(told.startswith(problem) for told in found.problems), found.problems
+    assert any(line.startswith(problem) for line in found.problems), found.problems
 
 
-def test_values_of_another_image_are_found_by_computing_again(made: Path, tmp_path: Path) -> None:
+def test_values_of_another_image_are_found_by_recomputing(made: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     shutil.copyfile(made / "fixed.h5", path)
     with h5py.File(path, "r+") as file:
@@ -128,7 +128,7 @@ def test_values_of_another_image_are_found_by_computing_again(made: Path, tmp_pa
     assert problem.startswith("4.png: computed again it differs by ")
 
 
-def test_what_was_computed_in_tf32_is_verified_without(made: Path, tmp_path: Path) -> None:
+def test_a_tf32_file_is_verified_on_a_device_without_tf32(made: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     shutil.copyfile(made / "fixed.h5", path)
     with h5py.File(path, "r+") as file:
@@ -143,7 +143,7 @@ def test_what_was_computed_in_tf32_is_verified_without(made: Path, tmp_path: Pat
     assert 1e-3 < found.largest_difference < 2e-2
 
 
-def test_images_that_are_all_other_files_are_not_computed(made: Path, tmp_path: Path) -> None:
+def test_images_with_another_file_size_are_not_recomputed(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "pictures", tmp_path / "pictures")
     for path in (tmp_path / "pictures").iterdir():
         with open(path, "ab") as file:
@@ -153,7 +153,7 @@ def test_images_that_are_all_other_files_are_not_computed(made: Path, tmp_path: 
     assert found.problems == ("0.png and 6 others: its file size is not the stored one",)
 
 
-def test_images_that_are_gone_or_others_are_named(made: Path, tmp_path: Path) -> None:
+def test_missing_and_changed_images_are_named(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "pictures", tmp_path / "pictures")
     (tmp_path / "pictures" / "0.png").unlink()
     (tmp_path / "pictures" / "2.png").write_bytes(b"shorter")
@@ -167,7 +167,7 @@ def test_images_that_are_gone_or_others_are_named(made: Path, tmp_path: Path) ->
         fpnx.verify(made / "fixed.h5", against=tmp_path / "others")
 
 
-def test_weights_that_moved_are_named_and_others_refused(made: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_named_and_other_weights_refused(made: Path, tmp_path: Path) -> None:
     model = fpnx.create_model("mobilenet_v2", weights="random", levels="P4-P5", channels=8)
     fpnx.save_weights(model, tmp_path / "own.safetensors")
     fpnx.extract(
@@ -186,7 +186,7 @@ def test_weights_that_moved_are_named_and_others_refused(made: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("option", [{"against": "nosuch"}, {"against": "pictures", "weights": "nosuch.pth"}], ids=str)
-def test_what_it_cannot_be_compared_with_is_told_before_it_is_read(made: Path, option: dict[str, str]) -> None:
+def test_missing_images_and_weights_are_reported_before_the_file_is_read(made: Path, option: dict[str, str]) -> None:
     read: list[int] = []
 
     class Reader(Listener):
@@ -214,9 +214,9 @@ def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     with h5py.File(part, "r+") as file:
         file["images/status"][0] = 0
     assert main(["verify", str(part)]) == 1
-    told = capsys.readouterr().out
-    assert "1 of 7 images are pending" in told
-    assert told.endswith("does not verify\n")
+    output = capsys.readouterr().out
+    assert "1 of 7 images are pending" in output
+    assert output.endswith("does not verify\n")
     assert main(["verify", str(tmp_path / "none.h5"), "--json"]) == 2
     assert "does not exist" in json.loads(capsys.readouterr().out)["error"]
     assert main(["verify", str(made / "fixed.h5"), "--against", str(made / "pictures"), "--sample", "0"]) == 2
