@@ -29,7 +29,8 @@ from fpnx.images.decoding import decode
 from fpnx.inference.devices import arithmetic
 from fpnx.inference.engine import Engine
 from fpnx.inference.graph_fusion import FusedModel
-from fpnx.store.writer import FileLayout, Writer
+from fpnx.store.file_layout import FileLayout
+from fpnx.store.writer import Writer
 
 __all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "BenchmarkCase"]
 
