@@ -336,11 +336,11 @@ def test_options_that_do_not_go_together(options: dict[str, Any], why: str) -> N
 def test_cpus_are_as_many_as_were_asked_for(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fpnx.extraction.pipeline
 
-    given, lanes_for = [], fpnx.extraction.pipeline.lanes_for
+    given, compute_threads = [], fpnx.extraction.pipeline.compute_threads
     monkeypatch.setattr("fpnx.extraction.plan.usable_cpus", lambda: 8)
     monkeypatch.setattr(
-        "fpnx.extraction.pipeline.lanes_for",
-        lambda plan, count: given.append((plan.cpus, plan.workers)) or lanes_for(plan, count),
+        "fpnx.extraction.pipeline.compute_threads",
+        lambda plan, count: given.append((plan.cpus, plan.workers)) or compute_threads(plan, count),
     )
     fpnx.extract([images], tmp_path / "o.h5", **TINY, cpus=3)
     assert given == [(3, 3)]

@@ -370,7 +370,7 @@ def test_a_hostile_or_foreign_file_is_refused_in_one_line(whole: bytes, tmp_path
 
 
 def test_names_that_share_one_text_cannot_fill_the_memory(tmp_path: Path) -> None:
-    from fpnx.store.hdf5 import names
+    from fpnx.store.hdf5 import read_strings
 
     path, count = tmp_path / "names.h5", 200
     with h5py.File(path, "w") as file:
@@ -381,7 +381,7 @@ def test_names_that_share_one_text_cannot_fill_the_memory(tmp_path: Path) -> Non
     content[at : at + 16 * count] = content[at : at + 16] * count
     path.write_bytes(content)
     with h5py.File(path) as file, pytest.raises(StoreError, match="claims to be larger than the file"):
-        names(file, "path")
+        read_strings(file, "path")
     with h5py.File(path, "w") as file:
         file["path"] = [b"a", b"\xff\n"]
         assert names(file, "path") == [b"a", b"\xff\n"]
