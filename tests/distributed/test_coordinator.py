@@ -366,8 +366,8 @@ def test_a_run_uses_the_number_of_cpus_asked_for(tmp_path: Path, images: Path, m
 def test_without_ray_the_error_says_what_to_install(fpnx: Any, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "ray" else find_spec(name))
     code, out, err = fpnx("extract", images, "--engine", "ray")
     assert (code, out) == (2, "")
     assert err == 'fpnx: engine ray: Ray is not installed: pip install "fpnx[ray]"\n'

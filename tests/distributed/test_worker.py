@@ -270,9 +270,9 @@ def test_two_culprits_are_found_and_no_other(tmp_path: Path, images: Path, monke
         poison(images / name)
     (images / "2.jpg").write_bytes(b"not an image, which is a failure and no death")
     monkeypatch.setenv("PYTHONPATH", fragile_pythonpath(tmp_path / "custom", ROOT))
-    listing, found = find_images([images]), dict[bytes, str]()
-    find_culprits(listing.root, listing.sources, OPTIONS, found.__setitem__, lambda: None)
-    assert found == dict.fromkeys((b"0.jpg", b"5.jpg"), "kills the process that computes it (SIGABRT)")
+    listing, culprits = find_images([images]), dict[bytes, str]()
+    find_culprits(listing.root, listing.sources, OPTIONS, culprits.__setitem__, lambda: None)
+    assert culprits == dict.fromkeys((b"0.jpg", b"5.jpg"), "kills the process that computes it (SIGABRT)")
 
 
 @pytest.mark.slow
