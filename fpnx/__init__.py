@@ -91,7 +91,7 @@ _MODULES = {  # where each public name is defined, below fpnx
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'fpnx' has no attribute {name!r}")
-    attribute = "open_pyramids" if name == "open" else name
+    attribute = "open_store" if name == "open" else name
     value = globals()[name] = getattr(import_module(f"fpnx.{_MODULES[name]}"), attribute)
     return value
 
