@@ -58,7 +58,7 @@ def test_pictures_of_a_file(here: Path, fpnx: Run) -> None:
     assert "pictures in a_png: 4" in out
     with Image.open(here / "a_png/a.png.png") as picture:
         assert picture.text["Title"] == "a.png"  # type: ignore[attr-defined]
-        assert "pyramid: untrained, seed 0" in picture.text["Description"]  # type: ignore[attr-defined]
+        assert "pyramid: untrained (random, seed 0)" in picture.text["Description"]  # type: ignore[attr-defined]
 
 
 def test_nothing_is_overwritten_unasked(here: Path, fpnx: Run) -> None:

@@ -179,7 +179,7 @@ def point_of(element: Locator, x: float, y: float) -> tuple[float, float]:
 
 
 def canvases(page: Page) -> list[str]:
-    return page.locator(".stage canvas").evaluate_all("canvases => canvases.map(canvas => canvas.toDataURL())")
+    return page.locator(".view canvas").evaluate_all("canvases => canvases.map(canvas => canvas.toDataURL())")
 
 
 def captions(page: Page) -> list[str]:
@@ -190,14 +190,14 @@ def test_the_page_works_in_a_browser(page: Page, made: Path, problems: list[str]
     assert page.locator("nav button").count() == 4
     assert page.locator("h2").text_content() == NASTY
     assert captions(page) == ["source", "C3", "source", "P3", "P4", "P5"]
-    assert (page.locator(".about").text_content() or "").endswith("pyramid: untrained, seed 0")
+    assert (page.locator(".model").text_content() or "").endswith("pyramid: untrained (random, seed 0)")
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     assert len(picture.getcolors(2**24) or ()) > 500  # photographs and maps are really drawn
-    photographs = page.locator(".stage img").evaluate_all("images => images.map(image => image.naturalWidth > 0)")
+    photographs = page.locator(".view img").evaluate_all("images => images.map(image => image.naturalWidth > 0)")
     assert photographs == [True] * 6
 
     energy = canvases(page)
-    first = page.locator(".row.later .stage canvas").first
+    first = page.locator(".row.continued .view canvas").first
     page.mouse.click(*point_of(first, 0.2, 0.3))
     similar = canvases(page)
     assert all(one != other for one, other in zip(energy, similar, strict=True))  # at every level
@@ -219,12 +219,32 @@ def test_hovering_tells_the_value_of_the_cell(page: Page, made: Path) -> None:
         item = store[2]
         assert page.locator("h2").text_content() == item.path
         exact = heatmap(item["P3"], "energy")
-    page.mouse.move(*point_of(page.locator(".row.later figure:nth-child(2) .stage"), 0.99, 0.01))
+    page.mouse.move(*point_of(page.locator(".row.continued figure:nth-child(2) .view"), 0.99, 0.01))
     said = page.locator("#readout").text_content() or ""
     match = re.fullmatch(r"P3 cell \(y (\d+), x (\d+)\): energy (.+)", said)
     assert match is not None, said
     assert (int(match[1]), int(match[2])) == (0, 11)
     assert float(match[3]) == pytest.approx(float(exact[0, 11]), rel=1e-3)
+
+
+def readout(page: Page) -> str:
+    return page.locator("#readout").text_content() or ""
+
+
+def test_the_readout_follows_the_mode_while_the_pointer_rests(page: Page) -> None:
+    hint = readout(page)
+    cell = r"P3 cell \(y 3, x 2\): "
+    page.mouse.click(*point_of(page.locator(".row.continued .view canvas").first, 0.2, 0.3))
+    assert re.fullmatch(cell + "similarity 1", readout(page)), readout(page)
+    page.keyboard.press("Escape")
+    energy = readout(page)
+    assert re.fullmatch(cell + r"energy [\d.]+", energy), energy
+    page.locator("#mode").select_option("pca")
+    assert re.fullmatch(cell + r"pca RGB \d+ \d+ \d+", readout(page)), readout(page)
+    page.locator("#mode").select_option("energy")
+    assert readout(page) == energy
+    page.locator("#level").select_option("P4")
+    assert readout(page) == hint  # the cell that was read is no longer shown
 
 
 def test_modes_levels_zoom_and_overlay(page: Page, problems: list[str]) -> None:
@@ -236,13 +256,13 @@ def test_modes_levels_zoom_and_overlay(page: Page, problems: list[str]) -> None:
     page.locator("#level").select_option("P4")
     assert captions(page) == ["source", "P4"]
     page.locator("#zoom").fill("960")
-    box = page.locator(".stage").first.bounding_box()
+    box = page.locator(".view").first.bounding_box()
     assert box is not None
     assert box["width"] == pytest.approx(960, abs=1)
     rendering = "canvas => getComputedStyle(canvas).imageRendering"
-    assert page.locator(".stage canvas").evaluate(rendering) == "pixelated"
+    assert page.locator(".view canvas").evaluate(rendering) == "pixelated"
     page.locator("#overlay").check()
-    assert page.locator(".stage.over").count() == 1
+    assert page.locator(".view.over").count() == 1
     page.locator("#scale").select_option("image")
     assert problems == []
 
@@ -254,7 +274,7 @@ def test_a_name_that_tries_to_be_markup_stays_text(page: Page) -> None:
 
 def test_maps_lie_over_the_photograph_to_the_pixel(page: Page) -> None:
     page.locator("#overlay").check()
-    ratios = page.locator(".stage:has(canvas)").evaluate_all(
+    ratios = page.locator(".view:has(canvas)").evaluate_all(
         "stages => stages.map(stage => {"
         "const c = stage.querySelector('canvas').getBoundingClientRect(), b = stage.getBoundingClientRect();"
         "return [c.left - b.left, c.top - b.top, c.width / b.width, c.height / b.height]; })"
