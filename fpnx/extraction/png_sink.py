@@ -19,9 +19,9 @@ from fpnx.images.decoding import decode
 from fpnx.images.listing import Listing
 from fpnx.store.reader import DONE, FAILED, PENDING, valid_extent
 from fpnx.visualization.figure import draw, mode_in_words, rendered
+from fpnx.visualization.image_maps import ImageMaps, Photo, describe_model
 from fpnx.visualization.panels import colour_table
 from fpnx.visualization.png_files import PngPaths, save_png
-from fpnx.visualization.scene import Photo, Scene, about_model
 
 __all__ = ["PngSink", "check_png_folder"]
 
@@ -35,7 +35,7 @@ class PngSink:
 
     def __init__(self, plan: Plan, provenance: Provenance) -> None:
         self._layout, self._config, self._sources = plan.layout, plan.config, plan.listing.sources
-        self._about = about_model(plan.model.backbone, plan.layout.levels, provenance.weights)
+        self._about = describe_model(plan.model.backbone, plan.layout.levels, provenance.weights)
         self._png_paths = _png_paths(plan.output, plan.listing)
         self._errors = dict(plan.layout.errors)
         self._nonfinite = dict.fromkeys(plan.layout.levels, 0)
@@ -94,7 +94,7 @@ class PngSink:
             nonfinite=dict(self._nonfinite),
         )
 
-    def _scene(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> Scene:
+    def _scene(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> ImageMaps:
         layout, size = self._layout, tuple(self._layout.input_sizes[index].tolist())
         pooled = self._config.pool != "none"
 
@@ -105,9 +105,9 @@ class PngSink:
             height, width = valid_extent(size, layout.strides[level], array.shape[1:])
             return array[:, :height, :width]
 
-        return Scene(
+        return ImageMaps(
             path=self._name(index),
-            about=self._about,
+            model=self._about,
             source_size=source_size,
             input_size=size,
             levels=layout.levels,

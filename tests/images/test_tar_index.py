@@ -20,7 +20,7 @@ from fpnx.images.decoding import decode, upright_size
 from fpnx.images.listing import find_images, list_lines
 from fpnx.images.reading import ImageSource, open_source
 from fpnx.images.tar_index import TarIndex, read_tar_index
-from fpnx.visualization.scene import find_photo
+from fpnx.visualization.image_maps import find_photo
 from tests.helpers.files import noise_image
 from tests.helpers.process import document
 

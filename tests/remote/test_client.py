@@ -26,7 +26,7 @@ from fpnx.images.listing import find_images
 from fpnx.images.reading import locate, open_source
 from fpnx.remote import client as remote
 from fpnx.remote.backends import ObjectInfo
-from fpnx.visualization.scene import find_photo
+from fpnx.visualization.image_maps import find_photo
 from tests.helpers.files import ROOT, archive, noise_image
 from tests.helpers.object_stores import KEYS, Web, free_port, web_server
 from tests.helpers.process import document
