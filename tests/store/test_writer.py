@@ -130,7 +130,7 @@ def test_images_are_marked_as_done_only_by_a_commit(tmp_path: Path) -> None:
 def test_a_failed_image_is_pending_on_reopening_and_without_reason_once_it_is_done(tmp_path: Path) -> None:
     output, layout = tmp_path / "out.h5", layout_of(["64x64", "64x64", ""], {2: "no header"})
     writer = Writer.create(output, layout, PROVENANCE)
-    writer.put([0], features_of([0], "64x64"), np.array([[9, 9]]), {"P4": [3], "P5": [0]})
+    writer.put([0], features_of([0], (64, 64)), np.array([[9, 9]]), {"P4": [3], "P5": [0]})
     writer.fail(1, "truncated")
     writer.commit()
     writer.close()
