@@ -111,7 +111,7 @@ def percentiles(samples: Sequence[float]) -> Percentiles:
 
 def _elapsed(before: torch.cuda.Event | float, now: torch.cuda.Event | float) -> float:
     if isinstance(before, float) or isinstance(now, float):
-        return float(now) - float(before)  # type: ignore[arg-type]
+        return float(now) - float(before)
     return float(before.elapsed_time(now)) / 1000
 
 

@@ -50,6 +50,7 @@ def extract(
     images: opt.Images,
     backbone: opt.Backbone = ExtractConfig.backbone,
     weights: opt.WeightsChoice = ExtractConfig.weights,
+    pyramid: opt.Pyramid = ExtractConfig.pyramid,
     seed: opt.Seed = ExtractConfig.seed,
     levels: opt.Levels = None,
     channels: opt.Channels = ExtractConfig.channels,
@@ -174,6 +175,7 @@ def benchmark(
     context: typer.Context,
     backbone: opt.Backbones = None,
     weights: opt.WeightsChoice = BenchmarkConfig.weights,
+    pyramid: opt.Pyramid = BenchmarkConfig.pyramid,
     seed: opt.Seed = BenchmarkConfig.seed,
     levels: opt.Levels = None,
     channels: opt.Channels = BenchmarkConfig.channels,
@@ -231,7 +233,7 @@ def list_images(images: opt.Images, limit: opt.Limit = ExtractConfig.limit) -> i
     with console.Terminal() as terminal:
         for remark in remarks:
             terminal.message(remark)
-    return 1 if listing.lost else 0
+    return 1 if listing.truncated else 0
 
 
 @app.command()

@@ -48,6 +48,7 @@ __all__ = [
     "Pool",
     "Precision",
     "Precisions",
+    "Pyramid",
     "Repeats",
     "Resampling",
     "Resume",
@@ -102,6 +103,9 @@ Backbone = Annotated[
 WeightsChoice = Annotated[
     str,
     option("Model", "--weights", "default, imagenet, coco, random, a torchvision name, or a file.", "NAME|FILE"),
+]
+Pyramid = Annotated[
+    str | None, option("Model", "--pyramid", "Kind of pyramid (default: that of the weights, or fpn).", "fpn|pafpn")
 ]
 Seed = Annotated[int, option("Model", "--seed", "For parts without trained parameters.", "N")]
 Levels = Annotated[str | None, option("Model", "--levels", "Such as P2-P5 (default), P3-P7 or C3,P3.", "LEVELS")]

@@ -38,6 +38,9 @@ MIN_COLUMN = 168  # pixels; a title fits above a narrower panel
 BAR_HEIGHT = 9  # pixels of the colour bar
 BOLD_WIDTH_FACTOR = 1.16  # bold text is at most this much wider
 LABEL_SIZE = 10  # pixels, of a channel's number
+# Added to the size of a figure, and taken from that of a box of pixels: some versions of Matplotlib round figures down
+# and boxes up, so that a rounding error would remove a row of the figure, or add a row or column to the box.
+SLACK = 1e-6  # pixels
 NOTE_COLOUR = "#555555"
 MODE_DESCRIPTIONS = {
     "energy": "energy: L2 norm over channels",
@@ -249,7 +252,7 @@ def _format_number(value: float) -> str:
 def rendered(figure: Figure) -> Image.Image:
     """A figure as a PIL image."""
     figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
 
 
 class _Canvas:
@@ -293,7 +296,8 @@ class _Canvas:
         def draw_call(figure: Figure, total: int) -> None:
             height, width = size or pixels.shape[:2]
             left, top = round(at[0]), round(at[1])
-            box = (left / self.width, 1 - (top + height) / total, width / self.width, height / total)
+            x, y = left + SLACK, total - top - height + SLACK
+            box = (x / self.width, y / total, (width - 2 * SLACK) / self.width, (height - 2 * SLACK) / total)
             axes = figure.add_axes(box, label=label, xlim=(0, width), ylim=(height, 0))
             axes.set_axis_off()
             axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", aspect="auto", origin="upper")
@@ -308,7 +312,7 @@ class _Canvas:
     def to_figure(self) -> Figure:
         """The figure, with the height of its content."""
         total = int(self.y) + MARGIN
-        size = (self.width / DPI, total / DPI)
+        size = ((self.width + SLACK) / DPI, (total + SLACK) / DPI)
         figure = NotebookFigure(figsize=size, dpi=DPI, facecolor="white", edgecolor="white")
         FigureCanvasAgg(figure)
         figure.set_layout_engine("none")  # so that rcParams do not change the figure

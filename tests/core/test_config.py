@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpnx.core.config import ExtractConfig, OutputConfig, VisualizeConfig, fingerprint
+from fpnx.core.config import (
+    BenchmarkConfig,
+    ExtractConfig,
+    InputConfig,
+    ModelConfig,
+    OutputConfig,
+    VisualizeConfig,
+    fingerprint,
+)
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
 from fpnx.core.text import format_bytes, plural
-from fpnx.models.weights.timm import forbidden
+from fpnx.models.weights.timm import downloads_forbidden
 
 
 @pytest.mark.parametrize(
@@ -42,10 +50,17 @@ def test_levels_that_are_none(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "kept"),
-    [(224, "224x224"), ("224", "224x224"), ("480x640", "480x640"), ((480, 640), "480x640"), ("native", "native")],
+    [
+        (224, (224, 224)),
+        ("224", (224, 224)),
+        ("480x640", (480, 640)),
+        ((480, 640), (480, 640)),
+        ([480, 640], (480, 640)),
+        ("native", "native"),
+    ],
     ids=str,
 )
-def test_sizes(size: Any, kept: str) -> None:
+def test_sizes(size: Any, kept: Any) -> None:
     assert ExtractConfig(size=size).size == kept
 
 
@@ -64,6 +79,7 @@ def test_sizes(size: Any, kept: str) -> None:
         {"seed": 1.5},
         {"channels": 0},
         {"top_block": "p6"},
+        {"pyramid": "ffpn"},
         {"batch_size": "0"},
         {"batch_size": "many"},
         {"workers": 0},
@@ -124,6 +140,14 @@ def test_frozen_and_strict_about_names() -> None:
         ExtractConfig(bakbone="vgg16")  # type: ignore[call-arg]
 
 
+def test_every_option_of_the_model_is_repeatable() -> None:
+    """What a file says it was computed with is enough to compute it again."""
+    names = {field.name for part in (ModelConfig, InputConfig) for field in dataclasses.fields(part)}
+    assert names | {"dtype", "pool", "precision"} == set(ExtractConfig().repeatable())
+    assert ExtractConfig(pyramid="pafpn").repeatable()["pyramid"] == "pafpn"
+    assert [run.pyramid for run in BenchmarkConfig(pyramid="pafpn", batch_size="1,2").runs()] == ["pafpn"] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "images", "allowed"), [("0", 10, 0), ("3", 10, 3), ("1%", 250, 2), ("100%", 7, 7), (5, 9, 5)]
 )
@@ -134,10 +158,10 @@ def test_allowed_failures(text: str | int, images: int, allowed: int) -> None:
 def test_a_word_that_neither_forbids_nor_allows_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FPNX_OFFLINE", "maybe")
     with pytest.raises(FpnxError, match="FPNX_OFFLINE=maybe: take 1"):
-        forbidden()
+        downloads_forbidden()
     for word, is_so in (("1", True), ("yes", True), ("0", False), ("", False)):
         monkeypatch.setenv("FPNX_OFFLINE", word)
-        assert forbidden() is is_so
+        assert downloads_forbidden() is is_so
 
 
 @pytest.mark.parametrize(
