@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fpnx.benchmark.profiling import marked, peak_bytes, timed_body
-from fpnx.benchmark.timers import PeakMemory, Stopwatch
+from fpnx.benchmark.timers import PeakMemory, StageTimer
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.core.image_list import ImageList
@@ -61,10 +61,10 @@ class BenchmarkCase:
         # of the same size before padding, too, so that a batch is one array
         members = [i for i in members if (plan.layout.input_sizes[i] == plan.layout.input_sizes[members[0]]).all()]
         self._members = [members[i % len(members)] for i in range(self.batch_size)]
-        self._stopwatch = Stopwatch(plan.device)
+        self._timer = StageTimer(plan.device)
         self._writer: Writer | None = None
         self._batch: Tensor | None = None
-        self._network = _Network(engine.executable, self._stopwatch)
+        self._network = _Network(engine.executable, self._timer)
 
     def required_bytes(self) -> int:
         """Least memory of an extraction in bytes, without what is loaded already."""
@@ -120,10 +120,10 @@ class BenchmarkCase:
         """Run one batch through the network alone, as in an extraction; returns milliseconds per image."""
         assert self._batch is not None, "stages() comes first"
         with torch.inference_mode(), arithmetic(self.plan.device, self.plan.precision):
-            self._stopwatch.start()
+            self._timer.start()
             self.engine.executable(self._batch)
-            self._stopwatch.mark("forward")
-        return 1000 * self._stopwatch.seconds()["forward"] / self.batch_size
+            self._timer.mark("forward")
+        return 1000 * self._timer.seconds()["forward"] / self.batch_size
 
     def core_time(self) -> float:
         """Processor time of all stages in milliseconds per image, with one batch on each core at the same time.
@@ -190,19 +190,19 @@ class BenchmarkCase:
 
     def _time_compute(self, pixels: Sequence[np.ndarray]) -> dict[str, float]:
         """Seconds of each stage from pixels to arrays; keeps the network's input and the arrays."""
-        recipe, device, watch = self.plan.recipe, self.plan.device, self._stopwatch
+        recipe, device, timer = self.plan.recipe, self.plan.device, self._timer
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with torch.inference_mode(), arithmetic(device, self.plan.precision):
-            watch.start()
+            timer.start()
             raw = torch.from_numpy(np.stack(pixels)).to(device)
-            watch.mark(UPLOAD)
+            timer.mark(UPLOAD)
             self._batch = recipe.pad(recipe.normalise(raw), self.size).to(self.engine.dtype)
-            watch.mark(RESIZE)
+            timer.mark(RESIZE)
             levels = self._network(self._batch)
             stored = {name: self.engine.in_stored_form(name, level, sizes) for name, level in levels.items()}
             self._arrays = {name: level.cpu().numpy() for name, level in stored.items()}
-            watch.mark(DOWNLOAD)
-        return watch.seconds()
+            timer.mark(DOWNLOAD)
+        return timer.seconds()
 
     def _time_write(self, source_sizes: np.ndarray) -> float:
         """Seconds of writing one batch to the disk, to a file with the layout of a run."""
@@ -236,16 +236,16 @@ class _StartListener(Listener):
 class _Network:
     """A forward pass in its executable form, with a mark at the end of each stage."""
 
-    def __init__(self, executable: FusedModel, stopwatch: Stopwatch) -> None:
-        self._levels, self._neck, self._stopwatch = executable.levels, executable.neck, stopwatch
-        self._body = timed_body(executable.body, stopwatch)
+    def __init__(self, executable: FusedModel, timer: StageTimer) -> None:
+        self._levels, self._neck, self._timer = executable.levels, executable.neck, timer
+        self._body = timed_body(executable.body, timer)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         levels: dict[str, Tensor] = self._body(images)
         if self._neck is not None:
-            with marked(self._neck.timed_blocks(), self._stopwatch):
+            with marked(self._neck.timed_blocks(), self._timer):
                 levels = levels | self._neck(levels)
-            self._stopwatch.mark(self._neck.last_stage)
+            self._timer.mark(self._neck.last_stage)
         return {name: levels[name] for name in self._levels}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpnx.benchmark.timers import Stopwatch
+from fpnx.benchmark.timers import StageTimer
 from fpnx.core.levels import level_number
 from fpnx.inference.graph_fusion import FusedModel
 from fpnx.models.pyramid_model import PyramidModel
@@ -22,13 +22,13 @@ MERGE = "lateral + top-down"
 TOP = "top block"
 
 
-def timed_body(body: nn.Module, stopwatch: Stopwatch) -> nn.Module:
+def timed_body(body: nn.Module, timer: StageTimer) -> nn.Module:
     """A copy of `body` with the same parameters, that returns its taps and marks the end of `"C2"`, `"C3"`, ….
 
     An operation belongs to the finest tap that needs it. A body that could not be traced is one stage, `"backbone"`.
     """
     if not isinstance(body, fx.GraphModule):
-        return _UntracedBody(body, stopwatch)
+        return _UntracedBody(body, timer)
     taps: dict[str, fx.Node] = next(node for node in body.graph.nodes if node.op == "output").args[0]
     stages = _stages(taps)
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -43,18 +43,18 @@ def timed_body(body: nn.Module, stopwatch: Stopwatch) -> nn.Module:
     for name, value in (*body.named_children(), *body.named_parameters(recurse=False), *_constants(body)):
         setattr(holder, name, value)
     for stage, name in names.items():
-        holder.add_module(name, _StageMark(stopwatch, stage))
+        holder.add_module(name, _StageMark(timer, stage))
     return fx.GraphModule(holder, graph).eval()
 
 
 @contextmanager
-def marked(blocks: Sequence[tuple[str, nn.Module]], stopwatch: Stopwatch) -> Iterator[None]:
+def marked(blocks: Sequence[tuple[str, nn.Module]], timer: StageTimer) -> Iterator[None]:
     """Within the context, each of `blocks` (stage, module) is timed as its stage, and what comes before it as
     `"lateral + top-down"`."""
     hooks = []
     for stage, block in blocks:
-        hooks.append(block.register_forward_pre_hook(_before(stopwatch)))
-        hooks.append(block.register_forward_hook(_after(stopwatch, stage)))
+        hooks.append(block.register_forward_pre_hook(_before(timer)))
+        hooks.append(block.register_forward_hook(_after(timer, stage)))
     try:
         yield
     finally:
@@ -98,31 +98,31 @@ def _constants(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _before(stopwatch: Stopwatch) -> Callable[..., None]:
-    return lambda *_: stopwatch.mark(MERGE)
+def _before(timer: StageTimer) -> Callable[..., None]:
+    return lambda *_: timer.mark(MERGE)
 
 
-def _after(stopwatch: Stopwatch, stage: str) -> Callable[..., None]:
-    return lambda *_: stopwatch.mark(stage)
+def _after(timer: StageTimer, stage: str) -> Callable[..., None]:
+    return lambda *_: timer.mark(stage)
 
 
 class _StageMark(nn.Module):
-    def __init__(self, stopwatch: Stopwatch, stage: str) -> None:
+    def __init__(self, timer: StageTimer, stage: str) -> None:
         super().__init__()
-        self._stopwatch, self._stage = stopwatch, stage
+        self._timer, self._stage = timer, stage
 
     def forward(self) -> None:
-        self._stopwatch.mark(self._stage)
+        self._timer.mark(self._stage)
 
 
 class _UntracedBody(nn.Module):
-    def __init__(self, body: nn.Module, stopwatch: Stopwatch) -> None:
+    def __init__(self, body: nn.Module, timer: StageTimer) -> None:
         super().__init__()
-        self._body, self._stopwatch = body, stopwatch
+        self._body, self._timer = body, timer
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         taps: dict[str, Tensor] = self._body(images)
-        self._stopwatch.mark("backbone")
+        self._timer.mark("backbone")
         return taps
 
 

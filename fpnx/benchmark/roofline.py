@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fpnx.benchmark.timers import Stopwatch
+from fpnx.benchmark.timers import StageTimer
 from fpnx.core.files import OpenFile, reserve_space
 from fpnx.inference.devices import arithmetic, compute_dtype
 from fpnx.inference.packed_conv import PackedConv2d, can_pack, packing
@@ -32,7 +32,7 @@ class MatrixProduct:
 
     def __init__(self, device: torch.device, precision: str) -> None:
         self._device, self._precision, dtype = device, precision, compute_dtype(precision)
-        self._stopwatch = Stopwatch(device)
+        self._timer = StageTimer(device)
         self.side = 512
         while True:
             a, b = (torch.randn(self.side, self.side).to(device, dtype) for _ in range(2))
@@ -62,10 +62,10 @@ class MatrixProduct:
 
     def _seconds(self, product: Callable[[], Tensor]) -> float:
         with torch.inference_mode(), arithmetic(self._device, self._precision):
-            self._stopwatch.start()
+            self._timer.start()
             product()
-            self._stopwatch.mark("product")
-            return self._stopwatch.seconds()["product"]
+            self._timer.mark("product")
+            return self._timer.seconds()["product"]
 
 
 def write_speed(folder: Path, size: int) -> float:

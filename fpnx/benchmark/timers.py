@@ -19,10 +19,10 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["PeakMemory", "Percentiles", "Stopwatch", "percentiles"]
+__all__ = ["PeakMemory", "Percentiles", "StageTimer", "percentiles"]
 
 
-class Stopwatch:
+class StageTimer:
     """Measures the time of consecutive stages.
 
     On CUDA a mark is an event on the current stream, without synchronisation; elsewhere it reads the monotonic clock

@@ -208,11 +208,11 @@ def benchmark(
     from fpnx.commands.benchmark import benchmark as run
 
     with console.Terminal(json) as terminal:
-        findings = run(listener=terminal, **options)
-    console.show_json(findings.to_json()) if json else benchmark_view.show_benchmark(findings)
+        result = run(listener=terminal, **options)
+    console.show_json(result.to_json()) if json else benchmark_view.show_benchmark(result)
     if plot is not None:
-        draw_stages(findings, plot)
-    return findings.exit_code
+        draw_stages(result, plot)
+    return result.exit_code
 
 
 @app.command("list")

@@ -35,7 +35,11 @@ class PngSink:
 
     def __init__(self, plan: Plan, provenance: Provenance) -> None:
         self._layout, self._config, self._sources = plan.layout, plan.config, plan.listing.sources
+<<<<<<< HEAD
         self._about = describe_model(plan.model.backbone, plan.layout.levels, provenance.weights)
+=======
+        self._model_description = describe_model(plan.model.backbone, plan.layout.levels, provenance.weights)
+>>>>>>> viz
         self._png_paths = _png_paths(plan.output, plan.listing)
         self._errors = dict(plan.layout.errors)
         self._nonfinite = dict.fromkeys(plan.layout.levels, 0)
@@ -59,14 +63,17 @@ class PngSink:
         """
         for position, index in enumerate(indices):
             arrays = {level: values[position] for level, values in features.items()}
-            scene = self._scene(index, arrays, tuple(source_sizes[position].tolist()))
+            maps = self._maps(index, arrays, tuple(source_sizes[position].tolist()))
             try:
-                picture = rendered(draw([scene], self._config, None, [None]))
+                picture = rendered(draw([maps], self._config, None, [None]))
             except FpnxError as error:  # a requested point or channel that this image does not have
                 self.fail(index, str(error))
                 continue
-            metadata = {"Title": escape(scene.path), "Description": f"{mode_in_words(self._config)}; {self._about}"}
-            save_png(picture, self._png_paths[scene.path], {**metadata, "Software": f"fpnx {__version__}"})
+            metadata = {
+                "Title": escape(maps.path),
+                "Description": f"{mode_in_words(self._config)}; {self._model_description}",
+            }
+            save_png(picture, self._png_paths[maps.path], {**metadata, "Software": f"fpnx {__version__}"})
             for level, counts in nonfinite.items():
                 self._nonfinite[level] += counts[position]
             self.status[index] = DONE
@@ -94,7 +101,7 @@ class PngSink:
             nonfinite=dict(self._nonfinite),
         )
 
-    def _scene(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> ImageMaps:
+    def _maps(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> ImageMaps:
         layout, size = self._layout, tuple(self._layout.input_sizes[index].tolist())
         pooled = self._config.pool != "none"
 
@@ -107,7 +114,7 @@ class PngSink:
 
         return ImageMaps(
             path=self._name(index),
-            model=self._about,
+            model=self._model_description,
             source_size=source_size,
             input_size=size,
             levels=layout.levels,

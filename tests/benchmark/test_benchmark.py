@@ -120,10 +120,10 @@ def test_the_error_of_a_precision_is_that_of_its_type(result: BenchmarkResult) -
 
 
 def test_json_has_every_sample_and_the_machine(result: BenchmarkResult) -> None:
-    result = json.loads(json.dumps(result.to_json()))
-    assert {"processor", "cpus", "torch_threads", "device", "versions", "memory_bytes"} <= result["machine"].keys()
-    assert {"torch", "torchvision", "fpnx", "python", "h5py"} <= result["machine"]["versions"].keys()
-    first = result["configurations"][0]
+    report = json.loads(json.dumps(result.to_json()))
+    assert {"processor", "cpus", "torch_threads", "device", "versions", "memory_bytes"} <= report["machine"].keys()
+    assert {"torch", "torchvision", "fpnx", "python", "h5py"} <= report["machine"]["versions"].keys()
+    first = report["configurations"][0]
     assert first["stages"] == result.cases[0].stages
     assert first["forward"] == result.cases[0].forward
     assert first["end_to_end"] == result.cases[0].end_to_end
@@ -131,8 +131,8 @@ def test_json_has_every_sample_and_the_machine(result: BenchmarkResult) -> None:
     assert first["ratios"]["forward"] == {"median": 1.0, "low": 1.0, "high": 1.0, "samples": 6}
     assert [shape["level"] for shape in first["shapes"]] == ["P2", "C3", "P5", "P6"]
     assert [cost["part"] for cost in first["costs"]] == ["backbone", "laterals", "outputs", "top block"]
-    assert result["ceilings_flops"]["float32"] == result.ceilings["float32"]
-    assert (result["rounds"], result["interrupted"], result["exit_code"]) == (2, False, 0)
+    assert report["ceilings_flops"]["float32"] == result.ceilings["float32"]
+    assert (report["rounds"], report["interrupted"], report["exit_code"]) == (2, False, 0)
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -11,7 +11,7 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import fpnx
 from fpnx.benchmark.profiling import MERGE, Cost, count_costs, marked, peak_bytes, timed_body
-from fpnx.benchmark.timers import Stopwatch
+from fpnx.benchmark.timers import StageTimer
 from fpnx.inference.graph_fusion import fuse_model
 
 
@@ -84,7 +84,7 @@ def test_only_what_the_levels_need_is_counted(levels: str, top_block: str | None
 @pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2", "vgg16"])
 def test_a_timed_body_computes_the_same(backbone: str) -> None:
     model = fpnx.create_model(backbone, weights="random")
-    body = timed_body(model.body, Stopwatch(torch.device("cpu")))
+    body = timed_body(model.body, StageTimer(torch.device("cpu")))
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, actual = model.body(images), body(images)
@@ -96,7 +96,7 @@ def test_a_timed_body_computes_the_same(backbone: str) -> None:
 
 
 def test_each_convolution_belongs_to_its_stage() -> None:
-    body = timed_body(resnet50().body, Stopwatch(torch.device("cpu")))
+    body = timed_body(resnet50().body, StageTimer(torch.device("cpu")))
     counts: list[int] = [0]
     for module in (body.get_submodule(str(n.target)) for n in body.graph.nodes if n.op == "call_module"):
         if isinstance(module, torch.nn.Conv2d):
@@ -108,30 +108,30 @@ def test_each_convolution_belongs_to_its_stage() -> None:
 
 
 def test_marks_come_in_order_and_shallow_levels_stop_early() -> None:
-    watch = Stopwatch(torch.device("cpu"))
+    timer = StageTimer(torch.device("cpu"))
     images = torch.zeros(1, 3, 64, 64)
     for levels, expected in (("P2", ["C2", "C3", "C4", "C5"]), ("C2,C3", ["C2", "C3"])):
-        body = timed_body(fuse_model(resnet50(levels)).body, watch)
-        watch.start()
+        body = timed_body(fuse_model(resnet50(levels)).body, timer)
+        timer.start()
         with torch.inference_mode():
             assert list(body(images)) == expected
-        seconds = watch.seconds()
+        seconds = timer.seconds()
         assert list(seconds) == expected
         assert all(value > 0 for value in seconds.values())
 
 
 def test_blocks_are_marked_only_within_the_context() -> None:
-    model, watch = resnet50(), Stopwatch(torch.device("cpu"))
+    model, timer = resnet50(), StageTimer(torch.device("cpu"))
     blocks = [(f"output P{k}", block) for k, block in enumerate(model.fpn.layer_blocks, 2)]
     taps = model.taps(torch.zeros(1, 3, 64, 64))
-    watch.start()
+    timer.start()
     with torch.inference_mode():
-        with marked(blocks, watch):
+        with marked(blocks, timer):
             model.fpn(taps)
-        assert list(watch.seconds()) == [MERGE, "output P5", "output P4", "output P3", "output P2"]
-        watch.start()
+        assert list(timer.seconds()) == [MERGE, "output P5", "output P4", "output P3", "output P2"]
+        timer.start()
         model.fpn(taps)
-        assert watch.seconds() == {}
+        assert timer.seconds() == {}
 
 
 def test_peak_memory_is_proportional_to_the_area_and_covers_taps_and_levels() -> None:
