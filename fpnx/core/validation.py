@@ -1,4 +1,4 @@
-"""The values of options: levels, channels, sizes, points, numbers, read from words and refused in one line."""
+"""Parsing and checks of option values: channels, sizes, points, numbers, choices; errors are one line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fpnx.core.errors import FpnxError
+from fpnx.core.option import declared_option
 from fpnx.core.text import did_you_mean, escape
 
 __all__ = [
     "auto_or_whole",
     "check_choice",
-    "check_types",
+    "check_fields",
     "check_whole",
     "checked_size",
     "freeze",
@@ -66,20 +67,20 @@ def parse_pool(pool: str) -> tuple[int, int] | None:
     return None if pool == "none" else parse_size(pool) or (1, 1)
 
 
-def three_numbers(what: str, given: str | Iterable[float]) -> tuple[float, ...]:
-    """Three finite numbers, of a sequence or of words with commas."""
-    parts = given.split(",") if isinstance(given, str) else list(given)
+def three_numbers(what: str, value: str | Iterable[float]) -> tuple[float, ...]:
+    """Three finite numbers, from a sequence or from text with commas."""
+    parts = value.split(",") if isinstance(value, str) else list(value)
     try:
         numbers = tuple(float(part) for part in parts)
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
-        raise FpnxError(f"{what} {given!r}: take three numbers such as 123.675,116.28,103.53")
+        raise FpnxError(f"{what} {value!r}: take three numbers such as 123.675,116.28,103.53")
     return numbers
 
 
 def checked_size(size: str | int | tuple[int, int]) -> str | tuple[int, int]:
-    """A size as config keeps it: `"recipe"`, `"native"` or (height, width)."""
+    """A size as configs keep it: `"recipe"`, `"native"` or (height, width)."""
     text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
     if text.isascii() and text.isdigit():
         text = f"{text}x{text}"
@@ -95,7 +96,7 @@ def checked_size(size: str | int | tuple[int, int]) -> str | tuple[int, int]:
 
 
 def point_text(point: str | tuple[float, float]) -> str:
-    """A point as config keeps it: `"120,80"` in source pixels, or `"50%,50%"`; x first."""
+    """A point as configs keep it: `"120,80"` in source pixels, or `"50%,50%"`; x first."""
     text = ",".join(map(str, point)) if isinstance(point, (tuple, list)) else str(point)
     if not re.fullmatch(r"\s*\d+(\.\d*)?%?\s*,\s*\d+(\.\d*)?%?\s*", text, re.ASCII):
         raise FpnxError(f"point {text!r}: take x and y in source pixels such as 120,80, or shares such as 50%,50%")
@@ -106,16 +107,17 @@ def point_text(point: str | tuple[float, float]) -> str:
 
 
 def several(what: str, value: Any) -> tuple[Any, ...]:
-    """Values of an option that may be given more than once, or with commas; none twice."""
+    """The values of an option that takes several, as a sequence or as text with commas; none twice."""
     parts = [value] if isinstance(value, (str, int)) else list(value or ())
-    found = [item.strip() if isinstance(item, str) else item
-             for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
-    if "" in found:
+    items: list[Any] = []
+    for part in parts:
+        items += [item.strip() for item in part.split(",")] if isinstance(part, str) else [part]
+    if "" in items:
         raise FpnxError(f"{what} {value!r}: a value is missing beside a comma")
-    twice = next((item for item in found if found.count(item) > 1), None)
-    if twice is not None:
-        raise FpnxError(f"{what} {twice} is given twice: name each once")
-    return tuple(found)
+    duplicate = next((item for item in items if items.count(item) > 1), None)
+    if duplicate is not None:
+        raise FpnxError(f"{what} {duplicate} is given twice: name each once")
+    return tuple(items)
 
 
 def auto_or_whole(what: str, value: str | int, most: int) -> str | int:
@@ -127,7 +129,7 @@ def auto_or_whole(what: str, value: str | int, most: int) -> str | int:
     return number
 
 
-WORDS = {
+TYPE_NAMES = {
     str: "text",
     int: "a whole number",
     float: "a number",
@@ -137,31 +139,35 @@ WORDS = {
 }
 
 
-def check_types(config: Any) -> None:
-    """Refuse values of another type than their fields have; a path becomes text where text is taken.
+def check_fields(config: Any) -> None:
+    """Refuse values that have another type than their fields, or are none of their option's choices.
+
+    A path becomes text where a field takes text, a number of NumPy one of Python.
 
     Raises:
-        FpnxError: naming the field, the value and what is taken.
+        FpnxError: naming the field, the value and what the field takes.
     """
-    kinds = _kinds(type(config))  # type: ignore[arg-type]
+    types = _field_types(type(config))  # type: ignore[arg-type]
     for each in fields(config):
-        value, taken = getattr(config, each.name), kinds[each.name]
-        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a number of numpy's
+        value, allowed, name = getattr(config, each.name), types[each.name], each.name.replace("_", " ")
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a NumPy scalar
             value = value.item()
             freeze(config, each.name, value)
-        if isinstance(value, os.PathLike) and str in taken:
+        if isinstance(value, os.PathLike) and str in allowed:
             value = os.fspath(value)
             freeze(config, each.name, value)
-        if not any(_is_of(value, kind) for kind in taken):
-            words = " or ".join(WORDS[kind] for kind in taken if kind in WORDS)
-            such = "" if each.default in (None, "") else f", such as {each.default!r}"
-            name = each.name.replace("_", " ")
-            raise FpnxError(f"{name} {escape(repr(value))[:80]}: take {words}{such}")
+        if not any(_is_instance(value, kind) for kind in allowed):
+            names = " or ".join(TYPE_NAMES[kind] for kind in allowed if kind in TYPE_NAMES)
+            example = "" if each.default in (None, "") else f", such as {each.default!r}"
+            raise FpnxError(f"{name} {escape(repr(value))[:80]}: take {names}{example}")
+        declared = declared_option(each)
+        if declared is not None and declared.choices and value is not None:
+            check_choice(name, value, declared.choices)
 
 
 @functools.cache
-def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
-    """The types that each field takes, without what is in them."""
+def _field_types(config: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each field takes, without their parameters: `Iterable[str]` is `Iterable`."""
     hints = get_type_hints(config)
     unions = {
         name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints.items()
@@ -169,7 +175,8 @@ def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
     return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in unions.items()}
 
 
-def _is_of(value: object, kind: Any) -> bool:
+def _is_instance(value: object, kind: Any) -> bool:
+    """Whether a field of type `kind` takes `value`: no bool for a number, no text for a sequence."""
     if kind in (int, float):
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if kind is tuple:
@@ -185,12 +192,12 @@ def freeze(config: object, name: str, value: object) -> None:
 
 
 def check_whole(what: str, value: object, least: int, most: int, before: str = "") -> None:
-    """Refuse what is no whole number from `least` to `most`."""
+    """Refuse a value that is not a whole number from `least` to `most`; `before` names what else is allowed."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise FpnxError(f"{what} {value!r}: take {before}a whole number from {least} to {most}")
 
 
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:
-    """Refuse what is none of `choices`, naming the nearest."""
+    """Refuse a value that is none of `choices`; the error names the nearest."""
     if value not in choices:
         raise FpnxError(f"{what} {value!r}: take one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
