@@ -1,4 +1,4 @@
-"""Names of levels: C2 to C7 are taps of the backbone, P2 to P7 pyramid levels; level k has stride 2^k."""
+"""Names of levels: C2 to C7 are taps, P2 to P7 pyramid levels; level k has stride 2^k."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fpnx.core.errors import FpnxError
 __all__ = ["LEVELS", "level_number", "level_place", "ordered_levels", "parse_levels", "UNSTRIDED_LEVELS"]
 
 LEVELS = (*(f"C{k}" for k in range(2, 8)), *(f"P{k}" for k in range(2, 8)))
-# torchvision's names of levels, for detectors with several levels of one stride (MobileNetV3); fine to coarse.
+# torchvision's level names, fine to coarse; used where there is not one level per stride (MobileNetV3).
 UNSTRIDED_LEVELS = ("0", "1", "pool")
 
 
@@ -18,7 +18,7 @@ def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
     """`"P3-P7"`, `"C3,P3"` or a sequence of names → names, fine to coarse, C before P.
 
     Raises:
-        FpnxError: for a name that is not a level, an empty or reversed range, a level that is named twice.
+        FpnxError: for an unknown level, an empty or reversed range, or a level named twice.
     """
     if not isinstance(levels, Iterable):
         raise FpnxError(f"levels {levels!r}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
@@ -35,9 +35,9 @@ def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
         names += [f"{match[1]}{n}" for n in range(int(match[2]), int(match[4] or match[2]) + 1)]
     if not names:
         raise FpnxError("no levels: take names and ranges such as P2-P5, P3-P7 or C3,P3")
-    duplicate = next((name for name in names if names.count(name) > 1), None)
-    if duplicate:
-        raise FpnxError(f"level {duplicate} is named twice")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise FpnxError(f"level {twice} is named twice")
     return ordered_levels(names)
 
 
@@ -47,7 +47,7 @@ def ordered_levels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def level_place(name: str) -> int:
-    """Sort key of a level, fine to coarse: its k, or its position in `UNSTRIDED_LEVELS`."""
+    """Position of a level from fine to coarse: k, or its index in `UNSTRIDED_LEVELS`."""
     return UNSTRIDED_LEVELS.index(name) if name in UNSTRIDED_LEVELS else level_number(name)
 
 

@@ -1,4 +1,4 @@
-"""Parsing and checks of option values: channels, sizes, points, numbers, choices; errors are one line."""
+"""Parsing and validation of option values: channels, sizes, points, numbers and choices; errors are one line."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ SIZES = ("recipe", "native")
 
 
 def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
-    """`"3,17"`, `"0-8"` or a sequence of numbers → channel numbers, in the order given.
+    """`"3,17"`, `"0-8"` or a sequence of numbers → channel numbers, in the same order.
 
     Raises:
-        FpnxError: for anything else, or more than 100.
+        FpnxError: for other text, or more than 100 channels.
     """
     chosen: list[int] = []
     for part in channels.split(",") if isinstance(channels, str) else channels:
@@ -68,7 +68,7 @@ def parse_pool(pool: str) -> tuple[int, int] | None:
 
 
 def three_numbers(what: str, value: str | Iterable[float]) -> tuple[float, ...]:
-    """Three finite numbers, from a sequence or from text with commas."""
+    """Three finite numbers, from a sequence or a comma-separated text."""
     parts = value.split(",") if isinstance(value, str) else list(value)
     try:
         numbers = tuple(float(part) for part in parts)
@@ -80,7 +80,7 @@ def three_numbers(what: str, value: str | Iterable[float]) -> tuple[float, ...]:
 
 
 def checked_size(size: str | int | tuple[int, int]) -> str | tuple[int, int]:
-    """A size as configs keep it: `"recipe"`, `"native"` or (height, width)."""
+    """A size in the form of the config: `"recipe"`, `"native"` or (height, width)."""
     text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
     if text.isascii() and text.isdigit():
         text = f"{text}x{text}"
@@ -96,7 +96,7 @@ def checked_size(size: str | int | tuple[int, int]) -> str | tuple[int, int]:
 
 
 def point_text(point: str | tuple[float, float]) -> str:
-    """A point as configs keep it: `"120,80"` in source pixels, or `"50%,50%"`; x first."""
+    """A point in the form of the config: `"120,80"` in source pixels, or `"50%,50%"`; x first."""
     text = ",".join(map(str, point)) if isinstance(point, (tuple, list)) else str(point)
     if not re.fullmatch(r"\s*\d+(\.\d*)?%?\s*,\s*\d+(\.\d*)?%?\s*", text, re.ASCII):
         raise FpnxError(f"point {text!r}: take x and y in source pixels such as 120,80, or shares such as 50%,50%")
@@ -107,17 +107,16 @@ def point_text(point: str | tuple[float, float]) -> str:
 
 
 def several(what: str, value: Any) -> tuple[Any, ...]:
-    """The values of an option that takes several, as a sequence or as text with commas; none twice."""
+    """The values of an option that takes several, repeated or comma-separated; duplicates are refused."""
     parts = [value] if isinstance(value, (str, int)) else list(value or ())
-    items: list[Any] = []
-    for part in parts:
-        items += [item.strip() for item in part.split(",")] if isinstance(part, str) else [part]
-    if "" in items:
+    values = [item.strip() if isinstance(item, str) else item
+             for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
+    if "" in values:
         raise FpnxError(f"{what} {value!r}: a value is missing beside a comma")
-    duplicate = next((item for item in items if items.count(item) > 1), None)
+    duplicate = next((item for item in values if values.count(item) > 1), None)
     if duplicate is not None:
         raise FpnxError(f"{what} {duplicate} is given twice: name each once")
-    return tuple(items)
+    return tuple(values)
 
 
 def auto_or_whole(what: str, value: str | int, most: int) -> str | int:
@@ -140,34 +139,34 @@ TYPE_NAMES = {
 
 
 def check_fields(config: Any) -> None:
-    """Refuse values that have another type than their fields, or are none of their option's choices.
+    """Refuse values of another type than their fields, or that are none of their option's choices.
 
-    A path becomes text where a field takes text, a number of NumPy one of Python.
+    A path is converted where text is accepted, a numpy number to one of Python.
 
     Raises:
-        FpnxError: naming the field, the value and what the field takes.
+        FpnxError: with the field, the value and the accepted types or choices.
     """
-    types = _field_types(type(config))  # type: ignore[arg-type]
+    kinds = _kinds(type(config))  # type: ignore[arg-type]
     for each in fields(config):
-        value, allowed, name = getattr(config, each.name), types[each.name], each.name.replace("_", " ")
-        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a NumPy scalar
+        value, accepted, name = getattr(config, each.name), kinds[each.name], each.name.replace("_", " ")
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy number
             value = value.item()
             freeze(config, each.name, value)
-        if isinstance(value, os.PathLike) and str in allowed:
+        if isinstance(value, os.PathLike) and str in accepted:
             value = os.fspath(value)
             freeze(config, each.name, value)
-        if not any(_is_instance(value, kind) for kind in allowed):
-            names = " or ".join(TYPE_NAMES[kind] for kind in allowed if kind in TYPE_NAMES)
+        if not any(_is_of(value, kind) for kind in accepted):
+            accepted_types = " or ".join(TYPE_NAMES[kind] for kind in accepted if kind in TYPE_NAMES)
             example = "" if each.default in (None, "") else f", such as {each.default!r}"
-            raise FpnxError(f"{name} {escape(repr(value))[:80]}: take {names}{example}")
+            raise FpnxError(f"{name} {escape(repr(value))[:80]}: take {accepted_types}{example}")
         declared = declared_option(each)
         if declared is not None and declared.choices and value is not None:
             check_choice(name, value, declared.choices)
 
 
 @functools.cache
-def _field_types(config: type) -> dict[str, tuple[Any, ...]]:
-    """The types that each field takes, without their parameters: `Iterable[str]` is `Iterable`."""
+def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
+    """The types of each field, without type arguments."""
     hints = get_type_hints(config)
     unions = {
         name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints.items()
@@ -175,8 +174,7 @@ def _field_types(config: type) -> dict[str, tuple[Any, ...]]:
     return {name: tuple(get_origin(kind) or kind for kind in kinds) for name, kinds in unions.items()}
 
 
-def _is_instance(value: object, kind: Any) -> bool:
-    """Whether a field of type `kind` takes `value`: no bool for a number, no text for a sequence."""
+def _is_of(value: object, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if kind is tuple:
@@ -187,17 +185,17 @@ def _is_instance(value: object, kind: Any) -> bool:
 
 
 def freeze(config: object, name: str, value: object) -> None:
-    """Set a field of a frozen config, which only its own `__post_init__` may do."""
+    """Set a field of a frozen config; only for its own `__post_init__`."""
     object.__setattr__(config, name, value)
 
 
-def check_whole(what: str, value: object, least: int, most: int, before: str = "") -> None:
-    """Refuse a value that is not a whole number from `least` to `most`; `before` names what else is allowed."""
+def check_whole(what: str, value: object, least: int, most: int, prefix: str = "") -> None:
+    """Raise FpnxError unless `value` is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise FpnxError(f"{what} {value!r}: take {before}a whole number from {least} to {most}")
+        raise FpnxError(f"{what} {value!r}: take {prefix}a whole number from {least} to {most}")
 
 
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:
-    """Refuse a value that is none of `choices`; the error names the nearest."""
+    """Raise FpnxError unless `value` is one of `choices`; the message names the nearest one."""
     if value not in choices:
         raise FpnxError(f"{what} {value!r}: take one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
