@@ -151,7 +151,7 @@ class BenchmarkConfig:
         ModelConfig, "backbone", help="Name; repeat it to compare several.", repeatable=True
     )
     weights: str = like(ModelConfig, "weights", default="random")
-    pyramid: str = like(ModelConfig, "pyramid")
+    pyramid: str | None = like(ModelConfig, "pyramid")
     seed: int = like(ModelConfig, "seed")
     levels: str | Iterable[str] | None = like(ModelConfig, "levels")
     channels: int | None = like(ModelConfig, "channels")

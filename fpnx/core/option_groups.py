@@ -104,7 +104,9 @@ class ModelConfig(FileFacts):
         metavar="NAME|FILE",
         complete="weights",
     )
-    pyramid: str = option("fpn", "Kind of pyramid.", "Model", choices=PYRAMIDS)
+    pyramid: str | None = option(
+        None, "Kind of pyramid (default: that of the weights, or fpn).", "Model", choices=PYRAMIDS
+    )
     seed: int = option(0, "For parts without trained parameters.", "Model", metavar="N")
     levels: str | Iterable[str] | None = option(
         None, "Such as P2-P5 (default), P3-P7 or C3,P3.", "Model", metavar="LEVELS", complete="levels"
