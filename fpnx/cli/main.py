@@ -259,7 +259,7 @@ def verify(
     json: Json = False,
     **options: Any,
 ) -> int:
-    """Check that a file is complete: its tables agree, and every value can be read and is as finite as counted.
+    """Check that a file is complete: tables agree, all values can be read, NaN and infinite values are counted right.
 
     Values are compared with those of the images only if --against names these.
 

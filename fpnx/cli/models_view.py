@@ -17,7 +17,7 @@ LEVELS = ("C2", "C3", "C4", "C5")
 
 
 def show_overview(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """One line a backbone, as soon as it is known: channels at strides 4 to 32, parameters, kinds of weights."""
+    """Print a line for each backbone as soon as it is known: channels at strides 4 to 32, parameters, weights."""
     console, refused = Console(highlight=False), []
     width = max(map(len, (*names, "backbone")))
 
@@ -38,43 +38,43 @@ def show_overview(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> No
         console.print("\nchannels at each stride; parameters of the whole classifier; weights are also names and files")
     for reason in refused:
         console.print(Text(reason), soft_wrap=True)
-    console.print("fpnx models NAME tells more of one; fpnx models timm/ lists timm's, where that is installed")
+    console.print("fpnx models NAME shows one of them; fpnx models timm/ lists those of timm, if it is installed")
 
 
-def show_details(found: Mapping[str, Any]) -> None:
-    """Taps, parameters, operations, and every weight name with its file."""
+def show_details(backbone: Mapping[str, Any]) -> None:
+    """Print the taps, parameters and operations of a backbone, and its weights with their files."""
     console = Console(highlight=False)
-    height, width = found["input_size"]
+    height, width = backbone["input_size"]
     table = Table(box=None, pad_edge=False)
     for name in ("level", "stride", "channels", "height × width", "tapped at"):
         table.add_column(name, justify="right" if name in ("stride", "channels", "height × width") else "left")
-    for tap in found["taps"]:
+    for tap in backbone["taps"]:
         table.add_row(
             tap["level"], str(tap["stride"]), str(tap["channels"]), f"{tap['height']} × {tap['width']}", tap["node"]
         )
-    parameters, gflops = found["parameters"], found["gflops"]
-    whole = f" ({_millions(parameters['published'])} with its head)" if parameters["published"] else ""
-    console.print(Text(f"{found['name']} at {height}×{width}"))
+    parameters, gflops = backbone["parameters"], backbone["gflops"]
+    with_head = f" ({_millions(parameters['published'])} with its head)" if parameters["published"] else ""
+    console.print(Text(f"{backbone['name']} at {height}×{width}"))
     console.print(table)
-    side = found["only_squares_in_multiples_of"]
+    side = backbone["only_squares_in_multiples_of"]
     if side:
         console.print(f"takes squares in multiples of {side} only")
     console.print(
-        f"parameters: body {_millions(parameters['body'])}{whole}, "
-        f"pyramid of {found['pyramid_channels']} channels {_millions(parameters['pyramid'])}"
+        f"parameters: body {_millions(parameters['body'])}{with_head}, "
+        f"pyramid of {backbone['pyramid_channels']} channels {_millions(parameters['pyramid'])}"
     )
     console.print(
         f"GFLOPs: body {gflops['body']:.2f}, pyramid {gflops['pyramid']:.2f} (a multiply-add counts as 2)", end="\n\n"
     )
-    console.print(Text("--weights random: trains nothing; recipe " + found["recipe"]), soft_wrap=True)
-    for each in found["weights"]:
+    console.print(Text("--weights random: trains nothing; recipe " + backbone["recipe"]), soft_wrap=True)
+    for each in backbone["weights"]:
         also = f" (also: {', '.join(each['also'])})" if each["also"] else ""
         lines = [
             f"--weights {each['name']}{also}",
             f"  trained: {' and '.join(each['trains'])}",
             f"  recipe:  {each['recipe']}",
             f"  from:    {each['url']}",
-            f"  file:    {escape(each['file'])}{' (is there)' if each['there'] else ''}",
+            f"  file:    {escape(each['file'])}{' (exists)' if each['there'] else ''}",
         ]
         console.print(Text("\n".join(lines)), soft_wrap=True)
 
