@@ -132,7 +132,7 @@ def benchmark(*, json: Json = False, **options: Any) -> int:
 
     with console.Terminal(json) as terminal:
         findings = run(listener=terminal, **options)
-    console.show_json(findings.to_json()) if json else benchmark_view.show_findings(findings)
+    console.show_json(findings.to_json()) if json else benchmark_view.show_benchmark(findings)
     if options["plot"] is not None:
         draw_stages(findings, options["plot"])
     return findings.exit_code

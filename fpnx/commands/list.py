@@ -33,5 +33,5 @@ def list_images(images: Sequence[str | os.PathLike[str]], limit: int | None = No
     """
     listing = find_images(images, limit)
     summary = f"{plural(len(listing.sources), 'image')}, {plural(listing.skipped, 'other file')} passed over"
-    messages = (*listing.remarks, *listing.lost, summary)
-    return ListResult(list_lines(listing), messages, 1 if listing.lost else 0)
+    messages = (*listing.remarks, *listing.truncated, summary)
+    return ListResult(list_lines(listing), messages, 1 if listing.truncated else 0)

@@ -163,7 +163,9 @@ def is_norm(module: nn.Module | None) -> bool:
     """Whether `module` is a norm that `PackedConv2d.fold` takes: one with statistics of its own, in eval mode."""
     if isinstance(module, FrozenBatchNorm2d):
         return True
-    return type(module) is nn.BatchNorm2d and not module.training and module.running_var is not None
+    if module is None or type(module) is not nn.BatchNorm2d:
+        return False
+    return not module.training and module.running_var is not None
 
 
 def is_activation(module: nn.Module | None) -> bool:

@@ -19,7 +19,7 @@ from fpnx.inference.fpn_fusion import FusedFpn, _Recombined, _UpsampledConvoluti
 from fpnx.inference.graph_fusion import fuse_model
 from fpnx.inference.packed_conv import PackedConv2d, can_pack, native_on_cpu
 from fpnx.models.backbones.factory import Backbone, tap_shapes
-from fpnx.models.backbones.feature_extractor import tapped
+from fpnx.models.backbones.feature_extractor import create_feature_extractor
 from fpnx.models.backbones.stage_search import Stages, TapPoint
 from fpnx.models.factory import create_model
 from fpnx.models.necks.fpn import FPN
@@ -65,7 +65,8 @@ def assert_equal_levels(made: dict[str, torch.Tensor], wanted: dict[str, torch.T
 
 
 def model_of(network: nn.Module, nodes: dict[int, str], levels: tuple[str, ...]) -> PyramidModel:
-    body = tapped(network.eval(), Stages(taps={k: TapPoint(node=node) for k, node in nodes.items()}, traced=True))
+    stages = Stages(taps={k: TapPoint(node=node) for k, node in nodes.items()}, traced=True)
+    body = create_feature_extractor(network.eval(), stages)
     channels = {int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, (128, 128)).items()}
     fpn = FPN(channels, 64, "pool")
     fpn.initialize(0)
