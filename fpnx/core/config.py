@@ -114,7 +114,7 @@ class VisualizeConfig(PictureConfig):
     """
 
     images: str | Iterable[str] | None = option(
-        None, "Name, glob, index or range; repeatable.", "Images", metavar="NAME|3|0:10", repeatable=True
+        None, "Which to draw: name, glob, index or range; repeatable.", "Images", metavar="NAME|3|0:10", repeatable=True
     )
     limit: int = option(24, "Draw at most N images, and count the others.", "Images", metavar="N")
     levels: str | Iterable[str] | None = like(ModelConfig, "levels", help="Such as P3-P5 or C3,P3.", panel="Images")
