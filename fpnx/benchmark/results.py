@@ -199,10 +199,6 @@ class BenchmarkResult:
 
 
 def _stage_order(stage: str) -> tuple[int, str]:
-<<<<<<< HEAD
-    """Sort key of a stage of the forward pass: taps, lateral and top-down, outputs, top block, any other neck."""
-=======
     """Sort key of a stage of the forward pass: taps, lateral and top-down, outputs, top block, or the neck."""
->>>>>>> viz
     kinds = ("C", "backbone", "lateral", "output", "top", "neck")
     return next(i for i, kind in enumerate(kinds) if stage.startswith(kind)), stage

@@ -1,4 +1,4 @@
-"""Progress and messages on stderr, JSON on stdout."""
+"""Progress, messages and errors on stderr; JSON on stdout."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from fpnx.cli.views import show_plan
 from fpnx.core.events import Listener
 from fpnx.core.plan_summary import PlanSummary
 
-__all__ = ["Terminal", "complain", "show_json"]
+__all__ = ["Terminal", "show_error", "show_json"]
 
 SHOW_CURSOR = "\x1b[?25h"
-
-
-SECONDS_BETWEEN_LINES = 15.0
+PROGRESS_INTERVAL = 15.0  # seconds between two lines of progress where stderr is not a terminal
 
 
 class Terminal(Listener):
-    """Shows a run as it goes: a bar on a terminal, a line now and then elsewhere. With `json`, no header."""
+    """Shows the progress of a run: a bar on a terminal, else a line every 15 seconds.
+
+    Args:
+        json: whether stdout is for a JSON document, so that the plan of the run is not shown there.
+    """
 
     def __init__(self, json: bool = False) -> None:
         self._json = json
         self._console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
-        self._started = self._told = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._first, self._note = 0, ""
 
     def __enter__(self) -> Terminal:
@@ -57,11 +59,11 @@ class Terminal(Listener):
         now = time.monotonic()
         if self._console.is_terminal:
             self._advance(what, done, total)
-        elif done in (0, total) or now - self._told >= SECONDS_BETWEEN_LINES:
+        elif done in (0, total) or now - self._last_line >= PROGRESS_INTERVAL:
             if done > 0:
                 note = f" ({self._note})" if self._note else ""
                 self._console.print(f"{done} of {total} {what}{note}", highlight=False)
-            self._told = now
+            self._last_line = now
 
     def _advance(self, what: str, done: int, total: int) -> None:
         if self._bar is None:
@@ -86,7 +88,7 @@ class Terminal(Listener):
         self._bar.update(self._bar.tasks[-1].id, completed=done, speed=speed, note=self._note)
 
     def stopping(self, signum: int, at_once: bool) -> None:
-        # Plain writes to descriptors, since the signal may have struck in the midst of a buffered one.
+        # Written to the descriptors: the signal may have interrupted a buffered write.
         if not at_once:
             _write(2, "\nfpnx: stopping after this batch (again to stop at once)\n")
             return
@@ -94,25 +96,25 @@ class Terminal(Listener):
         if self._json:
             _write(1, json.dumps({"error": text}) + "\n")
         _write(2, f"{SHOW_CURSOR if self._console.is_terminal else ''}\nfpnx: {text}\n")
-        os._exit(128 + signum)  # nothing is left to tidy: a file that is being written is whole at every moment
+        os._exit(128 + signum)  # needs no cleanup: a file that is being written is readable at every moment
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
-def complain(text: str, json_wanted: bool = False) -> None:
-    """One line on stderr; with `json_wanted` also a document on stdout."""
+def show_error(text: str, wants_json: bool = False) -> None:
+    """Print an error as one line on stderr; with `wants_json` also as a JSON document on stdout."""
     line = " ".join(text.split())
-    if json_wanted:
+    if wants_json:
         show_json({"error": line})
     print(f"fpnx: {''.join(c if c.isprintable() else '?' for c in line)}", file=sys.stderr)
 
 
 def show_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     print(json.dumps(document, indent=2))
 
 

@@ -1,8 +1,7 @@
-"""The command line: parse, make a config, one library call, show the result."""
+"""The command line: one short function for each command, exit codes, and errors as one line."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import sys
@@ -13,19 +12,28 @@ from typing import Annotated, Any
 import typer
 
 from fpnx._version import __version__
-from fpnx.cli import options as opt
+from fpnx.cli.completion import completer
+from fpnx.cli.options import config_options
 from fpnx.cli.streams import robust_streams
-from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, VisualizeConfig
+from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.text import escape
 
 __all__ = ["app", "main"]
 
-FAULT_OF_OURS = 70
+INTERNAL_ERROR = 70  # exit code; EX_SOFTWARE of sysexits.h
+
+Images = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files, folders (searched recursively), .tar archives, s3://, gs:// and https:// addresses, "
+        "or @list.txt with a path a line."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel="Output")]
 
 app = typer.Typer(
     name="fpnx",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,58 +53,21 @@ def start(
 
 
 @app.command()
+@config_options(ExtractConfig, ["Model", "Checkpoint", "Input", "Output", "Run", "Pictures"])
 def extract(
-    context: typer.Context,
-    images: opt.Images,
-    backbone: opt.Backbone = ExtractConfig.backbone,
-    weights: opt.WeightsChoice = ExtractConfig.weights,
-    pyramid: opt.Pyramid = ExtractConfig.pyramid,
-    seed: opt.Seed = ExtractConfig.seed,
-    levels: opt.Levels = None,
-    channels: opt.Channels = ExtractConfig.channels,
-    top_block: opt.TopBlock = ExtractConfig.top_block,
-    offline: opt.Offline = ExtractConfig.offline,
-    stride_in_1x1: opt.StrideIn1x1 = ExtractConfig.stride_in_1x1,
-    p7_relu: opt.P7Relu = ExtractConfig.p7_relu,
-    norm_eps: opt.NormEps = ExtractConfig.norm_eps,
-    pixel_order: opt.PixelOrder = ExtractConfig.pixel_order,
-    resampling: opt.Resampling = ExtractConfig.resampling,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    size: opt.Size = str(ExtractConfig.size),
-    short_side: opt.ShortSide = ExtractConfig.short_side,
-    long_side: opt.LongSide = ExtractConfig.long_side,
-    max_pixels: opt.MaxPixels = ExtractConfig.max_pixels,
-    limit: opt.Limit = ExtractConfig.limit,
-    shard: opt.ShardChoice = None,
-    output: opt.Output = None,
-    format: opt.Format = ExtractConfig.format,  # noqa: A002
-    dtype: opt.Dtype = ExtractConfig.dtype,
-    pool: opt.Pool = ExtractConfig.pool,
-    resume: opt.Resume = ExtractConfig.resume,
-    overwrite: opt.Overwrite = ExtractConfig.overwrite,
-    commit_every: opt.CommitEvery = ExtractConfig.commit_every,
-    max_failed: opt.MaxFailed = str(ExtractConfig.max_failed),
-    strict: opt.Strict = ExtractConfig.strict,
-    scratch: opt.Scratch = ExtractConfig.scratch,
-    dry_run: opt.DryRun = ExtractConfig.dry_run,
-    json: opt.Json = False,
-    device: opt.Device = ExtractConfig.device,
-    precision: opt.Precision = ExtractConfig.precision,
-    batch_size: opt.BatchSize = str(ExtractConfig.batch_size),
-    workers: opt.Workers = str(ExtractConfig.workers),
-    cpus: opt.Cpus = str(ExtractConfig.cpus),
-    engine: opt.EngineChoice = ExtractConfig.engine,
-    shards: opt.Shards = str(ExtractConfig.shards),
-    actors: opt.Actors = str(ExtractConfig.actors),
-    mode: opt.Mode = ExtractConfig.mode,
-    overlay: opt.Overlay = ExtractConfig.overlay,
-    per_image: opt.PerImage = ExtractConfig.per_image,
-    point: opt.Point = None,
-    top: opt.Top = ExtractConfig.top,
-    pick: opt.Pick = None,
-    colormap: opt.Colormap = ExtractConfig.colormap,
-    panel: opt.Panel = ExtractConfig.panel,
+    images: Images,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File or folder to make (default out.h5, out_png), or s3://bucket/out.h5.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    *,
+    json: Json = False,
+    **options: Any,
 ) -> int:
     """Extract pyramid levels from images into an HDF5 file, or draw them.
 
@@ -104,7 +75,6 @@ def extract(
 
     [dim]fpnx extract photos/ -o p.h5 --backbone vgg16 --levels C4,P4 --dtype float16[/dim]
     """
-    options = _options(context, ExtractConfig)
     from fpnx.cli import console, views
     from fpnx.commands.extract import extract as run
 
@@ -115,8 +85,8 @@ def extract(
 
 
 @app.command()
+@config_options(VisualizeConfig, ["Output", "Images", "Pictures", "Photographs"])
 def visualize(
-    context: typer.Context,
     inputs: Annotated[list[str], typer.Argument(help="Files of features, compared image by image; or photographs.")],
     output: Annotated[
         str | None,
@@ -124,35 +94,13 @@ def visualize(
             "-o", "--output", help="Folder for pictures (default <file>_png, <photo>_png).", rich_help_panel="Output"
         ),
     ] = None,
-    html: Annotated[str | None, opt.option("Output", "--html", "One page to look through.", "FILE")] = None,
-    overwrite: Annotated[
-        bool, opt.option("Output", "--overwrite", "Replace what is there.")
-    ] = VisualizeConfig.overwrite,
-    json: opt.Json = False,
-    images: Annotated[
-        list[str] | None,
-        opt.option("Images", "--images", "Which: name, glob, index or range; repeatable.", "NAME|3|0:10"),
+    html: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="One HTML page with all pictures.", rich_help_panel="Output"),
     ] = None,
-    limit: Annotated[int, opt.option("Images", "--limit", "At most N images; the rest is counted.", "N")] = (
-        VisualizeConfig.limit
-    ),
-    levels: Annotated[str | None, opt.option("Images", "--levels", "Such as P3-P5 or C3,P3.", "LEVELS")] = None,
-    mode: opt.Mode = VisualizeConfig.mode,
-    overlay: opt.Overlay = VisualizeConfig.overlay,
-    per_image: opt.PerImage = VisualizeConfig.per_image,
-    point: opt.Point = None,
-    top: opt.Top = VisualizeConfig.top,
-    pick: opt.Pick = None,
-    colormap: opt.Colormap = VisualizeConfig.colormap,
-    panel: opt.Panel = VisualizeConfig.panel,
-    backbone: Annotated[
-        list[str] | None, opt.option("Photographs", "--backbone", "Repeat it to compare.", "NAME")
-    ] = None,
-    weights: Annotated[str | None, opt.option("Photographs", "--weights", "As for extract.", "NAME|FILE")] = None,
-    seed: Annotated[int | None, opt.option("Photographs", "--seed", "As for extract.", "N")] = None,
-    size: Annotated[str | None, opt.option("Photographs", "--size", "As for extract.", "recipe|native|N|HxW")] = None,
-    device: Annotated[str | None, opt.option("Photographs", "--device", "As for extract.", "auto|cpu|cuda|mps")] = None,
-    offline: Annotated[bool, opt.option("Photographs", "--offline", "Never download.")] = VisualizeConfig.offline,
+    *,
+    json: Json = False,
+    **options: Any,
 ) -> int:
     """Draw pyramids as heatmap grids, from a file alone or straight from photographs.
 
@@ -160,7 +108,6 @@ def visualize(
 
     [dim]fpnx visualize cat.jpg --backbone resnet50 --backbone vgg16 --weights random --overlay[/dim]
     """
-    options = _options(context, VisualizeConfig)
     from fpnx.cli import console, views
     from fpnx.commands.visualize import visualize as run
 
@@ -171,38 +118,14 @@ def visualize(
 
 
 @app.command()
-def benchmark(
-    context: typer.Context,
-    backbone: opt.Backbones = None,
-    weights: opt.WeightsChoice = BenchmarkConfig.weights,
-    pyramid: opt.Pyramid = BenchmarkConfig.pyramid,
-    seed: opt.Seed = BenchmarkConfig.seed,
-    levels: opt.Levels = None,
-    channels: opt.Channels = BenchmarkConfig.channels,
-    top_block: opt.TopBlock = BenchmarkConfig.top_block,
-    offline: opt.Offline = BenchmarkConfig.offline,
-    images: opt.Folder = BenchmarkConfig.images,
-    size: opt.Size = str(BenchmarkConfig.size),
-    short_side: opt.ShortSide = BenchmarkConfig.short_side,
-    long_side: opt.LongSide = BenchmarkConfig.long_side,
-    max_pixels: opt.MaxPixels = BenchmarkConfig.max_pixels,
-    dtype: opt.Dtype = BenchmarkConfig.dtype,
-    plot: opt.Plot = BenchmarkConfig.plot,
-    json: opt.Json = False,
-    device: opt.Device = BenchmarkConfig.device,
-    precision: opt.Precisions = str(BenchmarkConfig.precision),
-    batch_size: opt.BatchSizes = str(BenchmarkConfig.batch_size),
-    workers: opt.Workers = str(BenchmarkConfig.workers),
-    repeats: opt.Repeats = str(BenchmarkConfig.repeats),
-    baseline: opt.Baseline = BenchmarkConfig.baseline,
-) -> int:
+@config_options(BenchmarkConfig, ["Model", "Input", "Output", "Run"])
+def benchmark(*, json: Json = False, **options: Any) -> int:
     """Show shapes, costs and timings of backbones, batch sizes and precisions, side by side.
 
     [dim]fpnx benchmark --backbone resnet50 --backbone vgg16 --baseline[/dim]
 
     [dim]fpnx benchmark --precision float32,bfloat16 --batch-size 1,8 --plot stages.png[/dim]
     """
-    options = _options(context, BenchmarkConfig)
     from fpnx.benchmark.plot import draw_stages
     from fpnx.cli import benchmark_view, console
     from fpnx.commands.benchmark import benchmark as run
@@ -210,14 +133,15 @@ def benchmark(
     with console.Terminal(json) as terminal:
         result = run(listener=terminal, **options)
     console.show_json(result.to_json()) if json else benchmark_view.show_benchmark(result)
-    if plot is not None:
-        draw_stages(result, plot)
+    if options["plot"] is not None:
+        draw_stages(result, options["plot"])
     return result.exit_code
 
 
 @app.command("list")
-def list_images(images: opt.Images, limit: opt.Limit = ExtractConfig.limit) -> int:
-    """List images once, with sizes and times, for shards that need not look for them again: extract @list.txt.
+@config_options(ExtractConfig, ["Input"], only=["limit"])
+def list_images(images: Images, **options: Any) -> int:
+    """List images once, with sizes and times, so that shards need not search for them again: extract @list.txt.
 
     [dim]fpnx list photos/ > list.txt[/dim]
 
@@ -226,22 +150,24 @@ def list_images(images: opt.Images, limit: opt.Limit = ExtractConfig.limit) -> i
     from fpnx.cli import console
     from fpnx.commands.list import list_images as run
 
-    lines, remarks, listing = run(images, limit)
+    result = run(images, **options)
     sys.stdout.flush()
-    sys.stdout.buffer.writelines(lines)
+    sys.stdout.buffer.writelines(result.lines)
     sys.stdout.buffer.flush()
     with console.Terminal() as terminal:
-        for remark in remarks:
-            terminal.message(remark)
-    return 1 if listing.truncated else 0
+        for text in result.messages:
+            terminal.message(text)
+    return result.exit_code
 
 
 @app.command()
+@config_options(OutputConfig, ["Output"], only=["overwrite"])
 def merge(
     output: Annotated[str, typer.Argument(help="File to make.")],
     shards: Annotated[list[str], typer.Argument(help="All shards of a run, in any order.")],
-    overwrite: opt.Overwrite = ExtractConfig.overwrite,
-    json: opt.Json = False,
+    *,
+    json: Json = False,
+    **options: Any,
 ) -> None:
     """Copy all shards of a run into one file, as a whole run would have written it.
 
@@ -253,18 +179,19 @@ def merge(
     from fpnx.commands.merge import merge as run
 
     with console.Terminal(json) as terminal:
-        merged = run(output, shards, overwrite=overwrite, listener=terminal)
+        merged = run(output, shards, listener=terminal, **options)
     console.show_json(merged.to_json()) if json else views.show_merged(merged)
 
 
 @app.command()
 def info(
     files: Annotated[
-        list[str], typer.Argument(help="What fpnx extract wrote, also while it is being written; or all shards.")
+        list[str],
+        typer.Argument(help="A file of fpnx extract, also while it is written; or all shards of a run."),
     ],
-    json: opt.Json = False,
+    json: Json = False,
 ) -> None:
-    """Show what a file, or a run's shards together, hold, and a snippet that reads it.
+    """Show what a file, or all shards of a run, hold, and Python code that reads it.
 
     [dim]fpnx info out.h5[/dim]
 
@@ -280,8 +207,13 @@ def info(
 
 @app.command()
 def models(
-    word: Annotated[str | None, typer.Argument(help="A backbone's name, or a part of names.", metavar="[NAME]")] = None,
-    json: opt.Json = False,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name of a backbone, or part of a name.", metavar="[NAME]", autocompletion=completer("backbones")
+        ),
+    ] = None,
+    json: Json = False,
 ) -> None:
     """List the backbones, or show one: taps, parameters, operations, and its weights with their files.
 
@@ -289,38 +221,49 @@ def models(
 
     [dim]fpnx models resnet50 --json[/dim]
     """
-    from fpnx.cli import console, views
+    from fpnx.cli import console, models_view
     from fpnx.commands import models as catalogue
 
-    if word is not None and catalogue.is_backbone(word):
-        found = catalogue.details(word)
-        console.show_json(found) if json else views.show_details(found)
+    if name is not None and catalogue.is_backbone(name):
+        details = catalogue.details(name)
+        console.show_json(details) if json else models_view.show_details(details)
     else:
-        names = catalogue.matching(word)
+        names = catalogue.matching(name)
         rows = catalogue.entries(names)
-        console.show_json(catalogue.overview(rows)) if json else views.show_overview(names, rows)
+        console.show_json(catalogue.overview(rows)) if json else models_view.show_overview(names, rows)
 
 
 @app.command()
+@config_options(ExtractConfig, ["Compare", "Run", "Model", "Output"], only=["device", "offline"])
 def verify(
     files: Annotated[
-        list[str], typer.Argument(help="What fpnx extract wrote; also an unfinished .part; or all shards of a run.")
+        list[str], typer.Argument(help="A file of fpnx extract, also an unfinished .part; or all shards of a run.")
     ],
     against: Annotated[
-        list[str] | None, opt.option("Compare", "--against", "The images: compute some again and compare.", "IMAGES")
+        list[str] | None,
+        typer.Option(metavar="IMAGES", help="The images: compute some again and compare.", rich_help_panel="Compare"),
     ] = None,
-    sample: Annotated[int, opt.option("Compare", "--sample", "How many to compute again.", "N")] = SAMPLE,
+    sample: Annotated[
+        int, typer.Option(metavar="N", help="How many to compute again.", rich_help_panel="Compare")
+    ] = SAMPLE,
     weights: Annotated[
-        str | None, opt.option("Compare", "--weights", "If they are not where they were.", "NAME|FILE")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="The weights, if they are no longer where the file says.",
+            rich_help_panel="Compare",
+            autocompletion=completer("weights"),
+        ),
     ] = None,
-    device: opt.Device = ExtractConfig.device,
-    offline: opt.Offline = ExtractConfig.offline,
-    json: opt.Json = False,
+    *,
+    json: Json = False,
+    **options: Any,
 ) -> int:
-    """Check that a file is whole: its tables agree, and every value is read and as finite as it says.
+    """Check that a file is complete: tables agree, all values can be read, NaN and infinite values are counted right.
 
-    That values are those of the images is not checked, unless --against names these. Exit code 1 where it does not
-    verify, 2 where it is no file of fpnx's, or cut off.
+    Values are compared with those of the images only if --against names these.
+
+    Exit code 1: the file does not verify. Exit code 2: it is not a file of fpnx, or it is truncated.
 
     [dim]fpnx verify out.shard-*.h5[/dim]
 
@@ -329,66 +272,48 @@ def verify(
     from fpnx.cli import console, views
     from fpnx.commands.verify import verify as run
 
+    file = files[0] if len(files) == 1 else files
     with console.Terminal(json) as terminal:
-        found = run(
-            _one_or_more(files),
-            against=against,
-            sample=sample,
-            weights=weights,
-            device=device,
-            offline=offline,
-            listener=terminal,
-        )
-    console.show_json(found.to_json()) if json else views.show_verification(found)
-    return found.exit_code
+        result = run(file, against=against, sample=sample, weights=weights, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else views.show_verification(result)
+    return result.exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code; the one place that turns errors into a line."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    with robust_streams() as outlets:
-        code = _exit_code(given, "--json" in given)
-        # Whoever went away having read enough, as `head` does, takes nothing from the work: its code stands.
-        if why := outlets.refusal():
-            return _complain(why, False, 2)
+    """Run a command line and return its exit code. Every error becomes one line on stderr here."""
+    command_line = list(sys.argv[1:] if arguments is None else arguments)
+    with robust_streams() as streams:
+        code = _exit_code(command_line, "--json" in command_line)
+        # A reader that closed its pipe early, as `head` does, is no error: the exit code stays.
+        if error := streams.write_error():
+            return _show_error(error, False, 2)
         return code
 
 
-def _exit_code(given: list[str], wants_json: bool) -> int:
+def _exit_code(command_line: list[str], wants_json: bool) -> int:
     try:
-        if any(not argument or re.fullmatch(r"--[a-z0-9-]+=", argument) for argument in given):
+        if any(not argument or re.fullmatch(r"--[a-z0-9-]+=", argument) for argument in command_line):
             raise FpnxError("an argument is empty: leave it out, or put a name or a value there")
-        return int(app(given, prog_name="fpnx", standalone_mode=False) or 0)
+        return int(app(command_line, prog_name="fpnx", standalone_mode=False) or 0)
     except FpnxError as error:
-        return _complain(str(error), wants_json, 2)
+        return _show_error(str(error), wants_json, 2)
     except Interrupted as error:
-        return _complain(str(error), wants_json, 128 + error.signum)
-    except (KeyboardInterrupt, typer.Abort):  # Typer makes the one into the other
-        return _complain("interrupted", wants_json, 130)
+        return _show_error(str(error), wants_json, 128 + error.signum)
+    except (KeyboardInterrupt, typer.Abort):  # Typer turns the first into the second
+        return _show_error("interrupted", wants_json, 130)
     except Exception as error:
-        if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
+        if hasattr(error, "format_message"):  # Typer's usage errors: an unknown option, a missing argument
             command = getattr(getattr(error, "ctx", None), "command_path", "fpnx")
-            return _complain(f"{error.format_message()} ({command} --help shows what there is)", wants_json, 2)
+            return _show_error(f"{error.format_message()} ({command} --help shows what there is)", wants_json, 2)
         if os.environ.get("FPNX_TRACEBACK"):
             traceback.print_exc()
         what = escape(f"{type(error).__name__}: {error}")
-        hint = "this is a fault of fpnx; FPNX_TRACEBACK=1 shows where, please report it"
-        return _complain(f"{what} ({hint})", wants_json, FAULT_OF_OURS)
+        hint = "internal error of fpnx; FPNX_TRACEBACK=1 shows where, please report it"
+        return _show_error(f"{what} ({hint})", wants_json, INTERNAL_ERROR)
 
 
-def _options(context: typer.Context, config: type) -> dict[str, Any]:
-    """The parameters of a command that are fields of `config`."""
-    names = [field.name for field in dataclasses.fields(config)]
-    return {name: context.params[name] for name in names if name in context.params}
+def _show_error(text: str, wants_json: bool, code: int) -> int:
+    from fpnx.cli.console import show_error
 
-
-def _one_or_more(files: list[str]) -> str | list[str]:
-    """A single file stands for itself; several are shards."""
-    return files[0] if len(files) == 1 else files
-
-
-def _complain(text: str, wants_json: bool, code: int) -> int:
-    from fpnx.cli.console import complain
-
-    complain(text, wants_json)
+    show_error(text, wants_json)
     return code

@@ -1,4 +1,4 @@
-"""stdout and stderr that may go away or be full: what nobody can read is dropped, and the work goes on."""
+"""stdout and stderr that survive a closed pipe or a full device: output that cannot be written is dropped."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TextIO
 __all__ = ["robust_streams"]
 
 
-class _Outlet(io.FileIO):
-    """A descriptor to write to. Once it refuses, it leads to the null device, and `error` says why."""
+class _RobustFile(io.FileIO):
+    """A file descriptor to write to. After a write fails, it leads to the null device, and `error` is the reason."""
 
     error: OSError | None = None
 
@@ -23,46 +23,46 @@ class _Outlet(io.FileIO):
             return super().write(data)  # type: ignore[arg-type]
         except OSError as error:
             self.error = error
-            _to_null(self.fileno())
+            _redirect_to_null(self.fileno())
             return memoryview(data).nbytes  # type: ignore[arg-type]
 
-    def refusal(self) -> str:
-        """Why something did not arrive; empty where all did, or where a reader went away, having seen enough."""
+    def write_error(self) -> str:
+        """Why output was lost; empty if none was, or if the reader closed the pipe."""
         if self.error is None or self.error.errno == errno.EPIPE:
             return ""
         return f"cannot write to the standard output: {self.error.strerror}"
 
 
-class _Outlets:
+class RobustStreams:
     """The standard streams of a command."""
 
     def __init__(self) -> None:
-        self._held: dict[int, _Outlet] = {}
+        self._files: dict[int, _RobustFile] = {}
 
     def stream(self, descriptor: int, like: TextIO | None) -> io.TextIOWrapper:
-        """Text to `descriptor`, encoded as that of `like`; what cannot be encoded becomes `?`."""
-        if like is None:  # started without it: the next file that is opened would get its number
-            _to_null(descriptor)
-        held = self._held[descriptor] = _Outlet(descriptor, "w", closefd=False)
-        encoding, lines = (like.encoding, like.line_buffering) if like is not None else ("utf-8", False)
-        return io.TextIOWrapper(io.BufferedWriter(held), encoding, "replace", line_buffering=bool(lines))
+        """A text stream to `descriptor`, encoded as `like` is; characters that cannot be encoded become `?`."""
+        if like is None:  # the process was started without it: the next file opened would get its number
+            _redirect_to_null(descriptor)
+        file = self._files[descriptor] = _RobustFile(descriptor, "w", closefd=False)
+        encoding, line_buffering = (like.encoding, like.line_buffering) if like is not None else ("utf-8", False)
+        return io.TextIOWrapper(io.BufferedWriter(file), encoding, "replace", line_buffering=bool(line_buffering))
 
-    def refusal(self) -> str:
-        """Why results did not arrive, in a line; empty where they did."""
+    def write_error(self) -> str:
+        """Why results could not be written to stdout, in one line; empty if they could."""
         sys.stdout.flush()
-        return self._held[1].refusal() if 1 in self._held else ""
+        return self._files[1].write_error() if 1 in self._files else ""
 
 
 @contextlib.contextmanager
-def robust_streams() -> Iterator[_Outlets]:
-    """Have `sys.stdout` and `sys.stderr` outlast their readers; streams that somebody else put there are left alone."""
-    outlets, before = _Outlets(), (sys.stdout, sys.stderr)
+def robust_streams() -> Iterator[RobustStreams]:
+    """Make `sys.stdout` and `sys.stderr` robust while the context lasts; streams of other code stay as they are."""
+    streams, before = RobustStreams(), (sys.stdout, sys.stderr)
     if _is_standard(before[0], 1):
-        sys.stdout = outlets.stream(1, before[0])
+        sys.stdout = streams.stream(1, before[0])
     if _is_standard(before[1], 2):
-        sys.stderr = outlets.stream(2, before[1])
+        sys.stderr = streams.stream(2, before[1])
     try:
-        yield outlets
+        yield streams
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -70,7 +70,7 @@ def robust_streams() -> Iterator[_Outlets]:
 
 
 def _is_standard(stream: object, descriptor: int) -> bool:
-    """Whether a stream is the interpreter's own, or is missing."""
+    """Whether a stream is the interpreter's own for `descriptor`, or is missing."""
     if stream is None:
         return True
     if not isinstance(stream, io.TextIOWrapper):
@@ -82,7 +82,7 @@ def _is_standard(stream: object, descriptor: int) -> bool:
         return False
 
 
-def _to_null(descriptor: int) -> None:
+def _redirect_to_null(descriptor: int) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     if null != descriptor:
         os.dup2(null, descriptor)

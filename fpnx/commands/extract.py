@@ -1,4 +1,4 @@
-"""Where an extraction is carried out: in this process, or by the workers of an engine."""
+"""The command `fpnx extract`: an extraction in this process, or by the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ def extract(
 
     Args:
         images: files, folders, `.tar` archives, `s3://`, `gs://` and `https://` addresses, or `"@list.txt"`.
-        output: the file to make (`"out.h5"`), on which the work goes on in `output` + `.part`; an address
-            (`"s3://bucket/out.h5"`) is worked on below `scratch` and sent when it is whole; with `format="png"` the
-            folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`; with
-            `engine="ray"` there are as many of those as the images are cut into.
-        listener: hears of the progress.
+        output: the file to make (`"out.h5"`), named `output` + `.part` until it is complete; a URL
+            (`"s3://bucket/out.h5"`) is written below `scratch` and uploaded when it is complete; with `format="png"`
+            the folder for pictures (`"out_png"`). With `shard="3/16"` it is `"out.shard-00003-of-00016.h5"`; with
+            `engine="ray"` there is one such file for each shard.
+        listener: receives progress and messages.
         options: the fields of `fpnx.ExtractConfig`, with its defaults: `backbone="mobilenet_v2"`,
             `weights="random"`, `levels="P3-P5"`, `size=224`, `resume=True`, …
 
     Returns:
-        How it ended; images that failed are in `result.failed` and do not raise.
+        The counts, timings and failures of the run; images that fail are in `result.failed` and do not raise.
 
     Raises:
         FpnxError: a request that cannot be carried out.
-        Interrupted: on SIGINT or SIGTERM; what was done is kept.
+        Interrupted: on SIGINT or SIGTERM; completed images are kept.
         TypeError: an option that does not exist.
     """
     config, paths = ExtractConfig(**options), as_paths(images)
-    # Mistakes that cost nothing to find are reported before torch is loaded, which takes seconds.
+    # Cheap checks come first, because loading torch takes seconds.
     refuse_missing(paths)
     if config.engine == "local":
-        goal = resolve_destination(DEFAULT_OUTPUTS[config.format] if output is None else output, config)
-        if goal.url is None and config.format == "h5":
-            check_output(goal.local, config)
+        destination = resolve_destination(DEFAULT_OUTPUTS[config.format] if output is None else output, config)
+        if destination.url is None and config.format == "h5":
+            check_output(destination.local, config)
         from fpnx.extraction.run import run_extraction
 
-        return run_extraction(paths, goal, config, listener=listener)
+        return run_extraction(paths, destination, config, listener=listener)
     from fpnx.distributed.coordinator import extract_distributed
     from fpnx.distributed.ray_backend import connect, require_ray
 

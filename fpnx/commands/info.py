@@ -1,4 +1,4 @@
-"""The command `fpnx info`: what a file, or a run's shards together, hold."""
+"""The command `fpnx info`: what a file, or all shards of a run, hold."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def info(files: Sequence[str]) -> Store:
     """Open what `fpnx extract` wrote: one file, or all shards of a run as one store. Close it after use.
 
     Raises:
-        StoreError: a file that cannot be read as fpnx's, or a set of shards that is not complete.
+        StoreError: a file that is not readable as one of fpnx, or an incomplete set of shards.
     """
     return open_store(files[0] if len(files) == 1 else list(files))

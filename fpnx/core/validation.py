@@ -1,4 +1,4 @@
-"""Parsing and validation of option values: channels, sizes, points and numbers; errors are one line."""
+"""Parsing and validation of option values: channels, sizes, points, numbers and choices; errors are one line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from fpnx.core.errors import FpnxError
+from fpnx.core.option import declared_option
 from fpnx.core.text import did_you_mean, escape
 
 __all__ = [
     "auto_or_whole",
     "check_choice",
-    "check_types",
+    "check_fields",
     "check_whole",
     "checked_size",
     "freeze",
@@ -137,15 +138,17 @@ TYPE_NAMES = {
 }
 
 
-def check_types(config: Any) -> None:
-    """Refuse values of another type than their fields; a path is converted where text is accepted.
+def check_fields(config: Any) -> None:
+    """Refuse values of another type than their fields, or that are none of their option's choices.
+
+    A path is converted where text is accepted, a numpy number to one of Python.
 
     Raises:
-        FpnxError: with the field, the value and the accepted types.
+        FpnxError: with the field, the value and the accepted types or choices.
     """
     kinds = _kinds(type(config))  # type: ignore[arg-type]
     for each in fields(config):
-        value, accepted = getattr(config, each.name), kinds[each.name]
+        value, accepted, name = getattr(config, each.name), kinds[each.name], each.name.replace("_", " ")
         if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy number
             value = value.item()
             freeze(config, each.name, value)
@@ -155,8 +158,10 @@ def check_types(config: Any) -> None:
         if not any(_is_of(value, kind) for kind in accepted):
             accepted_types = " or ".join(TYPE_NAMES[kind] for kind in accepted if kind in TYPE_NAMES)
             example = "" if each.default in (None, "") else f", such as {each.default!r}"
-            name = each.name.replace("_", " ")
             raise FpnxError(f"{name} {escape(repr(value))[:80]}: take {accepted_types}{example}")
+        declared = declared_option(each)
+        if declared is not None and declared.choices and value is not None:
+            check_choice(name, value, declared.choices)
 
 
 @functools.cache

@@ -38,15 +38,9 @@ MIN_COLUMN = 168  # pixels; a title fits above a narrower panel
 BAR_HEIGHT = 9  # pixels of the colour bar
 BOLD_WIDTH_FACTOR = 1.16  # bold text is at most this much wider
 LABEL_SIZE = 10  # pixels, of a channel's number
-<<<<<<< HEAD
-# A figure is larger by this many pixels, and a box of pixels smaller: several releases of Matplotlib round figures down
-# and boxes up, where a rounding error would cost the figure a row, or give the box a row or column more.
-SLACK = 1e-6
-=======
 # Added to the size of a figure, and taken from that of a box of pixels: some versions of Matplotlib round figures down
 # and boxes up, so that a rounding error would remove a row of the figure, or add a row or column to the box.
 SLACK = 1e-6  # pixels
->>>>>>> viz
 NOTE_COLOUR = "#555555"
 MODE_DESCRIPTIONS = {
     "energy": "energy: L2 norm over channels",

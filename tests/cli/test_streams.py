@@ -1,4 +1,4 @@
-"""What stands behind a command: readers that go away, full devices, poor encodings, and hands that stop it early."""
+"""The standard streams: closed pipes, full devices, limited encodings; and interrupts while modules are loaded."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def run_to(stdout: int, *arguments: object, cwd: Path, stderr: int = subprocess.
 
 
 def broken_pipe() -> int:
-    """The end to write to of a pipe that nobody reads."""
+    """The writing end of a pipe whose reading end is closed."""
     reading, writing = os.pipe()
     os.close(reading)
     return writing
 
 
-def test_work_goes_on_when_nobody_reads_any_more(tmp_path: Path) -> None:
+def test_work_goes_on_when_the_pipe_is_closed(tmp_path: Path) -> None:
     noise_image(0, (40, 40)).save(tmp_path / "a.png")
-    gone = broken_pipe()
-    assert run_to(gone, "extract", "a.png", *SMALL, cwd=tmp_path, stderr=gone) == (0, "")
+    pipe = broken_pipe()
+    assert run_to(pipe, "extract", "a.png", *SMALL, cwd=tmp_path, stderr=pipe) == (0, "")
     with package.open(tmp_path / "out.h5") as store:
         assert store["a.png"]["P5"].shape == (8, 1, 1)
-    assert run_to(gone, "info", "out.h5", cwd=tmp_path) == (0, "")
-    assert run_to(gone, "info", "missing.h5", "--json", cwd=tmp_path) == (2, "fpnx: missing.h5 does not exist\n")
-    os.close(gone)
+    assert run_to(pipe, "info", "out.h5", cwd=tmp_path) == (0, "")
+    assert run_to(pipe, "info", "missing.h5", "--json", cwd=tmp_path) == (2, "fpnx: missing.h5 does not exist\n")
+    os.close(pipe)
 
 
 @full_device
 @pytest.mark.parametrize("json_wanted", [[], ["--json"]], ids=["text", "json"])
-def test_a_full_device_is_one_line(tmp_path: Path, json_wanted: list[str]) -> None:
+def test_a_full_device_is_an_error_of_one_line(tmp_path: Path, json_wanted: list[str]) -> None:
     with open("/dev/full", "wb") as full:
-        code, told = run_to(full.fileno(), "models", "resnet", *json_wanted, cwd=tmp_path)
-    assert (code, told) == (2, "fpnx: cannot write to the standard output: No space left on device\n")
+        code, error = run_to(full.fileno(), "models", "resnet", *json_wanted, cwd=tmp_path)
+    assert (code, error) == (2, "fpnx: cannot write to the standard output: No space left on device\n")
 
 
 def test_a_stream_that_is_closed_from_the_start(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_stream_that_is_closed_from_the_start(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_cannot_be_encoded_is_replaced(tmp_path: Path) -> None:
+def test_characters_that_cannot_be_encoded_are_replaced(tmp_path: Path) -> None:
     noise_image(0, (40, 40)).save(tmp_path / "ä.png")
     done = process("extract", ".", *SMALL, "--dry-run", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
@@ -67,15 +67,15 @@ def test_what_cannot_be_encoded_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["typer", "fpnx.core.config", "fpnx.cli.views", "torch"])
-def test_an_interrupt_while_it_is_loaded_is_quiet(tmp_path: Path, module: str) -> None:
+def test_an_interrupt_while_modules_are_loaded_prints_no_traceback(tmp_path: Path, module: str) -> None:
     noise_image(0, (40, 40)).save(tmp_path / "a.png")
     code = f"""
 import signal, sys
-class Hand:
+class Interrupter:
     def find_spec(self, name, *_):
         if name == {module!r}:
             signal.raise_signal(signal.SIGINT)
-sys.meta_path.insert(0, Hand())
+sys.meta_path.insert(0, Interrupter())
 from fpnx.__main__ import run
 sys.argv[1:] = {["extract", "a.png", *SMALL]!r}
 raise SystemExit(run())

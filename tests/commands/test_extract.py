@@ -1,4 +1,4 @@
-"""Extraction end to end: numbers against torchvision by hand, what one sees, what is refused."""
+"""Extraction from end to end: values compared with torchvision's, the output, and invalid requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TINY_OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2",
 
 
 @pytest.mark.parametrize("backbone", NODES)
-def test_the_main_job(fpnx: Run, backbone: str) -> None:
+def test_features_equal_those_of_torchvision(fpnx: Run, backbone: str) -> None:
     code, out, _ = fpnx("extract", "--backbone", backbone, "--weights", "random", SAMPLES)
     assert code == 0
     for line in (
@@ -77,7 +77,7 @@ def test_the_main_job(fpnx: Run, backbone: str) -> None:
 
 
 @pytest.mark.parametrize("batch_size", ["1", "8", "auto"])
-def test_features_do_not_depend_on_batch_mates(fpnx: Run, samples: Path, batch_size: str) -> None:
+def test_features_do_not_depend_on_the_other_images_of_a_batch(fpnx: Run, samples: Path, batch_size: str) -> None:
     """The same image alone, among eight, and among images of other sizes."""
     copied(samples, Path("many"), 9)
     options = ("--weights", "random", "--backbone", "resnet50", "--channels", "16", "--short-side", "96")
@@ -118,7 +118,7 @@ def test_ragged_sizes(fpnx: Run, photos: Path) -> None:
             store["broken.jpg"]
 
 
-def test_sizes_that_the_backbone_cannot_take(fpnx: Run, photos: Path) -> None:
+def test_images_that_are_too_small_for_the_backbone(fpnx: Run, photos: Path) -> None:
     noise_image(0, (16, 40)).save(photos / "slim.png")
     code, _, _ = fpnx(
         "extract", photos, "--weights", "random", "--backbone", "vgg16", "--size", "native", "--channels", "8"
@@ -162,7 +162,7 @@ def test_pooling_is_over_valid_cells(fpnx: Run, photos: Path) -> None:
         assert grid[0]["P2"].shape == grid[0]["P5"].shape == (8, 3, 2)
 
 
-def test_values_too_small_for_float16_are_told(fpnx: Run, photos: Path) -> None:
+def test_values_too_small_for_float16_are_reported(fpnx: Run, photos: Path) -> None:
     # Drawn at random, MobileNetV2's maps shrink from stage to stage, down to 1e-9.
     options = ["--weights", "random", "--backbone", "mobilenet_v2", "--size", "64", "--overwrite", "-o", "o.h5"]
     code, out, _ = fpnx("extract", photos, *options, "--dtype", "float16")
@@ -220,7 +220,7 @@ def test_limit(fpnx: Run, photos: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision_is_near(fpnx: Run, photos: Path, precision: str) -> None:
+def test_lower_precision_gives_nearly_the_same(fpnx: Run, photos: Path, precision: str) -> None:
     options = ("--weights", "random", "--backbone", "vgg16", "--size", "64", "--channels", "8")
     assert fpnx("extract", photos, *options, "-o", "single.h5")[0] == 0
     assert fpnx("extract", photos, *options, "-o", "low.h5", "--precision", precision)[0] == 0
@@ -232,7 +232,7 @@ def test_lower_precision_is_near(fpnx: Run, photos: Path, precision: str) -> Non
             assert 0 < error < 0.05
 
 
-def test_tf32_is_refused_where_it_is_not(fpnx: Run, photos: Path) -> None:
+def test_tf32_is_refused_on_the_cpu(fpnx: Run, photos: Path) -> None:
     code, out, err = fpnx("extract", photos, *TINY, "--device", "cpu", "--precision", "tf32")
     assert (code, out) == (2, "")
     assert "precision tf32 is of CUDA devices: take float32" in err
@@ -253,18 +253,18 @@ def test_info_and_its_snippet(fpnx: Run, photos: Path) -> None:
         assert done.stdout.startswith("a.jpg (8, 16, ")
 
 
-def test_info_refuses_what_is_not_ours(fpnx: Run) -> None:
+def test_info_refuses_other_files(fpnx: Run) -> None:
     with h5py.File("other.h5", "w") as file:
         file["x"] = [1]
     Path("text.h5").write_text("no")
-    for name, told in (
+    for name, message in (
         ("other.h5", "not one of fpnx's"),
         ("text.h5", "is not an HDF5 file"),
         ("none.h5", "does not exist"),
     ):
         code, out, err = fpnx("info", name)
         assert (code, out) == (2, "")
-        assert told in err
+        assert message in err
         assert err.count("\n") == 1
 
 
@@ -294,9 +294,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "told"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_requests(
-    fpnx: Run, photos: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], told: str
+    fpnx: Run, photos: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", "torch_home")
     Path("empty").mkdir()
@@ -311,7 +311,7 @@ def test_bad_requests(
     torch.save(saved, "other.pt")
     code, out, err = fpnx("extract", *arguments)
     assert (code, out) == (2, ""), err
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert Path("there.h5").read_bytes() == b"something dear"
@@ -320,13 +320,15 @@ def test_bad_requests(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_asked_for_and_absent(fpnx: Run, photos: Path) -> None:
+def test_cuda_is_refused_on_a_machine_without_it(fpnx: Run, photos: Path) -> None:
     code, _, err = fpnx("extract", photos, *TINY, "--device", "cuda")
     assert code == 2
     assert "no CUDA device can be used here" in err
 
 
-def test_too_little_disk_is_told_before_any_work(fpnx: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_an_error_before_any_work(
+    fpnx: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Planned(Listener):
         def planned(self, plan: Any) -> None:
             raise AssertionError("work began")
@@ -343,14 +345,14 @@ def test_too_little_disk_is_told_before_any_work(fpnx: Run, photos: Path, monkey
     assert not Path("out.h5.part").exists()
 
 
-def test_overwrite_keeps_the_old_file_until_the_new_one_is_whole(fpnx: Run, photos: Path) -> None:
+def test_overwrite_keeps_the_old_file_until_the_new_one_is_complete(fpnx: Run, photos: Path) -> None:
     assert fpnx("extract", photos, *TINY)[0] == 0
     assert fpnx("extract", photos, *TINY, "--seed", "1", "--overwrite")[0] == 0
     with package.open("out.h5") as store:
         assert store.config["seed"] == 1
 
 
-def test_the_function_is_the_command(photos: Path, tmp_path: Path) -> None:
+def test_the_function_does_what_the_command_does(photos: Path, tmp_path: Path) -> None:
     result = package.extract(photos, tmp_path / "f.h5", levels="P4", **TINY_OPTIONS)
     assert (result.done, result.images, result.exit_code, result.complete) == (6, 6, 0, True)
     assert result.failed == ()
@@ -359,8 +361,8 @@ def test_the_function_is_the_command(photos: Path, tmp_path: Path) -> None:
         package.extract(photos, tmp_path / "g.h5", bakbone="vgg16")
 
 
-def test_threads_may_extract(photos: Path, tmp_path: Path) -> None:
-    """Signals can be handled in the main thread only; elsewhere a run goes without."""
+def test_extraction_in_another_thread(photos: Path, tmp_path: Path) -> None:
+    """Signals can be handled in the main thread only; in other threads a run does not handle them."""
     import threading
 
     results: list[Any] = []

@@ -43,24 +43,17 @@ def test_levels(text: Any, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "P1", "P8", "Q3", "P5-P3", "P3-C5", "P3,P3", "P3,P2-P4", "P", "P22"])
-def test_levels_that_are_none(text: str) -> None:
+def test_invalid_levels(text: str) -> None:
     with pytest.raises(FpnxError):
         parse_levels(text)
 
 
 @pytest.mark.parametrize(
     ("size", "kept"),
-    [
-        (224, (224, 224)),
-        ("224", (224, 224)),
-        ("480x640", (480, 640)),
-        ((480, 640), (480, 640)),
-        ([480, 640], (480, 640)),
-        ("native", "native"),
-    ],
+    [(224, (224, 224)), ("224", (224, 224)), ("480x640", (480, 640)), ((480, 640), (480, 640)), ("native", "native")],
     ids=str,
 )
-def test_sizes(size: Any, kept: Any) -> None:
+def test_sizes(size: Any, kept: str | tuple[int, int]) -> None:
     assert ExtractConfig(size=size).size == kept
 
 
@@ -93,14 +86,14 @@ def test_sizes(size: Any, kept: Any) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_asked_for(options: dict[str, Any]) -> None:
+def test_invalid_values(options: dict[str, Any]) -> None:
     with pytest.raises(FpnxError) as raised:
         ExtractConfig(**options)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"pool": 7}, "pool 7: take text, such as 'none'"),
         ({"pool": (2, 2)}, "pool (2, 2): take text, such as 'none'"),
@@ -121,18 +114,18 @@ def test_what_cannot_be_asked_for(options: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_values_of_another_type_are_told(options: dict[str, Any], told: str) -> None:
+def test_values_of_another_type(options: dict[str, Any], message: str) -> None:
     with pytest.raises(FpnxError) as raised:
         ExtractConfig(**options)
-    assert str(raised.value) == told
+    assert str(raised.value) == message
 
 
-def test_paths_are_taken_for_text() -> None:
+def test_paths_are_converted_to_text() -> None:
     assert ExtractConfig(weights=Path("a") / "b.pth").weights == os.path.join("a", "b.pth")  # type: ignore[arg-type]
     assert VisualizeConfig(images="0:3", backbone=("a", "b")).images == ("0:3",)
 
 
-def test_frozen_and_strict_about_names() -> None:
+def test_configs_are_frozen_and_refuse_unknown_names() -> None:
     config = ExtractConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
@@ -155,23 +148,23 @@ def test_allowed_failures(text: str | int, images: int, allowed: int) -> None:
     assert OutputConfig(max_failed=text).allowed_failures(images) == allowed
 
 
-def test_a_word_that_neither_forbids_nor_allows_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_fpnx_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FPNX_OFFLINE", "maybe")
     with pytest.raises(FpnxError, match="FPNX_OFFLINE=maybe: take 1"):
         downloads_forbidden()
-    for word, is_so in (("1", True), ("yes", True), ("0", False), ("", False)):
-        monkeypatch.setenv("FPNX_OFFLINE", word)
-        assert downloads_forbidden() is is_so
+    for value, expected in (("1", True), ("yes", True), ("0", False), ("", False)):
+        monkeypatch.setenv("FPNX_OFFLINE", value)
+        assert downloads_forbidden() is expected
 
 
 @pytest.mark.parametrize(
-    ("number", "told"), [(0, "0.0 kB"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (3.2e9, "3.2 GB"), (4e12, "4.0 TB")]
+    ("number", "text"), [(0, "0.0 kB"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (3.2e9, "3.2 GB"), (4e12, "4.0 TB")]
 )
-def test_bytes_in_words(number: float, told: str) -> None:
-    assert format_bytes(number) == told
+def test_format_bytes(number: float, text: str) -> None:
+    assert format_bytes(number) == text
 
 
-def test_counts_in_words() -> None:
+def test_plural() -> None:
     assert [plural(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
 
 
@@ -182,7 +175,7 @@ def test_fingerprint_depends_on_content_alone() -> None:
     assert fingerprint({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     config = ExtractConfig(
         seed=np.int64(3), channels=np.int32(16), commit_every=np.float32(2.5), batch_size=np.int64(4)
     )

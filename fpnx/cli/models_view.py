@@ -1,0 +1,83 @@
+"""The output of `fpnx models`: one line for each backbone, or the details of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fpnx.core.text import escape
+
+__all__ = ["show_details", "show_overview"]
+
+LEVELS = ("C2", "C3", "C4", "C5")
+
+
+def show_overview(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print a line for each backbone as soon as it is known: channels at strides 4 to 32, parameters, weights."""
+    console, refused = Console(highlight=False), []
+    width = max(map(len, (*names, "backbone")))
+
+    def line(name: str, cells: Iterable[str], parameters: str, weights: str) -> None:
+        text = "".join([f"{name:<{width}}", *(f"{cell:>8}" for cell in cells), f"{parameters:>12}", f"  {weights}"])
+        console.print(Text(text), soft_wrap=True)
+
+    for i, row in enumerate(rows):
+        if "refused" in row:
+            refused.append(f"no pyramid: {row['name']} {row['refused']}")
+            continue
+        if i == len(refused):
+            line("backbone", [f"{level} /{2 ** int(level[1:])}" for level in LEVELS], "parameters", "weights")
+        channels = {tap["level"]: str(tap["channels"]) for tap in row["taps"]}
+        cells = [channels.get(level, "–" if channels else "") for level in LEVELS]
+        line(row["name"], cells, _millions(row["parameters"]), ", ".join(row["weights"]))
+    if len(refused) < len(names):
+        console.print("\nchannels at each stride; parameters of the whole classifier; weights are also names and files")
+    for reason in refused:
+        console.print(Text(reason), soft_wrap=True)
+    console.print("fpnx models NAME shows one of them; fpnx models timm/ lists those of timm, if it is installed")
+
+
+def show_details(backbone: Mapping[str, Any]) -> None:
+    """Print the taps, parameters and operations of a backbone, and its weights with their files."""
+    console = Console(highlight=False)
+    height, width = backbone["input_size"]
+    table = Table(box=None, pad_edge=False)
+    for name in ("level", "stride", "channels", "height × width", "tapped at"):
+        table.add_column(name, justify="right" if name in ("stride", "channels", "height × width") else "left")
+    for tap in backbone["taps"]:
+        table.add_row(
+            tap["level"], str(tap["stride"]), str(tap["channels"]), f"{tap['height']} × {tap['width']}", tap["node"]
+        )
+    parameters, gflops = backbone["parameters"], backbone["gflops"]
+    with_head = f" ({_millions(parameters['published'])} with its head)" if parameters["published"] else ""
+    console.print(Text(f"{backbone['name']} at {height}×{width}"))
+    console.print(table)
+    side = backbone["only_squares_in_multiples_of"]
+    if side:
+        console.print(f"takes squares in multiples of {side} only")
+    console.print(
+        f"parameters: body {_millions(parameters['body'])}{with_head}, "
+        f"pyramid of {backbone['pyramid_channels']} channels {_millions(parameters['pyramid'])}"
+    )
+    console.print(
+        f"GFLOPs: body {gflops['body']:.2f}, pyramid {gflops['pyramid']:.2f} (a multiply-add counts as 2)", end="\n\n"
+    )
+    console.print(Text("--weights random: trains nothing; recipe " + backbone["recipe"]), soft_wrap=True)
+    for each in backbone["weights"]:
+        also = f" (also: {', '.join(each['also'])})" if each["also"] else ""
+        lines = [
+            f"--weights {each['name']}{also}",
+            f"  trained: {' and '.join(each['trains'])}",
+            f"  recipe:  {each['recipe']}",
+            f"  from:    {each['url']}",
+            f"  file:    {escape(each['file'])}{' (exists)' if each['there'] else ''}",
+        ]
+        console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f} M"
