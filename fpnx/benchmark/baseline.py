@@ -107,12 +107,14 @@ class BaselineProcess:
 
 
 def _architecture(model: PyramidModel) -> dict[str, Any]:
-    first, last = model.fpn.first_level, model.fpn.last_level
+    neck = model.fpn
+    if neck.kind != "fpn":
+        raise FpnxError(f"the plain script of --baseline has torchvision's FPN, not {neck.kind}: give --pyramid fpn")
     return {
         "backbone": model.backbone,
         "nodes": {node: f"C{level}" for level, node in create_backbone(model.backbone, seed=0).nodes.items()},
-        "first_level": first,
-        "in_channels": [model.channels[f"C{k}"] for k in range(first, last + 1)],
-        "channels": model.fpn.channels,
-        "top_block": model.fpn.top_block,
+        "first_level": min(neck.in_channels),
+        "in_channels": [channels for _, channels in sorted(neck.in_channels.items())],
+        "channels": neck.channels,
+        "top_block": neck.identity()["top_block"],
     }

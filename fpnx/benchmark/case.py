@@ -234,21 +234,15 @@ class _Network:
     """A forward pass in its executable form, with a mark at the end of each stage."""
 
     def __init__(self, executable: FusedModel, stopwatch: Stopwatch) -> None:
-        self._levels, self._pyramid, self._stopwatch = executable.levels, executable.pyramid, stopwatch
+        self._levels, self._neck, self._stopwatch = executable.levels, executable.neck, stopwatch
         self._body = timed_body(executable.body, stopwatch)
-        self._blocks: list[tuple[str, nn.Module]] = []
-        if self._pyramid is not None:
-            outputs = [*self._pyramid.output.items(), *self._pyramid.recombined.items()]
-            self._blocks += [(f"output P{k}", block) for k, block in outputs]
-            self._blocks += [(TOP, block) for block in self._pyramid.extra.values()]
-            self._ends_with = TOP if self._pyramid.above else MERGE
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         levels: dict[str, Tensor] = self._body(images)
-        if self._pyramid is not None:
-            with marked(self._blocks, self._stopwatch):
-                levels = levels | self._pyramid(levels)
-            self._stopwatch.mark(self._ends_with)
+        if self._neck is not None:
+            with marked(self._neck.timed_blocks(), self._stopwatch):
+                levels = levels | self._neck(levels)
+            self._stopwatch.mark(self._neck.last_stage)
         return {name: levels[name] for name in self._levels}
 
 

@@ -173,7 +173,7 @@ class Cost:
 
 
 def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
-    """Backbone, laterals, outputs and top block for an input of `size` (height, width), without computing it.
+    """Backbone and the parts of the neck for an input of `size` (height, width), without computing it.
 
     Parameters are all that the part holds; operations only those that the asked levels need: convolutions, matrix
     products and attention, as `torch.utils.flop_counter` counts them, not norms, activations and additions.
@@ -185,18 +185,15 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, on_meta, (torch.empty(1, 3, *size, device="meta"),))
     by_module = counter.get_flop_counts()
+    names = {module: name for name, module in model.named_modules()}
 
-    def flops(name: str) -> int:
-        return sum(by_module.get(f"{type(model).__name__}.fpn.{name}", {}).values())
+    def flops(module: nn.Module) -> int:
+        return sum(by_module.get(f"{type(model).__name__}.{names[module]}", {}).values())
 
     costs = []
     if set(model.levels) & set(model.fpn.levels):
-        for part, name in (("laterals", "inner_blocks"), ("outputs", "layer_blocks"), ("top block", "extra_blocks")):
-            if name == "extra_blocks" and model.fpn.top_block is None:
-                continue
-            blocks = getattr(model.fpn, name, nn.ModuleList())  # pooling has none
-            count = sum(flops(f"{name}.{child}") for child, _ in blocks.named_children())
-            costs.append(Cost(part, _parameters(blocks), count))
+        for part, modules in model.fpn.parts().items():
+            costs.append(Cost(part, sum(map(_parameters, modules)), sum(map(flops, modules))))
     backbone = counter.get_total_flops() - sum(cost.flops for cost in costs)
     return (Cost("backbone", _parameters(model.body), backbone), *costs)
 

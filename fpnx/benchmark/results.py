@@ -196,5 +196,5 @@ class BenchmarkResult:
 
 def _place(stage: str) -> tuple[int, str]:
     """Where a stage of the forward pass stands: taps, lateral and top-down, outputs, top block."""
-    kinds = ("C", "lateral", "output", "top")
+    kinds = ("C", "backbone", "lateral", "output", "top", "neck")
     return next(i for i, kind in enumerate(kinds) if stage.startswith(kind)), stage

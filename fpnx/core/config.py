@@ -43,6 +43,7 @@ __all__ = [
     "MODES",
     "ModelConfig",
     "OutputConfig",
+    "PYRAMIDS",
     "PictureConfig",
     "RunConfig",
     "SAMPLE",
@@ -52,6 +53,7 @@ __all__ = [
 
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
+PYRAMIDS = ("fpn", "pafpn")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")
 PIXEL_ORDERS = ("RGB", "BGR")
 RESAMPLINGS = ("antialiased", "plain")
@@ -104,6 +106,7 @@ class ModelConfig(FileFacts):
 
     backbone: str | None = None
     weights: str = "default"
+    pyramid: str = "fpn"
     seed: int = 0
     levels: str | Iterable[str] | None = None
     channels: int | None = None
@@ -112,6 +115,7 @@ class ModelConfig(FileFacts):
 
     def __post_init__(self) -> None:
         FileFacts.__post_init__(self)
+        check_choice("pyramid", self.pyramid, PYRAMIDS)
         if self.levels is not None:
             freeze(self, "levels", parse_levels(self.levels))
         check_whole("seed", self.seed, 0, 2**63 - 1)
@@ -381,6 +385,7 @@ class BenchmarkConfig(InputConfig):
 
     backbone: str | Iterable[str] | None = None
     weights: str = "random"
+    pyramid: str = ModelConfig.pyramid
     seed: int = ModelConfig.seed
     levels: str | Iterable[str] | None = None
     channels: int | None = ModelConfig.channels
@@ -417,6 +422,7 @@ class BenchmarkConfig(InputConfig):
             ExtractConfig(
                 backbone=backbone,
                 weights=self.weights,
+                pyramid=self.pyramid,
                 seed=self.seed,
                 levels=self.levels,
                 channels=self.channels,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Collection, Mapping
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpnx.inference.packed_conv import PackedConv2d, is_activation, is_norm
+from fpnx.inference.packed_conv import PackedConv2d, fuse_sequence
 from fpnx.models.necks.fpn import FPN
 
 __all__ = ["FusedFpn"]
@@ -45,13 +44,13 @@ class FusedFpn(nn.Module):
         self.taps = [f"C{k}" for k in range(min(self.outputs, default=self.last), self.last + 1)]
         none = self.last if self.above and self.top_block == "m5" else self.last + 1
         counted = range(min(self.outputs, default=none), self.last + 1)
-        self.lateral = nn.ModuleDict({str(k): _block(pyramid.inner_blocks[k - self.first]) for k in counted})
+        self.lateral = nn.ModuleDict({str(k): fuse_sequence(pyramid.inner_blocks[k - self.first]) for k in counted})
         self.output = nn.ModuleDict(
-            {str(k): _block(pyramid.layer_blocks[k - self.first]) for k in counted if k in self.outputs}
+            {str(k): fuse_sequence(pyramid.layer_blocks[k - self.first]) for k in counted if k in self.outputs}
         )
         self.extra = nn.ModuleDict()
         if self.above and self.top_block in ("c5", "p5", "m5"):
-            self.extra.update({name: _block(block) for name, block in pyramid.extra_blocks.items()})
+            self.extra.update({name: fuse_sequence(block) for name, block in pyramid.extra_blocks.items()})
         self.recombined = nn.ModuleDict()
         for k in sorted(self.outputs) if recombined else ():
             way = self._best(k, {n: channels[f"C{n}"] for n in counted}, pyramid.channels)
@@ -72,6 +71,17 @@ class FusedFpn(nn.Module):
         for k in range(self.last + 1, max(self.above, default=0) + 1):
             levels[k] = self._top(k, taps, merged, levels)
         return {name: levels[k] for k, name in self.levels.items()}
+
+    @property
+    def last_stage(self) -> str:
+        """What the time after the last of the `timed_blocks` counts as in tables of stages."""
+        return "top block" if self.above else "lateral + top-down"
+
+    def timed_blocks(self) -> list[tuple[str, nn.Module]]:
+        """Modules whose time is shown apart, by the stage that they count as; the rest is lateral + top-down."""
+        outputs = [*self.output.items(), *self.recombined.items()]
+        blocks = [(f"output P{k}", block) for k, block in outputs]
+        return blocks + [("top block", block) for block in self.extra.values()]
 
     def _way(self, k: int, taps: Mapping[str, Tensor]) -> _Recombined | None:
         """The other order for P_k, where there is a better one and these maps allow it."""
@@ -229,20 +239,6 @@ def _add_upsampled(lateral: Tensor, coarse: Tensor) -> Tensor:
     cells = lateral.permute(0, 2, 3, 1).view(batch, height, 2, width, 2, channels)
     cells.add_(coarse.permute(0, 2, 3, 1).reshape(batch, height, 1, width, 1, channels))
     return lateral
-
-
-def _block(block: nn.Module) -> nn.Module:
-    """A lateral, output or top block as one convolution, with what follows folded in; else a copy of it."""
-    parts = list(block) if isinstance(block, nn.Sequential) else [block]
-    if not PackedConv2d.takes(parts[0]):
-        return copy.deepcopy(block)
-    after = parts[1:]
-    made = PackedConv2d(parts[0])
-    if after and is_norm(after[0]):
-        made.fold(after.pop(0))
-    if after and is_activation(after[0]):
-        made.activate(after.pop(0))
-    return nn.Sequential(made, *copy.deepcopy(after)) if after else made
 
 
 def _is_plain(convolution: PackedConv2d, side: int) -> bool:

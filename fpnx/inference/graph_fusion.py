@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDept
 
 from fpnx.core.system import release_freed_memory
 from fpnx.inference.fpn_fusion import FusedFpn
+from fpnx.inference.neck_fusion import FusedNeck, fuse_neck
 from fpnx.inference.packed_conv import SIZES_PACKED, PackedConv2d, can_pack, is_activation, is_norm, packing
 from fpnx.models.backbones.tracing import on_meta
 from fpnx.models.pyramid_model import PyramidModel
@@ -40,19 +41,19 @@ class FusedModel(nn.Module):
     def __init__(
         self,
         body: nn.Module,
-        pyramid: FusedFpn | None,
+        neck: FusedFpn | FusedNeck | None,
         levels: tuple[str, ...],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.body, self.pyramid, self.levels = body, pyramid, levels
+        self.body, self.neck, self.levels = body, neck, levels
         self.device, self.dtype = device, dtype
         self._packing, self._sizes = threading.Lock(), deque[tuple[int, int]](maxlen=SIZES_PACKED)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         taps: dict[str, Tensor] = self.body(images)
-        levels = taps if self.pyramid is None else taps | self.pyramid(taps)
+        levels = taps if self.neck is None else taps | self.neck(taps)
         return {name: levels[name] for name in self.levels}
 
     @property
@@ -95,22 +96,22 @@ def fuse_model(
     Args:
         model: in eval mode; read, never changed.
         device, dtype: where, and in which type, it computes. Norms are folded in float32 before the cast.
-        recombined: let the pyramid be computed in another order where that takes clearly fewer operations.
+        recombined: let an FPN be computed in another order where that takes clearly fewer operations.
     """
     device = torch.device(device)
     assert not model.training, "an executable form is for inference"
     p_levels = tuple(name for name in model.levels if name in model.fpn.levels)
-    pyramid = FusedFpn(model.fpn, p_levels, model.channels, recombined) if p_levels else None
-    needed = set(model.levels).difference(p_levels) | set(pyramid.taps if pyramid is not None else ())
+    neck = fuse_neck(model.fpn, p_levels, model.channels, recombined) if p_levels else None
+    needed = set(model.levels).difference(p_levels) | set(neck.taps if neck is not None else ())
     body: nn.Module
     if isinstance(model.body, fx.GraphModule):
         body = _fused(_inlined(model.body, needed), model.size or (SIDE, SIDE))
     else:
         body = _OneAtATime(copy.deepcopy(model.body))
-    for module in (body, pyramid):
+    for module in (body, neck):
         if module is not None:
             _prepare(module, device, dtype)
-    return FusedModel(body, pyramid, model.levels, device, dtype).eval().requires_grad_(False)
+    return FusedModel(body, neck, model.levels, device, dtype).eval().requires_grad_(False)
 
 
 class _OneAtATime(nn.Module):

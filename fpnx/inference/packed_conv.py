@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-__all__ = ["SIZES_PACKED", "PackedConv2d", "can_pack", "is_activation", "is_norm", "native_on_cpu", "packing"]
+__all__ = ["SIZES_PACKED", "PackedConv2d", "can_pack", "fuse_sequence", "is_activation", "is_norm", "native_on_cpu", "packing"]
 
 # Activations that oneDNN applies to a convolution's result while it is still in registers: (name, scalars, algorithm).
 FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {
@@ -201,3 +201,18 @@ def can_pack(dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError, TypeError):  # no such operator, or not for these arguments
         return False
     return True
+
+
+def fuse_sequence(block: nn.Module) -> nn.Module:
+    """A convolution, or a sequence that begins with one, as a packed convolution with the norm and activation that
+    follow folded in; a copy of any other module."""
+    parts = list(block) if isinstance(block, nn.Sequential) else [block]
+    if not PackedConv2d.takes(parts[0]):
+        return copy.deepcopy(block)
+    after = parts[1:]
+    made = PackedConv2d(parts[0])
+    if after and is_norm(after[0]):
+        made.fold(after.pop(0))
+    if after and is_activation(after[0]):
+        made.activate(after.pop(0))
+    return nn.Sequential(made, *copy.deepcopy(after)) if after else made

@@ -20,7 +20,10 @@ from fpnx.models.backbones.factory import (
     create_backbone,
     parameter_shapes,
 )
+from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
+from fpnx.models.necks.pafpn import PAFPN
+from fpnx.models.necks.registry import NECKS
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.weights.checkpoints import write_checkpoint
 from fpnx.models.weights.resolve import CheckpointNeck, Weights, resolve_weights, weights_from_module
@@ -28,6 +31,8 @@ from fpnx.models.weights.resolve import CheckpointNeck, Weights, resolve_weights
 __all__ = ["build_model", "create_model", "save_weights"]
 
 DEFAULT_CHANNELS = 256
+DEFAULT_PYRAMID = "fpn"
+NECKS_OF_CHECKPOINTS = {"fpn": FPN, "pafpn": PAFPN}  # those whose parameters can be read from a file
 UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
 
 
@@ -104,13 +109,14 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
         asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
         backbone.check_levels(asked, config.top_block)
     with torch.random.fork_rng(devices=[]):  # modules draw when they are made, only to be filled below
-        fpn = _held_pyramid(weights.pyramid, backbone, config, weights) if weights.pyramid else _new(backbone, config)
+        held = weights.pyramid
+        neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(backbone, config)
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
-        levels = fpn.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.pyramid_channels)
-    _check_levels(levels, backbone, fpn, weights)
-    fpn.draw(config.seed)
-    model = PyramidModel(backbone, fpn, ordered_levels(levels), weights)
+        levels = neck.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.pyramid_channels)
+    _check_levels(levels, backbone, neck, weights)
+    neck.initialize(config.seed)
+    model = PyramidModel(backbone, neck, ordered_levels(levels), weights)
     _fill(model, weights)
     return model.eval()
 
@@ -131,16 +137,18 @@ def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
     return weights_from_module(module, backbone.name, config), backbone
 
 
-def _new(backbone: Backbone, config: ModelConfig) -> FPN:
-    """A pyramid over all taps, with the top block that the levels need."""
-    levels = tuple(config.levels or ())
-    needed = "c5" if "P7" in levels else "pool" if "P6" in levels else None
-    return FPN(backbone.pyramid_channels, config.channels or DEFAULT_CHANNELS, config.top_block or needed)
+def _new_neck(backbone: Backbone, config: ModelConfig) -> Neck:
+    """A neck over all taps that gives the asked levels."""
+    neck = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    channels, levels = config.channels or DEFAULT_CHANNELS, tuple(config.levels or ())
+    return neck.for_levels(backbone.pyramid_channels, channels, levels, config.top_block)
 
 
-def _held_pyramid(held: CheckpointNeck, backbone: Backbone, config: ModelConfig, weights: Weights) -> FPN:
-    """The pyramid that the weights hold, with P6 by pool where it is asked for and costs no parameters."""
+def _neck_of_weights(held: CheckpointNeck, backbone: Backbone, config: ModelConfig, weights: Weights) -> Neck:
+    """The neck that the weights hold, with P6 by pool where it is asked for and costs no parameters."""
     keys, owner = held.keys, escape(weights.name)
+    if config.pyramid not in (None, held.kind):
+        raise FpnxError(f"pyramid {config.pyramid} contradicts {owner}, which has {held.kind}: {UNTRAINED}")
     if config.channels not in (None, keys.channels):
         raise FpnxError(f"channels {config.channels} contradicts {owner}, which has {keys.channels}: {UNTRAINED}")
     taps = [backbone.pyramid_channels[k] for k in sorted(backbone.pyramid_channels)]
@@ -154,7 +162,8 @@ def _held_pyramid(held: CheckpointNeck, backbone: Backbone, config: ModelConfig,
             f"they must be its last taps"
         )
     top_block = held.top_block or ("pool" if "P6" in (config.levels or ()) else None)
-    return FPN(inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides))
+    kind = NECKS_OF_CHECKPOINTS[held.kind]
+    return kind(inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides))
 
 
 def _adjust(body: nn.Module, weights: Weights) -> None:
@@ -177,9 +186,8 @@ def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
     """
     about = {
         "backbone": model.backbone,
-        "first_level": model.fpn.first_level,
-        "top_block": model.fpn.top_block,
-        "p7_relu": model.fpn.p7_relu,
+        **model.fpn.identity(),
+        "first_level": min(model.fpn.in_channels),
         "norm_eps": model.weights.norm_eps,
         "stride_in_1x1": model.weights.stride_in_1x1,
         "levels": list(model.levels),
@@ -192,16 +200,16 @@ def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
     write_checkpoint(path, model.state_dict(), about)
 
 
-def _check_levels(levels: tuple[str, ...], backbone: Backbone, fpn: FPN, weights: Weights) -> None:
+def _check_levels(levels: tuple[str, ...], backbone: Backbone, neck: Neck, weights: Weights) -> None:
     held = weights.pyramid
-    there = (() if held and held.strides else ordered_levels(f"C{k}" for k in backbone.nodes)) + fpn.levels
+    there = (() if held and held.strides else ordered_levels(f"C{k}" for k in backbone.nodes)) + neck.levels
     absent = next((name for name in levels if name not in there), None)
     if absent is None:
         return
     if held is not None:
         raise FpnxError(f"{escape(weights.name)} has no level {absent}: it has {_listed(there)}; {UNTRAINED}")
-    if absent == "P7" and fpn.top_block == "pool":
-        raise FpnxError("level P7 does not come by pool: take top block c5 or p5")
+    if (why := neck.explain_missing(absent)) is not None:
+        raise FpnxError(why)
     raise FpnxError(f"{backbone.name} has no level {absent}: it gives {_listed(there)}")
 
 

@@ -16,32 +16,33 @@ from fpnx.models.backbones.factory import (
     one_size,
     tap_shapes,
 )
-from fpnx.models.necks.fpn import FPN, SEED_SCHEME
+from fpnx.models.necks.base import SEED_SCHEME, Neck, neck_shapes
 from fpnx.models.weights.resolve import Weights
 
 __all__ = ["PyramidModel"]
 
 
 class PyramidModel(nn.Module):
-    """A backbone with a Feature Pyramid Network on top (arXiv 1612.03144).
+    """A backbone with a neck on top: by default a Feature Pyramid Network (arXiv 1612.03144).
 
     `model(images)`: (B, 3, H, W) normalised float → `{"P2": (B, channels, H/4, W/4), ...}`, fine to coarse, C before
-    P. What nobody asked for is not computed. `state_dict()` has torchvision's names: `body.*`, `fpn.inner_blocks.*`,
-    `fpn.layer_blocks.*`, `fpn.extra_blocks.*`, for the whole pyramid whatever `levels` selects.
+    P. What `levels` do not need is not computed. `state_dict()` has torchvision's names: `body.*`, and for an FPN
+    `fpn.inner_blocks.*`, `fpn.layer_blocks.*`, `fpn.extra_blocks.*`, for the whole pyramid whatever `levels` selects.
 
     Attributes:
+        fpn: the neck, of any kind.
         levels: names of what forward gives, fine to coarse.
         recipe: what is done to an image before it comes here; `str(model.recipe)` says it in words.
         weights: where the parameters come from (`weights.body` and `weights.fpn` say what is trained).
         size: the only (height, width) that the backbone takes, where it is built for one; else None.
     """
 
-    def __init__(self, backbone: Backbone, fpn: FPN, levels: tuple[str, ...], weights: Weights) -> None:
+    def __init__(self, backbone: Backbone, neck: Neck, levels: tuple[str, ...], weights: Weights) -> None:
         super().__init__()
         self.body = backbone.body
-        self.fpn = fpn
+        self.fpn = neck
         self.backbone = backbone.name
-        self.channels = {f"C{k}": n for k, n in backbone.channels.items()} | dict.fromkeys(fpn.levels, fpn.channels)
+        self.channels = {f"C{k}": n for k, n in backbone.channels.items()} | dict.fromkeys(neck.levels, neck.channels)
         named = weights.pyramid.strides if weights.pyramid is not None else {}
         self.strides = dict(named) or {name: 2 ** level_number(name) for name in self.channels}
         self.size, self._side = backbone.size, backbone.side
@@ -58,7 +59,7 @@ class PyramidModel(nn.Module):
     def taps(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) → the taps that `levels` need, `{"C2": (B, C, H/4, W/4), ...}`; deeper stages are not run."""
         deepest = max(self._needed_taps(), key=level_number)
-        last = f"C{self.fpn.last_level}"
+        last = f"C{max(self.fpn.in_channels)}"
         if deepest == last or not isinstance(self.body, fx.GraphModule):  # what is hooked runs whole
             taps: dict[str, Tensor] = self.body(images)
             return taps
@@ -99,10 +100,7 @@ class PyramidModel(nn.Module):
             "seed": seeds[0] if seeds else None,
             "seed_scheme": SEED_SCHEME if seeds else None,
             "levels": list(self.levels),
-            "channels": self.fpn.channels,
-            "first_level": self.fpn.levels[0],
-            "top_block": self.fpn.top_block,
-            "p7_relu": self.fpn.p7_relu,
+            **self.fpn.identity(),
             "norm_eps": self.weights.norm_eps,
             "stride_in_1x1": self.weights.stride_in_1x1,
         }
@@ -113,9 +111,9 @@ class PyramidModel(nn.Module):
         return [self.weights.body, *pyramid]
 
     def _needed_taps(self) -> list[str]:
-        pyramid = set(self.levels) & set(self.fpn.levels)
+        pyramid = [name for name in self.levels if name in self.fpn.levels]
         taps = [name for name in self.levels if name not in pyramid]
-        return [*taps, f"C{self.fpn.last_level}"] if pyramid else taps
+        return [*taps, *self.fpn.taps_for(pyramid)] if pyramid else taps
 
     def _one_size(self, size: tuple[int, int]) -> str:
         assert self.size is not None
@@ -146,16 +144,8 @@ class PyramidModel(nn.Module):
         if size in self._known_shapes:
             return self._known_shapes[size]
         taps = tap_shapes(self.body, size)
-        shapes = self._known_shapes[size] = {}
-        for name in self.levels:
-            if name in taps:
-                shapes[name] = taps[name]
-                continue
-            level = self.fpn.first_level + self.fpn.levels.index(name)
-            height, width = taps[f"C{min(level, self.fpn.last_level)}"][1:]
-            for _ in range(level - self.fpn.last_level):
-                height, width = -(-height // 2), -(-width // 2)
-            shapes[name] = (self.fpn.channels, height, width)
+        levels = neck_shapes(self.fpn, taps, self.levels)
+        shapes = self._known_shapes[size] = {name: (taps | levels)[name] for name in self.levels}
         return shapes
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpnx.core.config import ExtractConfig, OutputConfig, VisualizeConfig, fingerprint
+from fpnx.core.config import (
+    BenchmarkConfig,
+    ExtractConfig,
+    InputConfig,
+    ModelConfig,
+    OutputConfig,
+    VisualizeConfig,
+    fingerprint,
+)
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
 from fpnx.core.text import format_bytes, plural
@@ -42,10 +50,17 @@ def test_levels_that_are_none(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "kept"),
-    [(224, "224x224"), ("224", "224x224"), ("480x640", "480x640"), ((480, 640), "480x640"), ("native", "native")],
+    [
+        (224, (224, 224)),
+        ("224", (224, 224)),
+        ("480x640", (480, 640)),
+        ((480, 640), (480, 640)),
+        ([480, 640], (480, 640)),
+        ("native", "native"),
+    ],
     ids=str,
 )
-def test_sizes(size: Any, kept: str) -> None:
+def test_sizes(size: Any, kept: Any) -> None:
     assert ExtractConfig(size=size).size == kept
 
 
@@ -64,6 +79,7 @@ def test_sizes(size: Any, kept: str) -> None:
         {"seed": 1.5},
         {"channels": 0},
         {"top_block": "p6"},
+        {"pyramid": "ffpn"},
         {"batch_size": "0"},
         {"batch_size": "many"},
         {"workers": 0},
@@ -122,6 +138,14 @@ def test_frozen_and_strict_about_names() -> None:
         config.seed = 1  # type: ignore[misc]
     with pytest.raises(TypeError, match="bakbone"):
         ExtractConfig(bakbone="vgg16")  # type: ignore[call-arg]
+
+
+def test_every_option_of_the_model_is_repeatable() -> None:
+    """What a file says it was computed with is enough to compute it again."""
+    names = {field.name for part in (ModelConfig, InputConfig) for field in dataclasses.fields(part)}
+    assert names | {"dtype", "pool", "precision"} == set(ExtractConfig().repeatable())
+    assert ExtractConfig(pyramid="pafpn").repeatable()["pyramid"] == "pafpn"
+    assert [run.pyramid for run in BenchmarkConfig(pyramid="pafpn", batch_size="1,2").runs()] == ["pafpn"] * 2
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from fpnx.models.backbones.registry import (
 )
 from fpnx.models.backbones.stage_search import PROBES, NoStagesError, Stages, TapPoint, find_stages
 from fpnx.models.backbones.tracing import on_meta, run_on_meta
-from fpnx.models.necks.fpn import seeded_generator
+from fpnx.models.necks.base import seeded_generator
 
 __all__ = [
     "Backbone",

@@ -1,22 +1,21 @@
-"""The Feature Pyramid Network (Lin et al. 2017, arXiv 1612.03144): the readable definition, pure tensors."""
+"""The Feature Pyramid Network (Lin et al. 2017, arXiv 1612.03144)."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SEED_SCHEME", "FPN", "seeded_generator"]
+from fpnx.models.necks.base import Neck, draw_convolutions
+
+__all__ = ["FPN"]
 
 CONVOLVED = ("c5", "p5", "m5")  # top blocks that are convolutions, by what they start from
-SEED_SCHEME = 1  # how seeds become parameters; part of every fingerprint that holds a seed
 
 
-class FPN(nn.Module):
+class FPN(Neck):
     """Merges taps C_first…C_last top-down into P_first…P_last, and goes on to coarser levels by a top block.
 
     M_last = lateral(C_last); M_k = lateral(C_k) + nearest(M_{k+1} → the size of C_k); P_k = output(M_k), with 1×1
@@ -35,6 +34,8 @@ class FPN(nn.Module):
         names: of the levels, fine to coarse, where they are not one per stride; else `P{k}`.
     """
 
+    kind = "fpn"
+
     def __init__(
         self,
         in_channels: Mapping[int, int],
@@ -48,86 +49,112 @@ class FPN(nn.Module):
         super().__init__()
         taps = sorted(in_channels)
         assert taps == list(range(taps[0], taps[-1] + 1)), "taps must be contiguous"
+        self.in_channels, self.channels = dict(in_channels), channels
         self.first_level, self.last_level = taps[0], taps[-1]
-        self.channels, self.top_block, self.norm, self.p7_relu = channels, top_block, norm, p7_relu
+        self.top_block, self.norm, self.p7_relu = top_block, norm, p7_relu
         count = len(taps) + {None: 0, "pool": 1}.get(top_block, 2)
         self.levels = tuple(names) or tuple(f"P{self.first_level + i}" for i in range(count))
         assert len(self.levels) == count, "a name for each level"
-        self.inner_blocks = nn.ModuleList(_block(in_channels[k], channels, 1, norm) for k in taps)
-        self.layer_blocks = nn.ModuleList(_block(channels, channels, 3, norm) for _ in taps)
+        self.inner_blocks = nn.ModuleList(self._block(in_channels[k], 1) for k in taps)
+        self.layer_blocks = nn.ModuleList(self._block(channels, 3) for _ in taps)
+        self.extra_blocks = nn.ModuleDict()
         if top_block in CONVOLVED:
             source = in_channels[self.last_level] if top_block == "c5" else channels
-            self.extra_blocks = nn.ModuleDict(
-                {
-                    f"p{self.last_level + 1}": nn.Conv2d(source, channels, 3, 2, 1),
-                    f"p{self.last_level + 2}": nn.Conv2d(channels, channels, 3, 2, 1),
-                }
-            )
+            self.extra_blocks[f"p{self.last_level + 1}"] = nn.Conv2d(source, channels, 3, 2, 1)
+            self.extra_blocks[f"p{self.last_level + 2}"] = nn.Conv2d(channels, channels, 3, 2, 1)
+
+    @classmethod
+    def for_levels(
+        cls, in_channels: Mapping[int, int], channels: int, levels: Sequence[str], top_block: str | None
+    ) -> FPN:
+        """A pyramid over all taps; P7 needs the top block `"c5"`, P6 alone `"pool"`."""
+        needed = "c5" if "P7" in levels else "pool" if "P6" in levels else None
+        return cls(in_channels, channels, top_block or needed)
 
     def forward(self, taps: Mapping[str, Tensor], levels: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Taps `{"C2": (B, C, H, W), ...}` → the asked levels, fine to coarse; what nobody asked is not computed."""
-        wanted = {i for i, name in enumerate(self.levels) if levels is None or name in levels}
-        last = self.last_level - self.first_level
-        outputs = {i for i in wanted if i <= last}
-        above = wanted - outputs
-        if above and self.top_block in ("pool", "p5"):
-            outputs.add(last)
-        pyramid: dict[int, Tensor] = {}
-        merged: list[Tensor] = []  # M_last, M_{last-1}, …
-        lowest = min(outputs, default=last if above and self.top_block == "m5" else last + 1)
-        for i in range(last, lowest - 1, -1):
-            lateral = self.inner_blocks[i](taps[f"C{self.first_level + i}"])
-            if merged:
-                lateral = lateral + F.interpolate(merged[-1], size=lateral.shape[-2:], mode="nearest")
-            merged.append(lateral)
-            if i in outputs:
-                pyramid[i] = self.layer_blocks[i](lateral)
-        if above:
-            sources = {"c5": taps[f"C{self.last_level}"], "m5": merged[0] if merged else None}
-            above_last = self._top(sources.get(self.top_block or "", pyramid.get(last)), both=last + 2 in above)
-            pyramid.update(enumerate(above_last, last + 1))
+        """Taps `{"C2": (B, C, H, W), ...}` → the asked levels, fine to coarse; what no level needs is not computed."""
+        wanted, outputs = self._wanted(levels)
+        merged = self._merged(taps, min(outputs, default=self._last + (self.top_block != "m5" or not wanted)))
+        pyramid = {i: self.layer_blocks[i](merged[i]) for i in sorted(outputs, reverse=True)}
+        pyramid |= self._above(taps, merged, pyramid, wanted)
         return {name: pyramid[i] for i, name in enumerate(self.levels) if i in wanted}
 
-    def _top(self, source: Tensor | None, both: bool) -> list[Tensor]:
-        assert source is not None
-        if self.top_block == "pool":
-            return [F.max_pool2d(source, kernel_size=1, stride=2)]
-        first, second = self.extra_blocks.values()
-        levels = [first(source)]
-        if both:
-            levels.append(second(F.relu(levels[0]) if self.p7_relu else levels[0]))
-        return levels
-
-    @torch.no_grad()
-    def draw(self, seed: int) -> None:
+    def initialize(self, seed: int) -> None:
         """Draw all parameters as torchvision does (Kaiming uniform, a=1, zero bias), each from a generator of its
         own for (seed, kind, level): the lateral of C3 is the same whichever other levels there are."""
-        for k in range(self.first_level, self.last_level + 1):
-            _draw(self.inner_blocks[k - self.first_level], seed, f"lateral{k}")
-            _draw(self.layer_blocks[k - self.first_level], seed, f"output{k}")
-        if self.top_block in CONVOLVED:
-            for name, block in self.extra_blocks.items():
-                _draw(block, seed, f"{self.top_block}.{name}")
+        for i, k in enumerate(range(self.first_level, self.last_level + 1)):
+            draw_convolutions(self.inner_blocks[i], seed, f"lateral{k}")
+            draw_convolutions(self.layer_blocks[i], seed, f"output{k}")
+        for name, block in self.extra_blocks.items():
+            draw_convolutions(block, seed, f"{self.top_block}.{name}")
 
+    def identity(self) -> dict[str, Any]:
+        """Channels, first level, top block and its ReLU."""
+        return {
+            "channels": self.channels,
+            "first_level": self.levels[0],
+            "top_block": self.top_block,
+            "p7_relu": self.p7_relu,
+        }
 
-def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """The CPU generator for the part `name` under `seed`, by the present scheme."""
-    digest = hashlib.sha256(f"fpnx:{SEED_SCHEME}:{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    def parts(self) -> dict[str, tuple[nn.Module, ...]]:
+        """Laterals, outputs and, where there is one, the top block; pooling has no modules."""
+        parts = {"laterals": tuple(self.inner_blocks), "outputs": tuple(self.layer_blocks)}
+        return parts if self.top_block is None else {**parts, "top block": tuple(self.extra_blocks.values())}
 
+    def explain_missing(self, level: str) -> str | None:
+        """P7 does not come by pooling."""
+        if level == "P7" and self.top_block == "pool":
+            return "level P7 does not come by pool: take top block c5 or p5"
+        return None
 
-def _block(in_channels: int, channels: int, side: int, norm: str | None) -> nn.Sequential:
-    convolution = nn.Conv2d(in_channels, channels, side, padding=side // 2, bias=norm is None)
-    if norm is None:
-        return nn.Sequential(convolution)
-    return nn.Sequential(convolution, nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(32, channels))
+    @property
+    def _last(self) -> int:
+        """Index of the level of the last tap."""
+        return self.last_level - self.first_level
 
+    def _wanted(self, levels: Collection[str] | None) -> tuple[set[int], set[int]]:
+        """Indices of the asked levels, and of those among the taps' levels that have to be computed for them."""
+        wanted = {i for i, name in enumerate(self.levels) if levels is None or name in levels}
+        outputs = {i for i in wanted if i <= self._last}
+        if wanted != outputs and self.top_block in ("pool", "p5"):
+            outputs.add(self._last)
+        return wanted, outputs
 
-def _draw(block: nn.Module, seed: int, name: str) -> None:
-    for convolution in block.modules():
-        if isinstance(convolution, nn.Conv2d):
-            weight = convolution.weight
-            bound = math.sqrt(3.0 / (weight.shape[1] * weight.shape[2] * weight.shape[3]))
-            weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=seeded_generator(seed, name)))
-            if convolution.bias is not None:
-                convolution.bias.zero_()
+    def _merged(self, taps: Mapping[str, Tensor], lowest: int) -> dict[int, Tensor]:
+        """M_k = lateral(C_k) + nearest(M_{k+1}), by index, from the last tap down to `lowest`."""
+        merged: dict[int, Tensor] = {}
+        for i in range(self._last, lowest - 1, -1):
+            lateral = self.inner_blocks[i](taps[f"C{self.first_level + i}"])
+            if merged:
+                lateral = lateral + F.interpolate(merged[i + 1], size=lateral.shape[-2:], mode="nearest")
+            merged[i] = lateral
+        return merged
+
+    def _above(
+        self, taps: Mapping[str, Tensor], merged: Mapping[int, Tensor], pyramid: Mapping[int, Tensor], wanted: set[int]
+    ) -> dict[int, Tensor]:
+        """The asked levels above the last tap, by index."""
+        last = self._last
+        if max(wanted, default=0) <= last:
+            return {}
+        if self.top_block == "pool":
+            return {last + 1: F.max_pool2d(pyramid[last], kernel_size=1, stride=2)}
+        if self.top_block == "c5":
+            source = taps[f"C{self.last_level}"]
+        else:
+            source = pyramid[last] if self.top_block == "p5" else merged[last]
+        first, second = self.extra_blocks.values()
+        above = {last + 1: first(source)}
+        if last + 2 in wanted:
+            above[last + 2] = second(F.relu(above[last + 1]) if self.p7_relu else above[last + 1])
+        return above
+
+    def _block(self, in_channels: int, side: int, stride: int = 1) -> nn.Sequential:
+        """A convolution to `channels`, with the norm that follows."""
+        bias = self.norm is None
+        convolution = nn.Conv2d(in_channels, self.channels, side, stride, padding=side // 2, bias=bias)
+        if self.norm is None:
+            return nn.Sequential(convolution)
+        norm = nn.BatchNorm2d(self.channels) if self.norm == "batch" else nn.GroupNorm(32, self.channels)
+        return nn.Sequential(convolution, norm)

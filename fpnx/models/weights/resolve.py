@@ -59,6 +59,11 @@ class CheckpointNeck:
     levels: tuple[str, ...] | None = None
     strides: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> str:
+        """The kind of the neck, as `--pyramid` takes it."""
+        return self.keys.kind
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:

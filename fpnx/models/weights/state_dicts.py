@@ -29,7 +29,8 @@ CANDIDATES = 16  # backbones, nearest in parameters, that a file is compared wit
 class FpnKeys:
     """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
 
-    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
+    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level. `kind` is
+    the neck's, as `--pyramid` takes it.
     """
 
     in_channels: tuple[int, ...]
@@ -37,6 +38,7 @@ class FpnKeys:
     norm: str | None
     top_in: int | None
     first_level: int | None = None
+    kind: str = "fpn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,7 @@ def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> Fpn
         norm=norm,
         top_in=None if top is None else top.shape[1],
         first_level=first_level,
+        kind="pafpn" if "fpn.pafpn_blocks.0.0.weight" in state else "fpn",
     )
 
 
@@ -213,7 +216,8 @@ def _from_own(name: str) -> str | None:
     """fpnx's own names; torchvision's detectors leave out `features.`, and once left out the `.0` of convolutions."""
     name = re.sub(r"^body\.(?=\d)", "body.features.", name)
     name = re.sub(r"^(fpn\.(?:inner|layer)_blocks\.\d+)\.(?=weight|bias)", r"\1.0.", name)
-    known = r"body\..+|fpn\.((inner|layer)_blocks\.\d+\.[01]\.\w+|extra_blocks\.p\d\.(weight|bias))"
+    blocks = r"(inner|layer|downsample|pafpn)_blocks\.\d+\.[01]\.\w+"
+    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias))"
     return name if re.fullmatch(known, name) else None
 
 

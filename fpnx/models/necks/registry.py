@@ -1,0 +1,11 @@
+"""The necks by name, as `--pyramid` takes them."""
+
+from __future__ import annotations
+
+from fpnx.models.necks.base import Neck
+from fpnx.models.necks.fpn import FPN
+from fpnx.models.necks.pafpn import PAFPN
+
+__all__ = ["NECKS"]
+
+NECKS: dict[str, type[Neck]] = {"fpn": FPN, "pafpn": PAFPN}
