@@ -1,1 +1,1 @@
-"""Timings of every stage, costs, and what the machine could reach."""
+"""Benchmark of the pipeline: stage timings, operation counts, hardware limits and a plain PyTorch baseline."""

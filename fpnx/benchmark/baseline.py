@@ -1,4 +1,4 @@
-"""The plain script from outside: start it, have it measured, end it."""
+"""Runs the plain script `fpnx.benchmark.baseline_script` in a process of its own and measures it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,39 @@ import torch
 from fpnx.benchmark.case import BenchmarkCase
 from fpnx.core.errors import FpnxError
 from fpnx.models.backbones.factory import create_backbone
+from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 
-__all__ = ["BaselineProcess"]
+__all__ = ["BaselineProcess", "baseline_model"]
 
 SECONDS_TO_END = 10
 
 
 class BaselineProcess:
-    """`fpnx.benchmark.baseline_script` in a process, on the images, parameters and batch size of a specimen.
+    """The plain script on the images of a case, with its parameters and batch size.
 
     Attributes:
-        rss: peak bytes of its main process so far, without the DataLoader's workers; None where nobody knows.
+        rss: peak bytes of its main process so far, without the DataLoader's workers; None where it is not known.
     """
 
-    def __init__(self, specimen: BenchmarkCase, folder: Path) -> None:
-        folder = folder / f"plain {specimen.plan.model.backbone}"  # of its own: there may be several
+    def __init__(self, case: BenchmarkCase, folder: Path) -> None:
+        plan = case.plan
+        folder = folder / f"plain {plan.model.backbone}"
         folder.mkdir()
         self.output, self.rss = folder / "out.h5", None
-        self._batch_size = specimen.batch_size
-        parameters = folder / "parameters.pt"
-        plan = specimen.plan
-        torch.save({name: value.cpu().contiguous() for name, value in plan.model.state_dict().items()}, parameters)
+        self._batch_size = case.batch_size
+        request = baseline_model(plan.model, plan.recipe, folder / "parameters.pt") | {
+            "folder": str(case.files),
+            "images": case.images,
+            "size": case.size,
+            "batch_size": case.batch_size,
+            "workers": plan.workers,
+            "device": str(plan.device),
+            "dtype": plan.config.dtype,
+            "output": str(self.output),
+        }
         self._log = open(folder / "log", "w+b")  # noqa: SIM115
-        # A session of its own: Ctrl-C is for us to handle.
+        # In a new session, so that only this process receives Ctrl-C.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fpnx.benchmark.baseline_script"],
             stdin=subprocess.PIPE,
@@ -48,21 +57,6 @@ class BaselineProcess:
             text=True,
             start_new_session=True,
         )
-        request = _architecture(plan.model) | {
-            "parameters": str(parameters),
-            "folder": str(specimen.files),
-            "images": specimen.images,
-            "size": specimen.size,
-            "resampling": plan.recipe.resampling,
-            "mean": [value / plan.recipe.value_range for value in plan.recipe.mean],
-            "std": [value / plan.recipe.value_range for value in plan.recipe.std],
-            "batch_size": specimen.batch_size,
-            "workers": plan.workers,
-            "device": str(plan.device),
-            "levels": plan.model.levels,
-            "dtype": plan.config.dtype,
-            "output": str(self.output),
-        }
         try:
             self._ask(json.dumps(request))
         except BaseException:
@@ -70,17 +64,17 @@ class BaselineProcess:
             raise
 
     def forward(self) -> float:
-        """One batch through its network: milliseconds per image."""
+        """Run one batch through the network; returns milliseconds per image."""
         return 1000 * float(self._ask("forward")["seconds"]) / self._batch_size
 
     def end_to_end(self) -> float:
-        """All images into a file: images/s."""
+        """Write the features of all images to a file; returns images/s."""
         answer = self._ask("end to end")
         self.rss = answer["rss"]
         return float(answer["images_per_second"])
 
     def features(self, level: str, count: int) -> np.ndarray:
-        """The first `count` rows of a level that it wrote last."""
+        """The first `count` rows of a level in the file that was written last."""
         with h5py.File(self.output) as file:
             values: np.ndarray = file[level][:count]
             return values
@@ -102,8 +96,20 @@ class BaselineProcess:
             self._log.seek(0)
             last = self._log.read().decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
             raise FpnxError(f"the plain script failed: {last[0]}")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        result: dict[str, Any] = json.loads(answer)
+        return result
+
+
+def baseline_model(model: PyramidModel, recipe: Recipe, parameters: Path) -> dict[str, Any]:
+    """The part of a request to the plain script that describes a model; writes its parameters to a .pt file."""
+    torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, parameters)
+    return _architecture(model) | {
+        "parameters": str(parameters),
+        "levels": model.levels,
+        "resampling": recipe.resampling,
+        "mean": [value / recipe.value_range for value in recipe.mean],
+        "std": [value / recipe.value_range for value in recipe.std],
+    }
 
 
 def _architecture(model: PyramidModel) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""The script that people write today, as a process of its own: DataLoader, eager float32 torchvision, h5py.
+"""The plain script that fpnx is compared with: DataLoader, eager float32 torchvision, h5py.
 
-`python -m fpnx.benchmark.baseline_script` reads a line of JSON that says what to run, then a line for each
-measurement, `forward` or `end to end`, and answers each with a line of JSON. Nothing here is shared with the pipeline
-that it is compared to.
+`python -m fpnx.benchmark.baseline_script` reads a request as a line of JSON from stdin, then one line for each
+measurement, `forward` or `end to end`, and answers each with a line of JSON. It shares no code with the pipeline.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ __all__ = ["main"]
 
 
 class Images(Dataset):
-    """The images of a folder, as the network takes them."""
+    """The first images of a folder, resized and normalised."""
 
-    def __init__(self, asked: dict[str, Any]) -> None:
-        self.paths = sorted(Path(asked["folder"]).iterdir())[: asked["images"]]
-        resize = transforms.Resize(tuple(asked["size"]), transforms.InterpolationMode(asked["resampling"]))
-        normalise = transforms.Normalize(asked["mean"], asked["std"])
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.paths = sorted(Path(request["folder"]).iterdir())[: request["images"]]
+        resize = transforms.Resize(tuple(request["size"]), transforms.InterpolationMode(request["resampling"]))
+        normalise = transforms.Normalize(request["mean"], request["std"])
         self.transform = transforms.Compose([resize, transforms.ToTensor(), normalise])
 
     def __len__(self) -> int:
@@ -42,21 +42,21 @@ class Images(Dataset):
 
 
 class PlainModel(torch.nn.Module):
-    """torchvision's feature extractor and pyramid, with the parameters that were given."""
+    """torchvision's feature extractor and pyramid, with the parameters of the request."""
 
-    def __init__(self, asked: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any]) -> None:
         super().__init__()
-        network = models.get_model(asked["backbone"], weights=None).eval()
-        self.body = create_feature_extractor(network, asked["nodes"])
-        channels, top = asked["channels"], asked["top_block"]
+        network = models.get_model(request["backbone"], weights=None).eval()
+        self.body = create_feature_extractor(network, request["nodes"])
+        channels, top = request["channels"], request["top_block"]
         extra: Any = None
         if top == "pool":
             extra = LastLevelMaxPool()
         elif top is not None:
-            extra = LastLevelP6P7(asked["in_channels"][-1] if top == "c5" else channels, channels)
-        self.fpn = FeaturePyramidNetwork(asked["in_channels"], channels, extra)
-        self.first = asked["first_level"]
-        self.load_state_dict(torch.load(asked["parameters"], weights_only=True))
+            extra = LastLevelP6P7(request["in_channels"][-1] if top == "c5" else channels, channels)
+        self.fpn = FeaturePyramidNetwork(request["in_channels"], channels, extra)
+        self.first = request["first_level"]
+        self.load_state_dict(torch.load(request["parameters"], weights_only=True))
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         taps = self.body(images)
@@ -64,28 +64,33 @@ class PlainModel(torch.nn.Module):
         return taps | dict(zip((f"P{k}" for k in range(self.first, 8)), pyramid.values(), strict=False))
 
 
-def extract(asked: dict[str, Any], model: PlainModel) -> float:
-    """Images to an HDF5 file; images/s from the second batch on, as workers are started for the first."""
-    images = Images(asked)
-    loader = DataLoader(images, batch_size=asked["batch_size"], num_workers=asked["workers"])
-    started, place, first = time.perf_counter(), 0, 0
-    with h5py.File(asked["output"], "w") as file, torch.no_grad():
+def extract(request: dict[str, Any], model: torch.nn.Module) -> dict[str, float]:
+    """Write the features of all images to an HDF5 file.
+
+    Returns images/s without the first batch, which includes the start of the workers, and the seconds of that batch.
+    """
+    images = Images(request)
+    loader = DataLoader(images, batch_size=request["batch_size"], num_workers=request["workers"])
+    began, written, first = time.perf_counter(), 0, 0
+    started = began
+    with h5py.File(request["output"], "w") as file, torch.no_grad():
         for batch in loader:
-            levels = model(batch.to(asked["device"]))
-            for name in asked["levels"]:
+            levels = model(batch.to(request["device"]))
+            for name in request["levels"]:
                 values = levels[name].cpu().numpy()
                 if name not in file:
-                    file.create_dataset(name, (len(images), *values.shape[1:]), asked["dtype"])
-                file[name][place : place + len(values)] = values
-            place += len(batch)
-            if place == len(batch):
-                started, first = time.perf_counter(), place
-    return (place - first) / (time.perf_counter() - started)
+                    file.create_dataset(name, (len(images), *values.shape[1:]), request["dtype"])
+                file[name][written : written + len(values)] = values
+            written += len(batch)
+            if written == len(batch):
+                started, first = time.perf_counter(), written
+    rate = (written - first) / (time.perf_counter() - started)
+    return {"images_per_second": rate, "first_batch_seconds": started - began}
 
 
-def forward(asked: dict[str, Any], model: PlainModel) -> float:
-    """One batch through the network; seconds."""
-    batch = torch.randn(asked["batch_size"], 3, *asked["size"], device=asked["device"])
+def forward(request: dict[str, Any], model: torch.nn.Module) -> dict[str, float]:
+    """Run one batch through the network and measure the seconds."""
+    batch = torch.randn(request["batch_size"], 3, *request["size"], device=request["device"])
     cuda = batch.device.type == "cuda"
     with torch.no_grad():
         if cuda:
@@ -94,26 +99,22 @@ def forward(asked: dict[str, Any], model: PlainModel) -> float:
         model(batch)
         if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return {"seconds": time.perf_counter() - started}
 
 
-def main() -> None:
-    """Answer until there is nothing left to read."""
-    asked = json.loads(sys.stdin.readline())
-    # On CUDA PyTorch lets convolutions use TF32 by default: that would be another precision's speed, and numbers.
+def main(build: Callable[[dict[str, Any]], torch.nn.Module] = PlainModel) -> None:
+    """Answer measurement requests with the model that `build` makes, until stdin ends."""
+    request = json.loads(sys.stdin.readline())
+    # By default PyTorch lets CUDA convolutions use TF32, which is faster and less precise than float32.
     torch.backends.cudnn.allow_tf32 = False
-    model = PlainModel(asked).eval().to(asked["device"])
-    forward(asked, model)
+    model = build(request).eval().to(request["device"])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        if line.strip() == "forward":
-            answer = {"seconds": forward(asked, model)}
-        else:
-            answer = {"images_per_second": extract(asked, model)}
-        print(json.dumps({**answer, "rss": _peak()}), flush=True)
+        measure = forward if line.strip() == "forward" else extract
+        print(json.dumps({**measure(request, model), "rss": _peak_rss()}), flush=True)
 
 
-def _peak() -> int | None:
+def _peak_rss() -> int | None:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

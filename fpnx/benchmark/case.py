@@ -1,4 +1,4 @@
-"""One configuration under measurement: its stages, its forward pass, the whole way from files to a file."""
+"""One configuration of a benchmark: times its stages, its forward pass and end-to-end runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fpnx.benchmark.profiling import MERGE, TOP, marked, peak_bytes, timed_body
+from fpnx.benchmark.profiling import marked, peak_bytes, timed_body
 from fpnx.benchmark.timers import PeakMemory, Stopwatch
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
@@ -29,35 +29,36 @@ from fpnx.images.decoding import decode
 from fpnx.inference.devices import arithmetic
 from fpnx.inference.engine import Engine
 from fpnx.inference.graph_fusion import FusedModel
-from fpnx.store.writer import FileLayout, Writer
+from fpnx.store.file_layout import FileLayout
+from fpnx.store.writer import Writer
 
 __all__ = ["AFTER", "BEFORE", "DECODE", "RESIZE", "WRITE", "BenchmarkCase"]
 
 DECODE, RESIZE, UPLOAD, DOWNLOAD, WRITE = "decode", "resize + normalise", "copy to device", "copy back", "write"
-BEFORE, AFTER = (DECODE, RESIZE, UPLOAD), (DOWNLOAD, WRITE)  # stages outside the forward pass
-IMAGES, BATCHES = 32, 2  # of an end-to-end run, at least
-SECONDS, BYTES = 1.5, 1 << 30  # that such a run should take, and may write for it
-MANY = 10**6  # images: enough for batches to be those of a long run
-IN_FLIGHT = 4  # batches of features that a run holds at most: in the engine, in the queue, being written
+BEFORE, AFTER = (DECODE, RESIZE, UPLOAD), (DOWNLOAD, WRITE)  # stages before and after the forward pass
+MIN_IMAGES, MIN_BATCHES = 32, 2  # of an end-to-end run
+TARGET_SECONDS, MAX_BYTES = 1.5, 1 << 30  # of an end-to-end run, and what it may write to reach them
+LONG_RUN_IMAGES = 10**6  # so that the batch size is that of a long run
+MAX_BATCHES_IN_MEMORY = 4  # batches of features that a run holds: in the engine, in the queue, being written
 
 
 class BenchmarkCase:
-    """A plan made ready: a batch of its images, an engine, a file to write to.
+    """A plan with all that measuring it needs: a batch of its images, an engine and an output file.
 
     Attributes:
         size: (height, width) of the batch, with padding.
-        files: the folder that an end-to-end run reads.
-        images: how many images it takes from there: whole batches, as many as it takes to be timed.
+        files: the folder of images that an end-to-end run reads.
+        images: number of images of an end-to-end run, in whole batches.
     """
 
     def __init__(self, plan: Plan, engine: Engine, folder: Path, name: str) -> None:
         self.plan, self.engine = plan, engine
         self.size = _most_common(plan)
-        self.batch_size = Batches(plan, [], compute_threads(plan, IMAGES)).candidates(self.size, MANY)[0]
+        self.batch_size = Batches(plan, [], compute_threads(plan, MIN_IMAGES)).candidates(self.size, LONG_RUN_IMAGES)[0]
         self.images = 0
         self.files, self._folder, self._name = folder / "files", folder, name
         members = [i for i, size in enumerate(plan.layout.padded_sizes) if size == self.size]
-        # One size before padding, too: then a batch is one array.
+        # of the same size before padding, too, so that a batch is one array
         members = [i for i in members if (plan.layout.input_sizes[i] == plan.layout.input_sizes[members[0]]).all()]
         self._members = [members[i % len(members)] for i in range(self.batch_size)]
         self._stopwatch = Stopwatch(plan.device)
@@ -65,39 +66,40 @@ class BenchmarkCase:
         self._batch: Tensor | None = None
         self._network = _Network(engine.executable, self._stopwatch)
 
-    def needs(self) -> int:
-        """Bytes that an extraction takes at least, beside what is loaded already."""
-        pixels = 5 * 3 * self.size[0] * self.size[1]  # as bytes and as float32
+    def required_bytes(self) -> int:
+        """Least memory of an extraction in bytes, without what is loaded already."""
+        pixels = 5 * 3 * self.size[0] * self.size[1]  # as uint8 and as float32
         features = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.size)
-        return self.batch_size * (peak_bytes(self.plan.model, self.size) + pixels + IN_FLIGHT * features)
+        return self.batch_size * (peak_bytes(self.plan.model, self.size) + pixels + MAX_BATCHES_IN_MEMORY * features)
 
-    def obstacle(self) -> str | None:
-        """Why its batch cannot fit into memory; None where it may."""
+    def memory_problem(self) -> str | None:
+        """Why a batch cannot fit into memory; None where it may fit."""
         cuda = self.plan.device.type == "cuda"
-        there = torch.cuda.mem_get_info(self.plan.device)[0] if cuda else available_memory()
-        needed = self.needs()
-        if needed <= there:
+        available = torch.cuda.mem_get_info(self.plan.device)[0] if cuda else available_memory()
+        required = self.required_bytes()
+        if required <= available:
             return None
-        return f"does not fit: it needs about {needed / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB can be had"
+        gigabytes = f"about {required / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB can be had"
+        return f"does not fit: it needs {gigabytes}"
 
     def warm_up(self) -> None:
-        """Take the first, slow turns, and settle the length of an end-to-end run."""
+        """Run the first, slow iterations, and choose the number of images of an end-to-end run."""
         self.engine.prepare(self.size)
-        self.features()  # lays the weights out
+        self.features()  # packs the weights
         for _ in range(2):
             ms = self.stages()
             self.forward()
         reading, writing = (ms[DECODE] + ms[RESIZE]) / self.plan.workers, ms[WRITE]
         network = sum(ms.values()) - ms[DECODE] - ms[RESIZE] - writing
-        each = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.size)
-        wanted = min(1000 * SECONDS / max(reading, network, writing), BYTES / each)
-        batches = math.ceil(max(wanted, IMAGES) / self.batch_size)
-        self.images = max(batches, BATCHES) * self.batch_size + self._first()
+        image_bytes = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.size)
+        target = min(1000 * TARGET_SECONDS / max(reading, network, writing), MAX_BYTES / image_bytes)
+        batches = math.ceil(max(target, MIN_IMAGES) / self.batch_size)
+        self.images = max(batches, MIN_BATCHES) * self.batch_size + self._first_images()
 
     def stages(self) -> dict[str, float]:
-        """One batch through every stage, one after the other: milliseconds per image by stage."""
+        """Run one batch through all stages in sequence; returns milliseconds per image by stage."""
         sources, recipe = self.plan.listing.sources, self.plan.recipe
-        spent = dict.fromkeys(BEFORE, 0.0)
+        seconds_by_stage = dict.fromkeys(BEFORE, 0.0)
         pixels: list[np.ndarray] = []
         source_sizes = []
         for index in self._members:
@@ -106,16 +108,16 @@ class BenchmarkCase:
             decoded = time.perf_counter()
             height, width = self.plan.layout.input_sizes[index].tolist()
             pixels.append(recipe.resize(picture, (height, width)))
-            spent[DECODE] += decoded - started
-            spent[RESIZE] += time.perf_counter() - decoded
+            seconds_by_stage[DECODE] += decoded - started
+            seconds_by_stage[RESIZE] += time.perf_counter() - decoded
             source_sizes.append((picture.height, picture.width))
-        for stage, seconds in self._computed(pixels).items():
-            spent[stage] = spent.get(stage, 0.0) + seconds
-        spent[WRITE] = self._written(np.array(source_sizes, np.int32))
-        return {stage: 1000 * seconds / self.batch_size for stage, seconds in spent.items()}
+        for stage, seconds in self._time_compute(pixels).items():
+            seconds_by_stage[stage] = seconds_by_stage.get(stage, 0.0) + seconds
+        seconds_by_stage[WRITE] = self._time_write(np.array(source_sizes, np.int32))
+        return {stage: 1000 * seconds / self.batch_size for stage, seconds in seconds_by_stage.items()}
 
     def forward(self) -> float:
-        """One batch through the network and nothing else, as it is in a run: milliseconds per image."""
+        """Run one batch through the network alone, as in an extraction; returns milliseconds per image."""
         assert self._batch is not None, "stages() comes first"
         with torch.inference_mode(), arithmetic(self.plan.device, self.plan.precision):
             self._stopwatch.start()
@@ -124,57 +126,58 @@ class BenchmarkCase:
         return 1000 * self._stopwatch.seconds()["forward"] / self.batch_size
 
     def core_time(self) -> float:
-        """Processor time through all stages, every core at a batch of its own: milliseconds per image.
+        """Processor time of all stages in milliseconds per image, with one batch on each core at the same time.
 
-        For what computes on processors. Cores share caches and the way to memory, so one alone would take less.
+        For CPU devices. Cores share caches and memory bandwidth, so a single busy core would need less time.
         """
-        writing = threading.Lock()
+        write_lock = threading.Lock()
 
-        def chain(_: int) -> float:
+        def run_batch(_: int) -> float:
             started = time.thread_time()
             features = self.engine(self._pixels())
-            with writing:
+            with write_lock:
                 self._put(features.arrays)
             return time.thread_time() - started
 
-        lanes, threads_before = compute_threads(self.plan, self.images), torch.get_num_threads()
+        threads, threads_before = compute_threads(self.plan, self.images), torch.get_num_threads()
         try:
-            with ThreadPoolExecutor(lanes, "fpnx-core", torch.set_num_threads, (1,)) as cores:
-                spent = list(cores.map(chain, range(lanes)))
+            with ThreadPoolExecutor(threads, "fpnx-core", torch.set_num_threads, (1,)) as executor:
+                seconds = list(executor.map(run_batch, range(threads)))
         finally:
-            torch.set_num_threads(threads_before)  # each set its own number, and with it that of threads to come
-        return 1000 * sum(spent) / lanes / self.batch_size
+            # The workers set the number for themselves and for all threads that start later.
+            torch.set_num_threads(threads_before)
+        return 1000 * sum(seconds) / threads / self.batch_size
 
     def end_to_end(self, memory: bool = False) -> tuple[float, PeakMemory | None]:
-        """The files of the plan into a new file, as `fpnx extract` does it: images/s, and what it took of memory.
+        """Run a whole extraction into a new file; returns images/s and, with `memory`, the peak memory.
 
-        The rate is that from the first batches on: what comes before them is the same for a million images.
+        The rate excludes the first batches: the start of a run takes as long for a million images.
         """
         output = self._folder / "measured.h5"
         config = replace(self.plan.config, batch_size=self.batch_size, limit=self.images, overwrite=True)
-        peak, under_way = PeakMemory(self.plan.device), _UnderWay(self._first())
+        peak, start = PeakMemory(self.plan.device), _StartListener(self._first_images())
         try:
             with peak if memory else nullcontext():
-                result = run_extraction([self.files], resolve_destination(output, config), config, listener=under_way)
+                result = run_extraction([self.files], resolve_destination(output, config), config, listener=start)
                 ended = time.perf_counter()
         finally:
             output.unlink(missing_ok=True)
         if result.failed:
             raise FpnxError(f"{result.failed[0][0]}: {result.failed[0][1]}: measure with images that can be read")
-        return (result.done - under_way.done) / (ended - under_way.since), peak if memory else None
+        return (result.done - start.done) / (ended - start.since), peak if memory else None
 
     def features(self, engine: Engine | None = None) -> dict[str, np.ndarray]:
-        """The features of the batch, (B, C, H, W) by level, from its own engine or another, as a run uses it."""
+        """The features of the batch, (B, C, H, W) by level, from `engine` or from the engine of this case."""
         engine = engine or self.engine
         with arithmetic(engine.device, engine.precision):
             return dict(engine(self._pixels()).arrays)
 
-    def _first(self) -> int:
-        """Images of the first batches, one for each that is computed at the same time."""
-        return compute_threads(self.plan, IMAGES) * self.batch_size
+    def _first_images(self) -> int:
+        """Number of images of the first batches, as many batches as are computed at the same time."""
+        return compute_threads(self.plan, MIN_IMAGES) * self.batch_size
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Close the output file and release the batch."""
         if self._writer is not None:
             self._writer.close()
         self._writer, self._batch = None, None
@@ -185,8 +188,8 @@ class BenchmarkCase:
         extents = (tuple(sizes[i].tolist()) for i in self._members)
         return [self.plan.recipe.resize(picture, size) for picture, size in zip(pictures, extents, strict=True)]
 
-    def _computed(self, pixels: Sequence[np.ndarray]) -> dict[str, float]:
-        """Seconds of each stage between pixels and arrays; keeps the network's input and the arrays."""
+    def _time_compute(self, pixels: Sequence[np.ndarray]) -> dict[str, float]:
+        """Seconds of each stage from pixels to arrays; keeps the network's input and the arrays."""
         recipe, device, watch = self.plan.recipe, self.plan.device, self._stopwatch
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with torch.inference_mode(), arithmetic(device, self.plan.precision):
@@ -201,8 +204,8 @@ class BenchmarkCase:
             watch.mark(DOWNLOAD)
         return watch.seconds()
 
-    def _written(self, source_sizes: np.ndarray) -> float:
-        """Seconds for one batch until it is on the disk, in a file laid out for it as a run lays it out."""
+    def _time_write(self, source_sizes: np.ndarray) -> float:
+        """Seconds of writing one batch to the disk, to a file with the layout of a run."""
         if self._writer is None:
             self._writer = Writer.create(
                 self._folder / f"{self._name}.h5", _layout(self.plan, self._members), provenance_of(self.plan)
@@ -219,8 +222,8 @@ class BenchmarkCase:
         self._writer.put(range(self.batch_size), arrays, self._source_sizes, finite)
 
 
-class _UnderWay(Listener):
-    """Notes when the first images of a run were done, and how many."""
+class _StartListener(Listener):
+    """Records when the first `first` images of a run were done, and how many were done then."""
 
     def __init__(self, first: int) -> None:
         self._first, self.done, self.since = first, 0, 0.0
@@ -254,16 +257,18 @@ def _most_common(plan: Plan) -> tuple[int, int]:
 
 
 def _layout(plan: Plan, members: Sequence[int]) -> FileLayout:
-    layout, some = plan.layout, list(members)
-    records = tuple(layout.images.records[index]._replace(name=b"%d" % place) for place, index in enumerate(members))
-    size = layout.padded_sizes[some[0]]
+    layout, indices = plan.layout, list(members)
+    records = tuple(
+        layout.images.records[index]._replace(name=b"%d" % position) for position, index in enumerate(members)
+    )
+    size = layout.padded_sizes[indices[0]]
     assert size is not None
     return replace(
         layout,
         images=ImageList(layout.images.root, records),
-        input_sizes=layout.input_sizes[some],
-        padded_sizes=[size] * len(some),
-        rows=np.arange(len(some)),
+        input_sizes=layout.input_sizes[indices],
+        padded_sizes=[size] * len(indices),
+        rows=np.arange(len(indices)),
         shapes={size: layout.shapes[size]},
         errors={},
     )

@@ -1,4 +1,4 @@
-"""The forward pass taken apart: the time of each stage, and the memory that it all takes."""
+"""Stage timing of the forward pass, its peak memory, and counts of parameters and operations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TOP = "top block"
 
 
 def timed_body(body: nn.Module, stopwatch: Stopwatch) -> nn.Module:
-    """A copy of `body`, with the same parameters, that gives its taps and marks `"C2"`, `"C3"`, … as it goes.
+    """A copy of `body` with the same parameters, that returns its taps and marks the end of `"C2"`, `"C3"`, ….
 
-    A step belongs to the finest tap that needs it. A body that could not be traced is one stage, `"backbone"`.
+    An operation belongs to the finest tap that needs it. A body that could not be traced is one stage, `"backbone"`.
     """
     if not isinstance(body, fx.GraphModule):
-        return _Marked(body, stopwatch)
+        return _UntracedBody(body, stopwatch)
     taps: dict[str, fx.Node] = next(node for node in body.graph.nodes if node.op == "output").args[0]
     stages = _stages(taps)
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -43,14 +43,14 @@ def timed_body(body: nn.Module, stopwatch: Stopwatch) -> nn.Module:
     for name, value in (*body.named_children(), *body.named_parameters(recurse=False), *_constants(body)):
         setattr(holder, name, value)
     for stage, name in names.items():
-        holder.add_module(name, _Mark(stopwatch, stage))
+        holder.add_module(name, _StageMark(stopwatch, stage))
     return fx.GraphModule(holder, graph).eval()
 
 
 @contextmanager
 def marked(blocks: Sequence[tuple[str, nn.Module]], stopwatch: Stopwatch) -> Iterator[None]:
-    """While it lasts, each of the pyramid's `blocks` (stage, module) marks the stopwatch with its stage, and what
-    goes on before it with `"lateral + top-down"`."""
+    """Within the context, each of `blocks` (stage, module) is timed as its stage, and what comes before it as
+    `"lateral + top-down"`."""
     hooks = []
     for stage, block in blocks:
         hooks.append(block.register_forward_pre_hook(_before(stopwatch)))
@@ -63,31 +63,31 @@ def marked(blocks: Sequence[tuple[str, nn.Module]], stopwatch: Stopwatch) -> Ite
 
 
 def peak_bytes(model: PyramidModel, size: tuple[int, int]) -> int:
-    """Bytes of all float32 maps alive at once, at most, for one image of `size` (height, width). Computes nothing.
+    """Peak bytes of live float32 maps for one image of `size` (height, width), found on the meta device.
 
-    Of a body that could not be traced nothing is known before it runs: 0.
+    0 for a body that could not be traced, whose memory is not known before it runs.
     """
     if not isinstance(model.body, fx.GraphModule):
         return 0
-    whole = _Whole(model)
-    graph = fx.GraphModule(whole, fx.Tracer().trace(whole))
+    traceable = _TraceableModel(model)
+    graph = fx.GraphModule(traceable, fx.Tracer().trace(traceable))
     graph.graph.eliminate_dead_code()
-    walk = _Walk(graph)
-    on_meta = {name: value.to("meta") for name, value in walk.state_dict().items()}
+    measurement = _PeakMemoryModule(graph)
+    on_meta = {name: value.to("meta") for name, value in measurement.state_dict().items()}
     with torch.no_grad():
-        peak: int = torch.func.functional_call(walk, on_meta, (torch.empty(1, 3, *size, device="meta"),))
+        peak: int = torch.func.functional_call(measurement, on_meta, (torch.empty(1, 3, *size, device="meta"),))
     return peak
 
 
 def _stages(taps: Mapping[str, fx.Node]) -> dict[fx.Node, str]:
     stages: dict[fx.Node, str] = {}
     for tap in sorted(taps, key=level_number):
-        waiting = [taps[tap]]
-        while waiting:
-            node = waiting.pop()
+        stack = [taps[tap]]
+        while stack:
+            node = stack.pop()
             if node not in stages and node.op != "placeholder":
                 stages[node] = tap
-                waiting += node.all_input_nodes
+                stack += node.all_input_nodes
     return stages
 
 
@@ -106,7 +106,7 @@ def _after(stopwatch: Stopwatch, stage: str) -> Callable[..., None]:
     return lambda *_: stopwatch.mark(stage)
 
 
-class _Mark(nn.Module):
+class _StageMark(nn.Module):
     def __init__(self, stopwatch: Stopwatch, stage: str) -> None:
         super().__init__()
         self._stopwatch, self._stage = stopwatch, stage
@@ -115,7 +115,7 @@ class _Mark(nn.Module):
         self._stopwatch.mark(self._stage)
 
 
-class _Marked(nn.Module):
+class _UntracedBody(nn.Module):
     def __init__(self, body: nn.Module, stopwatch: Stopwatch) -> None:
         super().__init__()
         self._body, self._stopwatch = body, stopwatch
@@ -126,8 +126,8 @@ class _Marked(nn.Module):
         return taps
 
 
-class _Whole(nn.Module):
-    """What a model computes, in a form that can be traced."""
+class _TraceableModel(nn.Module):
+    """The computation of a model in a form that can be traced."""
 
     def __init__(self, model: PyramidModel) -> None:
         super().__init__()
@@ -139,33 +139,33 @@ class _Whole(nn.Module):
         return {name: pyramid[name] if name in pyramid else taps[name] for name in self.model.levels}
 
 
-class _Walk(nn.Module):
+class _PeakMemoryModule(nn.Module):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, images: Tensor) -> int:
-        walker = _Weighing(self.module)
-        walker.run(images)
-        return walker.peak
+        interpreter = _PeakMemoryInterpreter(self.module)
+        interpreter.run(images)
+        return interpreter.peak
 
 
-class _Weighing(fx.Interpreter):
-    """Runs a graph and keeps the greatest weight of what is alive."""
+class _PeakMemoryInterpreter(fx.Interpreter):
+    """Runs a graph and records the peak bytes of live tensors."""
 
     peak = 0
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        alive = [value for value in (*self.env.values(), result) if isinstance(value, Tensor)]
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in alive}
+        live = [value for value in (*self.env.values(), result) if isinstance(value, Tensor)]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in live}
         self.peak = max(self.peak, sum(storages.values()))
         return result
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One part of a model: its parameters, and the operations that one image takes there (a multiply-add is two)."""
+    """One part of a model: its number of parameters, and its operations for one image (a multiply-add is two)."""
 
     part: str
     parameters: int
@@ -173,13 +173,13 @@ class Cost:
 
 
 def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
-    """Backbone and the parts of the neck for an input of `size` (height, width), without computing it.
+    """Costs of the backbone and of the neck's parts for an input of `size` (height, width), found on the meta device.
 
-    Parameters are all that the part holds; operations only those that the asked levels need: convolutions, matrix
-    products and attention, as `torch.utils.flop_counter` counts them, not norms, activations and additions.
+    All parameters of a part count, but only operations that the requested levels need: convolutions, matrix products
+    and attention, as `torch.utils.flop_counter` counts them; not norms, activations and additions.
 
     Raises:
-        RuntimeError: where the network cannot take that size.
+        RuntimeError: where the network does not accept that size.
     """
     on_meta = {name: value.to("meta") for name, value in model.state_dict().items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -199,9 +199,9 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
 
 
 def count_executed(executable: FusedModel, size: tuple[int, int]) -> int:
-    """Operations of one image of `size` (height, width) in the executable form: fewer where levels are recombined.
+    """Operations of `executable` for one image of `size` (height, width): fewer than defined where the FPN is fused.
 
-    Counted likewise, by computing one image; weights that are packed already are not seen.
+    Counted as in `count_costs`, by computing one image; convolutions with packed weights are not counted.
     """
     image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""What a benchmark found: every sample, and what the samples say together."""
+"""Results of a benchmark: all samples, and statistics of them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["CaseResult", "BenchmarkResult"]
 
 @dataclass(kw_only=True)
 class CaseResult:
-    """One configuration, or the plain script, and its samples.
+    """The samples of one configuration, or of the plain script.
 
     Attributes:
-        reason: why there are no samples: it does not fit into memory, or failed; else None.
-        executed: operations of one image as they are executed, a multiply-add as two; None: as `costs` has them.
-        stages: milliseconds per image by stage, in their order.
-        forward: milliseconds per image of the network alone, measured as one.
-        core: milliseconds of processor time per image, all stages together, while every core is at them.
-        end_to_end: images/s from files to a file, from the first batches on.
+        reason: why there are no samples: it does not fit into memory, or failed; None otherwise.
+        executed: operations executed for one image (a multiply-add is two); None where they are those of `costs`.
+        stages: milliseconds per image by stage, in the order of the pipeline.
+        forward: milliseconds per image of the whole forward pass.
+        core: milliseconds of processor time per image over all stages, with all cores busy.
+        end_to_end: images/s from image files to the HDF5 file, without the first batches.
         images: of one end-to-end run.
-        rss, added, cuda: peak bytes of an end-to-end run; see `PeakMemory`.
-        errors: relative error of each level against float32, ‖a − b‖ / ‖b‖.
+        rss, added, cuda: peak bytes of an end-to-end run, as in `PeakMemory`.
+        errors: relative error of each level against float32: ‖a − b‖ / ‖b‖.
     """
 
     backbone: str
@@ -51,12 +51,12 @@ class CaseResult:
 
     @property
     def name(self) -> str:
-        """Such as `"resnet50 float32 batch 8"`."""
+        """Name of the configuration, such as `"resnet50 float32 batch 8"`."""
         return " ".join(self.title)
 
     @property
     def title(self) -> tuple[str, str, str]:
-        """The name in three lines."""
+        """Backbone, precision and batch size, the three parts of the name."""
         return self.backbone, "plain script" if self.plain_script else self.precision, f"batch {self.batch_size}"
 
     @property
@@ -66,39 +66,39 @@ class CaseResult:
 
     @property
     def bytes_per_image(self) -> int:
-        """What is stored of one image."""
+        """Bytes stored for one image."""
         return sum(shape.bytes_per_image for shape in self.shapes)
 
     @property
     def forward_stages(self) -> list[str]:
-        """The stages that make up the forward pass."""
+        """The stages of the forward pass."""
         return [stage for stage in self.stages if stage not in (*BEFORE, *AFTER)]
 
     def add_stages(self, sample: Mapping[str, float]) -> None:
-        """Take one sample of every stage."""
-        for stage in (*BEFORE, *sorted(set(sample) - {*BEFORE, *AFTER}, key=_place), *AFTER):
+        """Add one sample of every stage."""
+        for stage in (*BEFORE, *sorted(set(sample) - {*BEFORE, *AFTER}, key=_stage_order), *AFTER):
             self.stages.setdefault(stage, []).append(sample[stage])
 
     def accounted(self) -> Percentiles:
-        """The forward pass's stages together, over the forward pass measured as one beside them."""
-        # An interruption can leave the last sample of some stages behind.
+        """Sum of the forward pass's stages, divided by the whole forward pass measured next to them."""
+        # After an interruption some stages may have one sample less.
         sums = map(sum, zip(*(self.stages[stage] for stage in self.forward_stages), strict=False))
-        return percentiles([together / whole for together, whole in zip(sums, self.forward, strict=False)])
+        return percentiles([total / whole for total, whole in zip(sums, self.forward, strict=False)])
 
     def achieved(self) -> Percentiles:
-        """FLOP/s of the forward pass, of the operations that are executed."""
+        """FLOP/s of the forward pass, from the executed operations."""
         return percentiles([1000 * (self.executed or self.flops) / ms for ms in self.forward])
 
     def allowed(self, cpus: int) -> Percentiles:
-        """Images/s that the stages' own processor time allows on `cpus` cores."""
+        """Upper limit of images/s on `cpus` cores, from the processor time of all stages."""
         return percentiles([1000 * cpus / ms for ms in self.core])
 
     def busy(self, workers: int, disk: float) -> dict[str, float]:
-        """Share of an end-to-end run in which each part works, by what its stages take alone; at most 1.
+        """Share of an end-to-end run in which each part is busy, from the times of its stages alone; at most 1.
 
         Args:
             workers: decoding threads.
-            disk: bytes/s that it can take.
+            disk: bytes/s of the disk.
         """
         rate = percentiles(self.end_to_end).median
         ms = {stage: percentiles(samples).median for stage, samples in self.stages.items()}
@@ -111,7 +111,7 @@ class CaseResult:
         return {name: min(share, 1.0) for name, share in shares.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values, with every sample."""
+        """The results as JSON values, with all samples."""
         facts = asdict(self)
         facts["summary"] = {
             "stages_ms": {stage: asdict(percentiles(samples)) for stage, samples in self.stages.items()},
@@ -124,20 +124,22 @@ class CaseResult:
 
 @dataclass(kw_only=True)
 class BenchmarkResult:
-    """A whole benchmark.
+    """The results of a benchmark.
 
     Attributes:
         machine: processor, memory, device, threads, versions.
-        facts: what was measured on: images, weights, recipe, seconds, notes.
-        rounds: how many were asked for, or chosen.
-        ceilings: FLOP/s of a large matrix product, by precision.
-        disk: bytes/s of writing to the disk.
-        interrupted: the signal that ended it early; None where it ran to its end.
+        facts: images, weights, recipe, seconds and notes.
+        cases: one for each configuration, then those of the plain script.
+        rounds: how many were measured.
+        workers: decoding threads.
+        ceilings: samples of the FLOP/s of a large matrix product, by precision.
+        disk: samples of the bytes/s of writing to the disk.
+        interrupted: the signal that ended the benchmark early; None otherwise.
     """
 
     machine: Mapping[str, Any]
     facts: dict[str, Any]
-    columns: list[CaseResult]
+    cases: list[CaseResult]
     rounds: int = 0
     workers: int = 1
     ceilings: dict[str, list[float]] = field(default_factory=dict)
@@ -146,47 +148,49 @@ class BenchmarkResult:
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 and the signal."""
+        """0, or 128 plus the signal."""
         return 128 + self.interrupted if self.interrupted is not None else 0
 
-    def ratios(self, column: CaseResult) -> dict[str, Percentiles]:
-        """`column` over the first that was measured, each sample against the one taken beside it:
-        `"forward"`, of times turned round, and `"end to end"`; above 1 is faster."""
-        first = next((one for one in self.columns if one.forward), column)
-        found = {}
-        forward = [a / b for a, b in zip(first.forward, column.forward, strict=False)]
-        whole = [b / a for a, b in zip(first.end_to_end, column.end_to_end, strict=False)]
+    def ratios(self, case: CaseResult) -> dict[str, Percentiles]:
+        """Speed of `case` over that of the first measured case, from samples of the same round; above 1 is faster.
+
+        The keys are `"forward"` and `"end to end"`.
+        """
+        first = next((other for other in self.cases if other.forward), case)
+        ratios = {}
+        forward = [a / b for a, b in zip(first.forward, case.forward, strict=False)]
+        whole = [b / a for a, b in zip(first.end_to_end, case.end_to_end, strict=False)]
         for name, samples in (("forward", forward), ("end to end", whole)):
             if samples:
-                found[name] = percentiles(samples)
-        return found
+                ratios[name] = percentiles(samples)
+        return ratios
 
-    def bottleneck(self, column: CaseResult) -> str | None:
-        """One line that names what an end-to-end run spends its time on; None without the samples for it."""
-        if not (column.stages and column.end_to_end and self.disk):
+    def bottleneck(self, case: CaseResult) -> str | None:
+        """One line that names the part that limits an end-to-end run; None where samples are missing."""
+        if not (case.stages and case.end_to_end and self.disk):
             return None
-        busy = column.busy(self.workers, percentiles(self.disk).high)
+        busy = case.busy(self.workers, percentiles(self.disk).high)
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in busy.items())
-        most = max(busy, key=busy.__getitem__)
+        busiest = max(busy, key=busy.__getitem__)
         detail = ""
-        if most == "network":
-            ms = {stage: percentiles(column.stages[stage]).median for stage in column.forward_stages}
-            heaviest = max(ms, key=ms.__getitem__)
-            detail = f", most of it in {heaviest} ({100 * ms[heaviest] / sum(ms.values()):.0f} % of the forward pass)"
-        return f"{most}{detail}; busy: {shares}"
+        if busiest == "network":
+            ms = {stage: percentiles(case.stages[stage]).median for stage in case.forward_stages}
+            slowest = max(ms, key=ms.__getitem__)
+            detail = f", most of it in {slowest} ({100 * ms[slowest] / sum(ms.values()):.0f} % of the forward pass)"
+        return f"{busiest}{detail}; busy: {shares}"
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values, with every sample."""
-        columns = []
-        for column in self.columns:
-            ratios = {name: asdict(ratio) for name, ratio in self.ratios(column).items()}
-            columns.append({**column.to_json(), "ratios": ratios, "bottleneck": self.bottleneck(column)})
+        """The results as JSON values, with all samples."""
+        configurations = []
+        for case in self.cases:
+            ratios = {name: asdict(ratio) for name, ratio in self.ratios(case).items()}
+            configurations.append({**case.to_json(), "ratios": ratios, "bottleneck": self.bottleneck(case)})
         return {
             "machine": dict(self.machine),
             **self.facts,
             "rounds": self.rounds,
             "workers": self.workers,
-            "configurations": columns,
+            "configurations": configurations,
             "ceilings_flops": self.ceilings,
             "disk_bytes_per_second": self.disk,
             "interrupted": self.interrupted is not None,
@@ -194,7 +198,7 @@ class BenchmarkResult:
         }
 
 
-def _place(stage: str) -> tuple[int, str]:
-    """Where a stage of the forward pass stands: taps, lateral and top-down, outputs, top block."""
+def _stage_order(stage: str) -> tuple[int, str]:
+    """Sort key of a stage of the forward pass: taps, lateral and top-down, outputs, top block, any other neck."""
     kinds = ("C", "backbone", "lateral", "output", "top", "neck")
     return next(i for i, kind in enumerate(kinds) if stage.startswith(kind)), stage

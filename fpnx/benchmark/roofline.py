@@ -1,4 +1,4 @@
-"""What the machine could do at best: a large matrix product, and writing to the disk."""
+"""Upper limits of the machine: the speed of a large matrix product, and of writing to the disk."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fpnx.inference.packed_conv import PackedConv2d, can_pack, packing
 
 __all__ = ["MatrixProduct", "write_speed"]
 
-PIECE = 4 << 20  # bytes handed to the disk at once
-LONG_ENOUGH = 0.03  # seconds for one product
-LARGEST = {"cpu": 4096, "cuda": 8192, "mps": 4096}
+BLOCK_BYTES = 4 << 20  # of one write
+MIN_SECONDS = 0.03  # of one product
+MAX_SIDE = {"cpu": 4096, "cuda": 8192, "mps": 4096}
 
 
 class MatrixProduct:
-    """A square product on `device` in `precision`, as large as it takes for a clock to be trusted.
+    """A product of square matrices on `device` in `precision`, large enough to be timed reliably.
 
-    float32 is IEEE float32 (no TF32), as it is in the forward pass. On a processor two libraries can compute it: the
-    BLAS behind `torch.mm`, and oneDNN, as a 1×1 convolution; the faster one is the ceiling.
+    float32 is IEEE float32 (no TF32), as in the forward pass. On a CPU two libraries can compute it: the BLAS behind
+    `torch.mm`, and oneDNN as a 1×1 convolution; the faster one is used.
     """
 
     def __init__(self, device: torch.device, precision: str) -> None:
@@ -36,28 +36,28 @@ class MatrixProduct:
         self.side = 512
         while True:
             a, b = (torch.randn(self.side, self.side).to(device, dtype) for _ in range(2))
-            ways = {way: self._least(way) for way in self._ways(a, b)}
-            self._product = min(ways, key=ways.__getitem__)
-            if ways[self._product] >= LONG_ENOUGH or self.side >= LARGEST[device.type]:
+            seconds = {product: self._minimum_seconds(product) for product in self._implementations(a, b)}
+            self._product = min(seconds, key=seconds.__getitem__)
+            if seconds[self._product] >= MIN_SECONDS or self.side >= MAX_SIDE[device.type]:
                 return
             self.side *= 2
 
     def measure(self) -> float:
-        """One product, in FLOP/s; a multiply-add is two."""
+        """FLOP/s of one product; a multiply-add is two operations."""
         return 2 * self.side**3 / self._seconds(self._product)
 
-    def _ways(self, a: Tensor, b: Tensor) -> list[Callable[[], Tensor]]:
-        ways = [lambda: torch.mm(a, b)]
+    def _implementations(self, a: Tensor, b: Tensor) -> list[Callable[[], Tensor]]:
+        implementations = [lambda: torch.mm(a, b)]
         if self._device.type == "cpu" and can_pack(a.dtype):
             convolution = PackedConv2d.of(a[:, :, None, None].float(), None, (0, 0))
             convolution.prepare(self._device, a.dtype)
             columns = b.view(1, self.side, -1, 32).contiguous(memory_format=torch.channels_last)
-            ways.append(lambda: convolution(columns))
+            implementations.append(lambda: convolution(columns))
             with torch.inference_mode(), packing():
                 convolution(columns)
-        return ways
+        return implementations
 
-    def _least(self, product: Callable[[], Tensor]) -> float:
+    def _minimum_seconds(self, product: Callable[[], Tensor]) -> float:
         return min(self._seconds(product) for _ in range(3))
 
     def _seconds(self, product: Callable[[], Tensor]) -> float:
@@ -69,17 +69,17 @@ class MatrixProduct:
 
 
 def write_speed(folder: Path, size: int) -> float:
-    """Bytes per second of writing one new file of `size` bytes in `folder`, as features are, until the disk has it."""
+    """Bytes/s of writing and syncing a new file of `size` bytes in `folder`, as features are written."""
     path = folder / "disk"
-    block = mmap.mmap(-1, PIECE)
-    block.write(os.urandom(PIECE))
+    block = mmap.mmap(-1, BLOCK_BYTES)
+    block.write(os.urandom(BLOCK_BYTES))
     try:
         with open(path, "wb") as new:
             reserve_space(new.fileno(), size)
         file = OpenFile(path)
         try:
             started = time.perf_counter()
-            for start in range(0, size, PIECE):
+            for start in range(0, size, BLOCK_BYTES):
                 file.write(start, memoryview(block)[: size - start])
             file.sync()
             return size / (time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""A benchmark session: prepares configurations and measures them in turn, round after round."""
+"""A benchmark session: prepares all configurations and measures them in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fpnx.benchmark.case import BenchmarkCase
 from fpnx.benchmark.profiling import count_costs, count_executed
 from fpnx.benchmark.results import BenchmarkResult, CaseResult
 from fpnx.benchmark.roofline import MatrixProduct, write_speed
-from fpnx.benchmark.synthetic_images import HEIGHT, WIDTH, fill, make_images
+from fpnx.benchmark.synthetic_images import HEIGHT, WIDTH, link_images, make_images
 from fpnx.core.config import BenchmarkConfig
 from fpnx.core.errors import FpnxError, ImageError, Interrupted
 from fpnx.core.events import Listener
@@ -40,155 +40,160 @@ from fpnx.models.factory import build_model
 
 __all__ = ["Session"]
 
-MADE = 8  # different photographs where none are given
-READ = 64  # different images at most where some are given
-SECONDS, ROUNDS = 32.0, (5, 30)  # of all rounds where nobody said how many; at least and at most
-ENOUGH = 3  # rounds with which that ends where it takes much longer than it was to
-SHORT = 3  # times that what is short is measured in a round
-DISK = (64 << 20, 512 << 20)  # bytes to measure the disk with
+SYNTHETIC_IMAGES = 8  # different images where --images is not given
+MAX_IMAGES = 64  # different images of --images
+AUTO_SECONDS, AUTO_ROUNDS = 32.0, (5, 30)  # of all rounds with repeats="auto"; least and most rounds
+MIN_ROUNDS_OVER_TIME = 3  # rounds with repeats="auto" after which it stops if it takes much longer than AUTO_SECONDS
+SAMPLES_PER_ROUND = 3  # of stages, forward passes and matrix products
+DISK_BYTES = (64 << 20, 512 << 20)  # least and most bytes of a write to measure the disk
 
 
 class Session:
-    """What is under measurement, and what was found."""
+    """Measures all cases of a benchmark.
+
+    Attributes:
+        result: what has been measured so far.
+    """
 
     def __init__(self, config: BenchmarkConfig, folder: Path, stop: StopRequest, listener: Listener) -> None:
         self._config, self._folder, self._stop, self._listener = config, folder, stop, listener
         self._notes: list[str] = []
-        self._specimens: list[tuple[CaseResult, BenchmarkCase]] = []
-        self._rivals: list[tuple[CaseResult, BaselineProcess]] = []
+        self._cases: list[tuple[CaseResult, BenchmarkCase]] = []
+        self._baselines: list[tuple[CaseResult, BaselineProcess]] = []
         self._products: dict[str, MatrixProduct] = {}
-        self._disk_bytes = DISK[0]
+        self._disk_bytes = DISK_BYTES[0]
         self._done = self._total = 0
-        self.findings = BenchmarkResult(machine={}, facts={"notes": self._notes}, columns=[])
+        self.result = BenchmarkResult(machine={}, facts={"notes": self._notes}, cases=[])
 
     def prepare(self) -> None:
-        """Images, models, warm-up: everything that comes before the first sample."""
+        """Make images, models and engines, and warm up: everything before the first sample."""
         runs = self._config.runs()
         self._total = 2 * len(runs) + sum(run.precision not in ("auto", "float32") for run in runs)
         self._total += len({run.backbone for run in runs}) if self._config.baseline else 0
-        files = self._files()
+        files = self._link_files()
         listing, plans = find_images([self._folder / "images"]), list[Plan]()
         for run in runs:
             with self._step("preparations", None):
                 plans.append(make_plan(self._folder / "measured.h5", run, listing, Listener()))
         self._check_baseline(plans)
-        self.findings.machine, self.findings.workers = _machine(plans[0].device), plans[0].workers
-        self.findings.facts.update(self._facts(plans[0]))
+        self.result.machine, self.result.workers = _machine(plans[0].device), plans[0].workers
+        self.result.facts.update(self._facts(plans[0]))
         for i, plan in enumerate(plans):
-            # An engine each: its weights are laid out for the batch size.
+            # one engine for each: weights are packed for the batch size
             engine = Engine(plan.model, plan.recipe, plan.config, plan.device)
             self._add(BenchmarkCase(plan, engine, self._folder, f"{i}"), files)
-        if not self._alive():
-            column = self.findings.columns[0]
-            raise FpnxError(f"nothing can be measured: {column.name} {column.reason}")
+        if not self._active_cases():
+            case_result = self.result.cases[0]
+            raise FpnxError(f"nothing can be measured: {case_result.name} {case_result.reason}")
         self._compare_precisions()
         if self._config.baseline:
-            self._add_rivals()
+            self._add_baselines()
         for precision in dict.fromkeys(plan.precision for plan in plans):
             self._products[precision] = MatrixProduct(plans[0].device, precision)
-        largest = max(specimen.images * column.bytes_per_image for column, specimen in self._alive())
-        self._disk_bytes = min(max(largest, DISK[0]), DISK[1])
+        largest = max(case.images * case_result.bytes_per_image for case_result, case in self._active_cases())
+        self._disk_bytes = min(max(largest, DISK_BYTES[0]), DISK_BYTES[1])
 
     def measure(self) -> None:
-        """A round to warm up and to see what a round takes, then the rounds that count."""
-        configurations = len(self._alive()) + len(self._rivals_alive())
-        steps = SHORT * (configurations + 1) + configurations + 1
+        """Run one round to warm up and to time a round, then the measured rounds."""
+        configurations = len(self._active_cases()) + len(self._active_baselines())
+        steps = SAMPLES_PER_ROUND * (configurations + 1) + configurations + 1
         self._done, self._total = 0, steps
         started = time.perf_counter()
         self._round("warm-up", memory=True)
-        each = time.perf_counter() - started
-        self._compare_rivals()
-        self._forget()
-        asked = self._config.repeats
-        rounds = asked if isinstance(asked, int) else min(max(int(SECONDS / each), ROUNDS[0]), ROUNDS[1])
+        round_seconds = time.perf_counter() - started
+        self._compare_baselines()
+        self._drop_warm_up()
+        repeats = self._config.repeats
+        rounds = min(max(int(AUTO_SECONDS / round_seconds), AUTO_ROUNDS[0]), AUTO_ROUNDS[1])
+        rounds = repeats if isinstance(repeats, int) else rounds
         self._done, self._total = 0, rounds * steps
         started = time.perf_counter()
         for done in range(1, rounds + 1):
             self._round("measurements")
             seconds = time.perf_counter() - started
-            self.findings.rounds, self.findings.facts["seconds"] = done, seconds
-            if asked == "auto" and done >= ENOUGH and seconds > 1.25 * SECONDS:
+            self.result.rounds, self.result.facts["seconds"] = done, seconds
+            if repeats == "auto" and done >= MIN_ROUNDS_OVER_TIME and seconds > 1.25 * AUTO_SECONDS:
                 break
 
     def close(self) -> None:
-        """End processes, close files."""
-        for _, rival in self._rivals:
-            rival.close()
-        for _, specimen in self._specimens:
-            specimen.close()
+        """End the baseline processes and close the files."""
+        for _, baseline in self._baselines:
+            baseline.close()
+        for _, case in self._cases:
+            case.close()
 
     def _round(self, what: str, memory: bool = False) -> None:
-        """Every measurement of every configuration, in turn."""
-        for _ in range(SHORT):
-            for column, specimen in self._alive():
-                with self._step(what, column):
-                    stages, forward = specimen.stages(), specimen.forward()
-                    column.add_stages(stages)
-                    column.forward.append(forward)
-                    if specimen.plan.device.type == "cpu":
-                        column.core.append(specimen.core_time())
-            for column, rival in self._rivals_alive():
-                with self._step(what, column):
-                    column.forward.append(rival.forward())
+        """Measure all configurations once, one after the other."""
+        for _ in range(SAMPLES_PER_ROUND):
+            for case_result, case in self._active_cases():
+                with self._step(what, case_result):
+                    stages, forward = case.stages(), case.forward()
+                    case_result.add_stages(stages)
+                    case_result.forward.append(forward)
+                    if case.plan.device.type == "cpu":
+                        case_result.core.append(case.core_time())
+            for case_result, baseline in self._active_baselines():
+                with self._step(what, case_result):
+                    case_result.forward.append(baseline.forward())
             with self._step(what, None):
                 for precision, product in self._products.items():
-                    self.findings.ceilings.setdefault(precision, []).append(product.measure())
-        for column, specimen in self._alive():
-            with self._step(what, column):
-                rate, peak = specimen.end_to_end(memory)
-                column.end_to_end.append(rate)
+                    self.result.ceilings.setdefault(precision, []).append(product.measure())
+        for case_result, case in self._active_cases():
+            with self._step(what, case_result):
+                rate, peak = case.end_to_end(memory)
+                case_result.end_to_end.append(rate)
                 if peak is not None:
-                    column.rss, column.added, column.cuda = peak.rss, peak.added, peak.cuda
-        for column, rival in self._rivals_alive():
-            with self._step(what, column):
-                column.end_to_end.append(rival.end_to_end())
-                column.rss = rival.rss
+                    case_result.rss, case_result.added, case_result.cuda = peak.rss, peak.added, peak.cuda
+        for case_result, baseline in self._active_baselines():
+            with self._step(what, case_result):
+                case_result.end_to_end.append(baseline.end_to_end())
+                case_result.rss = baseline.rss
         with self._step(what, None):
-            self.findings.disk.append(write_speed(self._folder, self._disk_bytes))
+            self.result.disk.append(write_speed(self._folder, self._disk_bytes))
 
     @contextmanager
-    def _step(self, what: str, column: CaseResult | None) -> Iterator[None]:
-        """One measurement. A configuration that turns out not to fit is left out from here on."""
+    def _step(self, what: str, case_result: CaseResult | None) -> Iterator[None]:
+        """One measurement. A configuration that does not fit into memory is left out from here on."""
         if self._stop.signum is not None:
             raise Interrupted("interrupted", self._stop.signum)
         try:
             yield
         except (MemoryError, RuntimeError, FpnxError) as error:
-            if column is None or not (isinstance(error, FpnxError) or _is_out_of_memory(error)):
+            if case_result is None or not (isinstance(error, FpnxError) or _is_out_of_memory(error)):
                 raise
-            column.reason = str(error) if isinstance(error, FpnxError) else "does not fit into memory"
+            case_result.reason = str(error) if isinstance(error, FpnxError) else "does not fit into memory"
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
         self._done += 1
         self._listener.progress(what, self._done, self._total)
 
-    def _alive(self) -> list[tuple[CaseResult, BenchmarkCase]]:
-        return [(column, specimen) for column, specimen in self._specimens if column.reason is None]
+    def _active_cases(self) -> list[tuple[CaseResult, BenchmarkCase]]:
+        return [(case_result, case) for case_result, case in self._cases if case_result.reason is None]
 
-    def _rivals_alive(self) -> list[tuple[CaseResult, BaselineProcess]]:
-        return [(column, rival) for column, rival in self._rivals if column.reason is None]
+    def _active_baselines(self) -> list[tuple[CaseResult, BaselineProcess]]:
+        return [(case_result, baseline) for case_result, baseline in self._baselines if case_result.reason is None]
 
-    def _forget(self) -> None:
+    def _drop_warm_up(self) -> None:
         """Drop the samples of the warm-up."""
-        self.findings.ceilings.clear()
-        self.findings.disk.clear()
-        for column in self.findings.columns:
-            column.stages.clear()
-            column.forward.clear()
-            column.core.clear()
-            column.end_to_end.clear()
+        self.result.ceilings.clear()
+        self.result.disk.clear()
+        for case_result in self.result.cases:
+            case_result.stages.clear()
+            case_result.forward.clear()
+            case_result.core.clear()
+            case_result.end_to_end.clear()
 
-    def _files(self) -> list[Path]:
-        """Links to the images to measure with, in a folder that holds nothing else."""
+    def _link_files(self) -> list[Path]:
+        """The images to measure with, also linked into a folder of their own."""
         (self._folder / "images").mkdir()
         if self._config.images is None:
-            (self._folder / "made").mkdir()
-            files = make_images(self._folder / "made", MADE)
-            self.findings.facts["images"] = f"{MADE} made for this, {HEIGHT}×{WIDTH}, JPEG"
+            (self._folder / "synthetic").mkdir()
+            files = make_images(self._folder / "synthetic", SYNTHETIC_IMAGES)
+            self.result.facts["images"] = f"{SYNTHETIC_IMAGES} made for this, {HEIGHT}×{WIDTH}, JPEG"
         else:
-            files = self._readable(find_images([self._config.images]).sources[:READ])
-            self.findings.facts["images"] = f"{len(files)} of {escape(self._config.images)}"
-        fill(self._folder / "images", files, len(files))
+            files = self._readable(find_images([self._config.images]).sources[:MAX_IMAGES])
+            self.result.facts["images"] = f"{len(files)} of {escape(self._config.images)}"
+        link_images(self._folder / "images", files, len(files))
         return files
 
     def _readable(self, sources: Sequence[ImageSource]) -> list[Path]:
@@ -217,65 +222,66 @@ class Session:
             "recipe": str(plan.recipe),
             "dtype": plan.config.dtype,
             "folder": tempfile.gettempdir(),
-            "samples_per_round": {"stages": SHORT, "forward": SHORT, "end_to_end": 1},
+            "samples_per_round": {"stages": SAMPLES_PER_ROUND, "forward": SAMPLES_PER_ROUND, "end_to_end": 1},
         }
 
-    def _add(self, specimen: BenchmarkCase, files: Sequence[Path]) -> None:
-        plan = specimen.plan
-        column = CaseResult(
+    def _add(self, case: BenchmarkCase, files: Sequence[Path]) -> None:
+        plan = case.plan
+        case_result = CaseResult(
             backbone=plan.model.backbone,
             precision=plan.precision,
-            batch_size=specimen.batch_size,
-            size=specimen.size,
-            shapes=[shape for shape in plan.shapes if shape.input_size == specimen.size],
-            costs=count_costs(plan.model, specimen.size),
-            reason=specimen.obstacle(),
+            batch_size=case.batch_size,
+            size=case.size,
+            shapes=[shape for shape in plan.shapes if shape.input_size == case.size],
+            costs=count_costs(plan.model, case.size),
+            reason=case.memory_problem(),
         )
-        self.findings.columns.append(column)
-        self._specimens.append((column, specimen))
-        with self._step("preparations", column):
-            if column.reason is None:
-                column.executed = count_executed(specimen.engine.executable, specimen.size)  # before weights are packed
-                specimen.warm_up()
-                column.images = specimen.images
-                fill(specimen.files, files, specimen.images)
+        self.result.cases.append(case_result)
+        self._cases.append((case_result, case))
+        with self._step("preparations", case_result):
+            if case_result.reason is None:
+                # Counted before the warm-up packs the weights.
+                case_result.executed = count_executed(case.engine.executable, case.size)
+                case.warm_up()
+                case_result.images = case.images
+                link_images(case.files, files, case.images)
 
     def _compare_precisions(self) -> None:
         """The error of each level against float32, on one batch."""
-        exact = {column.backbone: each.engine for column, each in self._specimens if column.precision == "float32"}
-        for column, specimen in self._alive():
-            if column.precision == "float32":
+        exact = {result.backbone: case.engine for result, case in self._cases if result.precision == "float32"}
+        for case_result, case in self._active_cases():
+            if case_result.precision == "float32":
                 continue
-            plan = specimen.plan
-            if column.backbone not in exact:
+            plan = case.plan
+            if case_result.backbone not in exact:
                 config = replace(plan.config, precision="float32")
-                exact[column.backbone] = Engine(build_model(config), plan.recipe, config, plan.device)
-            with self._step("preparations", column):
-                column.errors = _relative_errors(specimen.features(), specimen.features(exact[column.backbone]))
+                exact[case_result.backbone] = Engine(build_model(config), plan.recipe, config, plan.device)
+            with self._step("preparations", case_result):
+                case_result.errors = _relative_errors(case.features(), case.features(exact[case_result.backbone]))
 
-    def _add_rivals(self) -> None:
-        for backbone in dict.fromkeys(column.backbone for column, _ in self._alive()):
-            column, specimen = next(pair for pair in self._alive() if pair[0].backbone == backbone)
-            ours = replace(column, plain_script=True, precision="float32", executed=None, stages={})
-            ours.forward, ours.core, ours.end_to_end = [], [], []
-            ours.rss = ours.added = ours.cuda = None
-            ours.errors = {}
-            self.findings.columns.append(ours)
-            with self._step("preparations", ours):
-                self._rivals.append((ours, BaselineProcess(specimen, self._folder)))
+    def _add_baselines(self) -> None:
+        for backbone in dict.fromkeys(case_result.backbone for case_result, _ in self._active_cases()):
+            case_result, case = next(pair for pair in self._active_cases() if pair[0].backbone == backbone)
+            baseline_result = replace(case_result, plain_script=True, precision="float32", executed=None, stages={})
+            baseline_result.forward, baseline_result.core, baseline_result.end_to_end = [], [], []
+            baseline_result.rss = baseline_result.added = baseline_result.cuda = None
+            baseline_result.errors = {}
+            self.result.cases.append(baseline_result)
+            with self._step("preparations", baseline_result):
+                self._baselines.append((baseline_result, BaselineProcess(case, self._folder)))
 
-    def _compare_rivals(self) -> None:
-        """The error of what the plain script wrote against our float32."""
-        for column, rival in self._rivals_alive():
-            _, specimen = next(pair for pair in self._alive() if pair[0].backbone == column.backbone)
-            if specimen.plan.precision == "float32":
-                ours = specimen.features()
-                theirs = {level: rival.features(level, specimen.batch_size) for level in ours}
-                column.errors = _relative_errors(theirs, ours)
+    def _compare_baselines(self) -> None:
+        """The error of the plain script's output against that of fpnx in float32."""
+        for case_result, baseline in self._active_baselines():
+            _, case = next(pair for pair in self._active_cases() if pair[0].backbone == case_result.backbone)
+            if case.plan.precision == "float32":
+                features = case.features()
+                baseline_features = {level: baseline.features(level, case.batch_size) for level in features}
+                case_result.errors = _relative_errors(baseline_features, features)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """Processor, memory, threads and versions, as plain values."""
+    """Processor, memory, threads and versions as JSON values."""
     facts: dict[str, Any] = {
         "system": platform.platform(),
         "processor": _processor(),
@@ -292,17 +298,17 @@ def _machine(device: torch.device) -> dict[str, Any]:
     return {**facts, "versions": versions}
 
 
-def _relative_errors(these: Mapping[str, np.ndarray], those: Mapping[str, np.ndarray]) -> dict[str, float]:
+def _relative_errors(features: Mapping[str, np.ndarray], exact: Mapping[str, np.ndarray]) -> dict[str, float]:
     """‖a − b‖ / ‖b‖ by level, in float64."""
     errors = {}
-    for level, exact in those.items():
-        a, b = these[level].astype(np.float64), exact.astype(np.float64)
+    for level, reference in exact.items():
+        a, b = features[level].astype(np.float64), reference.astype(np.float64)
         errors[level] = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-300))
     return errors
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device."""
+    """Whether an allocation failed, on any device."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Time and memory: marks on a device's own clock, what a run peaked at, and what samples say together."""
+"""Stage timers on the device's clock, peak memory, and percentiles of samples."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["PeakMemory", "Percentiles", "Stopwatch", "percentiles"]
 
 
 class Stopwatch:
-    """Splits what goes on between two marks into stages.
+    """Measures the time of consecutive stages.
 
-    On CUDA a mark is an event on the current stream, which delays nothing; elsewhere it reads the monotonic clock,
+    On CUDA a mark is an event on the current stream, without synchronisation; elsewhere it reads the monotonic clock
     after the device has finished.
     """
 
@@ -34,21 +34,21 @@ class Stopwatch:
         self._marks: list[tuple[str, torch.cuda.Event | float]] = []
 
     def start(self) -> None:
-        """Forget all marks; time runs from here."""
+        """Clear all marks and start the first stage."""
         self._synchronise()
         self._marks = [("", self._now())]
 
     def mark(self, stage: str) -> None:
-        """What went on since the last mark was `stage`."""
+        """End the stage that began at the last mark; its name is `stage`."""
         self._marks.append((stage, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage, summed over its marks."""
+        """Seconds by stage, summed where a stage occurs several times."""
         self._synchronise()
-        spent: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for (_, before), (stage, now) in zip(self._marks, self._marks[1:]):  # noqa: B905
-            spent[stage] = spent.get(stage, 0.0) + _between(before, now)
-        return spent
+            seconds[stage] = seconds.get(stage, 0.0) + _elapsed(before, now)
+        return seconds
 
     def _now(self) -> torch.cuda.Event | float:
         if self._device.type == "cuda":
@@ -65,12 +65,12 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """The greatest resident memory of this process, and CUDA's greatest allocation, while the block ran.
+    """Context manager that measures the peak resident memory of the process and the peak CUDA allocation.
 
     Attributes:
-        rss: bytes of the whole process; where the system keeps only one peak for a process's whole life, that.
-        added: how much of it came on top of what was resident when the block began.
-        cuda: bytes that torch held at most on `device`; None elsewhere.
+        rss: peak bytes of the process; where the system cannot reset the peak, that since the process started.
+        added: `rss` minus the resident bytes when the block began.
+        cuda: peak bytes allocated by torch on `device`; None where it is not CUDA.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -78,9 +78,9 @@ class PeakMemory:
         self.rss, self.added, self.cuda = 0, 0, None if device.type != "cuda" else 0
 
     def __enter__(self) -> PeakMemory:
-        _give_back()
+        _release_memory()
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # Linux: begin a new peak
+            file.write("5")  # Linux: reset the peak
         self._before = _status("VmRSS") or _lifetime_peak()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -95,7 +95,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class Percentiles:
-    """What samples say together: the median, and the 10th and 90th percentile (linear between samples)."""
+    """Median, 10th and 90th percentile of samples, with linear interpolation."""
 
     median: float
     low: float
@@ -104,19 +104,19 @@ class Percentiles:
 
 
 def percentiles(samples: Sequence[float]) -> Percentiles:
-    """At least one sample → its `Percentiles`."""
+    """The `Percentiles` of at least one sample."""
     low, median, high = np.percentile(np.asarray(samples, np.float64), (10, 50, 90)).tolist()
     return Percentiles(median, low, high, len(samples))
 
 
-def _between(before: torch.cuda.Event | float, now: torch.cuda.Event | float) -> float:
+def _elapsed(before: torch.cuda.Event | float, now: torch.cuda.Event | float) -> float:
     if isinstance(before, float) or isinstance(now, float):
-        return float(now) - float(before)  # type: ignore[arg-type]
+        return float(now) - float(before)
     return float(before.elapsed_time(now)) / 1000
 
 
-def _give_back() -> None:
-    """Return freed memory to the system, so that the next peak is that of the next run."""
+def _release_memory() -> None:
+    """Return freed memory to the system, so that it does not count in the next peak."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

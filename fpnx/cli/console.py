@@ -42,7 +42,7 @@ class Terminal(Listener):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def standing(self, text: str) -> None:
+    def status(self, text: str) -> None:
         self._note = text
 
     def planned(self, plan: PlanSummary) -> None:

@@ -209,7 +209,7 @@ def benchmark(
 
     with console.Terminal(json) as terminal:
         findings = run(listener=terminal, **options)
-    console.show_json(findings.to_json()) if json else benchmark_view.show_findings(findings)
+    console.show_json(findings.to_json()) if json else benchmark_view.show_benchmark(findings)
     if plot is not None:
         draw_stages(findings, plot)
     return findings.exit_code
@@ -233,7 +233,7 @@ def list_images(images: opt.Images, limit: opt.Limit = ExtractConfig.limit) -> i
     with console.Terminal() as terminal:
         for remark in remarks:
             terminal.message(remark)
-    return 1 if listing.lost else 0
+    return 1 if listing.truncated else 0
 
 
 @app.command()

@@ -104,7 +104,9 @@ WeightsChoice = Annotated[
     str,
     option("Model", "--weights", "default, imagenet, coco, random, a torchvision name, or a file.", "NAME|FILE"),
 ]
-Pyramid = Annotated[str, option("Model", "--pyramid", "Kind of pyramid.", "fpn|pafpn")]
+Pyramid = Annotated[
+    str | None, option("Model", "--pyramid", "Kind of pyramid (default: that of the weights, or fpn).", "fpn|pafpn")
+]
 Seed = Annotated[int, option("Model", "--seed", "For parts without trained parameters.", "N")]
 Levels = Annotated[str | None, option("Model", "--levels", "Such as P2-P5 (default), P3-P7 or C3,P3.", "LEVELS")]
 Channels = Annotated[int | None, option("Model", "--channels", "Of every P level (default 256).", "N")]

@@ -46,7 +46,7 @@ def show_result(result: Result) -> None:
     if result.computed:
         table = Table(title=Text("time per image"), box=None, title_justify="left", pad_edge=False)
         for name, justify in (("stage", "left"), ("ms", "right"), ("share", "right")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+            table.add_column(name, justify=justify)
         total = sum(result.timings.values()) or 1.0
         for stage, spent in result.timings.items():
             table.add_row(stage, f"{spent:.1f}", f"{100 * spent / total:.0f} %")

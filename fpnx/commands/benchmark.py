@@ -24,34 +24,34 @@ __all__ = ["benchmark"]
 def benchmark(*, listener: Listener | None = None, **options: Any) -> BenchmarkResult:
     """Measure configurations side by side; `fpnx benchmark` as a function.
 
-    In each round every configuration is measured once after the other (A B A B), so drift of the machine
-    affects all equally. An interruption ends it early with what has been measured.
+    Measurements of the configurations are interleaved (A B A B), so drift of the machine affects all equally. An
+    interruption ends the benchmark early and keeps what has been measured.
 
     Args:
-        listener: hears of the progress.
+        listener: receives progress events.
         options: the fields of `fpnx.core.config.BenchmarkConfig`.
 
     Raises:
         FpnxError: a request that cannot be carried out.
         Interrupted: before anything was measured.
     """
-    config, hears = BenchmarkConfig(**options), listener or Listener()
+    config, listener = BenchmarkConfig(**options), listener or Listener()
     if config.plot is not None and not Path(config.plot).absolute().parent.is_dir():
         raise FpnxError(f"plot {escape(config.plot)}: its folder does not exist: make it, or name another")
     for name in config.device.split(","):
         resolve_device(name)
-    with handle_signals(hears) as stop, pillow_limits(), ExitStack() as stack:
+    with handle_signals(listener) as stop, pillow_limits(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fpnx-")))
-        session = Session(config, folder, stop, hears)
+        session = Session(config, folder, stop, listener)
         stack.callback(session.close)
-        findings = session.findings
+        result = session.result
         try:
             session.prepare()
             session.measure()
         except Interrupted as error:
-            findings.interrupted = error.signum
+            result.interrupted = error.signum
         except KeyboardInterrupt:
-            findings.interrupted = signal.SIGINT
-        if findings.interrupted is not None and not any(column.forward for column in findings.columns):
-            raise Interrupted("interrupted before anything was measured", findings.interrupted)
-        return findings
+            result.interrupted = signal.SIGINT
+        if result.interrupted is not None and not any(case.forward for case in result.cases):
+            raise Interrupted("interrupted before anything was measured", result.interrupted)
+        return result

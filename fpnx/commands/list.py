@@ -28,4 +28,4 @@ def list_images(
     """
     listing = find_images(images, limit)
     summary = f"{plural(len(listing.sources), 'image')}, {plural(listing.skipped, 'other file')} passed over"
-    return list_lines(listing), [*listing.remarks, *listing.lost, summary], listing
+    return list_lines(listing), [*listing.remarks, *listing.truncated, summary], listing

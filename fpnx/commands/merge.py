@@ -1,12 +1,13 @@
-"""The verb merge: a set of shards → the one file that a whole run would have written."""
+"""The command merge: copies a complete set of shards into one file, as a run without shards writes it."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,27 @@ from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.provenance import Provenance
 from fpnx.core.text import escape
 from fpnx.core.validation import format_size
+from fpnx.store.file_layout import FileLayout, create_file
 from fpnx.store.hdf5 import open_hdf5
 from fpnx.store.output_path import check_output, real_output
 from fpnx.store.reader import DONE, FAILED, Store
 from fpnx.store.shard_set import ShardSet, open_shard_set
-from fpnx.store.writer import DatasetExtent, FileLayout, create_file, part_path
+from fpnx.store.writer import DatasetExtent, part_path
 
 __all__ = ["Merged", "merge"]
 
-BLOCK = 1 << 25  # bytes of features that are copied together
+BLOCK_BYTES = 1 << 25  # of features that are copied at a time
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was merged.
+    """Result of a merge.
 
     Attributes:
-        output: the file.
-        shards: how many went into it.
-        images, done, failed: how many there are in it.
-        bytes: how large it is.
+        output: path of the merged file.
+        shards: number of shards.
+        images, done, failed: number of images in the file, and of those with each status.
+        bytes: size of the file.
     """
 
     output: Path
@@ -52,7 +54,7 @@ class Merged:
     bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values."""
+        """Values for JSON."""
         return {**self.__dict__, "output": str(self.output)}
 
 
@@ -65,32 +67,33 @@ def merge(
 ) -> Merged:
     """Copy the complete set of a run's shards into one file; `fpnx merge` as a function.
 
-    Tables are those of a whole run, rows are bit-equal to their shard's. The file has its name only once all of it is
-    on the disk; whatever ends the work before that leaves the shards, and what had the name, as they were.
+    The tables are those of a run without shards, and the features equal those of the shards bit by bit. The file gets
+    its final name when all of it is on the disk; before that, an error or a crash changes neither the shards nor an
+    existing file.
 
     Args:
-        output: the file to make.
+        output: the file to write.
         shards: a glob, `"out.shard-*.h5"`, or paths in any order.
-        overwrite: replace what is there, once the new file is whole.
-        listener: hears of the progress.
+        overwrite: replace an existing file, once the new one is complete.
+        listener: receives the progress.
 
     Raises:
-        FpnxError: a set that is not complete, or an output that cannot be made.
+        FpnxError: where the set of shards is not complete, or the output cannot be written.
         Interrupted: on SIGINT or SIGTERM.
     """
-    target, hears = real_output(Path(output)), listener or Listener()
+    target, listener = real_output(Path(output)), listener or Listener()
     _check_output(target, overwrite)
-    with handle_signals(hears) as stop, open_shard_set(shards) as store:
-        here = [shard.path for shard in store.shards if os.path.exists(shard.path)]  # others are in a store
-        if target.exists() and any(os.path.samefile(path, target) for path in here):
+    with handle_signals(listener) as stop, open_shard_set(shards) as store:
+        local = [shard.path for shard in store.shards if os.path.exists(shard.path)]  # others are URLs
+        if target.exists() and any(os.path.samefile(path, target) for path in local):
             raise FpnxError(f"output {escape(target)} is one of the shards: name another")
         layout = _layout(store)
-        with lock(target) as alone:
-            if not alone:
-                hears.message("files cannot be locked here: see to it that no second run writes this output")
-            _check_output(target, overwrite)  # again: another run may have ended since
+        with lock(target) as locked:
+            if not locked:
+                listener.message("files cannot be locked here: see to it that no second run writes this output")
+            _check_output(target, overwrite)  # again: another run may have ended in the meantime
             stop.begin()
-            _write(target, store, layout, stop, hears)
+            _write(target, store, layout, stop, listener)
     return Merged(
         output=target,
         shards=len(store.shards),
@@ -103,87 +106,93 @@ def merge(
 
 def _check_output(target: Path, overwrite: bool) -> None:
     check_output(target, OutputConfig(overwrite=True))
-    there = [path for path in (target, part_path(target)) if path.exists()]
-    if there and not overwrite:
-        what = "exists" if target in there else "holds an unfinished run"
-        raise FpnxError(f"{escape(there[0])} {what}: replace it with --overwrite, or name another output")
+    existing = [path for path in (target, part_path(target)) if path.exists()]
+    if existing and not overwrite:
+        what = "exists" if target in existing else "holds an unfinished run"
+        raise FpnxError(f"{escape(existing[0])} {what}: replace it with --overwrite, or name another output")
 
 
 def _layout(store: ShardSet) -> FileLayout:
-    told = zip(map(os.fsencode, store.paths), store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True)
-    records = tuple(ImageRecord(name, size, mtime) for name, size, mtime in told)
+    """The layout of the merged file.
+
+    Raises:
+        StoreError: where the shards were altered after they were written.
+    """
+    values = zip(map(os.fsencode, store.paths), store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True)
+    records = tuple(ImageRecord(name, size, mtime) for name, size, mtime in values)
     datasets = {size: {level: store.dataset(size, level) for level in store.levels} for size in store.sizes}
     layout = FileLayout(
         images=ImageList(os.fsencode(store.root), records),
         levels=store.levels,
-        strides={level: int(held.attrs["stride"]) for levels in datasets.values() for level, held in levels.items()},
+        strides={level: int(data.attrs["stride"]) for levels in datasets.values() for level, data in levels.items()},
         dtype=str(store.config["dtype"]),
         config=store.config,
         input_sizes=store.input_sizes,
         padded_sizes=store.padded_sizes,
         rows=store.rows,
-        shapes={  # in the order of their first images, as in a whole run
-            size: {level: (held.shape[1], held.shape[2], held.shape[3]) for level, held in datasets[size].items()}
+        shapes={  # in the order of their first images, as in a run without shards
+            size: {level: (data.shape[1], data.shape[2], data.shape[3]) for level, data in datasets[size].items()}
             for size in dict.fromkeys(filter(None, store.padded_sizes))
         },
     )
-    why = "their fingerprint is not that of their config" if layout.fingerprint != store.fingerprint else ""
-    if why := why or store.altered():
-        raise StoreError(f"{escape(store.path)} cannot be merged: {why}: fpnx verify tells more")
+    reason = "their fingerprint is not that of their config" if layout.fingerprint != store.fingerprint else ""
+    if reason := reason or store.list_mismatch():
+        raise StoreError(f"{escape(store.path)} cannot be merged: {reason}: run fpnx verify on the shards")
     return layout
 
 
 def _write(target: Path, store: ShardSet, layout: FileLayout, stop: StopRequest, listener: Listener) -> None:
-    """Under another name, which nothing takes for a finished file, and with the status of all images last."""
-    fresh = target.with_name(part_path(target).name + ".new")
+    """Write the merged file under a temporary name, the status of all images last, then rename it to `target`."""
+    temporary = target.with_name(part_path(target).name + ".new")
     needed = layout.total_bytes()
     try:
         try:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             check_space(target, needed, free_bytes(target.parent))
-            if not create_file(fresh, layout, _provenance(store)):
-                listener.message("this file system cannot set space aside: free space was checked once, now")
-            disk = OpenFile(fresh)
+            if not create_file(temporary, layout, _provenance(store)):
+                listener.message("this file system cannot reserve space: free space was checked once, at the start")
+            disk = OpenFile(temporary)
             try:
-                _copy(fresh, disk, store, stop, listener)
+                _copy(temporary, disk, store, stop, listener)
             finally:
                 disk.close()
-            os.replace(fresh, target)
+            os.replace(temporary, target)
             part_path(target).unlink(missing_ok=True)
             sync_folder(target.parent)
         finally:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         raise disk_error(error, target, needed) from error
 
 
-def _copy(fresh: Path, disk: OpenFile, store: ShardSet, stop: StopRequest, listener: Listener) -> None:
-    with open_hdf5(os.fspath(fresh)) as file:
+def _copy(path: Path, disk: OpenFile, store: ShardSet, stop: StopRequest, listener: Listener) -> None:
+    """Copy all features and results of the shards into the file at `path`, which `disk` has open for writing."""
+    with open_hdf5(os.fspath(path)) as file:
         images, pyramids = file["images"], file["pyramids"]
         tables = {name: DatasetExtent.of(images[name]) for name in ("source_size", "error", "status")}
         tables["nonfinite"] = DatasetExtent.of(file["stats/nonfinite"])
-        places = {
+        extents = {
             (size, level): DatasetExtent.of(pyramids[format_size(size)][level])
             for size in store.sizes
             for level in store.levels
         }
-    starts = dict.fromkeys(store.sizes, 0)
-    written, told, total = 0, 0, _megabytes(sum(place.bytes for place in places.values()))
-    for shard in store.each():
+    next_rows = dict.fromkeys(store.sizes, 0)
+    written, reported, total = 0, 0, _megabytes(sum(extent.bytes for extent in extents.values()))
+    for shard in store.each_file():
         assert shard.shard_slice is not None
         tables["error"].write(disk, shard.shard_slice.first, _read(shard, "images/error", shard.errors))
         for size, rows in Counter(filter(None, shard.padded_sizes)).items():
             for level in store.levels:
-                place, row = places[size, level], starts[size]
-                for block in _blocks(shard, size, level, (rows, *place.shape[1:])):
-                    _heed(stop)
-                    place.write(disk, row, block)
+                extent, row = extents[size, level], next_rows[size]
+                for block in _blocks(shard, size, level, (rows, *extent.shape[1:])):
+                    _raise_if_stopped(stop)
+                    extent.write(disk, row, block)
                     row, written = row + len(block), written + block.nbytes
-                    if _megabytes(written) > told:
-                        told = _megabytes(written)
-                        listener.progress("MB", told, total)
-            starts[size] += rows
-    _heed(stop)
+                    if _megabytes(written) > reported:
+                        reported = _megabytes(written)
+                        listener.progress("MB", reported, total)
+            next_rows[size] += rows
+    _raise_if_stopped(stop)
     tables["source_size"].write(disk, 0, store.source_sizes)
     tables["nonfinite"].write(disk, 0, store.nonfinite)
     disk.sync()
@@ -192,20 +201,24 @@ def _copy(fresh: Path, disk: OpenFile, store: ShardSet, stop: StopRequest, liste
 
 
 def _blocks(shard: Store, size: tuple[int, int], level: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """All rows of a dataset in order, a bounded number at a time."""
+    """All rows of a dataset in order, in blocks of bounded size."""
     dataset = shard.dataset(size, level)
     if dataset.shape != shape:
         raise StoreError(f"{escape(shard.path)}: {dataset.name} is {dataset.shape}, where {shape} belongs")
-    step = max(1, BLOCK // max(1, dataset.dtype.itemsize * int(np.prod(shape[1:]))))
+    step = max(1, BLOCK_BYTES // max(1, dataset.dtype.itemsize * int(np.prod(shape[1:]))))
     for start in range(0, shape[0], step):
-        yield _read(shard, dataset.name, lambda start=start: dataset[start : start + step])
+        yield _read(shard, dataset.name, partial(dataset.__getitem__, slice(start, start + step)))
 
 
-def _read(shard: Store, what: str, work: Any) -> np.ndarray:
+def _read(shard: Store, what: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    """The result of `read`; an error of reading must not be reported as an error of writing.
+
+    Raises:
+        StoreError: where reading fails.
+    """
     try:
-        values: np.ndarray = work()
-        return values
-    except (OSError, RuntimeError) as error:  # not to be taken for a disk that refuses to be written
+        return read()
+    except (OSError, RuntimeError) as error:
         raise StoreError(f"{escape(shard.path)}: {what} cannot be read: {escape(str(error))}") from error
 
 
@@ -213,13 +226,13 @@ def _megabytes(count: int) -> int:
     return -(-count // 10**6)
 
 
-def _heed(stop: StopRequest) -> None:
+def _raise_if_stopped(stop: StopRequest) -> None:
     if stop.signum is not None:
         raise Interrupted("interrupted: nothing was merged, and the shards are as they were", stop.signum)
 
 
 def _provenance(store: ShardSet) -> Provenance:
-    """That of the first shard, and what was merged."""
+    """The provenance of the first shard, with a record of the merge."""
     return replace(
         store.provenance,
         merged={

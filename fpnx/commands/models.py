@@ -1,4 +1,4 @@
-"""What can be asked for: backbones with their stages and sizes, and the weights that are published for them."""
+"""`fpnx models`: lists backbones with their stages, sizes and published weights."""
 
 from __future__ import annotations
 
@@ -20,62 +20,62 @@ from fpnx.models.weights.torchvision import COCO, best_weights, native_recipe, p
 
 __all__ = ["FPN_CHANNELS", "details", "entries", "is_backbone", "matching", "overview"]
 
-FPN_CHANNELS = 256  # of the pyramid whose parameters and operations are counted
+FPN_CHANNELS = 256  # channels of the pyramid whose parameters and operations are counted
 
 
-def is_backbone(word: str) -> bool:
-    """Whether `word` is the whole name of a network, and not a part to look for."""
-    return timm_library().is_model(word[len(TIMM) :]) if word.startswith(TIMM) else word in torchvision_names()
+def is_backbone(name: str) -> bool:
+    """Whether `name` is the full name of a network; a part of a name is not."""
+    return timm_library().is_model(name[len(TIMM) :]) if name.startswith(TIMM) else name in torchvision_names()
 
 
-def matching(word: str | None = None) -> list[str]:
-    """The backbones whose name holds `word`: torchvision's, or timm's where it begins with `timm/`.
+def matching(part: str | None = None) -> list[str]:
+    """The backbones whose name contains `part`: torchvision's, or timm's if it begins with `timm/`.
 
     Raises:
-        FpnxError: where there is none.
+        FpnxError: there is none.
     """
-    word = word or ""
-    if word.startswith(TIMM):
-        found = [f"{TIMM}{name}" for name in timm_library().list_models() if word[len(TIMM) :] in name]
+    part = part or ""
+    if part.startswith(TIMM):
+        names = [f"{TIMM}{name}" for name in timm_library().list_models() if part[len(TIMM) :] in name]
     else:
-        found = [name for name in torchvision_names() if word in name]
-    if not found:
+        names = [name for name in torchvision_names() if part in name]
+    if not names:
         raise FpnxError(
-            f"no backbone's name holds {word!r}{did_you_mean(word.lower(), torchvision_names())}: "
+            f"no backbone's name contains {part!r}{did_you_mean(part.lower(), torchvision_names())}: "
             f"fpnx models lists them all"
         )
-    return found
+    return names
 
 
-def entries(found: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """One backbone after the other, as plain values; no weights are loaded.
+def entries(names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield one JSON object for each backbone; no weights are loaded.
 
-    Each has its taps, the parameters of the whole classifier, and the kinds of weights; or, without stages, why it is
-    `refused`. Torchvision's are measured where they were not met before, a tenth of a second each; of timm's only
-    those met before have taps.
+    It has the taps, the parameters of the whole classifier and the kinds of weights. A network without stages has the
+    reason as `refused` instead. Stages of torchvision's networks that are not in the cache are detected, a tenth of a
+    second each; timm's networks have taps only if they are in the cache.
     """
-    for name in found:
-        each = cached_detection(name) if name.startswith(TIMM) else detect_stages(name)
-        if each is not None and each.stages is None:
-            yield {"name": name, "refused": each.refused}
+    for name in names:
+        detection = cached_detection(name) if name.startswith(TIMM) else detect_stages(name)
+        if detection is not None and detection.stages is None:
+            yield {"name": name, "refused": detection.refused}
         else:
-            yield {"name": name, "taps": _taps(each.stages if each else None), **_published_facts(name)}
+            yield {"name": name, "taps": _taps(detection.stages if detection else None), **_published_facts(name)}
 
 
 def overview(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """`entries` as one document: `backbones`, and those `refused` with the reason."""
-    found = list(rows)
+    """`entries` as one JSON object: `backbones`, and those `refused` with the reason."""
+    listed = list(rows)
     return {
-        "backbones": [row for row in found if "refused" not in row],
-        "refused": [{"name": row["name"], "reason": row["refused"]} for row in found if "refused" in row],
+        "backbones": [row for row in listed if "refused" not in row],
+        "refused": [{"name": row["name"], "reason": row["refused"]} for row in listed if "refused" in row],
     }
 
 
 def details(name: str) -> dict[str, Any]:
-    """One backbone as plain values: taps, parameters, operations at its recipe's size, and weights with their files.
+    """One backbone as a JSON object: taps, parameters, operations at its recipe's size, and weights with their files.
 
-    GFLOPs count a multiply-add as 2, for the taps and for P2…P5 of a pyramid of `FPN_CHANNELS` channels. No weights
-    are loaded.
+    GFLOPs count a multiply-add as 2, for the taps and for a pyramid with `FPN_CHANNELS` channels. No weights are
+    loaded.
 
     Raises:
         FpnxError: a network without stages.
@@ -115,16 +115,16 @@ def details(name: str) -> dict[str, Any]:
 
 
 def _weights(name: str) -> list[dict[str, Any]]:
-    """Everything that `--weights` takes by name beside this backbone."""
-    timm = name.startswith(TIMM)
-    entries: list[Any] = [*timm_weights(name)] if timm else [*published_weights(name)]
-    meant = {} if timm else {"imagenet": str(best_weights(name)), "coco": COCO.get(name)}
-    if timm and entries:
-        meant = {"imagenet": entries[0].name}
+    """All weights that `--weights` accepts by name for this backbone."""
+    is_timm = name.startswith(TIMM)
+    published: list[Any] = [*timm_weights(name)] if is_timm else [*published_weights(name)]
+    aliases = {} if is_timm else {"imagenet": str(best_weights(name)), "coco": COCO.get(name)}
+    if is_timm and published:
+        aliases = {"imagenet": published[0].name}
     return [
         {
             "name": each.name,
-            "also": [word for word, full in meant.items() if full == each.name],
+            "also": [alias for alias, full_name in aliases.items() if full_name == each.name],
             "trains": list(each.trains),
             "recipe": str(each.recipe),
             "url": each.url,
@@ -132,7 +132,7 @@ def _weights(name: str) -> list[dict[str, Any]]:
             "file": str(each.file),
             "there": each.file.exists(),
         }
-        for each in entries
+        for each in published
     ]
 
 

@@ -1,4 +1,4 @@
-"""The verb verify: whether a file holds what it says and, beside the images, whether they give the same values."""
+"""The command verify: checks the structure of a file and, given the images, recomputes some and compares the values."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def verify(
     offline: bool = ExtractConfig.offline,
     listener: Listener | None = None,
 ) -> Verification:
-    """Look at everything in `file`; with `against`, compute some of its images again and compare.
+    """Read and check everything in `file`; with `against`, recompute some of its images and compare.
 
     Args:
-        file: what `fpnx extract` wrote, or its `.part`; or all shards of a run, as a glob or paths in any order.
-            Every stored value is read.
+        file: a file that `fpnx extract` wrote, or its `.part`; or all shards of a run, as a glob or paths in any
+            order. Every stored value is read.
         against: the images that it was made from: files, folders, or `"@list.txt"`.
-        sample: how many images are computed again, evenly spread over those that are done.
-        weights: where the weights are now, if not where the file says.
-        device: computes them.
+        sample: how many images are recomputed, evenly spread over those that are done.
+        weights: path of the weights file, if it is not where it was.
+        device: device that recomputes them.
         offline: never download weights.
-        listener: hears of the progress.
+        listener: receives the progress.
 
     Raises:
-        FpnxError: a file that cannot be read as fpnx's at all, a set that is not complete and of one run, or images
-            or weights that cannot be had.
+        FpnxError: for a file that fpnx did not write, shards that are not the complete set of one run, or images or
+            weights that are not found.
     """
     if sample < 1:
         raise FpnxError(f"sample {sample}: take 1 image or more")
@@ -50,12 +50,12 @@ def verify(
         from fpnx.extraction.recompute import Recomputation, recompute_options
 
         # Images or weights that are missing are reported before the whole file is read.
-        again = Recomputation(store, against, recompute_options(store, weights, device, offline), sample)
-        found = verify_structure(store, listener)
-        largest, problems = again.compared()
+        recomputation = Recomputation(store, against, recompute_options(store, weights, device, offline), sample)
+        structure = verify_structure(store, listener)
+        largest, problems = recomputation.compare()
         return replace(
-            found,
-            problems=(*found.problems, *problems),
-            compared=len(again.chosen),
+            structure,
+            problems=(*structure.problems, *problems),
+            compared=len(recomputation.chosen),
             largest_difference=largest,
         )

@@ -1,4 +1,4 @@
-"""The verb visualize: stored pyramids, or photographs by way of a temporary file → PNG pictures and a page."""
+"""The command `fpnx visualize`: draws stored pyramids, or photographs, as PNG files and an HTML page."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from fpnx.store.shard_set import open_store
 from fpnx.visualization.color_scale import ColorScales, measure_scales
 from fpnx.visualization.figure import chosen_levels, draw, mode_in_words, rendered
 from fpnx.visualization.html.page import Page, write_page
+from fpnx.visualization.image_maps import ImageMaps, describe_model, find_photo, item_maps
 from fpnx.visualization.panels import colour_table
 from fpnx.visualization.png_files import PngPaths, save_png
-from fpnx.visualization.scene import Scene, about_model, find_photo, scene_of
 from fpnx.visualization.selection import select
 
 __all__ = ["VisualizeResult", "visualize"]
 
 STORE_ENDINGS = (".h5", ".hdf5", ".part")
-DEFAULT_STEM = "out"  # of photographs that have no name, such as all of a disk
-FOR_PHOTOGRAPHS = ("backbone", "weights", "seed", "size", "device")
+DEFAULT_STEM = "out"  # where the path of the photographs has no name, such as /
+PHOTOGRAPH_OPTIONS = ("backbone", "weights", "seed", "size", "device")
 
 
 @dataclass(frozen=True)
 class VisualizeResult:
-    """What was drawn.
+    """The files that were written, and what was not drawn.
 
     Attributes:
-        folder: where the pictures are; None where only a page was made.
+        folder: folder of the pictures; None where only a page was written.
         pictures: their paths.
-        page: the HTML page, where one was asked for.
+        page: the HTML page; None where none was requested.
         skipped: (stored path, reason) of each image that could not be drawn.
-        left_out: how many images the limit left out.
+        left_out: how many images exceed `limit`.
     """
 
     folder: Path | None
@@ -60,11 +60,11 @@ class VisualizeResult:
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 where nothing at all could be drawn."""
+        """0, or 1 where nothing could be drawn."""
         return 0 if self.pictures or (self.page is not None and self.page.images) else 1
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values."""
+        """The result as JSON values."""
         return {
             "folder": None if self.folder is None else str(self.folder),
             "pictures": [str(path) for path in self.pictures],
@@ -83,58 +83,68 @@ def visualize(
     listener: Listener | None = None,
     **options: Any,
 ) -> VisualizeResult:
-    """`fpnx visualize` as a function.
+    """Draw stored pyramids or photographs; `fpnx visualize` as a function.
 
     Args:
-        inputs: files that `fpnx extract` wrote, which are compared image by image; or photographs.
-        output: the folder for pictures; by default `<file>_png` beside the file, or, named after the first
-            photograph, in the current folder; none where `html` is given.
-        html: a page to write.
-        listener: hears of the progress.
+        inputs: files written by `fpnx extract`, compared image by image; or photographs.
+        output: folder for pictures; by default `<file>_png` beside the file, or `<first photograph>_png` in the
+            current folder. With `html` and without `output` no pictures are written.
+        html: path of an HTML page to write.
+        listener: receives progress events.
         options: the fields of `fpnx.core.config.VisualizeConfig`.
 
     Raises:
         FpnxError: a request that cannot be carried out.
-        Interrupted: on SIGINT or SIGTERM; the pictures written so far are kept.
+        Interrupted: on SIGINT or SIGTERM; pictures written so far are kept.
         TypeError: an option that does not exist.
     """
     config = VisualizeConfig(**options)
     colour_table(config.colormap)
     paths = [os.fspath(p) for p in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
-    hears = listener or Listener()
-    folder = None if html is not None and output is None else Path(output) if output else _folder(paths)
+    listener = listener or Listener()
+    folder = None if html is not None and output is None else Path(output) if output else _default_folder(paths)
     _check_outputs(folder, None if html is None else Path(html), config)
     with ExitStack() as stack:
         stack.enter_context(pillow_limits())
         stack.enter_context(connections())
-        beyond = 0
-        named = _are_stores(paths, config)
-        if not named:
+        over_limit = 0
+        from_stores = _are_stores(paths, config)
+        if not from_stores:
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="fpnx-"))
             names = [os.fsdecode(source.name) for source in find_images(paths).sources]
-            beyond = max(0, len(names) - config.limit)
+            over_limit = max(0, len(names) - config.limit)
             if folder is not None:
                 _refuse_existing(folder, names[: config.limit], range(min(len(names), config.limit)), config)
-            paths = _extracted(paths, Path(temporary), config, hears)
-        stop = stack.enter_context(handle_signals(hears))
+            paths = _extract_photographs(paths, Path(temporary), config, listener)
+        stop = stack.enter_context(handle_signals(listener))
         stores = [stack.enter_context(open_store(path)) for path in paths]
-        _refuse_shards_apart(stores)
-        show = _Show(stores, named, config, stop, hears)
-        pictures = tuple(show.pictures(folder)) if folder is not None else ()
+        _refuse_separate_shards(stores)
+        selection = _Selection(stores, from_stores, config, stop, listener)
+        pictures = tuple(selection.pictures(folder)) if folder is not None else ()
         page = None
         if html is not None:
-            page = write_page(Path(html), show.scenes(), show.stores, show.names, config, show.left_out + beyond, hears)
-        return VisualizeResult(folder, pictures, page, tuple(show.skipped.items()), show.left_out + beyond)
+            page = write_page(
+                Path(html),
+                selection.images(),
+                selection.stores,
+                selection.names,
+                config,
+                selection.left_out + over_limit,
+                listener,
+            )
+        return VisualizeResult(
+            folder, pictures, page, tuple(selection.skipped.items()), selection.left_out + over_limit
+        )
 
 
-class _Show:
-    """The images that are to be drawn, of one or several files."""
+class _Selection:
+    """The images to draw, from one or several files."""
 
     def __init__(
-        self, stores: Sequence[Store], named: bool, config: VisualizeConfig, stop: StopRequest, listener: Listener
+        self, stores: Sequence[Store], from_stores: bool, config: VisualizeConfig, stop: StopRequest, listener: Listener
     ) -> None:
         self.stores, self.config, self._stop, self._listener = stores, config, stop, listener
-        self.names = [os.path.basename(store.path) if named else "" for store in stores]
+        self.names = [os.path.basename(store.path) if from_stores else "" for store in stores]
         self.skipped: dict[str, str] = {}
         first = stores[0]
         ready: list[int] = []
@@ -149,7 +159,7 @@ class _Show:
         if not self.rows:
             why = "; ".join(f"{escape(path)} {reason}" for path, reason in list(self.skipped.items())[:3])
             raise FpnxError(
-                f"nothing to draw{f' in {escape(first.path)}' if named else ''}: {why or 'no image at all'}"
+                f"nothing to draw{f' in {escape(first.path)}' if from_stores else ''}: {why or 'no image at all'}"
             )
         for store in stores:
             levels = chosen_levels(store, config.levels)
@@ -157,23 +167,23 @@ class _Show:
         self._refuse_point()
 
     def pictures(self, folder: Path) -> Iterator[Path]:
-        """Draw and write each picture, and give its path."""
-        places = PngPaths(folder, self.stores[0].paths)
+        """Draw and write each picture; yields its path."""
+        png_paths = PngPaths(folder, self.stores[0].paths)
         _refuse_existing(folder, self.stores[0].paths, self.rows, self.config)
         scales = self._scales()
-        for scenes in self.scenes():
+        for images in self.images():
             try:
-                target = places[scenes[0].path]
-                figure = draw(scenes, self.config, self.config.levels, scales)
+                target = png_paths[images[0].path]
+                figure = draw(images, self.config, self.config.levels, scales)
             except FpnxError as error:
-                self.skipped[scenes[0].path] = str(error)
+                self.skipped[images[0].path] = str(error)
                 continue
-            about = {"Title": escape(scenes[0].path), "Description": described(scenes, self.config)}
-            save_png(rendered(figure), target, {**about, "Software": f"fpnx {__version__}"})
+            metadata = {"Title": escape(images[0].path), "Description": _description(images, self.config)}
+            save_png(rendered(figure), target, {**metadata, "Software": f"fpnx {__version__}"})
             yield target
 
-    def scenes(self) -> Iterator[list[Scene]]:
-        """For each image its scene in every file; progress is told, and a signal ends it."""
+    def images(self) -> Iterator[list[ImageMaps]]:
+        """Yields each image's maps in every file; reports progress, and stops on a signal."""
         self._stop.begin()
         for position, row in enumerate(self.rows):
             if self._stop.signum is not None:
@@ -182,41 +192,40 @@ class _Show:
                 )
             self._listener.progress("pictures", position, len(self.rows))
             try:
-                scenes = self._scenes_of(self.stores[0][row])
+                images = self._maps_in_all_files(self.stores[0][row])
             except FpnxError as error:
                 self.skipped[self.stores[0].paths[row]] = str(error)
                 continue
-            yield scenes
+            yield images
             self._listener.progress("pictures", position + 1, len(self.rows))
 
-    def _scenes_of(self, item: Item) -> list[Scene]:
+    def _maps_in_all_files(self, item: Item) -> list[ImageMaps]:
         photo = find_photo(item)
-        scenes = [replace(scene_of(item, photo), file=self.names[0])]
+        maps_by_file = [replace(item_maps(item, photo), file=self.names[0])]
         for store, name in zip(self.stores[1:], self.names[1:], strict=True):
-            other, why = _same_image(item, store)
+            other, reason = _same_image(item, store)
             if other is None:
-                scenes.append(replace(scenes[0], file=name, about=_model_of(store), missing=why))
+                maps_by_file.append(replace(maps_by_file[0], file=name, model=_model_of(store), missing=reason))
                 continue
-            same = photo if _full_path(other) == _full_path(item) and other.source_size == item.source_size else None
-            scenes.append(replace(scene_of(other, same), file=name))
-        return scenes
+            same_source = _full_path(other) == _full_path(item) and other.source_size == item.source_size
+            maps_by_file.append(replace(item_maps(other, photo if same_source else None), file=name))
+        return maps_by_file
 
     def _scales(self) -> list[ColorScales | None]:
         if self.config.per_image:
             return [None] * len(self.stores)
-        tell = self._listener.progress
         return [
             measure_scales(
                 store,
                 self.config,
                 chosen_levels(store, self.config.levels),
-                lambda done, total: tell("maps measured", done, total),
+                lambda done, total: self._listener.progress("maps measured", done, total),
             )
             for store in self.stores
         ]
 
     def _refuse_point(self) -> None:
-        """Refuse a point that no image has."""
+        """Refuse a point that is outside every image."""
         if self.config.point is None:
             return
         sizes = [(int(height), int(width)) for height, width in self.stores[0].source_sizes[self.rows]]
@@ -229,31 +238,31 @@ class _Show:
 
 
 def _refuse_existing(folder: Path, paths: Sequence[str], rows: Sequence[int], config: VisualizeConfig) -> None:
-    """Refuse to replace pictures of these rows of `paths` unasked."""
+    """Refuse to replace existing pictures of these rows of `paths` without `overwrite`."""
     if config.overwrite:
         return
-    places, there = PngPaths(folder, paths), []
+    png_paths, existing = PngPaths(folder, paths), list[Path]()
     for row in rows:
         try:
-            target = places[paths[row]]
-        except FpnxError:  # named when its turn comes
+            target = png_paths[paths[row]]
+        except FpnxError:  # reported when the image is drawn
             continue
         if os.path.lexists(target):
-            there.append(target)
-    if there:
+            existing.append(target)
+    if existing:
         raise FpnxError(
-            f"{len(there)} of the pictures {'is' if len(there) == 1 else 'are'} there already, such as "
-            f"{escape(there[0])}: replace them with --overwrite, or name another folder with -o"
+            f"{len(existing)} of the pictures {'is' if len(existing) == 1 else 'are'} there already, such as "
+            f"{escape(existing[0])}: replace them with --overwrite, or name another folder with -o"
         )
 
 
-def described(scenes: Sequence[Scene], config: VisualizeConfig) -> str:
-    """What a picture shows, in a line."""
-    return f"{mode_in_words(config)}; {'; '.join(dict.fromkeys(scene.about for scene in scenes))}"
+def _description(images: Sequence[ImageMaps], config: VisualizeConfig) -> str:
+    """What a picture shows, in one line."""
+    return f"{mode_in_words(config)}; {'; '.join(dict.fromkeys(maps.model for maps in images))}"
 
 
 def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
-    """The image of another file that `item` is: by its stored path, else by where the picture was."""
+    """The item of the same image in `store`: by its stored path, else by its full path; or None and the reason."""
     full = _full_path(item)
     row = store.index(item.path) if item.path in store else None
     if row is None:
@@ -266,8 +275,8 @@ def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
         return None, str(error)
 
 
-def _refuse_shards_apart(stores: Sequence[Store]) -> None:
-    """Shards of one run have no image in common that could be compared: a shell may have taken a pattern apart."""
+def _refuse_separate_shards(stores: Sequence[Store]) -> None:
+    """Refuse several shards of one run, which have no image in common: a shell may have expanded their pattern."""
     runs = [(store.fingerprint, store.shard_slice.list) for store in stores if store.shard_slice]
     if len(set(runs)) < len(runs):
         pattern = re.sub(r"\.shard-\d+-", ".shard-*-", stores[0].path)
@@ -279,54 +288,56 @@ def _full_path(item: Item) -> str:
 
 
 def _model_of(store: Store) -> str:
-    return about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights)
+    return describe_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights)
 
 
 def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
-    """Whether the inputs are files that fpnx wrote; else they are photographs."""
+    """Whether the inputs are feature files; otherwise they are photographs."""
     if not paths:
         raise FpnxError("nothing to draw: name files that fpnx extract wrote, or photographs")
-    are = [
+    is_store = [
         path.endswith(STORE_ENDINGS) or (os.path.isfile(path) and os.access(path, os.R_OK) and h5py.is_hdf5(path))
         for path in paths
     ]
-    if any(are) and not all(are):
+    if any(is_store) and not all(is_store):
         raise FpnxError(
-            f"{escape(paths[are.index(True)])} is a file of features and {escape(paths[are.index(False)])} is not: "
-            f"name the one or the other"
+            f"{escape(paths[is_store.index(True)])} is a file of features and "
+            f"{escape(paths[is_store.index(False)])} is not: name the one or the other"
         )
-    given = [name for name in FOR_PHOTOGRAPHS if getattr(config, name) is not None]
-    if all(are) and given:
-        raise FpnxError(f"--{given[0]} is for photographs: {escape(paths[0])} holds features that are computed already")
-    if not all(are) and config.images is not None:
+    photograph_options = [name for name in PHOTOGRAPH_OPTIONS if getattr(config, name) is not None]
+    if all(is_store) and photograph_options:
+        raise FpnxError(
+            f"--{photograph_options[0]} is for photographs: {escape(paths[0])} holds features that are computed already"
+        )
+    if not all(is_store) and config.images is not None:
         raise FpnxError("--images picks from a file of features: name the photographs themselves")
-    return all(are)
+    return all(is_store)
 
 
-def _extracted(paths: Sequence[str], folder: Path, config: VisualizeConfig, listener: Listener) -> list[str]:
-    """Files of features, one for each backbone."""
+def _extract_photographs(paths: Sequence[str], folder: Path, config: VisualizeConfig, listener: Listener) -> list[str]:
+    """Extract photographs into `folder`: one feature file for each backbone."""
     from fpnx.extraction.run import run_extraction
     from fpnx.extraction.upload import resolve_destination
 
     names = config.backbone or (None,)
-    twice = next((name for name in names if list(names).count(name) > 1), None)
-    if twice:
-        raise FpnxError(f"backbone {twice} is named twice")
-    given = {name: getattr(config, name) for name in ("weights", "seed", "size", "device", "levels")}
-    options = {name: value for name, value in given.items() if value is not None}
+    duplicate = next((name for name in names if list(names).count(name) > 1), None)
+    if duplicate:
+        raise FpnxError(f"backbone {duplicate} is named twice")
+    values = {name: getattr(config, name) for name in ("weights", "seed", "size", "device", "levels")}
+    options = {name: value for name, value in values.items() if value is not None}
     files = []
     for number, name in enumerate(names):
         target = folder / f"{number}.h5"
         listener.message(f"extracting with {name}" if name else "extracting")
-        hears = _Progress(listener, config)
-        wanted = ExtractConfig(backbone=name, limit=config.limit, offline=config.offline, **options)
-        run_extraction(paths, resolve_destination(target, wanted), wanted, listener=hears)
+        progress = _ExtractionListener(listener, config)
+        extract_config = ExtractConfig(backbone=name, limit=config.limit, offline=config.offline, **options)
+        run_extraction(paths, resolve_destination(target, extract_config), extract_config, listener=progress)
         files.append(str(target))
     return files
 
 
-class _Progress(Listener):
-    """Hands on what an extraction tells, without its table; refuses what could not be drawn of it."""
+class _ExtractionListener(Listener):
+    """Forwards the events of an extraction except its plan, of which it checks that all channels can be drawn."""
 
     def __init__(self, listener: Listener, config: VisualizeConfig) -> None:
         self._config = config
@@ -337,8 +348,8 @@ class _Progress(Listener):
         self._config.check_channels({shape.level: shape.channels for shape in plan.levels})
 
 
-def _folder(paths: Sequence[str]) -> Path:
-    """`<out>_png` beside the first file; of several files `<a>_<b>_png`; of photographs `<first>_png` right here."""
+def _default_folder(paths: Sequence[str]) -> Path:
+    """Default folder: `<a>_png` or `<a>_<b>_png` beside the first file; `<photograph>_png` in the current folder."""
     if not paths or not all(path.endswith(STORE_ENDINGS) for path in paths):
         first = "".join(paths[:1]).removeprefix("@")
         return Path(f"{Path(first).stem or Path(os.path.abspath(first)).stem or DEFAULT_STEM}_png")

@@ -106,7 +106,7 @@ class ModelConfig(FileFacts):
 
     backbone: str | None = None
     weights: str = "default"
-    pyramid: str = "fpn"
+    pyramid: str | None = None
     seed: int = 0
     levels: str | Iterable[str] | None = None
     channels: int | None = None
@@ -115,7 +115,8 @@ class ModelConfig(FileFacts):
 
     def __post_init__(self) -> None:
         FileFacts.__post_init__(self)
-        check_choice("pyramid", self.pyramid, PYRAMIDS)
+        if self.pyramid is not None:
+            check_choice("pyramid", self.pyramid, PYRAMIDS)
         if self.levels is not None:
             freeze(self, "levels", parse_levels(self.levels))
         check_whole("seed", self.seed, 0, 2**63 - 1)
@@ -385,7 +386,7 @@ class BenchmarkConfig(InputConfig):
 
     backbone: str | Iterable[str] | None = None
     weights: str = "random"
-    pyramid: str = ModelConfig.pyramid
+    pyramid: str | None = ModelConfig.pyramid
     seed: int = ModelConfig.seed
     levels: str | Iterable[str] | None = None
     channels: int | None = ModelConfig.channels

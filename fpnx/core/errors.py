@@ -1,4 +1,4 @@
-"""What can go wrong, as facts. One place (`fpnx.cli.main`) turns them into a line for the user."""
+"""Exceptions of fpnx. `fpnx.cli.main` turns each into one line for the user."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ __all__ = ["BusyError", "FpnxError", "ImageError", "Interrupted", "NotDoneError"
 
 
 class FpnxError(Exception):
-    """A request that cannot be carried out: says what, why, and what to do. Exit code 2."""
+    """A request that cannot be carried out; the message says what, why, and what to do. Exit code 2."""
 
 
 class ImageError(FpnxError):
-    """One image that cannot be read or resized; the message is its reason. It never stops a run."""
+    """One image that cannot be read or resized; the message is the reason. It does not stop a run."""
 
 
 class StoreError(FpnxError):
-    """A file that is not a whole fpnx store: truncated, foreign, of a future version, or locked."""
+    """A file that is not a complete fpnx store: truncated, of another program or a later version, or locked."""
 
 
 class BusyError(StoreError):
@@ -22,11 +22,11 @@ class BusyError(StoreError):
 
 
 class NotDoneError(FpnxError, LookupError):
-    """An image that a store does not know, has not computed yet, or that failed."""
+    """An image that a store does not contain, that is not computed yet, or that failed."""
 
 
 class Interrupted(BaseException):
-    """A run that SIGINT or SIGTERM ended; what was done is kept. `signum` is the signal.
+    """A run that SIGINT or SIGTERM ended; finished work is kept. `signum` is the signal.
 
     Not a child of KeyboardInterrupt: Typer catches those before `fpnx.cli.main` can report what is kept.
     """

@@ -1,4 +1,4 @@
-"""How a run talks to whoever started it: progress and messages out, a request to stop in."""
+"""Progress events of a run: the base class of all listeners."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ class Listener:
     """Receives progress events; the base class ignores them."""
 
     def planned(self, plan: PlanSummary) -> None:
-        """The run is planned: called once, before any work."""
+        """The run is planned. Called once, before any image is computed."""
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """`what` is "headers" or "images"; again and again, from the calling thread."""
+        """`done` of `total` "headers" or "images" are finished. Called repeatedly, from the thread that runs."""
 
-    def standing(self, text: str) -> None:
-        """How the work stands over all workers of an engine, in a few words; before each `progress`."""
+    def status(self, text: str) -> None:
+        """A short summary over all workers of a distributed run. Called before `progress`."""
 
     def message(self, text: str) -> None:
-        """Something that the user should know."""
+        """A note for the user."""
 
     def stopping(self, signum: int, at_once: bool) -> None:
-        """A signal asked to stop, after the batch in flight or at once.
+        """A signal asked to stop: after the current batch, or at once.
 
-        Called inside the signal handler: whatever takes a lock or writes to a buffered stream may hang here.
+        Called inside the signal handler: code that takes a lock or writes to a buffered stream may deadlock here.
         """

@@ -1,4 +1,4 @@
-"""What a disk gives: space set aside, writes made durable, one run at a time, and what to say where it refuses."""
+"""Durable files: reserved space, direct and atomic writes, locks, and the messages for disk errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fpnx.core.text import escape, format_bytes
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs on one output are not told apart
+except ImportError:  # Windows: no lock keeps two runs off one output
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -39,36 +39,36 @@ __all__ = [
     "atomic_write",
 ]
 
-LARGE = 1 << 16  # bytes from which a piece is worth the system calls that hurry it to the disk
-BLOCK = max(4096, mmap.PAGESIZE)  # what goes there directly begins, and ends, at a multiple of it
-STAGING = 1 << 20  # bytes that are copied, and written, at a time where memory does not begin there
-TRIAL, SLOW = 1 << 27, 200e6  # after so many bytes, at fewer bytes/s, the disk is left to the page cache
-FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what no other way of writing makes good
-DIRECT = getattr(os, "O_DIRECT", 0) if fcntl is not None else 0  # not on macOS
+LARGE = 1 << 16  # bytes; from this size on, a direct write or an early writeback is worth its system calls
+BLOCK = max(4096, mmap.PAGESIZE)  # bytes; direct writes begin and end at a multiple of it, in file and memory
+STAGING = 1 << 20  # bytes of the buffer that unaligned memory is copied to before a direct write
+TRIAL, SLOW = 1 << 27, 200e6  # after TRIAL bytes below SLOW bytes/s, writes go through the page cache again
+FINAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a write through the page cache fails the same way
+DIRECT = getattr(os, "O_DIRECT", 0) if fcntl is not None else 0  # 0 on macOS, which lacks it
 O_BINARY, O_NOFOLLOW = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes that can still be written in `folder`; None where its file system does not count them."""
+    """Free bytes in `folder`; None where its file system does not report them."""
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else None
 
 
 @contextlib.contextmanager
 def lock(output: Path) -> Iterator[bool]:
-    """Hold `output` against other runs; False where the system or file system has no locks.
+    """Lock `output` against other runs; yields False where the system or file system has no locks.
 
-    The lock dies with its process, whatever ends it; the file that is left then means nothing.
+    The lock ends with its process, even after a crash; a lock file that is left over has no effect.
 
     Raises:
-        BusyError: naming the host and process that hold it.
-        FpnxError: where nothing can be written beside `output`.
+        BusyError: where another run holds the lock; it names that host and process.
+        FpnxError: where the lock file cannot be created beside `output`.
     """
     if fcntl is None:
         yield False
         return
     path = output.with_name(output.name + ".lock")
-    flags = os.O_RDWR | os.O_CREAT | O_NOFOLLOW  # a link could empty any other file
+    flags = os.O_RDWR | os.O_CREAT | O_NOFOLLOW  # following a symbolic link could truncate any other file
     while True:
         try:
             descriptor = os.open(path, flags, 0o666)
@@ -80,7 +80,7 @@ def lock(output: Path) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                time.sleep(0.1)  # a run that has just taken the lock is about to write who it is
+                time.sleep(0.1)  # a run that has just locked it is about to write its host and process
                 holder = escape(os.read(descriptor, 200).decode(errors="replace").strip())
                 os.close(descriptor)
                 raise BusyError(
@@ -92,14 +92,14 @@ def lock(output: Path) -> Iterator[bool]:
                 raise FpnxError(f"cannot lock {escape(path)}: {error.strerror}") from error
             yield False
             return
-        # The holder before us may have removed the file between our open and our lock: then it locks nothing.
+        # The previous holder may have removed the file between our open and our lock: then ours locks nothing.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
         os.close(descriptor)
     try:
         os.ftruncate(descriptor, 0)
-        with contextlib.suppress(OSError):  # on a full disk nobody learns who we are, but we hold the lock
+        with contextlib.suppress(OSError):  # on a full disk the lock is held, without a name in it
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield True
     finally:
@@ -109,9 +109,9 @@ def lock(output: Path) -> Iterator[bool]:
 
 
 def disk_error(error: Exception, output: Path, needed: int) -> FpnxError:
-    """What to tell of a failed write: a full disk with its numbers, anything else as it is."""
-    told = re.search(r"errno = (\d+)", str(error))  # HDF5 hands the number on in its text only
-    number = getattr(error, "errno", None) or (int(told[1]) if told else None)
+    """The FpnxError for a failed write of `output`, which needs `needed` bytes; for a full disk, with the numbers."""
+    match = re.search(r"errno = (\d+)", str(error))  # HDF5 gives the number in its message only
+    number = getattr(error, "errno", None) or (int(match[1]) if match else None)
     if number == errno.EFBIG:
         return FpnxError(
             f"{escape(output)} may not become {format_bytes(needed)} large: this file system or `ulimit -f` forbids "
@@ -135,10 +135,10 @@ def check_space(output: Path, needed: int, free: int | None) -> None:
 
 
 def reserve_space(descriptor: int, size: int) -> bool:
-    """Have the file system set aside `size` bytes; False where it cannot promise them.
+    """Reserve `size` bytes on the disk for an open file; False where the file system cannot.
 
-    fallocate itself, since glibc's posix_fallocate writes into every block where a file system cannot do it: the
-    whole file would travel twice to a network disk.
+    Calls fallocate(2): glibc's posix_fallocate falls back to writing into every block, so that the whole file would
+    be sent twice to a network disk.
     """
     libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     fallocate = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
@@ -155,10 +155,10 @@ def reserve_space(descriptor: int, size: int) -> bool:
 
 
 class OpenFile:
-    """A file that is there, opened for writing in place.
+    """An existing file, opened for writing in place.
 
-    Where system and file system let it, large pieces go from memory straight to the disk (`O_DIRECT`): the way through
-    the page cache takes fifteen times the processor time, and pushes out of it what others have there.
+    Where the system and the file system allow it, large writes bypass the page cache (`O_DIRECT`): writing through the
+    page cache takes fifteen times the processor time, and evicts the pages of other programs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -166,7 +166,7 @@ class OpenFile:
         self._lock = threading.Lock()
         self._direct = bool(DIRECT)
         self._staging: mmap.mmap | None = None
-        self._bytes, self._seconds = 0, 0.0  # that went straight to the disk, and the time it took them
+        self._direct_bytes, self._direct_seconds = 0, 0.0  # written with O_DIRECT, and the time that took
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
@@ -174,47 +174,49 @@ class OpenFile:
         with self._lock:
             if large and self._direct:
                 edge = -offset % BLOCK
-                self._put(offset, rest[:edge])
-                taken = edge + self._put_directly(offset + edge, rest[edge:])
-                offset, rest = offset + taken, rest[taken:]
-            self._put(offset, rest)
+                self._write_cached(offset, rest[:edge])
+                written = edge + self._write_direct(offset + edge, rest[edge:])
+                offset, rest = offset + written, rest[written:]
+            self._write_cached(offset, rest)
             if len(rest) >= LARGE and hasattr(os, "posix_fadvise"):
-                # Set off for the disk at once: the next sync finds little left to wait for, instead of seconds.
-                with contextlib.suppress(OSError):  # advice only; what is dirty stays in memory until it is written
+                # Starts writeback now: the next sync then waits for little, instead of seconds.
+                with contextlib.suppress(OSError):  # advice only; dirty pages stay in memory until they are written
                     os.posix_fadvise(self._handle(), offset, len(rest), os.POSIX_FADV_DONTNEED)
 
-    def _put(self, offset: int, rest: memoryview) -> None:
+    def _write_cached(self, offset: int, rest: memoryview) -> None:
         while rest:
             os.lseek(self._handle(), offset, os.SEEK_SET)
             written = os.write(self._handle(), rest)
             rest, offset = rest[written:], offset + written
 
-    def _put_directly(self, offset: int, data: memoryview) -> int:
-        """Write the whole blocks at the front of `data` without the page cache; how many bytes of them the disk took.
+    def _write_direct(self, offset: int, data: memoryview) -> int:
+        """Write the whole blocks at the front of `data` without the page cache; returns how many bytes are written.
 
-        Memory, too, has to begin at a block: what does not is copied to where one does.
+        Memory must be aligned to a block too: unaligned data is copied to a staging buffer first.
         """
         flags, done = fcntl.fcntl(self._handle(), fcntl.F_GETFL), 0
         whole, started = len(data) - len(data) % BLOCK, time.perf_counter()
-        in_place = np.frombuffer(data, np.uint8).ctypes.data % BLOCK == 0
+        aligned = np.frombuffer(data, np.uint8).ctypes.data % BLOCK == 0
         try:
             fcntl.fcntl(self._handle(), fcntl.F_SETFL, flags | DIRECT)
             os.lseek(self._handle(), offset, os.SEEK_SET)
             while done < whole and done % BLOCK == 0:
-                piece = data[done:whole] if in_place else self._staged(data[done:whole])
+                piece = data[done:whole] if aligned else self._staged(data[done:whole])
                 done += os.write(self._handle(), piece)
         except OSError as error:
             if error.errno in FINAL:
                 raise
-            self._direct = False  # not for this file system, or this memory: the page cache takes anything
+            self._direct = False  # this file system or this memory does not allow it; the page cache always works
         finally:
             fcntl.fcntl(self._handle(), fcntl.F_SETFL, flags)
-        self._bytes, self._seconds = self._bytes + done, self._seconds + time.perf_counter() - started
-        if self._bytes > TRIAL and self._bytes < SLOW * self._seconds:
-            self._direct = False  # a cache in between evens out what a slow disk, or one behind a network, takes
+        self._direct_bytes += done
+        self._direct_seconds += time.perf_counter() - started
+        if TRIAL < self._direct_bytes < SLOW * self._direct_seconds:
+            self._direct = False  # the page cache buffers the writes to a slow or network disk
         return done
 
     def _staged(self, data: memoryview) -> memoryview:
+        """The first bytes of `data`, copied to the aligned staging buffer."""
         if self._staging is None:
             self._staging = mmap.mmap(-1, STAGING)
         size = min(len(data), STAGING)
@@ -223,22 +225,22 @@ class OpenFile:
         return staging
 
     def sync(self) -> None:
-        """Make durable what was written."""
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves it in the drive's own cache
+        """Wait until all written data is on the disk."""
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves the data in the drive's own cache
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self._handle(), fcntl.F_FULLFSYNC)
                 return
         getattr(os, "fdatasync", os.fsync)(self._handle())
 
     def is_at(self, path: Path) -> bool:
-        """Whether `path` is a name of this very file."""
+        """Whether `path` still leads to this open file."""
         try:
             return os.path.samestat(os.fstat(self._handle()), os.stat(path))
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        """Close; again, nothing happens."""
+        """Close the file; a second call does nothing."""
         with self._lock:
             if self._descriptor is not None:
                 os.close(self._descriptor)
@@ -252,10 +254,10 @@ class OpenFile:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a small file under; at the end it is renamed, after an error there is nothing.
+    """Yields a temporary path beside `path`; at the end it is renamed to `path`, after an error it is deleted.
 
     Raises:
-        FpnxError: where the disk refuses.
+        FpnxError: where writing fails.
     """
     part = path.with_name(f".{os.getpid()}.fpnx-part")
     try:
@@ -270,27 +272,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Put `chunks` in the place of what is at `path`, whole or not at all; what is there then outlives a power cut.
+    """Write `chunks` to `path` atomically and durably: after a crash or power cut, the old or the new file is there.
 
     Raises:
-        OSError: where the disk refuses.
+        OSError: where writing fails; the previous file then stays.
     """
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        with open(fresh, "wb") as file:
+        with open(temporary, "wb") as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(fresh, path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a new name durable, where the file system lets folders be synced."""
+    """Make the names in `folder` durable, where the file system can sync folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

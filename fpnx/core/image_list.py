@@ -1,4 +1,4 @@
-"""Plain records of images: what a list and a store keep of each image, and the fingerprint of a list."""
+"""Records of images as lists and stores keep them, and the fingerprint of a list."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["ImageList", "ImageRecord", "list_fingerprint", "record_line"]
 
 
 class ImageRecord(NamedTuple):
-    """One image as lists and stores keep it.
+    """One image, as lists and stores keep it.
 
     Attributes:
         name: relative to the root, as bytes.
-        bytes: size of the file; -1 where unknown (some addresses).
-        mtime_ns: modification time in nanoseconds, or what stands for it; 0 where unknown.
+        bytes: size of the file; -1 where unknown (some web servers).
+        mtime_ns: modification time in nanoseconds, or what replaces it (see `ObjectInfo`); 0 where unknown.
     """
 
     name: bytes
@@ -33,9 +33,9 @@ class ImageList:
     """The images of a run in their order.
 
     Attributes:
-        root: the folder, archive or address that names are relative to.
+        root: the folder, archive or URL that names are relative to.
         records: one for each image.
-        shard: which slice of which list this is, where it is a shard; else None.
+        shard: for a shard, which slice of which list this is; else None.
     """
 
     root: bytes
@@ -47,12 +47,14 @@ class ImageList:
 
 
 def list_fingerprint(records: Iterable[tuple[bytes, int, int]]) -> str:
-    """sha256 (hex) of the lines that `fpnx list` writes for `records`: the same images in the same order have the
-    same, listed to a file or not."""
-    found = hashlib.sha256()
+    """sha256 (hex) of the lines that `fpnx list` writes for `records`.
+
+    It depends on names, sizes, times and order only, not on whether the list was written to a file.
+    """
+    digest = hashlib.sha256()
     for record in records:
-        found.update(record_line(record))
-    return found.hexdigest()
+        digest.update(record_line(record))
+    return digest.hexdigest()
 
 
 def record_line(record: tuple[bytes, int, int]) -> bytes:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first stops after the batch in progress, the second at once."""
+"""Handling of SIGINT and SIGTERM: the first stops after the current batch, the second at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fpnx.core.events import Listener
 
 __all__ = ["StopRequest", "handle_signals"]
 
-ECHO = 0.3  # seconds in which a second signal is taken for the same request: `timeout` sends its own twice
+DUPLICATE_SECONDS = 0.3  # a second signal within this time is ignored: `timeout` sends its signal twice
 
 
 class StopRequest:
-    """Whether a signal asked the run to stop.
+    """Whether a signal asked the run to stop; `signum` is that signal, or None.
 
-    Before `begin` there is nothing to keep, and a signal raises where it strikes; after it, `signum` is set, and
-    only a second one raises.
+    Before `begin` there is no work to keep, and the first signal raises Interrupted. After it, the first signal sets
+    `signum`, and the second raises.
     """
 
     def __init__(self) -> None:
@@ -30,23 +30,24 @@ class StopRequest:
         self.since = 0.0
 
     def begin(self) -> None:
-        """From now on there is work to keep."""
+        """Mark the start of the work that must be kept."""
         self.begun = True
 
 
 @contextmanager
 def handle_signals(listener: Listener) -> Iterator[StopRequest]:
-    """The first SIGINT or SIGTERM asks to stop after the batch in flight; the second stops at once.
+    """Handle SIGINT and SIGTERM inside the block; yields the StopRequest that they set.
 
-    Signals that are ignored, as in `nohup`, stay so. Outside the main thread nothing is changed.
+    The first signal asks to stop after the current batch; the second raises Interrupted at once. Signals that are
+    ignored, as under `nohup`, stay ignored. Outside the main thread nothing is changed.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def ask(signum: int, _: FrameType | None) -> None:
-        if stop.signum is not None and time.monotonic() - stop.since < ECHO:
+    def handle(signum: int, _: FrameType | None) -> None:
+        if stop.signum is not None and time.monotonic() - stop.since < DUPLICATE_SECONDS:
             return
         if not stop.begun:
             raise Interrupted("interrupted before the first image: nothing was computed", signum)
@@ -55,12 +56,12 @@ def handle_signals(listener: Listener) -> Iterator[StopRequest]:
             raise Interrupted("interrupted at once: what was committed is kept: continue with --resume", signum)
         stop.signum, stop.since = signum, time.monotonic()
 
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    before = {signum: handler for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous = {signum: handler for signum, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        for signum in before:
-            signal.signal(signum, ask)
+        for signum in previous:
+            signal.signal(signum, handle)
         yield stop
     finally:
-        for signum, handler in before.items():
+        for signum, handler in previous.items():
             signal.signal(signum, handler)

@@ -9,7 +9,7 @@ from fpnx.core.errors import FpnxError
 
 __all__ = ["level_number", "level_place", "ordered_levels", "parse_levels", "UNSTRIDED_LEVELS"]
 
-# What torchvision's detectors call levels, kept where these are not one per stride (MobileNetV3), fine to coarse.
+# torchvision's level names, fine to coarse; used where there is not one level per stride (MobileNetV3).
 UNSTRIDED_LEVELS = ("0", "1", "pool")
 
 
@@ -17,7 +17,7 @@ def parse_levels(levels: str | Iterable[str]) -> tuple[str, ...]:
     """`"P3-P7"`, `"C3,P3"` or a sequence of names → names, fine to coarse, C before P.
 
     Raises:
-        FpnxError: for a name that is no level, an empty or reversed range, a level named twice.
+        FpnxError: for an unknown level, an empty or reversed range, or a level named twice.
     """
     if not isinstance(levels, Iterable):
         raise FpnxError(f"levels {levels!r}: take names and ranges such as P2-P5, P3-P7 or C3,P3")
@@ -46,7 +46,7 @@ def ordered_levels(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def level_place(name: str) -> int:
-    """Where a level stands from fine to coarse: k, or its place among names that are not one per stride."""
+    """Position of a level from fine to coarse: k, or its index in `UNSTRIDED_LEVELS`."""
     return UNSTRIDED_LEVELS.index(name) if name in UNSTRIDED_LEVELS else level_number(name)
 
 

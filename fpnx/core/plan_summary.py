@@ -1,4 +1,4 @@
-"""What a run is going to do, in plain values: for listeners, tables and JSON."""
+"""Summary of a planned run in plain values, for listeners, tables and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["LevelShape", "PlanSummary"]
 
 @dataclass(frozen=True)
 class LevelShape:
-    """One level at one network-input size, as it is stored.
+    """Stored shape of one level at one network-input size.
 
     Attributes:
         input_size: (height, width) of the padded network input.
@@ -35,28 +35,28 @@ class LevelShape:
     bytes_per_image: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `input_size` as in the file, `"480x640"`."""
+        """Values for JSON; `input_size` as in the HDF5 file, `"480x640"`."""
         return {**asdict(self), "input_size": f"{self.input_size[0]}x{self.input_size[1]}"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
-    """What a run is going to do, known before it computes anything.
+    """What a run is going to compute, known before it starts.
 
     Attributes:
-        config: what was asked for.
-        output: the file or folder to be made, or its address.
-        scratch: the folder where a file for an object store is made; else None.
-        images, skipped: how many images there are, and how many other files were passed over.
-        shard: which slice of the list it is; None where it is no shard.
-        done_before: images that an earlier run has done.
-        root: what names are relative to.
+        config: the options of the run.
+        output: the file or folder to write, or its URL.
+        scratch: for an output in an object store, the local folder where the file is written first; else None.
+        images, skipped: number of images, and of other files that were skipped.
+        shard: for a shard, its slice of the list; else None.
+        done_before: number of images that an earlier run finished.
+        root: the folder, archive or URL that names are relative to.
         weights: which parts are trained.
         level_names: fine to coarse.
-        levels: every level at every network-input size; empty where sizes are not known yet.
+        levels: every level at every network-input size; empty while sizes are unknown.
         recipe, recipe_text: the preprocessing, as plain values and in words.
-        devices, precision, batch_size, workers: how it is computed; a batch size of None is chosen by trying.
-        bytes_needed, bytes_free: of the disk; None where the file system does not tell.
+        devices, precision, batch_size, workers: how it is computed; a batch size of None is determined by trial.
+        bytes_needed, bytes_free: on the disk; free is None where the file system does not report it.
     """
 
     config: ExtractConfig
@@ -88,11 +88,11 @@ class PlanSummary:
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes of all features together."""
+        """Bytes of the features of all images."""
         return sum(shape.images * shape.bytes_per_image for shape in self.levels)
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values."""
+        """Values for JSON."""
         return {
             "output": self.output,
             "scratch": self.scratch,

@@ -1,4 +1,4 @@
-"""Where stored numbers come from: which parts of a model are trained, its weights, versions, options and device."""
+"""Provenance of stored features: trained parts of the model, weights, versions, options and device."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ AS_GIVEN = "as given"  # the source of parameters in a caller's own module
 
 @dataclass(frozen=True)
 class ModelPart:
-    """The body or the pyramid of a model: whether it is trained, and where its parameters come from.
+    """The backbone or the pyramid of a model: whether it is trained, and where its parameters come from.
 
     Attributes:
-        trained: None where nobody knows, as for parameters from a file.
+        trained: None where it is unknown, as for parameters from a file.
         source: the name of the weights, a file, `"random, seed 0"` or `"as given"`.
     """
 
@@ -28,12 +28,12 @@ class ModelPart:
 
     @classmethod
     def drawn(cls, seed: int) -> ModelPart:
-        """A part whose parameters are drawn from `seed`."""
+        """A part with random parameters from `seed`."""
         return cls(False, f"random, seed {seed}")
 
     @property
     def seed(self) -> int | None:
-        """The seed that the parameters are drawn from; None where they are not drawn."""
+        """The seed of random parameters; None for other parameters."""
         match = re.fullmatch(r"random, seed (\d+)", self.source) if self.trained is False else None
         return int(match[1]) if match else None
 
@@ -44,15 +44,15 @@ class ModelPart:
         return f"{state} ({escape(self.source)})"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` takes back."""
+        """Values for JSON; the inverse of `from_json`."""
         return {"trained": self.trained, "source": self.source}
 
     @classmethod
     def from_json(cls, values: Any) -> ModelPart:
-        """The part that `to_json` described.
+        """The inverse of `to_json`.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: for values that `to_json` cannot have returned.
         """
         trained, source = _mapping(values).get("trained"), _mapping(values).get("source")
         if trained not in (True, False, None) or not isinstance(source, str):
@@ -61,7 +61,12 @@ class ModelPart:
 
 
 class Setting(NamedTuple):
-    """A value that parameters alone do not tell, and what decided it: `"file"`, `"option"`, `"default"` or `"name"`."""
+    """A setting that cannot be read from the parameters.
+
+    Attributes:
+        value: of the setting.
+        by: where it comes from: `"file"`, `"option"`, `"default"` or `"name"`.
+    """
 
     value: Any
     by: str
@@ -69,16 +74,16 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
-    """What is known of a model's weights.
+    """What is known about a model's weights.
 
     Attributes:
-        name: of the published weights or the file; `"random"` where all parts are drawn.
-        body, pyramid: which part is trained.
-        file, sha256: the file that they were read from; None where there is none.
-        layout: the framework whose parameter names the file has.
-        heads_ignored: tensors in the file that belong to heads.
-        settings: what parameters alone do not tell, by name.
-        note: where the preprocessing is not exactly that of the training.
+        name: of the published weights or the file; `"random"` where all parts are random.
+        body, pyramid: state of the backbone and of the pyramid.
+        file, sha256: the file that they were read from, or None.
+        layout: the framework whose state-dict layout the file has.
+        heads_ignored: number of tensors of heads in the file, which are not loaded.
+        settings: settings that cannot be read from the parameters, by name.
+        note: how the preprocessing differs from that of the training, or None.
     """
 
     name: str
@@ -92,7 +97,7 @@ class WeightsInfo:
     note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` takes back."""
+        """Values for JSON; the inverse of `from_json`."""
         return {
             "name": self.name,
             "file": self.file,
@@ -110,20 +115,20 @@ class WeightsInfo:
 
     @classmethod
     def from_json(cls, values: Any) -> WeightsInfo:
-        """The weights that `to_json` described; what a file leaves out gets its default.
+        """The inverse of `to_json`; missing values get their defaults.
 
         Raises:
             ValueError: where the parts are missing, or a value has another type.
         """
-        told = _mapping(values)
-        texts = {name: told.get(name) for name in ("file", "sha256", "layout", "note")}
-        ignored, settled = told.get("heads_ignored", 0), _mapping(told.get("settled", {}))
+        entries = _mapping(values)
+        texts = {name: entries.get(name) for name in ("file", "sha256", "layout", "note")}
+        ignored, settled = entries.get("heads_ignored", 0), _mapping(entries.get("settled", {}))
         if not all(text is None or isinstance(text, str) for text in texts.values()) or not isinstance(ignored, int):
             raise ValueError("not a description of weights")
         return cls(
-            name=str(told.get("name", "")),
-            body=ModelPart.from_json(told.get("backbone")),
-            pyramid=ModelPart.from_json(told.get("pyramid")),
+            name=str(entries.get("name", "")),
+            body=ModelPart.from_json(entries.get("backbone")),
+            pyramid=ModelPart.from_json(entries.get("pyramid")),
             heads_ignored=ignored,
             settings={
                 name: Setting(_mapping(s).get("value"), str(_mapping(s).get("by"))) for name, s in settled.items()
@@ -137,15 +142,15 @@ class Provenance:
     """How a file was made.
 
     Attributes:
-        weights: which parts are trained, and where they come from.
+        weights: the model's weights.
         recipe: the preprocessing, in words.
-        device, precision: what computed it.
-        time: when it was begun, ISO 8601.
+        device, precision: on which device and in which precision it was computed.
+        time: start of the run, ISO 8601.
         versions: of fpnx, Python and the libraries.
-        options: the options that its numbers depend on, as `fpnx.extract` takes them; None where a file has none.
+        options: the options that the features depend on, as `fpnx.extract` takes them; None where a file has none.
         command: the command line.
-        merged: of a merged file, what it was merged from.
-        others: what a later version of fpnx wrote besides.
+        merged: for a merged file, the files it was merged from.
+        others: further entries, written by a later version of fpnx.
     """
 
     weights: WeightsInfo
@@ -160,7 +165,7 @@ class Provenance:
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` takes back."""
+        """Values for JSON; the inverse of `from_json`."""
         plain: dict[str, Any] = {
             "versions": dict(self.versions),
             "options": None if self.options is None else dict(self.options),
@@ -176,24 +181,24 @@ class Provenance:
 
     @classmethod
     def from_json(cls, values: Any) -> Provenance:
-        """The provenance that `to_json` described.
+        """The inverse of `to_json`.
 
         Raises:
-            ValueError: where something is missing, or has another type.
+            ValueError: where a value is missing, or has another type.
         """
-        told = _mapping(values)
-        texts = {name: told.get(name) for name in ("recipe", "device", "precision", "time")}
+        entries = _mapping(values)
+        texts = {name: entries.get(name) for name in ("recipe", "device", "precision", "time")}
         if not all(isinstance(text, str) for text in texts.values()):
             raise ValueError("its provenance is incomplete")
-        options, merged, command = told.get("options"), told.get("merged"), told.get("command", [])
+        options, merged, command = entries.get("options"), entries.get("merged"), entries.get("command", [])
         known = {each.name for each in fields(cls)}
         return cls(
-            weights=WeightsInfo.from_json(told.get("weights")),
-            versions={str(name): str(version) for name, version in _mapping(told.get("versions")).items()},
+            weights=WeightsInfo.from_json(entries.get("weights")),
+            versions={str(name): str(version) for name, version in _mapping(entries.get("versions")).items()},
             options=options if isinstance(options, Mapping) else None,
             command=tuple(map(str, command)) if isinstance(command, list) else (),
             merged=merged if isinstance(merged, Mapping) else None,
-            others={name: value for name, value in told.items() if name not in known},
+            others={name: value for name, value in entries.items() if name not in known},
             **{name: str(text) for name, text in texts.items()},
         )
 

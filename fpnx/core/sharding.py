@@ -1,4 +1,4 @@
-"""Shards: which slice of a list of images a run works on, and what its file is called."""
+"""Shards of a list of images: their slices, option values and file names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fpnx.core.errors import FpnxError
 
 __all__ = ["ShardSlice", "Shard", "parse_shard", "shard_path"]
 
-MOST = 99_999  # what five digits hold
-ARRAY_ID, ARRAY_LEAST, ARRAY_MOST, RANK = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "RANK"
+MAX_SHARDS = 99_999  # five digits, as in file names
+ARRAY_ID, ARRAY_MIN, ARRAY_MAX, RANK = "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "RANK"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Shard:
     count: int
 
     def slice(self, images: int) -> range:
-        """The part's place in a list of `images`; the sizes of parts differ by one at most, and may be 0."""
+        """Indices of the shard's images in a list of `images`; sizes differ by at most one, and may be 0."""
         return range(self.index * images // self.count, (self.index + 1) * images // self.count)
 
     def __str__(self) -> str:
@@ -34,12 +34,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """Which slice of which list the images of a shard are; every shard's file says it, in its attribute `shard`.
+    """Which slice of which list a shard holds; stored in the attribute `shard` of its file.
 
     Attributes:
         index, count: of the shard.
-        first: place of its first image in the whole list.
-        images: how many the whole list has.
+        first: index of its first image in the whole list.
+        images: number of images in the whole list.
         list: fingerprint of the whole list; see `fpnx.images.manifest`.
     """
 
@@ -51,58 +51,65 @@ class ShardSlice:
 
     @classmethod
     def of(cls, shard: Shard, images: int, fingerprint: str) -> ShardSlice:
-        """The cut that `shard` makes in a list of `images`."""
+        """The slice of `shard` in a list of `images`."""
         return cls(shard.index, shard.count, shard.slice(images).start, images, fingerprint)
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> ShardSlice:
-        """Raises ValueError for what `to_json` never gives."""
-        held = [told.get(name) for name in ("index", "count", "first", "images")]
-        if not all(type(number) is int for number in held) or not isinstance(told.get("list"), str):
-            raise ValueError("its shard is not told in whole numbers and a fingerprint")
-        cut = cls(**{name: told[name] for name in cls.__dataclass_fields__})
-        if not (0 <= cut.index < cut.count <= MOST and cut.images >= 0 and cut.first == cut.slice.start):
-            raise ValueError(f"there is no shard {cut.index}/{cut.count} from {cut.first} on of {cut.images} images")
-        return cut
+    def from_json(cls, values: Mapping[str, Any]) -> ShardSlice:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: for values that `to_json` cannot have returned.
+        """
+        numbers = [values.get(name) for name in ("index", "count", "first", "images")]
+        if not all(type(number) is int for number in numbers) or not isinstance(values.get("list"), str):
+            raise ValueError("its shard does not have whole numbers and a fingerprint")
+        shard = cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        index, count, first, images = shard.index, shard.count, shard.first, shard.images
+        if not (0 <= index < count <= MAX_SHARDS and images >= 0 and first == shard.slice.start):
+            raise ValueError(f"there is no shard {index}/{count} from {first} on of {images} images")
+        return shard
 
     @property
     def shard(self) -> Shard:
-        """Which shard it is."""
+        """The shard."""
         return Shard(self.index, self.count)
 
     @property
     def slice(self) -> range:
-        """Its place in the whole list."""
+        """Indices of its images in the whole list."""
         return self.shard.slice(self.images)
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values."""
+        """Values for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        place = self.slice
-        held = f"images {place.start} to {place.stop - 1}" if place else "none"
-        return f"{self.shard}: {held} of {self.images}"
+        indices = self.slice
+        images = f"images {indices.start} to {indices.stop - 1}" if indices else "none"
+        return f"{self.shard}: {images} of {self.images}"
 
 
 def parse_shard(text: str | Shard, environment: Mapping[str, str] = os.environ) -> Shard:
-    """`"3/16"` → that shard; `"auto/16"` → the one that a SLURM array or `RANK` makes of this process.
+    """`"3/16"` → shard 3 of 16; `"auto/16"` → the shard of this process, from its SLURM array task or `RANK`.
 
     Raises:
-        FpnxError: for anything else, and where the environment does not say which it is.
+        FpnxError: for other text, or where the environment does not determine the shard.
     """
     if isinstance(text, Shard):
         return text
     match = re.fullmatch(r"(auto|\d{1,9})/(\d{1,9})", str(text), re.ASCII)
-    if match is None or not 1 <= int(match[2]) <= MOST:
-        raise FpnxError(f"shard {text!r}: take I/N with I from 0 to N-1 and N up to {MOST}, such as 0/16, or auto/16")
+    if match is None or not 1 <= int(match[2]) <= MAX_SHARDS:
+        raise FpnxError(
+            f"shard {text!r}: take I/N with I from 0 to N-1 and N up to {MAX_SHARDS}, such as 0/16, or auto/16"
+        )
     count = int(match[2])
     if match[1] == "auto":
-        index, told = _from_environment(count, environment)
+        index, source = _from_environment(count, environment)
     else:
-        index, told = int(match[1]), f"shard {text}"
+        index, source = int(match[1]), f"shard {text}"
     if index >= count:
-        raise FpnxError(f"{told}: of {count} shards the first is 0 and the last {count - 1}")
+        raise FpnxError(f"{source}: of {count} shards the first is 0 and the last {count - 1}")
     return Shard(index, count)
 
 
@@ -112,27 +119,27 @@ def shard_path(output: Path, shard: Shard) -> Path:
 
 
 def _from_environment(count: int, environment: Mapping[str, str]) -> tuple[int, str]:
-    """The shard's number, and where it is from."""
-    there = [name for name in (ARRAY_ID, RANK) if environment.get(name)]
-    if len(there) != 1:
-        what = f"{' and '.join(there)} are both set" if there else f"neither {ARRAY_ID} nor {RANK} is set"
+    """The shard's index, and a description of where it comes from."""
+    names = [name for name in (ARRAY_ID, RANK) if environment.get(name)]
+    if len(names) != 1:
+        what = f"{' and '.join(names)} are both set" if names else f"neither {ARRAY_ID} nor {RANK} is set"
         raise FpnxError(f"shard auto/{count}: {what}: give the number itself, such as 0/{count}")
-    name = there[0]
+    name = names[0]
     index = _number(name, count, environment)
     if name == RANK:
         return index, f"shard auto/{count} with {RANK} {index}"
-    if not environment.get(ARRAY_LEAST):
+    if not environment.get(ARRAY_MIN):
         return index, f"shard auto/{count} with {ARRAY_ID} {index}"
-    least = _number(ARRAY_LEAST, count, environment)
-    most = _number(ARRAY_MOST, count, environment) if environment.get(ARRAY_MOST) else least + count - 1
-    if most - least + 1 != count or not least <= index <= most:
-        # Of a part of an array that is submitted again nobody knows where the whole one began.
+    first = _number(ARRAY_MIN, count, environment)
+    last = _number(ARRAY_MAX, count, environment) if environment.get(ARRAY_MAX) else first + count - 1
+    if last - first + 1 != count or not first <= index <= last:
+        # Part of an array may have been submitted again; where the whole array began is then unknown.
         raise FpnxError(
-            f"shard auto/{count}: this array is {least}-{most} and its task {index}, which does not tell which of "
+            f"shard auto/{count}: this array is {first}-{last} and its task {index}, which does not tell which of "
             f"{count} shards it is: submit an array of {count} tasks, or give the number itself, such as "
             f"${ARRAY_ID}/{count} in an array that begins at 0"
         )
-    return index - least, f"shard auto/{count} with {ARRAY_ID} {index}, of an array from {least} on"
+    return index - first, f"shard auto/{count} with {ARRAY_ID} {index}, of an array from {first} on"
 
 
 def _number(name: str, count: int, environment: Mapping[str, str]) -> int:

@@ -1,4 +1,4 @@
-"""Text for people: printable names, near matches, plurals, bytes in units."""
+"""Text for messages: printable names, nearest matches, plurals, byte counts with units."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 
 __all__ = ["plural", "format_bytes", "did_you_mean", "escape"]
 
-# What of a URL may be a secret: user and password, and the query, which signs requests. Other schemes have no query.
+# Parts of a URL that may be secret: user and password, and the query of a signed URL. Other schemes have no query.
 USER = re.compile(r"(?<=://)(?:[^/?#\s@]*@|[^/?#\s@:]*:(?!\d+/)[^\s@]*@)")
 QUERY = re.compile(r"(https?://[^\s?#'\"]*)[?#][^\s'\"]*", re.IGNORECASE)
 
 
 def escape(name: str | bytes | os.PathLike[str]) -> str:
-    """A file name as a terminal may see it: control characters and undecodable bytes are escaped, and of a URL what
-    may be a secret is left out."""
+    """A file name or URL that is safe to print: control characters and undecodable bytes are escaped, and the parts of
+    a URL that may be secret are removed."""
     text = os.fsdecode(name)
     if "://" in text:
         text = QUERY.sub(r"\1?…", USER.sub("…@", text))
@@ -24,9 +24,9 @@ def escape(name: str | bytes | os.PathLike[str]) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`" (did you mean resnet50?)"`, or nothing where no choice is near."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]}?)" if found else ""
+    """`" (did you mean resnet50?)"`, or an empty string where no choice is similar."""
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def plural(number: int, what: str) -> str:
@@ -35,7 +35,7 @@ def plural(number: int, what: str) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes in the largest unit that it has one of: `"3.2 GB"`."""
+    """A number of bytes with its unit, kB to TB: `"3.2 GB"`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

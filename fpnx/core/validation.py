@@ -1,4 +1,4 @@
-"""The values of options: levels, channels, sizes, points, numbers, read from words and refused in one line."""
+"""Parsing and validation of option values: channels, sizes, points and numbers; errors are one line."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SIZES = ("recipe", "native")
 
 
 def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
-    """`"3,17"`, `"0-8"` or a sequence of numbers → channel numbers, in the order given.
+    """`"3,17"`, `"0-8"` or a sequence of numbers → channel numbers, in the same order.
 
     Raises:
-        FpnxError: for anything else, or more than 100.
+        FpnxError: for other text, or more than 100 channels.
     """
     chosen: list[int] = []
     for part in channels.split(",") if isinstance(channels, str) else channels:
@@ -66,20 +66,20 @@ def parse_pool(pool: str) -> tuple[int, int] | None:
     return None if pool == "none" else parse_size(pool) or (1, 1)
 
 
-def three_numbers(what: str, given: str | Iterable[float]) -> tuple[float, ...]:
-    """Three finite numbers, of a sequence or of words with commas."""
-    parts = given.split(",") if isinstance(given, str) else list(given)
+def three_numbers(what: str, value: str | Iterable[float]) -> tuple[float, ...]:
+    """Three finite numbers, from a sequence or a comma-separated text."""
+    parts = value.split(",") if isinstance(value, str) else list(value)
     try:
         numbers = tuple(float(part) for part in parts)
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
-        raise FpnxError(f"{what} {given!r}: take three numbers such as 123.675,116.28,103.53")
+        raise FpnxError(f"{what} {value!r}: take three numbers such as 123.675,116.28,103.53")
     return numbers
 
 
 def checked_size(size: str | int | tuple[int, int]) -> str | tuple[int, int]:
-    """A size as config keeps it: `"recipe"`, `"native"` or (height, width)."""
+    """A size in the form of the config: `"recipe"`, `"native"` or (height, width)."""
     text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
     if text.isascii() and text.isdigit():
         text = f"{text}x{text}"
@@ -95,7 +95,7 @@ def checked_size(size: str | int | tuple[int, int]) -> str | tuple[int, int]:
 
 
 def point_text(point: str | tuple[float, float]) -> str:
-    """A point as config keeps it: `"120,80"` in source pixels, or `"50%,50%"`; x first."""
+    """A point in the form of the config: `"120,80"` in source pixels, or `"50%,50%"`; x first."""
     text = ",".join(map(str, point)) if isinstance(point, (tuple, list)) else str(point)
     if not re.fullmatch(r"\s*\d+(\.\d*)?%?\s*,\s*\d+(\.\d*)?%?\s*", text, re.ASCII):
         raise FpnxError(f"point {text!r}: take x and y in source pixels such as 120,80, or shares such as 50%,50%")
@@ -106,16 +106,16 @@ def point_text(point: str | tuple[float, float]) -> str:
 
 
 def several(what: str, value: Any) -> tuple[Any, ...]:
-    """Values of an option that may be given more than once, or with commas; none twice."""
+    """The values of an option that takes several, repeated or comma-separated; duplicates are refused."""
     parts = [value] if isinstance(value, (str, int)) else list(value or ())
-    found = [item.strip() if isinstance(item, str) else item
+    values = [item.strip() if isinstance(item, str) else item
              for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
-    if "" in found:
+    if "" in values:
         raise FpnxError(f"{what} {value!r}: a value is missing beside a comma")
-    twice = next((item for item in found if found.count(item) > 1), None)
-    if twice is not None:
-        raise FpnxError(f"{what} {twice} is given twice: name each once")
-    return tuple(found)
+    duplicate = next((item for item in values if values.count(item) > 1), None)
+    if duplicate is not None:
+        raise FpnxError(f"{what} {duplicate} is given twice: name each once")
+    return tuple(values)
 
 
 def auto_or_whole(what: str, value: str | int, most: int) -> str | int:
@@ -127,7 +127,7 @@ def auto_or_whole(what: str, value: str | int, most: int) -> str | int:
     return number
 
 
-WORDS = {
+TYPE_NAMES = {
     str: "text",
     int: "a whole number",
     float: "a number",
@@ -138,30 +138,30 @@ WORDS = {
 
 
 def check_types(config: Any) -> None:
-    """Refuse values of another type than their fields have; a path becomes text where text is taken.
+    """Refuse values of another type than their fields; a path is converted where text is accepted.
 
     Raises:
-        FpnxError: naming the field, the value and what is taken.
+        FpnxError: with the field, the value and the accepted types.
     """
     kinds = _kinds(type(config))  # type: ignore[arg-type]
     for each in fields(config):
-        value, taken = getattr(config, each.name), kinds[each.name]
-        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a number of numpy's
+        value, accepted = getattr(config, each.name), kinds[each.name]
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy number
             value = value.item()
             freeze(config, each.name, value)
-        if isinstance(value, os.PathLike) and str in taken:
+        if isinstance(value, os.PathLike) and str in accepted:
             value = os.fspath(value)
             freeze(config, each.name, value)
-        if not any(_is_of(value, kind) for kind in taken):
-            words = " or ".join(WORDS[kind] for kind in taken if kind in WORDS)
-            such = "" if each.default in (None, "") else f", such as {each.default!r}"
+        if not any(_is_of(value, kind) for kind in accepted):
+            accepted_types = " or ".join(TYPE_NAMES[kind] for kind in accepted if kind in TYPE_NAMES)
+            example = "" if each.default in (None, "") else f", such as {each.default!r}"
             name = each.name.replace("_", " ")
-            raise FpnxError(f"{name} {escape(repr(value))[:80]}: take {words}{such}")
+            raise FpnxError(f"{name} {escape(repr(value))[:80]}: take {accepted_types}{example}")
 
 
 @functools.cache
 def _kinds(config: type) -> dict[str, tuple[Any, ...]]:
-    """The types that each field takes, without what is in them."""
+    """The types of each field, without type arguments."""
     hints = get_type_hints(config)
     unions = {
         name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints.items()
@@ -180,17 +180,17 @@ def _is_of(value: object, kind: Any) -> bool:
 
 
 def freeze(config: object, name: str, value: object) -> None:
-    """Set a field of a frozen config, which only its own `__post_init__` may do."""
+    """Set a field of a frozen config; only for its own `__post_init__`."""
     object.__setattr__(config, name, value)
 
 
-def check_whole(what: str, value: object, least: int, most: int, before: str = "") -> None:
-    """Refuse what is no whole number from `least` to `most`."""
+def check_whole(what: str, value: object, least: int, most: int, prefix: str = "") -> None:
+    """Raise FpnxError unless `value` is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise FpnxError(f"{what} {value!r}: take {before}a whole number from {least} to {most}")
+        raise FpnxError(f"{what} {value!r}: take {prefix}a whole number from {least} to {most}")
 
 
 def check_choice(what: str, value: object, choices: Collection[str]) -> None:
-    """Refuse what is none of `choices`, naming the nearest."""
+    """Raise FpnxError unless `value` is one of `choices`; the message names the nearest one."""
     if value not in choices:
         raise FpnxError(f"{what} {value!r}: take one of {', '.join(choices)}{did_you_mean(str(value), choices)}")

@@ -1,1 +1,1 @@
-"""One run on many workers: shards, the processes or machines that take them, and what happens when one dies."""
+"""Extraction by many workers: cutting a run into shards, handing them to a backend, and recovering from deaths."""

@@ -1,4 +1,4 @@
-"""Room for workers on the machines of a cluster."""
+"""Placement of actors on the machines of a cluster: how many, with how many processors and GPUs each."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fpnx.core.errors import FpnxError
 
 __all__ = ["Node", "Placement", "place_actors"]
 
-MOST_CPUS = 16  # of an actor: lanes beyond that would wait for each other
+MAX_CPUS = 16  # for one actor: more threads would only wait for each other
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a machine of a cluster offers."""
+    """Resources of one machine of a cluster."""
 
     cpus: int
     gpus: int = 0
@@ -23,7 +23,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """Room for workers: how many, and what each has."""
+    """Number of actors, and the processors and GPUs of each."""
 
     actors: int
     cpus: int
@@ -31,42 +31,43 @@ class Placement:
 
 
 def place_actors(nodes: Sequence[Node], config: ExtractConfig) -> Placement:
-    """How many actors to start, and with what.
+    """Choose how many actors to start and what each gets; `config.actors` and `config.cpus` override the choice.
 
-    With GPUs each actor takes one and its share of that machine's processors; without, as few actors as can use all
-    processors, since each holds a model: one a machine, unless `actors` or `cpus` say otherwise.
+    With GPUs, each actor gets one, and its share of that machine's processors. Without, one actor per machine gets all
+    of its processors: each actor holds a model, so few actors save memory.
 
     Raises:
-        FpnxError: for more than the cluster has.
+        FpnxError: the cluster has no such device, or has too few of them.
     """
     gpus = sum(node.gpus for node in nodes)
     if config.device == "cuda" and not gpus:
         raise FpnxError("device cuda: the cluster has no GPU: take --device cpu or auto")
     on_gpus = gpus > 0 and config.device != "cpu"
-    able = [node for node in nodes if (node.gpus if on_gpus else node.cpus) > 0]
-    if not able:
+    usable = [node for node in nodes if (node.gpus if on_gpus else node.cpus) > 0]
+    if not usable:
         raise FpnxError("the cluster has no processor to compute on: add machines to it, or unset RAY_ADDRESS")
     if on_gpus:
-        share = min(node.cpus // node.gpus for node in able)
-        cpus = config.cpus if isinstance(config.cpus, int) else max(1, min(share, MOST_CPUS))
-        room = sum(min(node.gpus, node.cpus // cpus) for node in able)
+        share = min(node.cpus // node.gpus for node in usable)
+        cpus = config.cpus if isinstance(config.cpus, int) else max(1, min(share, MAX_CPUS))
+        room = sum(min(node.gpus, node.cpus // cpus) for node in usable)
         actors = config.actors if isinstance(config.actors, int) else room
     else:
         wanted = config.actors if isinstance(config.actors, int) else 1
-        largest = config.cpus if isinstance(config.cpus, int) else min(MOST_CPUS, min(node.cpus for node in able))
+        largest = config.cpus if isinstance(config.cpus, int) else min(MAX_CPUS, min(node.cpus for node in usable))
         least = config.cpus if isinstance(config.cpus, int) else 1
         sizes = range(largest, least - 1, -1)
-        cpus = next((size for size in sizes if _fitting(able, size) >= wanted), least)
-        room = _fitting(able, cpus)
+        cpus = next((size for size in sizes if _room(usable, size) >= wanted), least)
+        room = _room(usable, cpus)
         actors = config.actors if isinstance(config.actors, int) else room
     if actors > room or room == 0:
-        kind = f"{gpus} GPUs" if on_gpus else f"{sum(node.cpus for node in able)} processors"
+        kind = f"{gpus} GPUs" if on_gpus else f"{sum(node.cpus for node in usable)} processors"
         raise FpnxError(
             f"{actors or 'one'} actors of {cpus} processors: the cluster has room for {room} "
-            f"({kind} on {len(able)} machines): take fewer --actors, or fewer --cpus for each"
+            f"({kind} on {len(usable)} machines): take fewer --actors, or fewer --cpus for each"
         )
     return Placement(actors, cpus, 1 if on_gpus else 0)
 
 
-def _fitting(nodes: Sequence[Node], cpus: int) -> int:
+def _room(nodes: Sequence[Node], cpus: int) -> int:
+    """How many actors with `cpus` processors fit on `nodes`."""
     return sum(node.cpus // cpus for node in nodes)

@@ -1,4 +1,4 @@
-"""What a worker does with a shard, whichever engine hands it out: the same as a run on one machine, and a ledger."""
+"""Works on one shard at a time, for any backend: extraction as on one machine, with a log of attempts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fpnx.core.errors import BusyError, FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.sharding import Shard, shard_path
 from fpnx.core.text import escape
-from fpnx.distributed.quarantine import Attempt, AttemptLog, Quarantine, find_culprits
+from fpnx.distributed.attempts import Attempt, AttemptLog
+from fpnx.distributed.quarantine import Quarantine, find_culprits
 from fpnx.extraction.run import Result, run_extraction
 from fpnx.extraction.upload import resolve_destination
 from fpnx.images.listing import Listing, find_images
@@ -28,25 +29,26 @@ from fpnx.inference.engine_cache import EngineCache
 from fpnx.store.reader import PENDING, open_store_file
 from fpnx.store.writer import part_path
 
-__all__ = ["ShardJob", "ShardReport", "Worker"]
+__all__ = ["ProgressCallback", "ShardJob", "ShardReport", "Worker"]
 
-DEATHS = 3  # of workers, from which on a shard is searched for the image to blame; and of searches, to give it up
-TELL_EVERY = 1.0  # seconds
-BUSY = 120.0  # seconds to wait for a lock: what a file server takes to forget a client that is gone
+# After so many worker deaths the images that cause them are searched; after so many more in the search it is given up.
+MAX_DEATHS = 3
+PROGRESS_INTERVAL = 1.0  # seconds
+LOCK_TIMEOUT = 120.0  # seconds to wait for a shard's lock: a file server may keep a dead client's lock for that long
 
-Tell = Callable[[int, int], bool]  # shard, images of it that are finished → whether to stop
+ProgressCallback = Callable[[int, int], bool]  # (shard, number of its finished images) → whether to stop
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What all workers of a run are told; plain values.
+    """What every worker of a run needs to know; all values can be written as JSON.
 
     Attributes:
-        run: a name of this run, under which deaths are counted.
-        version: of the fpnx that hands it out.
-        images: the file that `fpnx list` would write.
-        output: `/shared/out.h5`, of which shards' names are made.
-        shards: how many there are.
+        run: random name of this run; worker deaths are counted for each run.
+        version: fpnx version of the driver.
+        images: path of the image list, in the format of `fpnx list`.
+        output: `/shared/out.h5`, from which the names of the shards' files are made.
+        shards: number of shards.
         options: of `fpnx.extract`, for each shard.
     """
 
@@ -60,18 +62,18 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """How the work on a shard ended; plain values.
+    """How the work on a shard ended; all values can be written as JSON.
 
     Attributes:
         shard: its number.
-        state: "complete"; "stopped", by `strict`; "interrupted"; "failed"; "quarantined", where it was given up.
+        state: "complete", "stopped" (by `strict`), "interrupted", "failed" or "quarantined" (given up).
         reason: why it is not complete.
-        worker: host and process.
-        computed, seconds, timings: as `Result` has them.
-        failed: how many of its images have failed.
-        culprits: names of images that killed workers.
-        messages: what a run on one machine would have said.
-        elapsed: seconds from taking the shard to this report.
+        worker: process and host.
+        computed, seconds, timings: as in `Result`.
+        failed: number of its images that failed.
+        culprits: names of images that killed their process.
+        messages: for the user.
+        elapsed: seconds that the worker spent on the shard.
     """
 
     shard: int
@@ -87,51 +89,54 @@ class ShardReport:
     elapsed: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values."""
+        """All fields as values for JSON."""
         return asdict(self)
 
 
 class Worker:
-    """Works on one shard after another with one model; `worker(3)` → a report, whatever happens, unless it dies.
+    """Works on one shard after another and keeps the model; `worker(3)` returns the report of shard 3.
+
+    Errors are part of the report and are not raised.
 
     Args:
         job: what to do.
-        tell: hears how far a shard is, about every second; gives back whether to stop.
+        on_progress: called about every second with a shard and the number of its finished images; returns whether to
+            stop.
     """
 
-    def __init__(self, job: ShardJob, tell: Tell) -> None:
-        self._job, self._tell = job, tell
+    def __init__(self, job: ShardJob, on_progress: ProgressCallback) -> None:
+        self._job, self._on_progress = job, on_progress
         self._equipment = EngineCache()
 
     def __call__(self, index: int) -> ShardReport:
-        started, ear = time.monotonic(), _Ear(index, self._tell)
-        known: dict[str, Any] = {"shard": index, "worker": f"process {os.getpid()} on {socket.gethostname()}"}
+        started, listener = time.monotonic(), _ShardListener(index, self._on_progress)
+        fields: dict[str, Any] = {"shard": index, "worker": f"process {os.getpid()} on {socket.gethostname()}"}
         try:
-            ear.heed()
-            known |= self._told(self._work(index, ear), index)
+            listener.check_stop()
+            fields |= _result_fields(self._work(index, listener))
         except Interrupted:
-            known |= {"state": "interrupted", "reason": "interrupted"}
-        except _GivenUpError as error:
-            known |= {"state": "quarantined", "reason": str(error)}
+            fields |= {"state": "interrupted", "reason": "interrupted"}
+        except _QuarantinedError as error:
+            fields |= {"state": "quarantined", "reason": str(error)}
         except FpnxError as error:
-            known |= {"state": "failed", "reason": str(error)}
-        except Exception as error:  # one shard's fault must not end the others
+            fields |= {"state": "failed", "reason": str(error)}
+        except Exception as error:  # a bug that shows in one shard must not end the others
             where = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
-            known |= {"state": "failed", "reason": f"a fault of fpnx, please report it: {what}"}
+            fields |= {"state": "failed", "reason": f"a fault of fpnx, please report it: {what}"}
         culprits = Quarantine(self._file(index)).culprits(self._job.run)
         return ShardReport(
-            **known,
+            **fields,
             culprits=[os.fsdecode(name) for name in culprits],
-            messages=ear.messages,
+            messages=listener.messages,
             elapsed=time.monotonic() - started,
         )
 
-    def _work(self, index: int, ear: _Ear) -> Result:
-        """One attempt, written down in the ledger for as long as it goes on.
+    def _work(self, index: int, listener: _ShardListener) -> Result:
+        """One attempt at a shard, which is in the attempt log while it runs.
 
         Raises:
-            _GivenUpError: where the search for the culprit died as often as the work.
+            _QuarantinedError: too many workers died on this shard, also while searching for the cause.
         """
         if self._job.version != __version__:
             raise FpnxError(
@@ -139,69 +144,63 @@ class Worker:
                 f"started: install one version everywhere"
             )
         file = self._file(index)
-        ledger, quarantine = AttemptLog(file), Quarantine(file)
-        before = ledger.attempts()
-        deaths = [attempt for attempt in before if attempt.run == self._job.run]
+        log, quarantine = AttemptLog(file), Quarantine(file)
+        attempts = log.attempts()
+        deaths = [attempt for attempt in attempts if attempt.run == self._job.run]
         searches = sum(attempt.search for attempt in deaths)
-        if searches >= DEATHS:
-            raise _GivenUpError(
+        if searches >= MAX_DEATHS:
+            raise _QuarantinedError(
                 f"killed its worker {len(deaths)} times, the last {searches} while its images were tried one by one"
             )
-        search, fresh = len(deaths) - searches >= DEATHS, _nobody_knows(before, file)
-        ledger.begin(self._job.run, search)
+        search, start_over = len(deaths) - searches >= MAX_DEATHS, _must_start_over(attempts, file)
+        log.begin(self._job.run, search)
         try:
-            barred = self._search(index, quarantine, len(deaths), fresh, ear) if search else {}
-            result = self._extract(index, fresh, barred, ear)
-        except BusyError:  # somebody works on it, and that is written in the ledger
+            blocked = self._search(index, quarantine, len(deaths), start_over, listener) if search else {}
+            result = self._extract(index, start_over, blocked, listener)
+        except BusyError:  # another worker has the lock; its attempt is in the same log, which must stay
             raise
         except BaseException:
-            ledger.end()
+            log.end()
             raise
-        ledger.end()
+        log.end()
         return result
 
-    def _extract(self, index: int, fresh: bool, barred: Mapping[bytes, str], ear: _Ear) -> Result:
+    def _extract(self, index: int, start_over: bool, blocked: Mapping[bytes, str], listener: _ShardListener) -> Result:
         shard = Shard(index, self._job.shards)
-        config = ExtractConfig(**self._job.options, shard=shard, resume=not fresh, overwrite=fresh)
-        goal, patience = resolve_destination(self._job.output, config), time.monotonic() + BUSY
+        config = ExtractConfig(**self._job.options, shard=shard, resume=not start_over, overwrite=start_over)
+        destination, deadline = resolve_destination(self._job.output, config), time.monotonic() + LOCK_TIMEOUT
         while True:
             try:
                 return run_extraction(
-                    self._images, goal, config, listener=ear, equipment=self._equipment, barred=barred
+                    self._images, destination, config, listener=listener, equipment=self._equipment, blocked=blocked
                 )
-            except BusyError:  # a worker that is thought dead may take its time to die
-                if time.monotonic() > patience:
+            except BusyError:  # a worker that was declared dead may still run for a while
+                if time.monotonic() > deadline:
                     raise
-                time.sleep(TELL_EVERY)
-                ear.heed()
+                time.sleep(PROGRESS_INTERVAL)
+                listener.check_stop()
 
-    def _search(self, index: int, quarantine: Quarantine, deaths: int, fresh: bool, ear: _Ear) -> Mapping[bytes, str]:
-        """The images that kill their process, by name; each is written down when it is found."""
+    def _search(
+        self, index: int, quarantine: Quarantine, deaths: int, start_over: bool, listener: _ShardListener
+    ) -> Mapping[bytes, str]:
+        """Name and reason of each image that kills its process; each is written to `quarantine` at once."""
         culprits = quarantine.culprits(self._job.run)
         quarantine.write(self._job.run, deaths, culprits)
         listing = find_images(self._images, None, Shard(index, self._job.shards))
-        pending = listing.sources if fresh else _pending(part_path(self._file(index)), listing)
+        pending = listing.sources if start_over else _pending(part_path(self._file(index)), listing)
         suspects = [source for source in pending if source.name not in culprits]
-        ear.message(f"shard {index} killed its worker {deaths} times: trying {len(suspects)} images in other processes")
+        listener.message(
+            f"shard {index} killed its worker {deaths} times: trying {len(suspects)} images in other processes"
+        )
 
-        def found(name: bytes, reason: str) -> None:
+        def add_culprit(name: bytes, reason: str) -> None:
             culprits[name] = reason
             quarantine.write(self._job.run, deaths, culprits)
-            ear.message(f"{escape(name)} {reason}")
+            listener.message(f"{escape(name)} {reason}")
 
         if suspects:
-            find_culprits(listing.root, suspects, self._job.options, found, ear.heed)
+            find_culprits(listing.root, suspects, self._job.options, add_culprit, listener.check_stop)
         return culprits
-
-    def _told(self, result: Result, index: int) -> dict[str, Any]:
-        return {
-            "state": "complete" if result.complete else "stopped",
-            "reason": result.stopped or "",
-            "computed": result.computed,
-            "seconds": result.seconds,
-            "timings": dict(result.timings),
-            "failed": len(result.failed),
-        }
 
     @property
     def _images(self) -> list[str]:
@@ -211,45 +210,57 @@ class Worker:
         return shard_path(Path(self._job.output), Shard(index, self._job.shards))
 
 
-class _GivenUpError(Exception):
-    """A shard that nobody should try again in this run."""
+class _QuarantinedError(Exception):
+    """A shard that must not be tried again in this run."""
 
 
-class _Ear(Listener):
-    """Tells how far a shard is, hears whether to stop, and keeps messages for the report."""
+class _ShardListener(Listener):
+    """Passes progress on to the driver, asks it whether to stop, and collects messages for the report."""
 
-    def __init__(self, shard: int, tell: Tell) -> None:
-        self._shard, self._tell = shard, tell
-        self._finished, self._told = 0, 0.0
+    def __init__(self, shard: int, on_progress: ProgressCallback) -> None:
+        self._shard, self._on_progress = shard, on_progress
+        self._finished, self._last_call = 0, 0.0
         self.messages: list[str] = []
 
     def progress(self, what: str, done: int, total: int) -> None:
         if what == "images":
             self._finished = done
-        if time.monotonic() - self._told >= TELL_EVERY or done == total:
-            self.heed()
+        if time.monotonic() - self._last_call >= PROGRESS_INTERVAL or done == total:
+            self.check_stop()
 
     def message(self, text: str) -> None:
         self.messages.append(text)
 
-    def heed(self) -> None:
-        """Raises Interrupted where the run is to stop."""
-        self._told = time.monotonic()
-        if self._tell(self._shard, self._finished):
+    def check_stop(self) -> None:
+        """Report progress, and raise Interrupted if the run is to stop."""
+        self._last_call = time.monotonic()
+        if self._on_progress(self._shard, self._finished):
             raise Interrupted("the run was stopped", signal.SIGTERM)
 
 
-def _nobody_knows(attempts: Sequence[Attempt], file: Path) -> bool:
-    """Whether to begin anew, because a worker on another host may still be writing what it left.
+def _result_fields(result: Result) -> dict[str, Any]:
+    """The fields of a `ShardReport` that come from `result`."""
+    return {
+        "state": "complete" if result.complete else "stopped",
+        "reason": result.stopped or "",
+        "computed": result.computed,
+        "seconds": result.seconds,
+        "timings": dict(result.timings),
+        "failed": len(result.failed),
+    }
 
-    It may be cut off and alive, and not every file system lets a host see another's locks. A new file in the place of
-    the old takes that worker's work away from it: it goes on in a file that has lost its name, see `Writer.finish`.
+
+def _must_start_over(attempts: Sequence[Attempt], file: Path) -> bool:
+    """Whether a worker on another host may still be writing the unfinished file of a shard.
+
+    It may have lost its connection and still run, and not every file system shows one host the locks of another. If the
+    shard starts over in a new file, that worker writes on to a file without a name, see `Writer.finish`.
     """
     return bool(attempts) and attempts[-1].host != socket.gethostname() and not file.exists()
 
 
 def _pending(part: Path, listing: Listing) -> Sequence[Any]:
-    """The images of an unfinished file that are not done; all of them where there is none."""
+    """The pending images of the unfinished file `part`; all images if there is no such file."""
     if not part.exists():
         return listing.sources
     with open_store_file(part) as store:

@@ -1,4 +1,8 @@
-"""Decoding, computing and writing at the same time: threads with small bounded queues between them."""
+"""The pipeline of threads between the image files and a sink: decoding, computing and writing at the same time.
+
+The decode threads of `_BatchLoader` read and resize images, the compute threads run the model on batches of them, and
+one writer thread puts the features into the sink. Bounded queues lie between them.
+"""
 
 from __future__ import annotations
 
@@ -28,120 +32,122 @@ from fpnx.inference.devices import arithmetic, slow_precision
 from fpnx.inference.engine import Engine, Features, Fitting
 from fpnx.store.reader import DONE
 
-__all__ = ["STAGES", "StageClock", "run_pipeline"]
+__all__ = ["STAGES", "StageTimer", "run_pipeline"]
 
 STAGES = ("decode", "resize", "forward", "write")
-AHEAD = 1  # decoded batches that wait, besides one for each lane
-UNWRITTEN = 1  # computed batches of a lane that wait to be written, besides the one in hand
-WORTH_PREPARING = 8  # images of a size for which laying out the weights pays
-HEED = 0.1  # seconds within which a signal is heard
+READ_AHEAD = 1  # decoded batches that wait, besides one for each compute thread
+MAX_UNWRITTEN = 1  # computed batches of a compute thread that wait to be written, besides the current one
+MIN_IMAGES_TO_PREPARE = 8  # images of one size for which rearranging the weights pays
+POLL_SECONDS = 0.1  # a signal takes effect within this time
 
 _Item = TypeVar("_Item")
 
 
-class StageClock:
-    """Seconds spent in each stage, summed over threads, and over the whole run."""
+class StageTimer:
+    """Measures the seconds of each stage, summed over threads, and of the whole run."""
 
     def __init__(self) -> None:
-        self.spent = dict.fromkeys(STAGES, 0.0)
+        self.stage_seconds = dict.fromkeys(STAGES, 0.0)
         self.images, self.seconds = 0, 0.0
         self._lock = threading.Lock()
-        self._started = self._commit = time.perf_counter()
+        self._started = self._committed = time.perf_counter()
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
         finally:
             with self._lock:
-                self.spent[stage] += time.perf_counter() - started
+                self.stage_seconds[stage] += time.perf_counter() - started
 
-    def over(self, stage: str, items: Iterator[_Item]) -> Iterator[_Item]:
-        """`items`, with the time that each takes to come."""
+    def measure_each(self, stage: str, items: Iterator[_Item]) -> Iterator[_Item]:
+        """Yields `items`, and measures how long the iterator takes for each."""
         while True:
-            with self(stage):
+            with self.measure(stage):
                 item = next(items, None)
             if item is None:
                 return
             yield item
 
     def start(self) -> None:
-        self._started = self._commit = time.perf_counter()
+        self._started = self._committed = time.perf_counter()
 
     def stop(self) -> None:
         self.seconds = time.perf_counter() - self._started
 
-    def committed(self) -> None:
-        self._commit = time.perf_counter()
+    def record_commit(self) -> None:
+        self._committed = time.perf_counter()
 
     def since_commit(self) -> float:
-        return time.perf_counter() - self._commit
+        return time.perf_counter() - self._committed
 
 
-def run_pipeline(plan: Plan, sink: Sink, clock: StageClock, stop: StopRequest, listener: Listener) -> str | None:
-    """Decode, forward and write, overlapped; returns why it stopped early, or None.
+def run_pipeline(plan: Plan, sink: Sink, timer: StageTimer, stop: StopRequest, listener: Listener) -> str | None:
+    """Decode, compute and write all pending images; returns why it stopped early, or None.
 
-    Threads: `plan.workers` that decode, ahead of need by a batch for each lane and one more; lanes that compute,
-    see `compute_threads`; one that writes. The calling thread hears of what was done, and of signals.
+    Threads: `plan.workers` that decode, one batch for each compute thread and one more in advance; compute threads,
+    see `compute_threads`; one that writes. The calling thread reports progress and checks for signals.
     """
     pending = np.flatnonzero((sink.status != DONE) & (plan.layout.rows >= 0)).tolist()
     total = len(plan.listing.sources)
     finished = total - len(pending)
     listener.progress("images", finished, total)
-    clock.start()
+    timer.start()
     keep_freed_memory()
     if plan.config.strict and plan.layout.errors:
-        return _strictly(plan, *next(iter(plan.layout.errors.items())))
+        return _strict_stop_reason(plan, *next(iter(plan.layout.errors.items())))
     if not pending:
         return None
-    if (remark := slow_precision(plan.device, plan.precision)) is not None:
-        listener.message(remark)
+    if (note := slow_precision(plan.device, plan.precision)) is not None:
+        listener.message(note)
     count = compute_threads(plan, len(pending))
     threads_before = torch.get_num_threads()
     with (
         arithmetic(plan.device, plan.precision),
-        _Scribe(plan, sink, clock) as scribe,
-        _Feed(plan, pending, count, clock) as feed,
+        _WriterThread(plan, sink, timer) as writer,
+        _BatchLoader(plan, pending, count, timer) as loader,
     ):
-        engines = [plan.equipment.engine(plan.recipe, plan.config, device) for device in plan.devices]
-        plan.equipment.empty()
-        threads = max(1, plan.cpus // count) if plan.device.type == "cpu" else 1
-        lanes = [_Lane(plan, feed, scribe, engines[i % len(engines)], clock, threads) for i in range(count)]
+        engines = [plan.engine_cache.engine(plan.recipe, plan.config, device) for device in plan.devices]
+        plan.engine_cache.empty()
+        torch_threads = max(1, plan.cpus // count) if plan.device.type == "cpu" else 1
+        compute = [
+            _ComputeThread(plan, loader, writer, engines[i % len(engines)], timer, torch_threads) for i in range(count)
+        ]
         try:
-            for lane in lanes:
-                lane.start()
-            while any(lane.is_alive() for lane in lanes) or not feed.events.empty():
+            for thread in compute:
+                thread.start()
+            while any(thread.is_alive() for thread in compute) or not loader.events.empty():
                 if stop.signum is not None:
                     return "interrupted"
-                event = feed.next_event()
+                event = loader.next_event()
                 if isinstance(event, BaseException):
                     raise event
                 if isinstance(event, str):
                     listener.message(event)
-                elif isinstance(event, _Done):
+                elif isinstance(event, _BatchDone):
                     finished += event.images
-                    clock.images += event.images
+                    timer.images += event.images
                     listener.progress("images", finished, total)
-                    event.heard.set()
+                    event.acknowledged.set()
                 elif isinstance(event, _Failure) and plan.config.strict:
-                    return _strictly(plan, event.index, event.reason)
+                    return _strict_stop_reason(plan, event.index, event.reason)
             return None
-        except Interrupted:  # at once: what is queued is dropped, and what is being written is not yet marked
-            scribe.drop()
+        except Interrupted:  # stop at once: queued writes are dropped, and the write in progress is not committed
+            writer.drop()
             raise
         finally:
-            feed.close()
-            for lane in lanes:
-                if lane.ident is not None:
-                    lane.join()
-            # Each lane set its own number, and with it that of the threads to come.
+            loader.close()
+            for thread in compute:
+                if thread.ident is not None:
+                    thread.join()
+            # torch.set_num_threads in a compute thread also sets the default of threads that start later.
             torch.set_num_threads(threads_before)
             release_freed_memory()
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class _DecodedImage:
     pixels: np.ndarray
     source_size: tuple[int, int]
 
@@ -153,31 +159,35 @@ class _Failure:
 
 
 @dataclass(frozen=True)
-class _Done:
-    """A lane's word that a batch is computed; it goes on when the calling thread, which heeds signals, has heard it."""
+class _BatchDone:
+    """A batch is computed. The compute thread waits until the calling thread, which checks for signals, has set
+    `acknowledged`."""
 
     images: int
-    heard: threading.Event
+    acknowledged: threading.Event
 
 
-_Event = _Done | _Failure | str | BaseException  # str: a message to the user
+_Event = _BatchDone | _Failure | str | BaseException  # str: a message to the user
 
 
-class _Feed:
-    """Batches of decoded images for the lanes, read ahead by a bounded number; and what lanes have to tell."""
+class _BatchLoader:
+    """Loads batches of decoded images for the compute threads, a bounded number in advance.
 
-    def __init__(self, plan: Plan, pending: Sequence[int], lanes: int, clock: StageClock) -> None:
-        self.batches = Batches(plan, pending, lanes)
+    Also holds the queue of events from the compute threads to the calling thread.
+    """
+
+    def __init__(self, plan: Plan, pending: Sequence[int], threads: int, timer: StageTimer) -> None:
+        self.batches = Batches(plan, pending, threads)
         self.events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._plan, self._clock = plan, clock
+        self._plan, self._timer = plan, timer
         self._budget = PixelBudget(plan.config.max_pixels)
         self._decoders = ThreadPoolExecutor(plan.workers, "fpnx-decode", torch.set_num_threads, (1,))
-        self._waiting: deque[tuple[list[int], list[Future[_Loaded | ImageError]]]] = deque()
-        self._ahead, self._lock, self._closed = lanes + AHEAD, threading.Lock(), False
+        self._loading: deque[tuple[list[int], list[Future[_DecodedImage | ImageError]]]] = deque()
+        self._depth, self._lock, self._closed = threads + READ_AHEAD, threading.Lock(), False
 
-    def __enter__(self) -> _Feed:
+    def __enter__(self) -> _BatchLoader:
         with self._lock:
-            self._read_ahead()
+            self._fill()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,168 +196,186 @@ class _Feed:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            self._waiting.clear()
+            self._loading.clear()
         self._decoders.shutdown(cancel_futures=True)
 
-    def take(self) -> tuple[list[int], list[_Loaded | ImageError]] | None:
-        """The next batch, once it is decoded; None when there is no more."""
+    def take(self) -> tuple[list[int], list[_DecodedImage | ImageError]] | None:
+        """The next batch, once it is decoded; None after the last."""
         with self._lock:
-            if self._closed or not self._waiting:
+            if self._closed or not self._loading:
                 return None
-            indices, futures = self._waiting.popleft()
-            self._read_ahead()
+            indices, futures = self._loading.popleft()
+            self._fill()
         try:
             return indices, [future.result() for future in futures]
-        except CancelledError:  # closed meanwhile
+        except CancelledError:  # closed in the meantime
             return None
 
-    def tell_done(self, images: int) -> None:
-        done = _Done(images, threading.Event())
+    def report_done(self, images: int) -> None:
+        """Report a computed batch, and wait until the calling thread has handled the event."""
+        done = _BatchDone(images, threading.Event())
         self.events.put(done)
-        while not (done.heard.wait(HEED) or self._closed):
+        while not (done.acknowledged.wait(POLL_SECONDS) or self._closed):
             pass
 
     def next_event(self) -> _Event | None:
         try:
-            return self.events.get(timeout=HEED)
+            return self.events.get(timeout=POLL_SECONDS)
         except queue.Empty:
             return None
 
-    def _read_ahead(self) -> None:
-        while len(self._waiting) < self._ahead:
+    def _fill(self) -> None:
+        while len(self._loading) < self._depth:
             batch = next(self.batches, None)
             if batch is None:
                 return
-            self._waiting.append((batch, [self._decoders.submit(self._load, index) for index in batch]))
+            self._loading.append((batch, [self._decoders.submit(self._load, index) for index in batch]))
 
-    def _load(self, index: int) -> _Loaded | ImageError:
+    def _load(self, index: int) -> _DecodedImage | ImageError:
         try:
             return self._decoded(index)
         except ImageError as error:
             return error
         except MemoryError:
-            return ImageError("out of memory while it was read: lower --workers, or refuse such with --max-pixels")
-        except Exception as error:  # one odd file must not end a run of hours
+            return ImageError(
+                "out of memory while it was read: lower --workers, or refuse such images with --max-pixels"
+            )
+        except Exception as error:  # one unusual file must not end a run of hours
             return ImageError(f"{type(error).__name__}: {error}")
 
-    def _decoded(self, index: int) -> _Loaded:
+    def _decoded(self, index: int) -> _DecodedImage:
         plan = self._plan
         with self._budget.share() as claim:
-            with self._clock("decode"):
+            with self._timer.measure("decode"):
                 picture = decode(plan.listing.sources[index], plan.config.max_pixels, claim)
-            source = (picture.height, picture.width)
-            size = plan.recipe.input_size(source, plan.config.max_pixels)
+            source_size = (picture.height, picture.width)
+            size = plan.recipe.input_size(source_size, plan.config.max_pixels)
             if size != tuple(plan.layout.input_sizes[index].tolist()):
                 raise ImageError("its header and its pixels disagree about the size")
-            with self._clock("resize"):
-                return _Loaded(plan.recipe.resize(picture, size), source)
+            with self._timer.measure("resize"):
+                return _DecodedImage(plan.recipe.resize(picture, size), source_size)
 
 
-class _Lane(threading.Thread):
-    """Takes batches through an engine, on `threads` cores of its own, until there is none left."""
+class _ComputeThread(threading.Thread):
+    """Takes batches from the loader, runs an engine on them and hands the features to the writer thread.
+
+    Args:
+        plan, loader, writer, timer: of the run.
+        engine: of this thread's device; several threads may share it.
+        torch_threads: number of threads for PyTorch's operators on CPU.
+    """
 
     def __init__(
-        self, plan: Plan, feed: _Feed, scribe: _Scribe, engine: Engine, clock: StageClock, threads: int
+        self,
+        plan: Plan,
+        loader: _BatchLoader,
+        writer: _WriterThread,
+        engine: Engine,
+        timer: StageTimer,
+        torch_threads: int,
     ) -> None:
-        super().__init__(name="fpnx-lane", daemon=True)
-        self._plan, self._feed, self._scribe, self._clock = plan, feed, scribe, clock
-        self._engine, self._fitting = engine, Fitting(engine, feed.events.put)
-        self._threads = threads
+        super().__init__(name="fpnx-compute", daemon=True)
+        self._plan, self._loader, self._writer, self._timer = plan, loader, writer, timer
+        self._engine, self._fitting = engine, Fitting(engine, loader.events.put)
+        self._torch_threads = torch_threads
         self._writes: deque[Future[None]] = deque()
 
     def run(self) -> None:
         try:
             if self._engine.device.type == "cpu":
-                torch.set_num_threads(self._threads)  # of this thread alone
-            while (taken := self._feed.take()) is not None:
-                self._compute(*taken)
-                while len(self._writes) > UNWRITTEN:
+                torch.set_num_threads(self._torch_threads)  # of this thread only
+            while (batch := self._loader.take()) is not None:
+                self._compute(*batch)
+                while len(self._writes) > MAX_UNWRITTEN:
                     self._writes.popleft().result()
-                self._feed.tell_done(len(taken[0]))
+                self._loader.report_done(len(batch[0]))
             while self._writes:
                 self._writes.popleft().result()
         except BaseException as error:  # the calling thread raises it
-            self._feed.events.put(error)
+            self._loader.events.put(error)
 
-    def _compute(self, batch: list[int], loaded: list[_Loaded | ImageError]) -> None:
-        for index, image in zip(batch, loaded, strict=True):
+    def _compute(self, indices: list[int], images: list[_DecodedImage | ImageError]) -> None:
+        for index, image in zip(indices, images, strict=True):
             if isinstance(image, ImageError):
                 self._fail(index, str(image))
-        good = [(i, image) for i, image in zip(batch, loaded, strict=True) if isinstance(image, _Loaded)]
-        if not good:
+        decoded = [(i, image) for i, image in zip(indices, images, strict=True) if isinstance(image, _DecodedImage)]
+        if not decoded:
             return
-        size, batches = self._plan.layout.padded_sizes[batch[0]], self._feed.batches
+        size, batches = self._plan.layout.padded_sizes[indices[0]], self._loader.batches
         assert size is not None
-        if batches.counts[size] >= WORTH_PREPARING:
+        if batches.counts[size] >= MIN_IMAGES_TO_PREPARE:
             self._engine.prepare(size)
         started = time.perf_counter()
-        for piece, features in self._clock.over("forward", self._fitting([image.pixels for _, image in good])):
-            indices = [index for index, _ in good[piece]]
+        results = self._fitting([image.pixels for _, image in decoded])
+        for piece, features in self._timer.measure_each("forward", results):
+            piece_indices = [index for index, _ in decoded[piece]]
             if features is not None:
-                sizes = np.array([image.source_size for _, image in good[piece]], np.int32)
-                self._writes.append(self._scribe.put(indices, features, sizes))
-                if batches.trying(size):
+                source_sizes = np.array([image.source_size for _, image in decoded[piece]], np.int32)
+                self._writes.append(self._writer.put(piece_indices, features, source_sizes))
+                if batches.is_trying_sizes(size):
                     features.ready()
-            for index, reason in _failures(indices, features, self._plan.config.strict).items():
+            for index, reason in _failures(piece_indices, features, self._plan.config.strict).items():
                 self._fail(index, reason)
-        batches.took(size, len(good), time.perf_counter() - started)
+        batches.record_time(size, len(decoded), time.perf_counter() - started)
 
     def _fail(self, index: int, reason: str) -> None:
-        self._writes.append(self._scribe.fail(index, reason))
-        self._feed.events.put(_Failure(index, reason))
+        self._writes.append(self._writer.fail(index, reason))
+        self._loader.events.put(_Failure(index, reason))
 
 
-class _Scribe:
-    """The one thread that writes, and commits when it is time to."""
+class _WriterThread:
+    """The only thread that calls the sink; commits when `commit_every` seconds have passed since the last commit."""
 
-    def __init__(self, plan: Plan, sink: Sink, clock: StageClock) -> None:
-        self._sink, self._clock, self._every = sink, clock, plan.config.commit_every
-        self._thread = ThreadPoolExecutor(1, "fpnx-scribe")
+    def __init__(self, plan: Plan, sink: Sink, timer: StageTimer) -> None:
+        self._sink, self._timer, self._commit_every = sink, timer, plan.config.commit_every
+        self._thread = ThreadPoolExecutor(1, "fpnx-write")
 
-    def __enter__(self) -> _Scribe:
+    def __enter__(self) -> _WriterThread:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
     def drop(self) -> None:
-        """Forget what is queued, and do not wait for what is being written."""
+        """Cancel queued writes, and do not wait for the one in progress."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def put(self, indices: Sequence[int], features: Features, sizes: np.ndarray) -> Future[None]:
-        return self._thread.submit(self._put, indices, features, sizes)
+    def put(self, indices: Sequence[int], features: Features, source_sizes: np.ndarray) -> Future[None]:
+        """Queue the features of a batch for writing."""
+        return self._thread.submit(self._put, indices, features, source_sizes)
 
     def fail(self, index: int, reason: str) -> Future[None]:
-        return self._thread.submit(self._timed, lambda: self._sink.fail(index, reason))
+        """Queue the mark of a failed image."""
+        return self._thread.submit(self._write, lambda: self._sink.fail(index, reason))
 
-    def _put(self, indices: Sequence[int], features: Features, sizes: np.ndarray) -> None:
-        with self._clock("forward"):
+    def _put(self, indices: Sequence[int], features: Features, source_sizes: np.ndarray) -> None:
+        with self._timer.measure("forward"):
             features.ready()
-        self._timed(lambda: self._sink.put(indices, features.arrays, sizes, features.nonfinite))
+        self._write(lambda: self._sink.put(indices, features.arrays, source_sizes, features.nonfinite))
         features.give_back()
 
-    def _timed(self, work: Callable[[], None]) -> None:
-        with self._clock("write"):
-            work()
-            if self._clock.since_commit() >= self._every:
+    def _write(self, action: Callable[[], None]) -> None:
+        with self._timer.measure("write"):
+            action()
+            if self._timer.since_commit() >= self._commit_every:
                 self._sink.commit()
-                self._clock.committed()
+                self._timer.record_commit()
 
 
 def _failures(indices: Sequence[int], features: Features | None, strict: bool) -> dict[int, str]:
-    """Why each image of a batch failed; in a strict run also for NaN and infinite values."""
+    """Why each image of a batch failed, by index; in a strict run also for NaN and infinite values."""
     if features is None:
         return dict.fromkeys(indices, "out of memory, even alone: take a smaller --size")
     if not strict:
         return {}
     features.ready()
-    found: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for position, index in enumerate(indices):
         bad = [f"{counts[position]} in {level}" for level, counts in features.nonfinite.items() if counts[position]]
         if bad:
-            found[index] = f"NaN or infinite values: {', '.join(bad)}"
-    return found
+            reasons[index] = f"NaN or infinite values: {', '.join(bad)}"
+    return reasons
 
 
-def _strictly(plan: Plan, index: int, reason: str) -> str:
+def _strict_stop_reason(plan: Plan, index: int, reason: str) -> str:
     return f"{escape(plan.listing.sources[index].name)} failed ({reason}) and the run is strict"

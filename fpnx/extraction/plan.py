@@ -1,4 +1,4 @@
-"""What a run will do, settled before it computes anything: images, model, sizes, layout, space."""
+"""The plan of a run, made before any image is computed: images, model, sizes, file layout, devices, disk space."""
 
 from __future__ import annotations
 
@@ -28,17 +28,33 @@ from fpnx.inference.engine_cache import EngineCache
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.remote.urls import is_url
+from fpnx.store.file_layout import FileLayout
 from fpnx.store.reader import DONE, open_store_file
-from fpnx.store.writer import FileLayout, check_same_run, part_path
+from fpnx.store.writer import check_same_run, part_path
 
 __all__ = ["Plan", "decode_threads", "fingerprint_fields", "make_plan"]
 
-DECODERS = 16  # threads at most, unless more are asked for
+MAX_DECODE_THREADS = 16  # unless `--workers` asks for more
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, known before it computes anything."""
+    """What a run will do.
+
+    Attributes:
+        output: the local file or folder to write.
+        config: the options.
+        listing: the images.
+        layout: of the HDF5 file; its tables are used with `--format png` too.
+        devices: devices that compute, all of one kind.
+        batch_size: None where it is chosen by timing a few.
+        workers: number of decode threads.
+        cpus: number of CPU cores to use.
+        bytes_free: free space for the output; None where the file system does not report it.
+        engine_cache: holds the model and its engines.
+        done_before: number of images that an earlier run has done.
+        destination: URL that the output is uploaded to; None where it stays local.
+    """
 
     output: Path
     config: ExtractConfig
@@ -48,17 +64,17 @@ class Plan:
     layout: FileLayout
     devices: tuple[torch.device, ...]
     precision: str
-    batch_size: int | None  # None: found out by trying a few
+    batch_size: int | None
     workers: int
     cpus: int
-    bytes_free: int | None  # None: its file system does not count
-    equipment: EngineCache
+    bytes_free: int | None
+    engine_cache: EngineCache
     done_before: int = 0
-    destination: str | None = None  # the store's address that the output is sent to
+    destination: str | None = None
 
     @property
     def shapes(self) -> tuple[LevelShape, ...]:
-        """Every level at every network-input size."""
+        """Stored shape of every level at every network-input size."""
         item, counts = np.dtype(self.layout.dtype).itemsize, self.layout.counts()
         return tuple(
             LevelShape(size, counts[size], level, self.layout.strides[level], c, h, w, c * h * w * item)
@@ -68,12 +84,12 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        """The device that computes; the first of them, where there are several of one kind."""
+        """The first of the devices, which are all of one kind."""
         return self.devices[0]
 
     @property
     def summary(self) -> PlanSummary:
-        """All of this in plain values."""
+        """The plan in plain values."""
         return PlanSummary(
             config=self.config,
             output=self.destination or str(self.output),
@@ -104,33 +120,40 @@ def make_plan(
     config: ExtractConfig,
     listing: Listing,
     listener: Listener,
-    equipment: EngineCache | None = None,
+    engine_cache: EngineCache | None = None,
     *,
     destination: str | None = None,
     finished: str | None = None,
     handed_out: bool = False,
 ) -> Plan:
-    """Settle everything that a run on `output` will do, with a model of `equipment` or a new one.
+    """Make the plan of a run on `output`, or refuse the request.
 
-    `destination` is the address that the output is sent to, and `finished` that of one which is there already.
-    With `handed_out` others will do the work: to them is left what takes a look at images or at the disk's space, and
-    where sizes differ the layout has no shapes.
+    Args:
+        output: the local file or folder to write.
+        config: the options.
+        listing: the images.
+        listener: receives the progress of reading image headers.
+        engine_cache: gives the model; by default a new one is built.
+        destination: URL that the output will be uploaded to.
+        finished: URL of a finished output that `--resume` compares the request with.
+        handed_out: plan for workers that compute elsewhere. Image headers are not read and disk space is not checked
+            here; where images have different sizes, the layout has no shapes.
 
     Raises:
-        FpnxError: for what cannot be carried out.
+        FpnxError: for a request that cannot be carried out.
     """
     devices = tuple(resolve_device(name) for name in config.device.split(","))
     precision = resolve_precision(config.precision, None if handed_out else devices[0])
-    equipment = equipment or EngineCache()
-    model = equipment.model(config)
+    engine_cache = engine_cache or EngineCache()
+    model = engine_cache.model(config)
     recipe = model.recipe.sized(config)
     identity = fingerprint_fields(model, recipe, config)
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
     workers = decode_threads(config, listing, cpus)
-    before = _before(output, config) or finished
+    existing = _file_to_resume(output, config) or finished
     done_before = 0
-    if before is not None:
-        with open_store_file(before) as store:
+    if existing is not None:
+        with open_store_file(existing) as store:
             check_same_run(store, identity, listing.records)
             sizes, padded, rows = store.input_sizes, store.padded_sizes, store.rows
             errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
@@ -168,18 +191,19 @@ def make_plan(
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         workers=workers,
         cpus=cpus,
-        bytes_free=None if free is None else free + (0 if before else _dropped(output)),
-        equipment=equipment,
+        bytes_free=None if free is None else free + (0 if existing else _bytes_of_part(output)),
+        engine_cache=engine_cache,
         done_before=done_before,
         destination=destination,
     )
-    if before is None and config.format == "h5" and not handed_out:
+    if existing is None and config.format == "h5" and not handed_out:
         check_space(output, layout.total_bytes(), plan.bytes_free)
     return plan
 
 
 def fingerprint_fields(model: PyramidModel, recipe: Recipe, config: ExtractConfig) -> dict[str, Any]:
-    """All that the stored numbers depend on, as plain values: the config of a store, and what it is known by."""
+    """Everything that the stored values depend on, in plain values: the `config` of a store, and what is hashed for its
+    fingerprint."""
     identity = {
         **model.identity(),
         "recipe": {name: list(v) if isinstance(v, tuple) else v for name, v in recipe.to_json().items()},
@@ -191,24 +215,26 @@ def fingerprint_fields(model: PyramidModel, recipe: Recipe, config: ExtractConfi
 
 
 def decode_threads(config: ExtractConfig, listing: Listing, cpus: int) -> int:
-    """Threads that decode: as many as asked for, else as cores; the most where images come over a network, of which
-    they mostly wait."""
+    """Number of decode threads: `--workers`, else one for each core, or the most where images come over a network,
+    since the threads then mostly wait."""
     if isinstance(config.workers, int):
         return config.workers
-    return DECODERS if any(is_url(source.path) for source in listing.sources) else min(DECODERS, cpus)
+    return (
+        MAX_DECODE_THREADS if any(is_url(source.path) for source in listing.sources) else min(MAX_DECODE_THREADS, cpus)
+    )
 
 
-def _dropped(output: Path) -> int:
-    """Bytes that dropping an old `.part` will free."""
+def _bytes_of_part(output: Path) -> int:
+    """Bytes that are freed when an old `.part` is deleted."""
     try:
-        about = os.stat(part_path(output))
+        stat = os.stat(part_path(output))
     except OSError:
         return 0
-    return 512 * about.st_blocks if hasattr(about, "st_blocks") else 0
+    return 512 * stat.st_blocks if hasattr(stat, "st_blocks") else 0
 
 
-def _before(output: Path, config: ExtractConfig) -> Path | None:
-    """The file that `--resume` goes on from."""
+def _file_to_resume(output: Path, config: ExtractConfig) -> Path | None:
+    """The local file that `--resume` continues; None where there is none."""
     if not config.resume or config.format == "png":
         return None
     return next((path for path in (part_path(output), output) if path.exists()), None)
@@ -217,7 +243,9 @@ def _before(output: Path, config: ExtractConfig) -> Path | None:
 def _input_sizes(
     listing: Listing, recipe: Recipe, max_pixels: int, workers: int, listener: Listener
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """(N, 2) network-input sizes without padding, and why some have none. Reads headers where sizes differ."""
+    """(N, 2) network-input sizes without padding, and the reasons, by index, why images have none.
+
+    Reads the headers of the images where the size depends on them."""
     count = len(listing.sources)
     sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
     if recipe.sizing == "stretch":
@@ -230,38 +258,38 @@ def _input_sizes(
         except ImageError as error:
             return error
 
-    readers = ThreadPoolExecutor(max(workers, 4))
+    threads = ThreadPoolExecutor(max(workers, 4))
     try:
-        for i, size in enumerate(_ahead(readers, measure, listing.sources, 256)):
+        for i, size in enumerate(_map_ordered(threads, measure, listing.sources, 256)):
             if isinstance(size, ImageError):
                 errors[i] = str(size)
             else:
                 sizes[i] = size
             listener.progress("headers", i + 1, count)
     finally:
-        readers.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
     return sizes, errors
 
 
 def _padded_sizes(
     model: PyramidModel, recipe: Recipe, sizes: np.ndarray, errors: dict[int, str]
 ) -> tuple[list[tuple[int, int] | None], np.ndarray]:
-    """The padded size and row of every image; adds to `errors` the sizes that the backbone cannot take."""
-    found: list[tuple[int, int] | None] = []
+    """The padded size and row of every image; adds to `errors` the images whose size the backbone cannot take."""
+    padded_sizes: list[tuple[int, int] | None] = []
     rows = np.full(len(sizes), -1, np.int64)
-    members: dict[tuple[int, int], int] = {}
+    last_rows: dict[tuple[int, int], int] = {}
     for i, size in enumerate(sizes.tolist()):
         padded = recipe.padded((size[0], size[1])) if i not in errors else None
         if padded is not None:
             try:
                 model.shapes(padded)
-                rows[i] = members[padded] = members.get(padded, -1) + 1
+                rows[i] = last_rows[padded] = last_rows.get(padded, -1) + 1
             except FpnxError as error:
                 if recipe.fixed_size is not None:
                     raise
                 errors[i], padded = str(error), None
-        found.append(padded)
-    return found, rows
+        padded_sizes.append(padded)
+    return padded_sizes, rows
 
 
 def _stored_shapes(model: PyramidModel, size: tuple[int, int], pool: str) -> dict[str, tuple[int, int, int]]:
@@ -271,12 +299,14 @@ def _stored_shapes(model: PyramidModel, size: tuple[int, int], pool: str) -> dic
     return {level: (shape[0], *pooled) for level, shape in shapes.items()}
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Sequence[Any], depth: int) -> Iterator[Any]:
-    """Results of `work` in order, with at most `depth` items under way."""
-    under_way: deque[Future[Any]] = deque()
+def _map_ordered(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any], depth: int
+) -> Iterator[Any]:
+    """Results of `function` in order, computed in `pool` with at most `depth` items in progress."""
+    futures: deque[Future[Any]] = deque()
     for item in items:
-        under_way.append(pool.submit(work, item))
-        if len(under_way) >= depth:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
+        futures.append(pool.submit(function, item))
+        if len(futures) >= depth:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()

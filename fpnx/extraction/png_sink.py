@@ -1,4 +1,4 @@
-"""Where an extraction draws instead of storing: `fpnx.store.writer.Writer`'s part for `--format png`."""
+"""The sink of `--format png`: draws each image's features as a PNG file instead of storing them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from fpnx.images.decoding import decode
 from fpnx.images.listing import Listing
 from fpnx.store.reader import DONE, FAILED, PENDING, valid_extent
 from fpnx.visualization.figure import draw, mode_in_words, rendered
+from fpnx.visualization.image_maps import ImageMaps, Photo, describe_model
 from fpnx.visualization.panels import colour_table
 from fpnx.visualization.png_files import PngPaths, save_png
-from fpnx.visualization.scene import Photo, Scene, about_model
 
 __all__ = ["PngSink", "check_png_folder"]
 
 
 class PngSink:
-    """Draws each image as it comes, on a scale of its own. A picture that is there already counts as done.
+    """Draws heatmaps of each image with a color scale of its own; with `resume`, existing PNG files count as done.
 
     Attributes:
-        status: by image, as in a store.
+        status: (N,) uint8, PENDING, DONE or FAILED for each image, as in a store.
     """
 
     def __init__(self, plan: Plan, provenance: Provenance) -> None:
         self._layout, self._config, self._sources = plan.layout, plan.config, plan.listing.sources
-        self._about = about_model(plan.model.backbone, plan.layout.levels, provenance.weights)
-        self._places = _places(plan.output, plan.listing)
+        self._about = describe_model(plan.model.backbone, plan.layout.levels, provenance.weights)
+        self._png_paths = _png_paths(plan.output, plan.listing)
         self._errors = dict(plan.layout.errors)
         self._nonfinite = dict.fromkeys(plan.layout.levels, 0)
         self.status = np.full(len(self._sources), PENDING, np.uint8)
         self.status[list(self._errors)] = FAILED
         if plan.config.resume:
-            there = [i for i in range(len(self._sources)) if self._places[self._name(i)].is_file()]
-            self.status[there] = DONE
+            existing = [i for i in range(len(self._sources)) if self._png_paths[self._name(i)].is_file()]
+            self.status[existing] = DONE
 
     def put(
         self,
@@ -52,41 +52,41 @@ class PngSink:
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
     ) -> None:
-        """Draw what images of one size gave; see `Writer.put`.
+        """Draw the features of images of one padded size; the arguments are those of `Writer.put`.
 
         Raises:
-            FpnxError: where the disk refuses.
+            FpnxError: where a file cannot be written.
         """
         for position, index in enumerate(indices):
             arrays = {level: values[position] for level, values in features.items()}
             scene = self._scene(index, arrays, tuple(source_sizes[position].tolist()))
             try:
                 picture = rendered(draw([scene], self._config, None, [None]))
-            except FpnxError as error:  # a point or a channel that it does not have
+            except FpnxError as error:  # a requested point or channel that this image does not have
                 self.fail(index, str(error))
                 continue
-            about = {"Title": escape(scene.path), "Description": f"{mode_in_words(self._config)}; {self._about}"}
-            save_png(picture, self._places[scene.path], {**about, "Software": f"fpnx {__version__}"})
+            metadata = {"Title": escape(scene.path), "Description": f"{mode_in_words(self._config)}; {self._about}"}
+            save_png(picture, self._png_paths[scene.path], {**metadata, "Software": f"fpnx {__version__}"})
             for level, counts in nonfinite.items():
                 self._nonfinite[level] += counts[position]
             self.status[index] = DONE
 
     def fail(self, index: int, reason: str) -> None:
-        """Remember why an image has no picture."""
+        """Mark an image as failed, with the reason."""
         self._errors[index] = reason
         self.status[index] = FAILED
 
     def commit(self) -> None:
-        """Nothing to do: a picture is whole from the moment that it has its name."""
+        """Does nothing: each PNG file is durable once it is written."""
 
     def finish(self) -> None:
-        """Nothing to do."""
+        """Does nothing: PNG files have their final names."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Does nothing: no file is open."""
 
     def outcome(self) -> Outcome:
-        """What was drawn; NaN and infinite values are those of the images that this run drew."""
+        """Summary of the PNG files; NaN and infinite values are counted in the images that this run drew."""
         failed = np.flatnonzero(self.status == FAILED).tolist()
         return Outcome(
             done=int((self.status == DONE).sum()),
@@ -94,7 +94,7 @@ class PngSink:
             nonfinite=dict(self._nonfinite),
         )
 
-    def _scene(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> Scene:
+    def _scene(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> ImageMaps:
         layout, size = self._layout, tuple(self._layout.input_sizes[index].tolist())
         pooled = self._config.pool != "none"
 
@@ -105,9 +105,9 @@ class PngSink:
             height, width = valid_extent(size, layout.strides[level], array.shape[1:])
             return array[:, :height, :width]
 
-        return Scene(
+        return ImageMaps(
             path=self._name(index),
-            about=self._about,
+            model=self._about,
             source_size=source_size,
             input_size=size,
             levels=layout.levels,
@@ -120,7 +120,7 @@ class PngSink:
     def _photo(self, index: int) -> Photo:
         try:
             return Photo(decode(self._sources[index], self._config.max_pixels))
-        except ImageError as error:  # it could be read a moment ago
+        except ImageError as error:  # it was readable when its features were computed
             return Photo(None, f"source cannot be read: {error}")
 
     def _name(self, index: int) -> str:
@@ -128,25 +128,25 @@ class PngSink:
 
 
 def check_png_folder(folder: Path, listing: Listing, config: ExtractConfig) -> None:
-    """Refuse a folder that cannot be made, or that holds pictures which nobody asked to keep or replace.
+    """Refuse a folder that cannot be created, or that holds PNG files of these images without `resume` or `overwrite`.
 
     Raises:
-        FpnxError: saying what is there, and the ways on.
+        FpnxError: with the reason and what to do.
     """
     colour_table(config.colormap)
     if os.path.lexists(folder) and not folder.is_dir():
         raise FpnxError(f"output {escape(folder)} is not a folder: name another with -o")
     if not folder.parent.is_dir():
         raise FpnxError(f"output folder {escape(folder.parent)} does not exist: make it, or name another with -o")
-    places = _places(folder, listing)
-    targets = [places[os.fsdecode(source.name)] for source in listing.sources]
-    there = [] if config.resume or config.overwrite else [path for path in targets if os.path.lexists(path)]
-    if there:
+    png_paths = _png_paths(folder, listing)
+    targets = [png_paths[os.fsdecode(source.name)] for source in listing.sources]
+    existing = [] if config.resume or config.overwrite else [path for path in targets if os.path.lexists(path)]
+    if existing:
         raise FpnxError(
-            f"{len(there)} of the pictures are there already, such as {escape(there[0])}: keep them with --resume, "
-            f"replace them with --overwrite, or name another folder with -o"
+            f"{len(existing)} of the pictures are there already, such as {escape(existing[0])}: keep them with "
+            f"--resume, replace them with --overwrite, or name another folder with -o"
         )
 
 
-def _places(folder: Path, listing: Listing) -> PngPaths:
+def _png_paths(folder: Path, listing: Listing) -> PngPaths:
     return PngPaths(folder, [os.fsdecode(source.name) for source in listing.sources])

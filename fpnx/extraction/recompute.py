@@ -1,4 +1,4 @@
-"""Computing images of a store again, to compare the stored values with."""
+"""Recomputes images of a store, to compare the features with the stored ones."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fpnx.store.verify import describe_first
 
 __all__ = ["Recomputation", "recompute_options"]
 
-# The largest difference, relative to the largest value of the level, that another device or thread count explains.
+# The largest difference, relative to the largest value of the level, that another device or thread count can cause.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "reduced": 5e-2}
 
 
 def recompute_options(store: Store, weights: str | None, device: str, offline: bool) -> dict[str, Any]:
-    """The options that computed `store`, for this machine.
+    """The options that `store` was computed with, with this machine's weights file and device.
 
     Raises:
-        FpnxError: where the file does not say them.
+        FpnxError: where the file does not hold them.
     """
     options = store.provenance.options
     if options is None:
@@ -43,7 +43,7 @@ def recompute_options(store: Store, weights: str | None, device: str, offline: b
 
 
 class Recomputation:
-    """A sample of a store's images, and all that it takes to compute them again.
+    """Recomputes a sample of a store's images, with the model and options that the store was computed with.
 
     Args:
         store: the file, or all shards of a run.
@@ -52,36 +52,40 @@ class Recomputation:
         sample: how many images to compute, evenly spread over those that are done.
 
     Raises:
-        FpnxError: where none of the images is there, or the model cannot be built.
+        FpnxError: where none of the images is found, or the model cannot be built.
     """
 
     def __init__(self, store: Store, against: Any, options: dict[str, Any], sample: int) -> None:
         self._store = store
         listing = find_images([against] if isinstance(against, (str, os.PathLike)) else list(against))
-        there = {os.fsdecode(source.name): source for source in listing.sources}
-        missing = [i for i, path in enumerate(store.paths) if path not in there]
+        sources = {os.fsdecode(source.name): source for source in listing.sources}
+        missing = [i for i, path in enumerate(store.paths) if path not in sources]
         if len(missing) == len(store):
             raise FpnxError(
                 f"none of the images of {escape(store.path)} is in {escape(listing.root)}: name the same folder"
             )
-        gone = set(missing)
-        here = [i for i, path in enumerate(store.paths) if i not in gone]
-        known = [i for i in here if min(there[store.paths[i]].bytes, store.bytes[i]) >= 0]
-        others = [i for i in known if there[store.paths[i]].bytes != store.bytes[i]]
+        present = [i for i, path in enumerate(store.paths) if path in sources]
+        known_sizes = [i for i in present if min(sources[store.paths[i]].bytes, store.bytes[i]) >= 0]
+        changed = [i for i in known_sizes if sources[store.paths[i]].bytes != store.bytes[i]]
         self._problems = [*describe_first("not among the images any more", store, missing)]
-        self._problems += describe_first("another file than then", store, others)
-        usable = [item.index for item in store if item.index not in gone.union(others)]
-        places = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
-        self.chosen = [(i, there[store.paths[i]]) for i in sorted({usable[round(place)] for place in places})]
+        self._problems += describe_first("its file size is not the stored one", store, changed)
+        excluded = {*missing, *changed}
+        usable = [item.index for item in store if item.index not in excluded]
+        positions = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
+        self.chosen = [(i, sources[store.paths[i]]) for i in sorted({usable[round(at)] for at in positions})]
         try:
             self._config = ExtractConfig(**options)
         except TypeError as error:
             name = escape(store.path)
             raise FpnxError(f"{name} was made with options that this fpnx does not know: {error}") from error
-        self._engine: Engine | None = self._made() if self.chosen else None
+        self._engine: Engine | None = self._make_engine() if self.chosen else None
 
-    def _made(self) -> Engine:
-        """The engine that computed the store."""
+    def _make_engine(self) -> Engine:
+        """An engine that computes as the store was computed.
+
+        Raises:
+            FpnxError: where the weights or options are not those of the store.
+        """
         model = build_model(self._config)
         recipe = model.recipe.sized(self._config)
         fields = different_fields(self._store.config, fingerprint_fields(model, recipe, self._config))
@@ -92,11 +96,11 @@ class Recomputation:
             )
         device, config = resolve_device(self._config.device), self._config
         if config.precision == "tf32" and device.type != "cuda":
-            config = replace(config, precision="float32")  # near enough, for the tolerance of reduced precisions
+            config = replace(config, precision="float32")  # differs less than the tolerance of reduced precisions
         return Engine(model, recipe, config, device)
 
-    def compared(self) -> tuple[float, list[str]]:
-        """Compute the sample again → the largest relative difference, and what is wrong."""
+    def compare(self) -> tuple[float, list[str]]:
+        """Recompute the sample → the largest relative difference, and all problems, one line each."""
         store, largest, problems = self._store, 0.0, self._problems
         for index, computed in self._computed():
             difference = _difference(store, index, computed)
@@ -108,29 +112,29 @@ class Recomputation:
         return largest, problems
 
     def _computed(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(index, level → (C, H, W)) of each image, one by one, as `extract` computes it."""
-        engine, most = self._engine, self._config.max_pixels
+        """(index, level → (C, H, W)) of each image of the sample, as `extract` computes it."""
+        engine, max_pixels = self._engine, self._config.max_pixels
         if engine is None:
             return
         with pillow_limits(), arithmetic(engine.device, engine.precision, steady=False):
             for index, source in self.chosen:
-                picture = decode(source, most)
-                size = engine.recipe.input_size((picture.height, picture.width), most)
+                picture = decode(source, max_pixels)
+                size = engine.recipe.input_size((picture.height, picture.width), max_pixels)
                 features = engine([engine.recipe.resize(picture, size)])
                 yield index, {level: values[0] for level, values in features.arrays.items()}
 
 
 def _difference(store: Store, index: int, computed: dict[str, np.ndarray]) -> float:
-    """The largest difference of any level, relative to the level's largest value; inf where NaN or inf differ."""
+    """The largest difference over all levels, relative to the level's largest value; inf where NaN or inf differ."""
     largest = 0.0
-    for level, again in computed.items():
+    for level, values in computed.items():
         stored = store[index][level].astype(np.float64)
-        if stored.shape != again.shape or not np.array_equal(np.isfinite(stored), np.isfinite(again)):
+        if stored.shape != values.shape or not np.array_equal(np.isfinite(stored), np.isfinite(values)):
             return float("inf")
         finite = np.isfinite(stored)
         if finite.any():
             scale = float(np.abs(stored[finite]).max()) or 1.0
-            largest = max(largest, float(np.abs(stored[finite] - again[finite]).max()) / scale)
+            largest = max(largest, float(np.abs(stored[finite] - values[finite]).max()) / scale)
     return largest
 
 

@@ -1,4 +1,4 @@
-"""A folder of images → model → store: the whole pipeline."""
+"""One extraction in this process: images are listed, the run is planned, and the pipeline fills a sink."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.plan_summary import PlanSummary
 from fpnx.core.provenance import Provenance
 from fpnx.core.text import escape
-from fpnx.extraction.pipeline import STAGES, StageClock, run_pipeline
+from fpnx.extraction.pipeline import STAGES, StageTimer, run_pipeline
 from fpnx.extraction.plan import Plan, make_plan
 from fpnx.extraction.sink import Hdf5Sink, Outcome, Sink, outcome_of
 from fpnx.extraction.upload import Destination, check_destination, scratch_folder, upload
@@ -46,19 +46,22 @@ class Result:
     """How a run ended.
 
     Attributes:
-        output: the file, or its address.
-        images, done: how many there are in it, and how many hold features.
+        output: the file or folder, or its URL.
+        images, done: number of images in it, and of those with features.
         failed: (path, reason) of each failed image.
-        computed: how many this run computed.
-        seconds: of computing, without loading the model.
+        computed: number of images that this run computed.
+        seconds: duration of the run without loading the model.
         timings: milliseconds per computed image, by stage.
-        nonfinite: NaN and infinite values, by level; in a strict run they are errors.
-        too_small: levels stored as float16 whose values, in the images looked at, are all too small for it.
-        stopped: why `strict` ended it early; None where it did not.
+        nonfinite: number of NaN and infinite values by level; in a strict run they are errors.
+        allowed_failures: number of failed images up to which the run counts as successful.
+        strict: whether the first failure stops the run.
+        too_small: levels stored as float16 whose values, in a sample of images, are all too small for it.
+        stopped: why the run ended early; None where it did not.
         complete: whether `output` has its final name.
-        lost: archives that may have had more images, a line each; each counts as a failed image.
-        plan: what was planned.
-        engine: of a run on many workers, what each shard came to; else None.
+        dry_run: whether the run was only planned.
+        lost: truncated archives, which may have had more images, one line each; each counts as a failed image.
+        plan: summary of the plan.
+        engine: of a distributed run, the result of each shard; else None.
     """
 
     output: Path | str
@@ -81,18 +84,18 @@ class Result:
 
     @property
     def images_per_second(self) -> float:
-        """Computed images over the seconds that it took."""
+        """Computed images per second of the run."""
         return self.computed / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 where more images failed than allowed or `strict` stopped the run."""
-        not_finite = self.strict and any(self.nonfinite.values())
+        """1 where more images failed than allowed or the run stopped early, else 0."""
+        has_nonfinite = self.strict and any(self.nonfinite.values())
         failures = len(self.failed) + len(self.lost)
-        return 1 if self.stopped or not_finite or failures > self.allowed_failures else 0
+        return 1 if self.stopped or has_nonfinite or failures > self.allowed_failures else 0
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values."""
+        """Values for JSON."""
         return {
             **(self.plan.to_json() if self.plan is not None else {}),
             **({"engine": dict(self.engine)} if self.engine is not None else {}),
@@ -114,65 +117,67 @@ class Result:
 
 def run_extraction(
     images: Sequence[str | os.PathLike[str]],
-    goal: Destination,
+    destination: Destination,
     config: ExtractConfig,
     *,
     listener: Listener | None = None,
     equipment: EngineCache | None = None,
-    barred: Mapping[bytes, str] | None = None,
+    blocked: Mapping[bytes, str] | None = None,
 ) -> Result:
-    """Images → `goal`, in this process.
+    """Extract the features of `images` to `destination`, in this process.
 
     Args:
-        images: files, folders, archives, addresses, or `"@list.txt"`.
-        goal: where the output is made, as `goal_of` gives it.
-        config: what is asked for.
+        images: files, folders, archives, URLs, or `"@list.txt"`.
+        destination: of the output, as `resolve_destination` gives it.
+        config: the options.
         listener: receives the progress.
-        equipment: lends its model, for runs of many parts.
-        barred: by name, images that must not be opened, and why; they fail.
+        equipment: holds the model and its engines, to share them between runs.
+        blocked: by name, images that must not be opened, and why; they fail.
 
     Raises:
-        FpnxError: a request that cannot be carried out.
-        Interrupted: on SIGINT or SIGTERM; what was done is kept.
+        FpnxError: for a request that cannot be carried out.
+        Interrupted: on SIGINT or SIGTERM; the images that are done are kept.
     """
-    hears, target, draws = listener or Listener(), goal.local, config.format == "png"
-    with connections(), scratch_folder(goal):
-        if not draws:
-            check_output(target, config)
-        finished = check_destination(goal, config)
-        with handle_signals(hears) as stop, pillow_limits():
-            assert not isinstance(config.shard, str), "the config has parsed it"
+    listener, output, png = listener or Listener(), destination.local, config.format == "png"
+    with connections(), scratch_folder(destination):
+        if not png:
+            check_output(output, config)
+        finished_url = check_destination(destination, config)
+        with handle_signals(listener) as stop, pillow_limits():
+            assert not isinstance(config.shard, str), "the config parses it"
             listing = find_images(images, config.limit, config.shard)
-            if barred:
-                sources = tuple(replace(source, barred=barred.get(source.name, "")) for source in listing.sources)
+            if blocked:
+                sources = tuple(replace(source, blocked=blocked.get(source.name, "")) for source in listing.sources)
                 listing = replace(listing, sources=sources)
-            for remark in (*listing.remarks, *listing.lost):
-                hears.message(remark)
-            with nullcontext(True) if config.dry_run else lock(target) as alone:
-                if not alone:
-                    hears.message("files cannot be locked here: see to it that no second run writes this output")
-                if draws:
+            for remark in (*listing.remarks, *listing.truncated):
+                listener.message(remark)
+            with nullcontext(True) if config.dry_run else lock(output) as locked:
+                if not locked:
+                    listener.message("files cannot be locked here: see to it that no second run writes this output")
+                if png:
                     from fpnx.extraction.png_sink import check_png_folder
 
-                    check_png_folder(target, listing, config)
+                    check_png_folder(output, listing, config)
                 else:
-                    check_output(target, config)  # again: another run may have ended since
-                plan = make_plan(target, config, listing, hears, equipment, destination=goal.url, finished=finished)
-                if draws:
+                    check_output(output, config)  # again: another run may have ended in the meantime
+                plan = make_plan(
+                    output, config, listing, listener, equipment, destination=destination.url, finished=finished_url
+                )
+                if png:
                     config.check_channels({shape.level: shape.channels for shape in plan.shapes})
-                hears.planned(plan.summary)
+                listener.planned(plan.summary)
                 if config.dry_run:
-                    return _result(plan, Outcome(), StageClock(), complete=False, dry_run=True)
-                result = None if draws else _finished(plan, finished)
+                    return _result(plan, Outcome(), StageTimer(), complete=False, dry_run=True)
+                result = None if png else _finished_result(plan, finished_url)
                 if result is None:
-                    result = _run(plan, _sink(plan, hears), stop, hears)
-                if goal.url is not None and finished is None and result.complete:
-                    upload(goal, plan.layout.config, listing.records, stop, hears)
+                    result = _compute(plan, _open_sink(plan, listener), stop, listener)
+                if destination.url is not None and finished_url is None and result.complete:
+                    upload(destination, plan.layout.config, listing.records, stop, listener)
                 return result
 
 
 def provenance_of(plan: Plan) -> Provenance:
-    """How the output of `plan` is made, as its file says it."""
+    """The provenance that is stored in the output of `plan`: versions, options, weights, device, time."""
     return Provenance(
         versions={
             "fpnx": __version__,
@@ -192,8 +197,8 @@ def provenance_of(plan: Plan) -> Provenance:
     )
 
 
-def _sink(plan: Plan, listener: Listener) -> Sink:
-    """The sink for the plan's format."""
+def _open_sink(plan: Plan, listener: Listener) -> Sink:
+    """Open the sink for the output format of the plan."""
     if plan.config.format == "png":
         from fpnx.extraction.png_sink import PngSink
 
@@ -201,31 +206,37 @@ def _sink(plan: Plan, listener: Listener) -> Sink:
     return Hdf5Sink.open(plan, provenance_of(plan), listener)
 
 
-def _finished(plan: Plan, address: str | None) -> Result | None:
-    """How the run ended that a complete output is of; None where there is none to go on from."""
+def _finished_result(plan: Plan, url: str | None) -> Result | None:
+    """The result of the run that has finished the output before, with `resume`; None where the run must go on.
+
+    Args:
+        plan: of this run.
+        url: of a finished output in an object store.
+    """
     if not plan.config.resume or part_path(plan.output).exists():
         return None
-    output = plan.output if plan.output.exists() else address
+    output = plan.output if plan.output.exists() else url
     if output is None:
         return None
     with open_store_file(output) as store:
         _refuse_unfinished(plan.output, store)
-        return _result(plan, outcome_of(store), StageClock())
+        return _result(plan, outcome_of(store), StageTimer())
 
 
-def _run(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> Result:
-    clock = StageClock()
+def _compute(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> Result:
+    """Run the pipeline, then finish the sink, or commit what is done where the run stopped early."""
+    timer = StageTimer()
     try:
         stop.begin()
-        stopped = run_pipeline(plan, sink, clock, stop, listener)
+        stopped = run_pipeline(plan, sink, timer, stop, listener)
         if stopped is None:
             sink.finish()
         else:
             sink.commit()
     finally:
         sink.close()
-    clock.stop()
-    result = _result(plan, sink.outcome(), clock, complete=stopped is None, stopped=stopped)
+    timer.stop()
+    result = _result(plan, sink.outcome(), timer, complete=stopped is None, stopped=stopped)
     if stop.signum is not None and stopped == "interrupted":
         raise Interrupted(
             f"interrupted: {result.done} of {result.images} images are done and kept: continue with --resume",
@@ -246,7 +257,7 @@ def _refuse_unfinished(output: Path, store: Store) -> None:
 def _result(
     plan: Plan,
     outcome: Outcome,
-    clock: StageClock,
+    timer: StageTimer,
     *,
     complete: bool = True,
     stopped: str | None = None,
@@ -258,9 +269,9 @@ def _result(
         images=count,
         done=outcome.done,
         failed=outcome.failed,
-        computed=clock.images,
-        seconds=clock.seconds,
-        timings={stage: 1000 * clock.spent[stage] / max(clock.images, 1) for stage in STAGES},
+        computed=timer.images,
+        seconds=timer.seconds,
+        timings={stage: 1000 * timer.stage_seconds[stage] / max(timer.images, 1) for stage in STAGES},
         nonfinite=outcome.nonfinite,
         allowed_failures=0 if plan.config.strict else plan.config.allowed_failures(count),
         strict=plan.config.strict,
@@ -268,7 +279,7 @@ def _result(
         stopped=stopped,
         complete=complete,
         dry_run=dry_run,
-        lost=plan.listing.lost,
+        lost=plan.listing.truncated,
         plan=plan.summary,
     )
 

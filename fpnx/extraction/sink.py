@@ -1,4 +1,4 @@
-"""Where a run puts what it computes: the interface, and the sink that writes an HDF5 file."""
+"""Sinks take the features of a run: the protocol, and the sink that writes an HDF5 file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fpnx.store.writer import Writer, part_path
 
 __all__ = ["Hdf5Sink", "Outcome", "Sink", "outcome_of"]
 
-LEAST_NORMAL = float(np.finfo(np.float16).smallest_normal)  # smaller values lose digits in float16, and end as 0
-IMAGES_LOOKED_AT = 8
+SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)  # smaller values lose digits in float16, or become 0
+MAX_SAMPLES = 8  # images whose values are read to find levels that are too small for float16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an output holds.
+    """Summary of an output's contents.
 
     Attributes:
-        done: how many images have features.
+        done: number of images with features.
         failed: (path, reason) of each failed image.
-        nonfinite: NaN and infinite values by level.
-        too_small: levels stored as float16 whose values, in the images looked at, are all too small for it.
+        nonfinite: number of NaN and infinite values by level.
+        too_small: levels stored as float16 whose values, in a sample of images, are all too small for it.
     """
 
     done: int = 0
@@ -38,10 +38,10 @@ class Outcome:
 
 
 class Sink(Protocol):
-    """Takes the features of images, one thread at a time.
+    """Takes the features of images; only one thread calls it at a time.
 
     Attributes:
-        status: (N,) uint8 by image: pending, done or failed as in a store.
+        status: (N,) uint8, PENDING, DONE or FAILED for each image, as in a store.
     """
 
     status: np.ndarray
@@ -53,7 +53,7 @@ class Sink(Protocol):
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
     ) -> None:
-        """Take what images of one padded size gave; the arguments are those of `Writer.put`."""
+        """Take the features of images of one padded size; the arguments are those of `Writer.put`."""
 
     def fail(self, index: int, reason: str) -> None:
         """Mark an image as failed."""
@@ -68,35 +68,35 @@ class Sink(Protocol):
         """Close without committing."""
 
     def outcome(self) -> Outcome:
-        """What the output holds, after `close`."""
+        """Summary of the output, after `close`."""
 
 
 class Hdf5Sink(Writer):
-    """A `Writer` that continues or begins the output of a plan."""
+    """Writes the features of a run to the HDF5 file of its plan; a `Writer` with an `outcome`."""
 
     @classmethod
     def open(cls, plan: Plan, provenance: Provenance, listener: Listener) -> Hdf5Sink:
         """Reopen the `.part` of the plan's output with `resume`, else create one.
 
         Raises:
-            FpnxError: where the disk refuses.
+            FpnxError: where creating or writing it fails.
         """
         if plan.config.resume and part_path(plan.output).exists():
             return cls.reopen(plan.output)
         sink = cls.create(plan.output, plan.layout, provenance)
-        if not sink.space_is_claimed:
-            listener.message("this file system cannot set space aside: free space was checked once, now")
+        if not sink.space_is_reserved:
+            listener.message("this file system cannot reserve space: free space was checked once, at the start")
         return sink
 
     def outcome(self) -> Outcome:
-        """What the file, or the `.part` of an unfinished run, holds."""
+        """Summary of the file, or of the `.part` of an unfinished run."""
         part = part_path(self.output)
         with open_store_file(part if part.exists() else self.output) as store:
             return outcome_of(store)
 
 
 def outcome_of(store: Store) -> Outcome:
-    """What a store holds."""
+    """Summary of a store."""
     return Outcome(
         done=int((store.status == DONE).sum()),
         failed=tuple(store.failures()),
@@ -106,16 +106,17 @@ def outcome_of(store: Store) -> Outcome:
 
 
 def _too_small(store: Store) -> tuple[str, ...]:
-    """Levels whose values are all below float16's normal numbers in a few images, the first and others at a distance.
+    """Levels whose values are all below float16's normal numbers in a few images, evenly spread over the store.
 
-    The scale of a level is the network's, so that a few images tell. NaN counts as large: it is reported elsewhere.
+    A few images are enough, since the scale of a level depends on the network. NaN counts as large: it is reported as
+    nonfinite.
     """
     if store.config.get("dtype") != "float16":
         return ()
     done = np.flatnonzero(store.status == DONE)
-    looked_at = [store[i] for i in done[:: len(done) // IMAGES_LOOKED_AT + 1].tolist()]
+    samples = [store[i] for i in done[:: len(done) // MAX_SAMPLES + 1].tolist()]
     return tuple(
         level
         for level in store.levels
-        if looked_at and all(np.abs(item[level]).max(initial=0) < LEAST_NORMAL for item in looked_at)
+        if samples and all(np.abs(item[level]).max(initial=0) < SMALLEST_NORMAL for item in samples)
     )

@@ -1,4 +1,7 @@
-"""Where a run's file goes: a path here, or an object in a store, which is written here, verified, then sent whole."""
+"""Destination of a run's output: a local path, or a URL in an object store.
+
+An output for an object store is written to a local scratch folder, verified, and uploaded when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from fpnx.core.interrupts import StopRequest
 from fpnx.core.sharding import shard_path
 from fpnx.core.text import escape
 from fpnx.remote.backends import AbandonedError
-from fpnx.remote.client import RemoteError, about, check_writable, send
+from fpnx.remote.client import RemoteError, check_writable, object_info, send
 from fpnx.remote.urls import bucket_and_key, checked, is_url, is_web, with_name
 from fpnx.store.output_path import real_output
 from fpnx.store.reader import open_store_file
@@ -29,49 +32,49 @@ from fpnx.store.writer import check_same_run, part_path
 
 __all__ = ["Destination", "check_destination", "upload", "resolve_destination", "scratch_folder"]
 
-MAY_REPLACE = ".may-replace"  # stands beside the work that was begun with --overwrite, for a later --resume
+REPLACE_SUFFIX = ".may-replace"  # of a marker file that `--overwrite` leaves beside the output, for a later --resume
 MB = 1_000_000
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the work goes on, and the address that it is sent to, if any."""
+    """Local path of an output, and the URL that it is uploaded to; None for a local output."""
 
     local: Path
     url: str | None = None
 
     @property
-    def raw(self) -> bytes:
-        """The address, as `fpnx.remote` takes it."""
+    def url_bytes(self) -> bytes:
+        """The URL as bytes, as `fpnx.remote` takes it."""
         assert self.url is not None
         return self.url.encode("utf-8", "surrogateescape")
 
     @property
-    def permit(self) -> Path:
-        """Is there if an object may be replaced."""
-        return self.local.with_name(self.local.name + MAY_REPLACE)
+    def replace_marker(self) -> Path:
+        """Empty file that exists if the run was started with `--overwrite`, so that an existing object is replaced."""
+        return self.local.with_name(self.local.name + REPLACE_SUFFIX)
 
 
 def resolve_destination(output: str | os.PathLike[str], config: ExtractConfig) -> Destination:
-    """Where `output`, or with `config.shard` that shard of it, is made.
+    """The destination of `output`, or with `config.shard` of that shard of it.
 
-    What is for an object store has a folder of its own below `--scratch`, the same each time.
+    An output for an object store has its own folder below `--scratch`, which is the same for each run.
 
     Raises:
-        FpnxError: for what cannot be an output.
+        FpnxError: for a path or URL that cannot be an output.
     """
     text, shard = os.fspath(output), config.shard
-    assert not isinstance(shard, str), "the config has parsed it"
+    assert not isinstance(shard, str), "the config parses it"
     if not is_url(os.fsencode(text)):
         if config.scratch is not None:
             raise FpnxError(
-                f"scratch {escape(config.scratch)} is for outputs in stores: {escape(text)} is made in place"
+                f"scratch {escape(config.scratch)} is for outputs in object stores: {escape(text)} is written in place"
             )
         return Destination(real_output(Path(text) if shard is None else shard_path(Path(text), shard)))
     url = checked(os.fsencode(text))
     name = bucket_and_key(url)[1].rpartition("/")[2]
     if is_web(url) or not name or config.format != "h5":
-        what = "pictures go into a folder on a disk" if config.format != "h5" else "name an object in a store"
+        what = "pictures go into a folder on a disk" if config.format != "h5" else "name an object in a bucket"
         raise FpnxError(
             f"output {escape(url)}: {what}, such as {'out_png' if config.format != 'h5' else _example(url)}"
         )
@@ -87,115 +90,128 @@ def resolve_destination(output: str | os.PathLike[str], config: ExtractConfig) -
 
 
 @contextmanager
-def scratch_folder(goal: Destination) -> Iterator[None]:
-    """Makes the folder where the work for a store goes on, and takes it away once it is empty.
+def scratch_folder(destination: Destination) -> Iterator[None]:
+    """Creates the scratch folder of an output for an object store, and removes it at the end if it is empty.
 
     Raises:
-        FpnxError: where it cannot be made, or somebody else has made it.
+        FpnxError: where it cannot be created, or belongs to another user.
     """
-    if goal.url is None:
+    if destination.url is None:
         yield
         return
-    folder = goal.local.parent
+    folder = destination.local.parent
     try:
         with suppress(FileExistsError):
             folder.mkdir(0o700)
-        about_it = os.lstat(folder)
+        info = os.lstat(folder)
     except OSError as error:
         raise FpnxError(f"cannot work in {escape(folder)}: {error.strerror}; name a folder with --scratch") from error
-    # Anybody may make folders in /tmp: in another's, files could be exchanged under our hands.
-    ours = not hasattr(os, "getuid") or about_it.st_uid == os.getuid()
-    if not stat.S_ISDIR(about_it.st_mode) or not ours:
+    # Every user may create folders in /tmp; the owner of the folder could replace our files while we write them.
+    owned = not hasattr(os, "getuid") or info.st_uid == os.getuid()
+    if not stat.S_ISDIR(info.st_mode) or not owned:
         raise FpnxError(f"{escape(folder)} is not a folder of yours: remove it, or name another place with --scratch")
     try:
         yield
     finally:
         with suppress(OSError):
-            if not (goal.local.exists() or part_path(goal.local).exists()):
-                goal.permit.unlink(missing_ok=True)
+            if not (destination.local.exists() or part_path(destination.local).exists()):
+                destination.replace_marker.unlink(missing_ok=True)
             folder.rmdir()
 
 
-def check_destination(goal: Destination, config: ExtractConfig) -> str | None:
-    """See, before any work, whether the output could be sent to its store; gives the address of one to resume from.
+def check_destination(destination: Destination, config: ExtractConfig) -> str | None:
+    """Check, before any image is computed, that the output can be uploaded.
+
+    Returns:
+        The URL of an existing object that `--resume` compares the run with; None where there is none.
 
     Raises:
-        FpnxError: where it could not, or where something is there that nobody asked to continue or replace.
+        FpnxError: where it cannot be uploaded, or where the object exists and the options do not allow to continue or
+            replace it.
     """
-    if goal.url is None:
+    url, local = destination.url, destination.local
+    if url is None:
         return None
-    begun = [path for path in (part_path(goal.local), goal.local) if path.exists()]
-    if _is_there(goal):
+    unfinished = [path for path in (part_path(local), local) if path.exists()]
+    if _object_exists(destination):
         if not (config.resume or config.overwrite):
             raise FpnxError(
-                f"{escape(goal.url)} exists: see with --resume whether it is of this run, replace it with --overwrite, "
+                f"{escape(url)} exists: see with --resume whether it is of this run, replace it with --overwrite, "
                 f"or name another with -o"
             )
-        if config.resume and not begun:
-            return goal.url
-        if config.resume and part_path(goal.local).exists() and not goal.permit.exists():
+        if config.resume and not unfinished:
+            return url
+        if config.resume and part_path(local).exists() and not destination.replace_marker.exists():
             raise FpnxError(
-                f"{escape(goal.url)} exists, and {escape(part_path(goal.local))} is an unfinished run for it: "
+                f"{escape(url)} exists, and {escape(part_path(local))} is an unfinished run for it: "
                 f"start over with --overwrite, or name another with -o"
             )
-    check_writable(goal.raw)
+    check_writable(destination.url_bytes)
     if not config.dry_run:
         if config.overwrite:
-            goal.permit.touch()
-        elif not begun:
-            goal.permit.unlink(missing_ok=True)
+            destination.replace_marker.touch()
+        elif not unfinished:
+            destination.replace_marker.unlink(missing_ok=True)
     return None
 
 
 def upload(
-    goal: Destination, identity: Mapping[str, Any], images: ImageList, stop: StopRequest, listener: Listener
+    destination: Destination, identity: Mapping[str, Any], images: ImageList, stop: StopRequest, listener: Listener
 ) -> None:
-    """Verify the finished file and send it; the file here is removed once all of it is there.
+    """Verify the finished local file and upload it; then remove the local file.
+
+    Args:
+        destination: of the output.
+        identity: the config that a finished object must have been made with, see `fingerprint_fields`.
+        images: the images that it must have been made from.
+        stop: interrupts the upload.
+        listener: receives the progress.
 
     Raises:
-        FpnxError: where it does not verify, or was not written; it is kept then.
-        Interrupted: on SIGINT or SIGTERM; it is kept, and nothing of it is there.
+        FpnxError: where the file does not verify or the upload fails; the local file is kept.
+        Interrupted: on SIGINT or SIGTERM; the local file is kept, and no object is created.
     """
-    assert goal.url is not None
+    url, local = destination.url, destination.local
+    assert url is not None
     stop.begin()
-    listener.message(f"verifying {escape(goal.local)} before it is sent")
-    with open_store_file(goal.local) as store:
-        found = verify_structure(store, listener)
-    if found.problems:
+    listener.message(f"verifying {escape(local)} before it is sent")
+    with open_store_file(local) as store:
+        verification = verify_structure(store, listener)
+    if verification.problems:
         raise FpnxError(
-            f"{escape(goal.local)} does not verify ({found.problems[0]}), and was not sent to {escape(goal.url)}: "
+            f"{escape(local)} does not verify ({verification.problems[0]}), and was not sent to {escape(url)}: "
             f"start over with --overwrite"
         )
-    size, may_replace = goal.local.stat().st_size, goal.permit.exists()
-    kept = f"{escape(goal.local)} is whole: the same command with --resume sends it"
+    size, may_replace = local.stat().st_size, destination.replace_marker.exists()
+    kept = f"{escape(local)} is whole: the same command with --resume sends it"
     try:
-        sent = (may_replace or not _is_there(goal)) and send(
-            str(goal.local),
-            goal.raw,
+        sent = (may_replace or not _object_exists(destination)) and send(
+            str(local),
+            destination.url_bytes,
             may_replace,
             lambda done: listener.progress("MB sent", done // MB, -(-size // MB)),
             lambda: stop.signum is None,
         )
-        if not sent:  # it was there before us: from a run that ended in between, or from somebody else's
-            with open_store_file(goal.url) as store:
+        if not sent:  # the object exists by now: another run may have sent the same file, or it is something else
+            with open_store_file(url) as store:
                 check_same_run(store, identity, images)
-        there = about(goal.raw).bytes
+        remote_size = object_info(destination.url_bytes).bytes
     except AbandonedError as error:
         assert stop.signum is not None
         raise Interrupted(f"interrupted while it was sent; {kept}", stop.signum) from error
     except RemoteError as error:
-        raise FpnxError(f"{escape(goal.url)} was not written ({error.reason}); {kept}") from error
-    if there != size:
-        raise FpnxError(f"{escape(goal.url)} has {there} bytes where {size} were sent; {kept}")
-    for path in (goal.local, goal.permit):
+        raise FpnxError(f"{escape(url)} was not written ({error.reason}); {kept}") from error
+    if remote_size != size:
+        raise FpnxError(f"{escape(url)} has {remote_size} bytes where {size} were sent; {kept}")
+    for path in (local, destination.replace_marker):
         path.unlink(missing_ok=True)
 
 
-def _is_there(goal: Destination) -> bool:
+def _object_exists(destination: Destination) -> bool:
     try:
-        about(goal.raw)
+        object_info(destination.url_bytes)
     except RemoteError as error:
-        # Who may only write learns nothing of what is there; sending tells.
+        # With permission to write only, the object cannot be looked up; `send` finds whether it exists.
         if error.reason.startswith(("not found", "no permission")):
             return False
         raise

@@ -1,4 +1,4 @@
-"""Image files to upright 8-bit RGB, with EXIF orientation, or the reason why not."""
+"""Decoding of image files to upright 8-bit RGB: EXIF orientation, transparency, 16-bit values, limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fpnx.images.reading import ImageSource, open_source
 
 __all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_size"]
 
-# What Pillow recognises by more than its beginning: these begin right, and are broken further on.
+# Magic bytes of formats that Pillow checks further: a file that begins so, and is not recognised, is damaged.
 DAMAGED = (
     ("TIFF", rb"II\*\0|MM\0\*"),
     ("AVIF", rb"(?s)....ftypavi[fs]"),
@@ -26,12 +26,12 @@ DAMAGED = (
     ("PNG", rb"\x89PNG"),
 )
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-BACKGROUND = (255, 255, 255)  # what shows through transparency, as on a page
-ORIENTATION = 0x0112
-TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143
-LARGEST_TILE = 1 << 20  # pixels that a TIFF's tile may have, however small the limit
-BYTES_A_PIXEL, MORE_BYTES = 16, 1 << 26  # how large a file may be: four channels of 32 bits, and what goes with them
-UPRIGHT = {
+BACKGROUND = (255, 255, 255)  # colour behind transparent pixels
+EXIF_ORIENTATION = 0x0112
+TILE_WIDTH, TILE_LENGTH = 0x0142, 0x0143  # TIFF tags
+MAX_TILE_PIXELS = 1 << 20  # a TIFF tile may always have so many, even with a smaller limit
+BYTES_PER_PIXEL, METADATA_BYTES = 16, 1 << 26  # limit on the file size: four 32-bit channels, and metadata
+TRANSPOSE = {  # by EXIF orientation: the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,9 +40,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-NOT_IMAGES = (  # how files that pretend to be images begin
+NOT_IMAGES = (  # magic bytes of files that are often mistaken for images
     (b"version https://git-lfs", "a git-lfs pointer, not the image itself: run `git lfs pull`"),
     (b"<svg", "an SVG drawing, not pixels"),
     (b"<!doctype html", "an HTML page, not an image"),
@@ -53,7 +51,7 @@ NOT_IMAGES = (  # how files that pretend to be images begin
 
 
 def upright_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the header alone.
+    """(height, width) in pixels after EXIF orientation, from the header alone.
 
     Raises:
         ImageError: with the reason why it cannot be read.
@@ -64,9 +62,9 @@ def upright_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
 
 
 class PixelBudget:
-    """How many pixels may be under decoding at once, over all threads; a larger image waits until it is alone.
+    """A limit on the pixels that all threads decode at the same time; a larger image is decoded alone.
 
-    Decoding takes up to 27 bytes a pixel (measured: WebP with alpha and orientation), so that `pixels` bounds it.
+    Decoding takes up to 27 bytes per pixel (measured: WebP with alpha and orientation), so `pixels` limits the memory.
     """
 
     def __init__(self, pixels: int) -> None:
@@ -74,7 +72,7 @@ class PixelBudget:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """Gives a function that claims pixels, waiting for them; they are given back at the end."""
+        """Yields a function that waits until so many pixels are free, and claims them; they are released at the end."""
         claimed = 0
 
         def claim(pixels: int) -> None:
@@ -93,9 +91,12 @@ class PixelBudget:
 
 
 def decode(source: ImageSource, max_pixels: int, claim: Callable[[int], None] | None = None) -> Image.Image:
-    """The upright 8-bit RGB picture: first frame, alpha over white, 16-bit grey scaled to 8 bits.
+    """Decode an image to upright 8-bit RGB: first frame, alpha over white, 16-bit grey scaled to 8 bits.
 
-    `claim` hears the number of pixels before any is decoded; see `PixelBudget`.
+    Args:
+        source: the image.
+        max_pixels: largest number of pixels that it may have.
+        claim: called with the number of pixels before they are decoded; see `PixelBudget`.
 
     Raises:
         ImageError: with the reason why it cannot be read.
@@ -104,16 +105,16 @@ def decode(source: ImageSource, max_pixels: int, claim: Callable[[int], None] | 
         if claim is not None:
             claim(image.width * image.height)
         image.load()
-        turn = UPRIGHT.get(_orientation(image))
-        picture = to_rgb(image)
-        return picture.transpose(turn) if turn is not None else picture
+        transpose = TRANSPOSE.get(_orientation(image))
+        rgb = to_rgb(image)
+        return rgb.transpose(transpose) if transpose is not None else rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB, with nothing clipped silently.
+    """Convert any Pillow image to 8-bit RGB; no value is clipped silently.
 
     Raises:
-        ImageError: for floating-point or 32-bit values outside 0..1, whose scale nobody knows.
+        ImageError: for floating-point or 32-bit values outside 0..1, whose scale is unknown.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 0..65535 → 0..255, rounded
@@ -132,7 +133,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def pillow_limits() -> Iterator[None]:
-    """Leave the limit on pixels to `max_pixels`, and keep Pillow's remarks on odd files off the terminal."""
+    """Inside the block, Pillow has no pixel limit of its own (`max_pixels` applies) and its warnings are off."""
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")
@@ -145,12 +146,12 @@ def pillow_limits() -> Iterator[None]:
 
 @contextmanager
 def _opened(source: ImageSource, max_pixels: int, whole: bool = True) -> Iterator[Image.Image]:
-    """The file opened by Pillow; whatever goes wrong inside becomes an `ImageError` with a short reason."""
+    """Open the file with Pillow; every error inside the block becomes an `ImageError` with a short reason."""
     try:
-        if source.barred:
-            raise ImageError(source.barred)
-        most = BYTES_A_PIXEL * max_pixels + MORE_BYTES  # texts and profiles are read whole
-        with open_source(source, most, whole) as file, _recognised(file) as image:
+        if source.blocked:
+            raise ImageError(source.blocked)
+        most = BYTES_PER_PIXEL * max_pixels + METADATA_BYTES
+        with open_source(source, most, whole) as file, _open_with_pillow(file) as image:
             _check_pixels(image, max_pixels)
             yield image
     except ImageError:
@@ -159,19 +160,20 @@ def _opened(source: ImageSource, max_pixels: int, whole: bool = True) -> Iterato
         raise ImageError("out of memory: lower --workers, or refuse such images with --max-pixels") from error
     except OSError as error:
         raise ImageError(escape(error.strerror or str(error) or type(error).__name__)) from error
-    except Exception as error:  # decoders raise ValueError, SyntaxError, struct.error and more
+    except Exception as error:  # Pillow's decoders raise ValueError, SyntaxError, struct.error and more
         raise ImageError(escape(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)) from error
 
 
-def _recognised(file: BinaryIO) -> Image.Image:
+def _open_with_pillow(file: BinaryIO) -> Image.Image:
+    """The image, its pixels not yet decoded; raises ImageError for anything else than an image."""
     Image.init()
     try:
         return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         file.seek(0)
         start = file.read(512)
-        reason = next((f"a damaged {kind} file" for kind, mark in DAMAGED if re.match(mark, start)), None)
-        reason = reason or next((why for mark, why in NOT_IMAGES if mark.lower() in start.lower()), None)
+        reason = next((f"a damaged {kind} file" for kind, magic in DAMAGED if re.match(magic, start)), None)
+        reason = reason or next((text for magic, text in NOT_IMAGES if magic.lower() in start.lower()), None)
         if not start:
             reason = "empty file"
         raise ImageError(reason or f"not an image that fpnx reads ({', '.join(FORMATS)})") from None
@@ -182,13 +184,14 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
         raise ImageError(f"{image.height}×{image.width} pixels, over the limit of {max_pixels}")
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     tile = int(tags.get(TILE_WIDTH) or 0) * int(tags.get(TILE_LENGTH) or 0)
-    if tile > max(max_pixels, LARGEST_TILE):  # a small picture can be cut from a huge tile
+    if tile > max(max_pixels, MAX_TILE_PIXELS):  # a small image may have a huge tile
         raise ImageError(f"tiles of {tile} pixels, over the limit of {max_pixels}")
 
 
 def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 (upright) where it is missing or invalid."""
     try:
-        value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken EXIF is no reason to lose the picture
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # damaged EXIF data does not fail the image
         return 1
-    return value if value in UPRIGHT else 1
+    return value if value in TRANSPOSE else 1

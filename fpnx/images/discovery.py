@@ -1,142 +1,66 @@
-"""What paths and addresses stand for: files, archives and the images in them, folders and globs of stores."""
+"""The images that one path or URL stands for: a file, a folder, an archive, an object, or a glob of objects."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import escape
-from fpnx.images.reading import NOT_FOUND, ImageSource, archive_members, locate, member_source
+from fpnx.images.reading import ImageSource, locate, member_source
 from fpnx.images.tar_index import is_archive, is_compressed
+from fpnx.images.tar_members import archive_index
 from fpnx.remote import client as remote
 from fpnx.remote import urls
 from fpnx.remote.backends import NO_FOLDERS, ObjectInfo
 from fpnx.remote.glob import match_objects
 
-__all__ = ["EXTENSIONS", "Found", "find_file", "find_in_archive", "find_listed", "find_remote", "is_image"]
+__all__ = [
+    "EXTENSIONS",
+    "FoundImages",
+    "find_file",
+    "find_in_archive",
+    "find_in_folder",
+    "find_listed",
+    "find_remote",
+    "is_image",
+]
 
 EXTENSIONS = frozenset(
     b".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 UNKNOWN = ObjectInfo(-1, 0)
-ARCHIVES_AT_ONCE = 8  # archives of a store whose headers are read side by side
+ARCHIVE_THREADS = 8  # for reading the indexes of remote archives
 
 
 @dataclass
-class Found:
-    """What was found of images that were named.
+class FoundImages:
+    """Images found at one or more paths.
 
     Attributes:
-        roots: folders, archives and addresses that they are in.
-        sources: the images, their names still their paths.
-        skipped: how many other files were passed over.
-        remarks: what the user should know, a line each.
-        lost: archives that may have had more, a line each.
+        roots: the folders, archives and URLs that the images are in.
+        sources: the images; their names are still their paths.
+        skipped: number of other files.
+        remarks: notes for the user, a line each.
+        truncated: archives that end early and may have had more images, a line each.
     """
 
     roots: list[bytes] = field(default_factory=list)
     sources: list[ImageSource] = field(default_factory=list)
     skipped: int = 0
     remarks: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    truncated: list[str] = field(default_factory=list)
 
-    def add(self, more: Found) -> None:
-        """Put further ones behind these."""
+    def add(self, more: FoundImages) -> None:
+        """Append further results."""
         self.roots += more.roots
         self.sources += more.sources
         self.skipped += more.skipped
         self.remarks += more.remarks
-        self.lost += more.lost
-
-
-def find_file(path: bytes, where: str = "") -> Found:
-    """A file that was named, whatever its extension; the images in it, if it is a plain tar archive.
-
-    Raises:
-        FpnxError: where it is not there, or is an archive that cannot be read; `where` says who names it.
-    """
-    _refuse_compressed(path)
-    try:
-        source = locate(path)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise FpnxError(f"{where}{escape(path)}: {why}; name files, folders or @list.txt") from error
-    if is_archive(path):
-        return find_in_archive(path)
-    return Found([os.path.dirname(source.path)], [source])
-
-
-def find_listed(paths: Sequence[bytes], where: str = "") -> Found:
-    """What a list names, in its order. An address that cannot be had is no error yet: its size is unknown.
-
-    Raises:
-        FpnxError: for a missing file, or where not one address can be had.
-    """
-    paths = [urls.checked(path) if urls.is_url(path) else path for path in paths]
-    for path in filter(urls.is_url, paths):
-        if urls.names_folder(path):
-            raise FpnxError(f"{where}{escape(path)} names a folder: a list names images")
-    simple = [path for path in paths if urls.is_url(path) and not _may_be_packed(path)]
-    answers = dict(zip(simple, remote.about_all(simple), strict=True))
-    failures = [answer for answer in answers.values() if isinstance(answer, remote.RemoteError)]
-    if failures and len(failures) == len(set(paths)):
-        raise FpnxError(f"{where}none of the images can be had, such as {failures[0]}")
-    found = Found()
-    for path in paths:
-        if (answer := answers.get(path)) is not None:
-            facts = answer if isinstance(answer, ObjectInfo) else UNKNOWN
-            found.roots.append(urls.folder_of(path))
-            found.sources.append(ImageSource(urls.plain(path), path, facts.bytes, facts.mtime_ns))
-        else:
-            found.add(_find_object(path) if urls.is_url(path) else find_file(path, where))
-    return found
-
-
-def find_in_archive(path: bytes) -> Found:
-    """The images in a plain tar archive, a file or an address, in byte order.
-
-    Raises:
-        FpnxError: where it cannot be read, or is no tar archive.
-    """
-    facts, held = archive_members(path)
-    found = Found([urls.plain(path)], skipped=held.others, remarks=list(held.remarks))
-    for name in sorted(held.members):
-        if not _is_hidden(name) and is_image(name):
-            found.sources.append(member_source(path, facts, name, held.members[name]))
-        elif not _is_hidden(name):
-            found.skipped += 1
-    if held.lost:
-        found.lost.append(f"{escape(path)}: {held.lost}")
-    return found
-
-
-def find_remote(url: bytes) -> Found:
-    """What an address stands for: an object, a plain tar archive, a folder of a store, or a glob in one.
-
-    Raises:
-        FpnxError: where there is nothing, or it cannot be had.
-    """
-    url = urls.checked(url)
-    if urls.is_web(url):
-        if urls.names_folder(url):
-            raise FpnxError(f"{escape(url)}: {NO_FOLDERS}")
-        return _find_object(url)
-    missing: remote.RemoteError | None = None
-    if not urls.names_folder(url):
-        try:
-            return _find_object(url)
-        except remote.RemoteError as error:
-            if error.reason != NOT_FOUND:
-                raise
-            missing = error
-    root = urls.glob_root(url)
-    found = _find_below(url.rstrip(b"/")) if root == url else _find_globbed(url, root)
-    if missing is not None and root == url and not found.sources and not found.skipped:
-        raise missing
-    return found
+        self.truncated += more.truncated
 
 
 def is_image(name: bytes) -> bool:
@@ -144,54 +68,182 @@ def is_image(name: bytes) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _may_be_packed(url: bytes) -> bool:
-    return is_archive(urls.plain(url)) or b".tar/" in url.lower()
+def find_file(path: bytes, where: str = "") -> FoundImages:
+    """A file that the user named, whatever its extension; for a plain tar archive, the images in it.
+
+    Raises:
+        FpnxError: where it does not exist, or is an archive that cannot be read; `where` starts the message.
+    """
+    _refuse_compressed(path)
+    try:
+        source = locate(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FpnxError(f"{where}{escape(path)}: {reason}; name files, folders or @list.txt") from error
+    if is_archive(path):
+        return find_in_archive(path)
+    return FoundImages([os.path.dirname(source.path)], [source])
 
 
-def _find_object(url: bytes) -> Found:
-    """One object, the images in one that is an archive, or a member of one."""
-    _refuse_compressed(urls.plain(url))
-    if is_archive(urls.plain(url)):
+def find_in_folder(folder: bytes) -> FoundImages:
+    """The images in a local folder and its subfolders; hidden files are ignored, archives count as other files.
+
+    Each folder is visited once, so that loops of links end. Real folders come before links, so that a folder that is
+    reached both ways has its own name.
+
+    Raises:
+        FpnxError: where a folder cannot be read.
+    """
+    result = FoundImages([folder])
+    visited: set[tuple[int, int]] = set()
+    folders: list[bytes] = [folder]
+    links: list[bytes] = []
+    while folders or links:
+        current = folders.pop() if folders else links.pop()
+        try:
+            folder_stat = os.stat(current)
+            if (folder_stat.st_dev, folder_stat.st_ino) in visited:
+                continue
+            visited.add((folder_stat.st_dev, folder_stat.st_ino))
+            entries = sorted(os.scandir(current), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise FpnxError(
+                f"folder {escape(current)}: {error.strerror}: make it readable, or name the images themselves"
+            ) from error
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            info = _entry_stat(entry)
+            if entry.is_dir(follow_symlinks=False) or (info is not None and stat.S_ISDIR(info.st_mode)):
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif is_image(entry.name) and (info is None or stat.S_ISREG(info.st_mode)):
+                size, mtime = (info.st_size, info.st_mtime_ns) if info is not None else (-1, 0)
+                result.sources.append(ImageSource(entry.path, entry.path, size, mtime))
+            else:
+                result.skipped += 1
+    return result
+
+
+def find_listed(paths: Sequence[bytes], where: str = "") -> FoundImages:
+    """The images that a list file names, in its order. A URL that cannot be read is no error yet: its size is unknown.
+
+    Raises:
+        FpnxError: for a missing file, or where every URL fails; `where` starts the message.
+    """
+    paths = [urls.checked(path) if urls.is_url(path) else path for path in paths]
+    for path in filter(urls.is_url, paths):
+        if urls.names_folder(path):
+            raise FpnxError(f"{where}{escape(path)} names a folder: a list names images")
+    plain_urls = [path for path in paths if urls.is_url(path) and not _may_lead_into_archive(path)]
+    infos = dict(zip(plain_urls, remote.object_infos(plain_urls), strict=True))
+    errors = [info for info in infos.values() if isinstance(info, remote.RemoteError)]
+    if errors and len(errors) == len(set(paths)):
+        raise FpnxError(f"{where}none of the images can be read, such as {errors[0]}")
+    result = FoundImages()
+    for path in paths:
+        if (answer := infos.get(path)) is not None:
+            info = answer if isinstance(answer, ObjectInfo) else UNKNOWN
+            result.roots.append(urls.folder_of(path))
+            result.sources.append(ImageSource(urls.without_query(path), path, info.bytes, info.mtime_ns))
+        else:
+            result.add(_find_object(path) if urls.is_url(path) else find_file(path, where))
+    return result
+
+
+def find_in_archive(path: bytes) -> FoundImages:
+    """The images in a plain tar archive, a file or a URL, in byte order.
+
+    Raises:
+        FpnxError: where it cannot be read, or is no tar archive.
+    """
+    info, index = archive_index(path)
+    result = FoundImages([urls.without_query(path)], skipped=index.others, remarks=list(index.remarks))
+    for name in sorted(index.members):
+        if not _is_hidden(name) and is_image(name):
+            result.sources.append(member_source(path, info, name, index.members[name]))
+        elif not _is_hidden(name):
+            result.skipped += 1
+    if index.truncated:
+        result.truncated.append(f"{escape(path)}: {index.truncated}")
+    return result
+
+
+def find_remote(url: bytes) -> FoundImages:
+    """The images that a URL stands for: an object, a plain tar archive, a folder of an object store, or a glob.
+
+    Raises:
+        FpnxError: where nothing is found, or it cannot be read.
+    """
+    url = urls.checked(url)
+    if urls.is_web(url):
+        if urls.names_folder(url):
+            raise FpnxError(f"{escape(url)}: {NO_FOLDERS}")
+        return _find_object(url)
+    not_found: remote.RemoteError | None = None
+    if not urls.names_folder(url):
+        try:
+            return _find_object(url)
+        except remote.RemoteError as error:
+            if error.reason != remote.NOT_FOUND:
+                raise
+            not_found = error
+    root = urls.glob_root(url)
+    if root != url:
+        return _images_of(root, match_objects(url), archives=True)
+    folder = url.rstrip(b"/")
+    result = _images_of(folder, remote.list_objects(folder), archives=False)
+    if not_found is not None and not result.sources and not result.skipped:
+        raise not_found
+    return result
+
+
+def _find_object(url: bytes) -> FoundImages:
+    """One object; for an archive, the images in it; for a path into an archive, that member."""
+    _refuse_compressed(urls.without_query(url))
+    if is_archive(urls.without_query(url)):
         return find_in_archive(url)
     source = locate(url)
-    return Found([urls.folder_of(source.path)], [source])
+    return FoundImages([urls.folder_of(source.path)], [source])
 
 
-def _find_below(root: bytes) -> Found:
-    """The images in a folder of a store; archives there are other files, as they are on a disk."""
-    return _gathered(root, remote.below(root), archives=False)
-
-
-def _find_globbed(pattern: bytes, root: bytes) -> Found:
-    """The images that a glob matches, and those in archives that it matches."""
-    return _gathered(root, match_objects(pattern), archives=True)
-
-
-def _gathered(root: bytes, below: Sequence[tuple[bytes, ObjectInfo]], archives: bool) -> Found:
-    found, packed, outside = Found([root]), list[bytes](), 0
-    for url, facts in below:
-        name = urls.inside(url, root)
-        if _is_hidden(name) or name.endswith(b"/"):  # stores mark folders by objects of nothing
+def _images_of(root: bytes, objects: Sequence[tuple[bytes, ObjectInfo]], archives: bool) -> FoundImages:
+    """The images among `objects` below `root`; with `archives`, also those in tar archives."""
+    result, archive_urls, outside = FoundImages([root]), list[bytes](), 0
+    for url, info in objects:
+        name = urls.relative_to(url, root)
+        if _is_hidden(name) or name.endswith(b"/"):  # empty objects that mark folders
             continue
         if name.startswith(b"/") or b".." in name.split(b"/") or b"\0" in name:
             outside += 1
         elif is_image(name):
-            found.sources.append(ImageSource(url, url, facts.bytes, facts.mtime_ns))
+            result.sources.append(ImageSource(url, url, info.bytes, info.mtime_ns))
         elif archives and is_archive(name):
-            packed.append(url)
+            archive_urls.append(url)
         else:
-            found.skipped += 1
-    readers = ThreadPoolExecutor(ARCHIVES_AT_ONCE)
+            result.skipped += 1
+    threads = ThreadPoolExecutor(ARCHIVE_THREADS)
     try:
-        for inside in readers.map(find_in_archive, packed):
-            inside.roots = []
-            found.add(inside)
+        for images in threads.map(find_in_archive, archive_urls):
+            images.roots = []
+            result.add(images)
     finally:
-        readers.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
     if outside:
-        found.skipped += outside
-        found.remarks.append(f"{escape(root)}: {outside} objects are left out, since their names lead out of it")
-    return found
+        result.skipped += outside
+        result.remarks.append(f"{escape(root)}: {outside} objects are left out, since their names lead out of it")
+    return result
+
+
+def _entry_stat(entry: os.DirEntry[bytes]) -> os.stat_result | None:
+    """The stat of an entry, or of its link's target; None where that fails: opening it later gives the reason."""
+    try:
+        return entry.stat()
+    except OSError:
+        return None
+
+
+def _may_lead_into_archive(url: bytes) -> bool:
+    return is_archive(urls.without_query(url)) or b".tar/" in url.lower()
 
 
 def _is_hidden(name: bytes) -> bool:
@@ -200,4 +252,4 @@ def _is_hidden(name: bytes) -> bool:
 
 def _refuse_compressed(path: bytes) -> None:
     if is_compressed(path) and not os.path.isdir(path):
-        raise FpnxError(f"{escape(path)} is compressed, or no tar: only plain .tar archives can be read at any place")
+        raise FpnxError(f"{escape(path)} is compressed, or no tar: only plain .tar archives have random access")

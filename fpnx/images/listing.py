@@ -1,9 +1,8 @@
-"""Find image files, and turn one into upright 8-bit RGB, or say why not."""
+"""The list of images of a run: from paths, folders, archives, URLs and list files, in a fixed order."""
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,23 +11,28 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.image_list import ImageList, list_fingerprint
 from fpnx.core.sharding import Shard, ShardSlice
 from fpnx.core.text import escape
-from fpnx.images.discovery import EXTENSIONS, Found, find_file, find_listed, find_remote, is_image
+from fpnx.images.discovery import EXTENSIONS, FoundImages, find_file, find_in_folder, find_listed, find_remote
 from fpnx.images.manifest import image_path, is_manifest, manifest_lines, read_manifest
 from fpnx.images.reading import ImageSource, open_text
-from fpnx.remote.urls import common_root, inside, is_url, joined
+from fpnx.remote.urls import common_root, is_url, relative_to, resolve_line
 
 __all__ = ["Listing", "as_paths", "find_images", "list_lines", "refuse_missing"]
 
-# How files begin that somebody may name as a list, and that are none.
-NO_TEXT = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"PK\x03\x04", b"\x89HDF", b"\x1f\x8b")
+# Magic bytes of images and archives that may be given as a list by mistake.
+NOT_A_LIST = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"PK\x03\x04", b"\x89HDF", b"\x1f\x8b")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a run in their order, the folder that names are relative to, and what was passed over.
+    """The images of a run, in their order.
 
-    `cut` tells of which list they are a slice, where they are a shard's; `remarks` what the user should know of it,
-    and `lost` which archives may have had more images, a line each.
+    Attributes:
+        root: the folder, archive or URL that names are relative to.
+        sources: the images.
+        skipped: number of other files.
+        shard_slice: for a shard, which slice of which list this is; else None.
+        remarks: notes for the user, a line each.
+        truncated: archives that end early and may have had more images, a line each.
     """
 
     root: bytes
@@ -36,73 +40,67 @@ class Listing:
     skipped: int
     shard_slice: ShardSlice | None = None
     remarks: tuple[str, ...] = ()
-    lost: tuple[str, ...] = ()
+    truncated: tuple[str, ...] = ()
 
     @property
     def records(self) -> ImageList:
-        """What a store keeps of these images."""
+        """The records of these images that stores keep."""
         return ImageList(self.root, tuple(source.record for source in self.sources), self.shard_slice)
 
 
 def find_images(
     images: Sequence[str | os.PathLike[str]], limit: int | None = None, shard: Shard | None = None
 ) -> Listing:
-    """Files, folders (recursive; known extensions; hidden files left out), addresses and `@lists` → a listing.
+    """List the images in files, folders (recursive; known extensions; no hidden files), archives, URLs and `@lists`.
 
-    Names are relative to the one folder given, else to the common parent of all. They are in byte order; a list
-    keeps its own. A list has a path a line (or NUL-separated), relative to the current directory, or to the list where
-    that is an address. A named file is always listed, whatever its extension. A plain tar archive that is named stands
-    for the images in it, as a folder does. For `s3://` and the like see `fpnx.images.discovery`. A list that
-    `fpnx list` wrote stands alone; names, sizes and times are its own, and no image is looked at: one that has
-    changed since is found out when it is opened.
+    Names are relative to the folder, if only one is given, else to the common parent of all inputs. They are in byte
+    order; a list file keeps its own order. It has one path per line (or NUL-separated), relative to the current
+    directory, or to the list's URL. A named file is always listed, whatever its extension. A named plain tar archive
+    stands for the images in it, as a folder does. For URLs see `fpnx.images.discovery`. A list from `fpnx list` must be
+    the only input; its names, sizes and times are used without opening the images. An image that has changed since
+    fails when it is opened.
 
     Args:
-        images: what to look for.
-        limit: take the first so many images only.
-        shard: of these, take the slice that is this shard's.
+        images: paths, URLs and `@lists`.
+        limit: keep only the first `limit` images.
+        shard: of these, keep the slice of this shard.
 
     Raises:
-        FpnxError: a missing input, the same path twice, no image at all, or a list none of whose images is there.
+        FpnxError: for a missing input, a path given twice, no image at all, or a list none of whose images exists.
     """
     images = as_paths(images)
-    for argument in map(os.fsencode, images):
-        if argument.startswith(b"@") and not os.path.lexists(argument) and is_manifest(argument[1:]):
-            if len(images) > 1:
+    arguments = [os.fsencode(image) for image in images]
+    lists = [argument for argument in arguments if _is_list(argument)]
+    for argument in lists:
+        if is_manifest(argument[1:]):
+            if len(arguments) > 1:
                 raise FpnxError(
                     f"{escape(argument)} is from fpnx list and stands alone: name no other images beside it"
                 )
-            return _from_list(argument[1:], limit, shard)
-    found, listed = Found(), False
-    for argument in map(os.fsencode, images):
-        if argument.startswith(b"@") and not os.path.lexists(argument):
-            listed = True
-            found.add(find_listed(_read_list(argument[1:]), f"in {escape(argument[1:])}: "))
-        elif is_url(argument):
-            found.add(find_remote(argument))
-        elif os.path.isdir(argument):
-            found.add(_walk(os.path.abspath(argument)))
-        else:
-            found.add(find_file(os.path.abspath(argument)))
+            return _from_manifest(argument[1:], limit, shard)
+    found = FoundImages()
+    for argument in arguments:
+        found.add(_find(argument))
     if not found.sources:
-        raise _nothing(images, found)
-    root, names = _named(found)
+        raise _no_images(images, found)
+    root, names = _root_and_names(found)
     sources = [replace(source, name=name) for source, name in zip(found.sources, names, strict=True)]
-    if not listed:
+    if not lists:
         sources.sort(key=lambda source: source.name)
-    _refuse_twice(sources)
+    _refuse_duplicates(sources)
     del sources[limit if limit is not None else len(sources) :]
-    remarks, lost = tuple(found.remarks), tuple(found.lost)
+    remarks, truncated = tuple(found.remarks), tuple(found.truncated)
     if shard is None:
-        return Listing(root, tuple(sources), found.skipped, None, remarks, lost)
-    cut = ShardSlice.of(shard, len(sources), list_fingerprint(source.record for source in sources))
-    return Listing(root, tuple(sources[cut.first : cut.slice.stop]), found.skipped, cut, remarks, lost)
+        return Listing(root, tuple(sources), found.skipped, None, remarks, truncated)
+    part = ShardSlice.of(shard, len(sources), list_fingerprint(source.record for source in sources))
+    return Listing(root, tuple(sources[part.first : part.slice.stop]), found.skipped, part, remarks, truncated)
 
 
 def as_paths(images: Any) -> list[str | os.PathLike[str]]:
-    """One path, or several, as a list.
+    """One path or several, as a list.
 
     Raises:
-        FpnxError: for anything else, none, or an empty name.
+        FpnxError: for other types, no path, or an empty path.
     """
     several = isinstance(images, Iterable) and not isinstance(images, (str, bytes, os.PathLike))
     paths: list[Any] = [*images] if several else [images]
@@ -115,10 +113,10 @@ def as_paths(images: Any) -> list[str | os.PathLike[str]]:
 
 
 def refuse_missing(images: Sequence[str | os.PathLike[str]]) -> None:
-    """Tell at once, without a look into folders, archives and stores, of names that `find_images` would not find.
+    """Check quickly that the local inputs exist, without opening folders, archives or URLs.
 
     Raises:
-        FpnxError: as `find_images` would.
+        FpnxError: for a missing input, as from `find_images`.
     """
     for argument in map(os.fsencode, images):
         name = argument.removeprefix(b"@")
@@ -130,10 +128,10 @@ def refuse_missing(images: Sequence[str | os.PathLike[str]]) -> None:
 
 
 def list_lines(listing: Listing) -> Iterator[bytes]:
-    """A listing as a file, which `find_images(["@list.txt"])` reads; see `fpnx.images.manifest`.
+    """The lines of a list file, which `find_images(["@list.txt"])` reads; see `fpnx.images.manifest`.
 
     Raises:
-        FpnxError: for an image that is not where its name says.
+        FpnxError: for an image whose path is not its root and name.
     """
     for source in listing.sources:
         if source.path != image_path(listing.root, source.name):
@@ -141,11 +139,25 @@ def list_lines(listing: Listing) -> Iterator[bytes]:
     return manifest_lines(listing.root, listing.records.records, listing.skipped)
 
 
-def _named(found: Found) -> tuple[bytes, list[bytes]]:
-    """The root, and each source's name relative to it.
+def _find(argument: bytes) -> FoundImages:
+    """The images that one argument stands for."""
+    if _is_list(argument):
+        return find_listed(_read_list(argument[1:]), f"in {escape(argument[1:])}: ")
+    if is_url(argument):
+        return find_remote(argument)
+    path = os.path.abspath(argument)
+    return find_in_folder(path) if os.path.isdir(argument) else find_file(path)
+
+
+def _is_list(argument: bytes) -> bool:
+    return argument.startswith(b"@") and not os.path.lexists(argument)
+
+
+def _root_and_names(found: FoundImages) -> tuple[bytes, list[bytes]]:
+    """The common root, and each source's name relative to it.
 
     Raises:
-        FpnxError: for files and addresses together, which have no common parent.
+        FpnxError: for files and URLs together, which have no common root.
     """
     paths = [source.name for source in found.sources]
     if not any(map(is_url, found.roots)):
@@ -154,82 +166,42 @@ def _named(found: Found) -> tuple[bytes, list[bytes]]:
     if not all(map(is_url, found.roots)):
         raise FpnxError("images on a disk and images at addresses (s3://, https://, …) are two runs: name the one kind")
     root = common_root(found.roots)
-    return root, [inside(path, root) for path in paths]
+    return root, [relative_to(path, root) for path in paths]
 
 
-def _nothing(images: Sequence[str | os.PathLike[str]], found: Found) -> FpnxError:
-    more = f" ({found.skipped} other files)" if found.skipped else ""
+def _no_images(images: Sequence[str | os.PathLike[str]], found: FoundImages) -> FpnxError:
+    skipped = f" ({found.skipped} other files)" if found.skipped else ""
     where = ", ".join(map(escape, images))
-    lost = f"; {found.lost[0]}" if found.lost else ""
-    return FpnxError(f"no images in {where}{more}: known extensions are {_extensions()}{lost}")
+    truncated = f"; {found.truncated[0]}" if found.truncated else ""
+    return FpnxError(f"no images in {where}{skipped}: known extensions are {_extensions()}{truncated}")
 
 
-def _walk(folder: bytes) -> Found:
-    """Image files below `folder`, and how many other files. Real folders go before links, so that a folder
-    reached both ways keeps its own name, and each is visited once, so that loops end."""
-    found = Found([folder])
-    visited: set[tuple[int, int]] = set()
-    folders: list[bytes] = [folder]
-    links: list[bytes] = []
-    while folders or links:
-        here = folders.pop() if folders else links.pop()
-        try:
-            about = os.stat(here)
-            if (about.st_dev, about.st_ino) in visited:
-                continue
-            visited.add((about.st_dev, about.st_ino))
-            entries = sorted(os.scandir(here), key=lambda entry: entry.name, reverse=True)
-        except OSError as error:
-            raise FpnxError(
-                f"folder {escape(here)}: {error.strerror}: make it readable, or name the images themselves"
-            ) from error
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            seen = _about(entry)
-            if entry.is_dir(follow_symlinks=False) or (seen is not None and stat.S_ISDIR(seen.st_mode)):
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif is_image(entry.name) and (seen is None or stat.S_ISREG(seen.st_mode)):
-                size, mtime = (seen.st_size, seen.st_mtime_ns) if seen is not None else (-1, 0)
-                found.sources.append(ImageSource(entry.path, entry.path, size, mtime))
-            else:
-                found.skipped += 1
-    return found
-
-
-def _about(entry: os.DirEntry[bytes]) -> os.stat_result | None:
-    """What an entry is, or leads to; None where that cannot be told, as of a broken link: opening it tells why."""
-    try:
-        return entry.stat()
-    except OSError:
-        return None
-
-
-def _from_list(path: bytes, limit: int | None, shard: Shard | None) -> Listing:
-    told = read_manifest(path, limit, shard)
-    sources = tuple(ImageSource(name, image_path(told.root, name), size, mtime) for name, size, mtime in told.records)
-    _refuse_twice(sources)
-    # A disk that is not mounted is no reason to fail image by image; a single changed one is.
-    reasons = map(_not_as_listed, sources)
-    if (why := next(reasons, "")) and all(reasons):
+def _from_manifest(path: bytes, limit: int | None, shard: Shard | None) -> Listing:
+    manifest = read_manifest(path, limit, shard)
+    root = manifest.root
+    sources = tuple(ImageSource(name, image_path(root, name), size, mtime) for name, size, mtime in manifest.records)
+    _refuse_duplicates(sources)
+    # Where every image is missing, such as on a disk that is not mounted, fail now instead of image by image.
+    reasons = map(_difference, sources)
+    if (reason := next(reasons, "")) and all(reasons):
         raise FpnxError(
             f"none of the {len(sources)} images is as it was listed in {escape(path)}, such as "
-            f"{escape(sources[0].path)} ({why}): bring them back, or list them again"
+            f"{escape(sources[0].path)} ({reason}): bring them back, or list them again"
         )
-    return Listing(told.root, sources, told.skipped, told.shard_slice)
+    return Listing(root, sources, manifest.skipped, manifest.shard_slice)
 
 
-def _not_as_listed(source: ImageSource) -> str:
-    """Why a file is not what its list says; empty where it is, or is no file on a disk."""
+def _difference(source: ImageSource) -> str:
+    """How a local file differs from its list: missing or changed; empty for the same, and for URLs and members."""
     if is_url(source.path):
         return ""
     try:
-        about = os.stat(source.path)
-    except NotADirectoryError:  # a member of an archive: whether it is the same is seen when it is opened
+        info = os.stat(source.path)
+    except NotADirectoryError:  # a member of an archive: it is compared when it is opened
         return ""
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
-    return "" if (about.st_size, about.st_mtime_ns) == (source.bytes, source.mtime_ns) else "changed"
+    return "" if (info.st_size, info.st_mtime_ns) == (source.bytes, source.mtime_ns) else "changed"
 
 
 def _read_list(path: bytes) -> list[bytes]:
@@ -238,18 +210,18 @@ def _read_list(path: bytes) -> list[bytes]:
             content = file.read()
     except OSError as error:
         raise FpnxError(f"list {escape(path)}: {error.strerror}") from error
-    if content.startswith(NO_TEXT):
+    if content.startswith(NOT_A_LIST):
         raise FpnxError(f"list {escape(path)} is an image or an archive, not a text with a path on each line")
     lines = content.split(b"\0") if b"\0" in content else [line.rstrip(b"\r") for line in content.split(b"\n")]
     lines = [line for line in lines if line]
     if not lines:
         raise FpnxError(f"list {escape(path)} names no image: put a path on each line")
     if is_url(path):
-        return [joined(path, line) for line in lines]
+        return [resolve_line(path, line) for line in lines]
     return [line if is_url(line) else os.path.abspath(line) for line in lines]
 
 
-def _refuse_twice(sources: Iterable[ImageSource]) -> None:
+def _refuse_duplicates(sources: Iterable[ImageSource]) -> None:
     names: set[bytes] = set()
     for source in sources:
         if source.name in names:

@@ -1,12 +1,12 @@
-"""Lists of images as files: `fpnx list` writes one, and `@list.txt` reads it, or a slice of it, without a look at the
-images.
+"""List files with sizes and times: `fpnx list` writes one, and `@list.txt` reads it without opening the images.
 
-The first line is a JSON object: format, its version, how many images follow, the sha256 of all bytes that follow, the
-folder that names are relative to, and how many files were passed over. Each further line is the JSON array
-`["cats/01.jpg",81234,1700000000000000000]`: name, size in bytes, mtime in ns (what stands for it where an image is not
-a file on a disk). All of it is ASCII; bytes of a name that are no UTF-8 stand as lone surrogates, as in `os.fsdecode`.
+The first line is a JSON object: format, format version, number of images, sha256 of all following bytes, the folder
+that names are relative to, and the number of skipped files. Each further line is the JSON array
+`["cats/01.jpg",81234,1700000000000000000]`: name, size in bytes, mtime in ns (for objects, see
+`fpnx.remote.backends.ObjectInfo`). The file is ASCII; bytes of a name that are not UTF-8 are lone surrogates, as from
+`os.fsdecode`.
 
-The sha256 is the list's fingerprint: the same images in the same order have the same, listed to a file or not.
+The sha256 is the list's fingerprint, see `fpnx.core.image_list.list_fingerprint`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fpnx.remote.urls import is_url
 __all__ = ["Manifest", "is_manifest", "image_path", "read_manifest", "manifest_lines"]
 
 FORMAT, VERSION = "fpnx-list", 1
-MARK = f'{{"format":"{FORMAT}",'.encode()
-LONGEST = 1 << 17  # bytes of one line; a path of 4096 bytes takes 24 kB at most
+MAGIC = f'{{"format":"{FORMAT}",'.encode()
+MAX_LINE_BYTES = 1 << 17  # a path of 4096 bytes takes 24 kB at most
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The images that were asked for of a list, and which part of it they are."""
+    """The images read from a list file, and which slice of the list they are."""
 
     root: bytes
     records: tuple[ImageRecord, ...]
@@ -43,24 +43,24 @@ class Manifest:
 
 
 def image_path(root: bytes, name: bytes) -> bytes:
-    """Where a listed image is."""
+    """Path or URL of a listed image."""
     return os.path.join(root, name)
 
 
 def is_manifest(path: str | bytes) -> bool:
-    """Whether `fpnx list` wrote this file; what is read of a pipe would be lost to who reads it next."""
+    """Whether `fpnx list` wrote this file. False for pipes: reading would consume their data."""
     try:
         if not is_url(os.fsencode(path)) and not os.path.isfile(path):
             return False
         with open_text(os.fsencode(path)) as file:
-            return file.read(len(MARK)) == MARK
+            return file.read(len(MAGIC)) == MAGIC
     except (OSError, ValueError):
         return False
 
 
 def manifest_lines(root: bytes, records: Sequence[ImageRecord], skipped: int) -> Iterator[bytes]:
-    """The lines of a list."""
-    head = {
+    """The lines of a list file."""
+    header = {
         "format": FORMAT,
         "format_version": VERSION,
         "images": len(records),
@@ -68,52 +68,54 @@ def manifest_lines(root: bytes, records: Sequence[ImageRecord], skipped: int) ->
         "root": os.fsdecode(root),
         "skipped": skipped,
     }
-    yield _json(head)
+    yield _json(header)
     yield from map(record_line, records)
 
 
 def read_manifest(path: str | bytes, limit: int | None = None, shard: Shard | None = None) -> Manifest:
-    """What a list names: of its first `limit` images those that are `shard`'s. The rest is counted and hashed only.
+    """Read a list file: of its first `limit` images, the slice of `shard`. The other lines are only counted and hashed.
 
     Raises:
-        FpnxError: for a list that is not as it was written.
+        FpnxError: for a list file that was changed after it was written.
     """
     try:
         with open_text(os.fsencode(path)) as file:
-            head = _head(path, file.readline(LONGEST))
-            total = head["images"] if limit is None else min(limit, head["images"])
-            mine = shard.slice(total) if shard is not None else range(total)
-            whole, beginning, count = hashlib.sha256(), hashlib.sha256(), 0
+            header = _header(path, file.readline(MAX_LINE_BYTES))
+            total = header["images"] if limit is None else min(limit, header["images"])
+            wanted = shard.slice(total) if shard is not None else range(total)
+            all_lines, first_lines, count = hashlib.sha256(), hashlib.sha256(), 0  # first_lines: within `limit`
             lines: list[bytes] = []
-            for line in iter(lambda: file.readline(LONGEST), b""):
-                whole.update(line)
+            for line in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
+                all_lines.update(line)
                 if count < total:
-                    beginning.update(line)
-                if count in mine:
+                    first_lines.update(line)
+                if count in wanted:
                     lines.append(line)
                 count += 1
     except OSError as error:
         raise FpnxError(f"list {escape(path)}: {error.strerror}") from error
-    if count != head["images"]:
-        raise _altered(path, f"it has {count} lines, where its first says {head['images']}")
-    if whole.hexdigest() != head["sha256"]:
-        raise _altered(path, "its lines are not those that its first line tells the sha256 of")
-    cut = ShardSlice.of(shard, total, beginning.hexdigest()) if shard is not None else None
-    return Manifest(os.fsencode(head["root"]), tuple(_record(path, line) for line in lines), head["skipped"], cut)
+    if count != header["images"]:
+        raise _altered(path, f"it has {count} lines, where its first says {header['images']}")
+    if all_lines.hexdigest() != header["sha256"]:
+        raise _altered(path, "its lines do not have the sha256 of its first line")
+    shard_slice = ShardSlice.of(shard, total, first_lines.hexdigest()) if shard is not None else None
+    records = tuple(_record(path, line) for line in lines)
+    return Manifest(os.fsencode(header["root"]), records, header["skipped"], shard_slice)
 
 
-def _head(path: str | bytes, line: bytes) -> dict[str, Any]:
+def _header(path: str | bytes, line: bytes) -> dict[str, Any]:
     try:
-        head = json.loads(line)
-        version = head["format_version"]
+        header = json.loads(line)
+        version = header["format_version"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise _altered(path, "its first line cannot be read") from error
     if version != VERSION:
         raise FpnxError(f"list {escape(path)} has format version {escape(str(version))}, this fpnx reads {VERSION}")
-    counts, texts = [head.get(name) for name in ("images", "skipped")], [head.get(name) for name in ("sha256", "root")]
+    counts = [header.get(name) for name in ("images", "skipped")]
+    texts = [header.get(name) for name in ("sha256", "root")]
     if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(t, str) for t in texts):
-        raise _altered(path, "its first line lacks what belongs there")
-    return dict(head)
+        raise _altered(path, "its first line is incomplete")
+    return dict(header)
 
 
 def _record(path: str | bytes, line: bytes) -> ImageRecord:
@@ -132,5 +134,5 @@ def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
-def _altered(path: str | bytes, why: str) -> FpnxError:
-    return FpnxError(f"list {escape(path)} is not as fpnx list wrote it: {why}; list the images again")
+def _altered(path: str | bytes, reason: str) -> FpnxError:
+    return FpnxError(f"list {escape(path)} is not as fpnx list wrote it: {reason}; list the images again")

@@ -1,287 +1,159 @@
-"""The bytes of an image, wherever they are: a file, a stretch of an archive, an object in a store."""
+"""The bytes of one image: a local file, a member of a tar archive, or an object at a URL."""
 
 from __future__ import annotations
 
 import io
 import os
-import re
 import stat
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.image_list import ImageRecord
 from fpnx.core.text import escape
-from fpnx.images.tar_index import Member, TarIndex, read_tar_index
+from fpnx.images.local_files import NOT_REGULAR, open_regular
+from fpnx.images.tar_index import Member
+from fpnx.images.tar_members import (
+    ArchiveMember,
+    archive_index,
+    check_complete,
+    find_member,
+    open_member,
+    range_reader,
+    split_member_path,
+)
 from fpnx.remote import client as remote
 from fpnx.remote import urls
 from fpnx.remote.backends import ObjectInfo
-from fpnx.remote.file import RangeReader
 
-__all__ = [
-    "NOT_FOUND",
-    "ArchivePart",
-    "ImageSource",
-    "locate",
-    "archive_members",
-    "open_source",
-    "member_source",
-    "open_text",
-]
+__all__ = ["ImageSource", "locate", "member_source", "open_source", "open_text"]
 
-CATALOGUES = 4  # archives whose headers are kept, for members that are asked for by name
-LARGEST_LIST = 1 << 30  # bytes of a list that is fetched
-CHANGED, NOT_FOUND = "changed after it was listed", "not found"
-
-
-@dataclass(frozen=True, slots=True)
-class ArchivePart:
-    """A member of an archive; `size` of the whole archive."""
-
-    archive: bytes
-    size: int
-    member: Member
+MAX_LIST_BYTES = 1 << 30  # of a list at a URL
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """One image file: `name` as stored, `path` to open, size in bytes and mtime (ns) when it was listed.
+    """One image file, as it was when it was listed.
 
-    A `path` is that of a file, an address, or either of a plain tar archive with the name of a member behind it; what
-    the `piece` knows of that is found again where it is not given. A member's time is that of its archive. For what an
-    address gives instead of a time, or of a size, see `fpnx.remote.backends.ObjectInfo`. `barred` is why it must not be
-    opened at all, where it must not.
+    Attributes:
+        name: as stored, relative to the root of the list.
+        path: the file, the URL, or the path of a tar archive followed by the name of a member (`a.tar/b.jpg`).
+        bytes: size of the image file; -1 where a web server does not tell it.
+        mtime_ns: modification time, of a member that of its archive; for URLs see `fpnx.remote.backends.ObjectInfo`.
+        archive_member: where a member is in its archive; None for other images. Found again from `path` if missing.
+        blocked: the reason why the image must not be opened; empty for all others.
     """
 
     name: bytes
     path: bytes
     bytes: int
     mtime_ns: int
-    piece: ArchivePart | None = None
-    barred: str = ""
+    archive_member: ArchiveMember | None = None
+    blocked: str = ""
 
     @property
     def record(self) -> ImageRecord:
-        """What lists and stores keep of it."""
+        """The record of it that lists and stores keep."""
         return ImageRecord(self.name, self.bytes, self.mtime_ns)
 
 
 def locate(path: bytes) -> ImageSource:
-    """The image at a path or an address, or that member of an archive; its name is its path.
+    """The image at a path or URL, or the archive member at a path such as `a.tar/b.jpg`; its name is its path.
 
     Raises:
         OSError, ValueError: where there is no such file.
-        FpnxError: where an address, or a member, cannot be had.
+        FpnxError: where a URL or a member cannot be read.
     """
     try:
         if urls.is_url(path):
-            facts = remote.about(path)
-            return ImageSource(urls.plain(path), path, facts.bytes, facts.mtime_ns)
-        about = os.stat(path)
-        return ImageSource(path, path, about.st_size, about.st_mtime_ns)
+            info = remote.object_info(path)
+            return ImageSource(urls.without_query(path), path, info.bytes, info.mtime_ns)
+        file_stat = os.stat(path)
+        return ImageSource(path, path, file_stat.st_size, file_stat.st_mtime_ns)
     except (OSError, ValueError, remote.RemoteError) as error:
-        gone = not isinstance(error, remote.RemoteError) or error.reason.startswith(NOT_FOUND)
-        if not gone or (split := _archive_and_member(path)) is None:
+        missing = not isinstance(error, remote.RemoteError) or error.reason.startswith(remote.NOT_FOUND)
+        if not missing or (split := split_member_path(path)) is None:
             raise
         archive, name = split
-        facts, held = archive_members(archive)
-        if (member := held.members.get(name)) is None:
+        info, index = archive_index(archive)
+        if (member := index.members.get(name)) is None:
             raise FpnxError(f"{escape(archive)} has no member {escape(name)}: tar -tf shows what it has") from error
-        return member_source(archive, facts, name, member)
+        return member_source(archive, info, name, member)
+
+
+def member_source(archive: bytes, info: ObjectInfo, name: bytes, member: Member) -> ImageSource:
+    """The image that is the member `name` of `archive`, whose size and time are `info`."""
+    path = urls.without_query(archive) + b"/" + name
+    return ImageSource(path, path, member.bytes, info.mtime_ns, ArchiveMember(archive, info.bytes, member))
 
 
 def open_text(path: bytes) -> BinaryIO:
-    """A list, opened for reading; one at an address is fetched.
+    """A list file, opened for reading; one at a URL is downloaded.
 
     Raises:
         OSError: where it cannot be opened.
-        RemoteError: where it cannot be had.
+        RemoteError: where it cannot be downloaded.
     """
     if not urls.is_url(path):
         return open(path, "rb")
-    address = urls.checked(path)
-    return io.BytesIO(remote.read(address, remote.about(address), most=LARGEST_LIST))
+    url = urls.checked(path)
+    return io.BytesIO(remote.read(url, remote.object_info(url), most=MAX_LIST_BYTES))
 
 
 @contextmanager
 def open_source(source: ImageSource, most: int, whole: bool = True) -> Iterator[BinaryIO]:
-    """The bytes of an image, to read.
+    """Open the bytes of an image for reading.
 
     Args:
         source: the image.
-        most: how many bytes are too many.
-        whole: whether all of it will be read; else only its head is fetched, and more when it is asked for.
+        most: the largest number of bytes that it may have.
+        whole: whether all of it will be read. If not, only its beginning is downloaded, and more on demand.
 
     Raises:
-        ImageError: with the reason why it cannot be had, also where it is not what was listed.
-        OSError: where the file system refuses.
+        ImageError: with the reason why it cannot be read, such as a change since it was listed.
+        OSError: where the file system reports an error.
     """
-    if source.bytes > most:  # texts and profiles are read whole
+    if source.bytes > most:
         raise ImageError(f"a file of {source.bytes} bytes, more than the {most} that --max-pixels leaves")
     try:
-        piece = source.piece or _piece(source)
-        path = source.path if piece is None else piece.archive
+        member = source.archive_member or find_member(source.path, source.mtime_ns)
+        path = source.path if member is None else member.archive
         if urls.is_url(path):
-            yield _fetched(source, piece, most, whole)
+            yield _open_remote(source, member, most, whole)
             return
-        with _regular(path) as file:
-            _check_unchanged(file, source, piece)
-            yield file if piece is None else _member_file(piece.member, lambda start, count: _at(file, start, count))
-            _check_unchanged(file, source, piece)
+        with open_regular(path) as file:
+            _check_unchanged(file, source, member)
+            yield file if member is None else open_member(member.member, range_reader(file))
+            _check_unchanged(file, source, member)
     except remote.RemoteError as error:
         raise ImageError(error.reason) from error
 
 
-def _fetched(source: ImageSource, piece: ArchivePart | None, most: int, whole: bool) -> BinaryIO:
-    """An object, or a member of an archive that is one."""
-    if piece is not None:
-        facts, member = ObjectInfo(piece.size, source.mtime_ns), piece.member
-        _check_whole(member, piece.size)
+def _open_remote(source: ImageSource, archived: ArchiveMember | None, most: int, whole: bool) -> BinaryIO:
+    """An object, or a member of an archive that is an object."""
+    if archived is not None:
+        info, member = ObjectInfo(archived.archive_bytes, source.mtime_ns), archived.member
+        check_complete(member, archived.archive_bytes)
         if not whole:
-            return _member_file(member, remote.Ranges(piece.archive, facts))
-        data = remote.read(piece.archive, facts, member.offset, member.offset + member.stored, most)
-        return _member_file(member, lambda start, count: data[start - member.offset :][:count])
-    facts = ObjectInfo(source.bytes, source.mtime_ns)
+            return open_member(member, remote.ReadAhead(archived.archive, info))
+        data = remote.read(archived.archive, info, member.offset, member.offset + member.stored, most)
+        return open_member(member, lambda start, count: data[start - member.offset :][:count])
+    info = ObjectInfo(source.bytes, source.mtime_ns)
     if not whole and not urls.is_web(source.path):
-        return _member_file(Member(0, source.bytes), remote.Ranges(source.path, facts))
-    return io.BytesIO(remote.read(source.path, facts, most=most))
+        return open_member(Member(0, source.bytes), remote.ReadAhead(source.path, info))
+    return io.BytesIO(remote.read(source.path, info, most=most))
 
 
-@contextmanager
-def _regular(path: bytes) -> Iterator[BinaryIO]:
-    """A regular file, opened."""
-    if os.path.islink(path) and not os.path.exists(path):
-        raise ImageError("broken link")
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device may already do something
-        raise ImageError("not a regular file")
-    # Without O_NONBLOCK a FIFO that was put in the file's place would block for ever.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        yield file
-
-
-def _check_unchanged(file: BinaryIO, source: ImageSource, piece: ArchivePart | None) -> None:
-    about = os.fstat(file.fileno())
-    if not stat.S_ISREG(about.st_mode):
-        raise ImageError("not a regular file")
-    size = source.bytes if piece is None else piece.size
-    if (about.st_size, about.st_mtime_ns) != (size, source.mtime_ns):
-        raise ImageError(CHANGED)
-    if piece is not None:
-        _check_whole(piece.member, piece.size)
-        if piece.member.bytes != source.bytes:
-            raise ImageError(CHANGED)
-
-
-def _check_whole(member: Member, size: int) -> None:
-    if member.offset + member.stored > size:
-        raise ImageError(f"cut off: its archive ends {member.offset + member.stored - size} bytes early")
-
-
-def _member_file(member: Member, read: Callable[[int, int], bytes]) -> BinaryIO:
-    """A member of an archive that `read` gives (first byte, count) of."""
-
-    def plain(start: int, count: int) -> bytes:
-        return read(member.offset + start, count)
-
-    def sparse(start: int, count: int) -> bytes:
-        data, at = bytearray(count), member.offset
-        for place, length in member.stretches or ():
-            first, last = max(place, start), min(place + length, start + count)
-            if first < last:
-                data[first - start : last - start] = read(at + first - place, last - first)
-            at += length
-        return bytes(data)
-
-    window = RangeReader(plain if member.stretches is None else sparse, member.bytes)
-    return cast(BinaryIO, io.BufferedReader(window, 1 << 16))
-
-
-def _at(file: BinaryIO, start: int, count: int) -> bytes:
-    file.seek(start)
-    return file.read(count)
-
-
-def member_source(archive: bytes, facts: ObjectInfo, name: bytes, member: Member) -> ImageSource:
-    path = urls.plain(archive) + b"/" + name
-    return ImageSource(path, path, member.bytes, facts.mtime_ns, ArchivePart(archive, facts.bytes, member))
-
-
-def _piece(source: ImageSource) -> ArchivePart | None:
-    """The piece of a source that is known by its path only, as from a list; None where it is none."""
-    if (split := _archive_and_member(source.path)) is None:
-        return None
-    archive, name = split
-    try:
-        facts, held = archive_members(archive, source.mtime_ns)
-    except remote.RemoteError as error:
-        if error.reason.startswith(NOT_FOUND):  # a folder with such a name
-            return None
-        raise
-    except FpnxError as error:
-        raise ImageError(str(error)) from error
-    if (member := held.members.get(name)) is None:
-        raise ImageError(f"not in its archive any more: {escape(archive)}")
-    return ArchivePart(archive, facts.bytes, member)
-
-
-def _archive_and_member(path: bytes) -> tuple[bytes, bytes] | None:
-    """The archive and the member that a path may name: `a.tar/b.jpg`, where `a.tar` is no folder."""
-    for match in re.finditer(rb"\.tar/(?=.)", path, re.IGNORECASE | re.DOTALL):
-        archive, name = path[: match.end() - 1], path[match.end() :]
-        if urls.is_url(path) or os.path.isfile(archive):
-            return archive, name
-    return None
-
-
-_catalogues: dict[bytes, tuple[ObjectInfo, TarIndex]] = {}
-_turns: defaultdict[bytes, threading.Lock] = defaultdict(threading.Lock)  # each archive is gone through once
-_lock = threading.Lock()
-
-
-def archive_members(path: bytes, mtime_ns: int | None = None) -> tuple[ObjectInfo, TarIndex]:
-    """Facts on an archive and what is in it; a catalogue is kept, and holds while the archive has its size and time.
-
-    Where `mtime_ns` is known, an archive in a store is not asked for its time again: reading from it tells.
-
-    Raises:
-        FpnxError: where it cannot be read, or is no plain tar archive.
-    """
-    with _lock:
-        turn = _turns[path]
-    with turn:
-        with _lock:
-            kept = _catalogues.get(path)
-        if kept is None or not urls.is_url(path) or mtime_ns != kept[0].mtime_ns:
-            kept = _remote_catalogue(path, kept) if urls.is_url(path) else _local_catalogue(path, kept)
-        with _lock:
-            _catalogues.pop(path, None)
-            while len(_catalogues) >= CATALOGUES:
-                _catalogues.pop(next(iter(_catalogues)))
-            _catalogues[path] = kept
-        return kept
-
-
-def _remote_catalogue(path: bytes, kept: tuple[ObjectInfo, TarIndex] | None) -> tuple[ObjectInfo, TarIndex]:
-    facts = remote.about(path)
-    if facts.bytes < 0:
-        raise FpnxError(f"{escape(path)}: this server does not tell its size: download it first")
-    if kept is not None and kept[0] == facts and facts.mtime_ns:
-        return kept
-    return facts, read_tar_index(remote.Ranges(path, facts), facts.bytes, escape(path))
-
-
-def _local_catalogue(path: bytes, kept: tuple[ObjectInfo, TarIndex] | None) -> tuple[ObjectInfo, TarIndex]:
-    try:
-        with _regular(path) as file:
-            about = os.fstat(file.fileno())
-            facts = ObjectInfo(about.st_size, about.st_mtime_ns)
-            if kept is not None and kept[0] == facts:
-                return kept
-            return facts, read_tar_index(lambda start, count: _at(file, start, count), facts.bytes, escape(path))
-    except (OSError, ImageError) as error:
-        raise FpnxError(f"{escape(path)}: {getattr(error, 'strerror', None) or error}") from error
+def _check_unchanged(file: BinaryIO, source: ImageSource, archived: ArchiveMember | None) -> None:
+    file_stat = os.fstat(file.fileno())
+    if not stat.S_ISREG(file_stat.st_mode):
+        raise ImageError(NOT_REGULAR)
+    size = source.bytes if archived is None else archived.archive_bytes
+    if (file_stat.st_size, file_stat.st_mtime_ns) != (size, source.mtime_ns):
+        raise ImageError(remote.CHANGED)
+    if archived is not None:
+        check_complete(archived.member, archived.archive_bytes)
+        if archived.member.bytes != source.bytes:
+            raise ImageError(remote.CHANGED)

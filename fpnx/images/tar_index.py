@@ -1,4 +1,4 @@
-"""What is in a plain tar archive, and at which byte; found by its headers alone, nothing is unpacked."""
+"""Index of a plain tar archive: its members and their offsets, from the headers alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fpnx.core.text import escape
 __all__ = ["TarIndex", "Member", "read_tar_index", "is_archive", "is_compressed"]
 
 BLOCK = 512
-LARGEST_HEADER = 1 << 20  # bytes: long names and attributes take some kB; a header may claim what it likes
-TAIL = 1 << 20  # bytes behind the end mark that are looked at
+MAX_HEADER_BYTES = 1 << 20  # long names and attributes take some kB; a damaged header may claim any size
+TAIL_BYTES = 1 << 20  # after the end mark, searched for a second archive
 COMPRESSED_NAMES = tuple(
     b".tar.gz .tgz .tar.bz2 .tbz2 .tar.xz .txz .tar.zst .tzst .tar.lz4 .zip .7z .rar".split()
 )  # fmt: skip
-COMPRESSED = (  # how compressed files begin, and what makes a plain one of them
+COMPRESSED = (  # magic bytes of compressed files, and how to unpack them
     (b"\x1f\x8b", "gzip: unpack it with gunzip"),
     (b"BZh", "bzip2: unpack it with bunzip2"),
     (b"\xfd7zXZ\0", "xz: unpack it with unxz"),
@@ -29,55 +29,55 @@ COMPRESSED = (  # how compressed files begin, and what makes a plain one of them
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive.
+    """A file in an archive: where its content is.
 
     Attributes:
-        offset: of its first byte in the archive.
-        bytes: how many it has.
-        stretches: where its content is not one stretch (a sparse file): (place in the file, bytes) of each piece; they
-            follow on each other in the archive, and zeros are between them.
+        offset: of its first stored byte in the archive.
+        bytes: size of the file.
+        segments: for a sparse file, (offset in the file, bytes) of each stored segment; else None. In the archive the
+            segments follow each other; in the file there are zeros between them.
     """
 
     offset: int
     bytes: int
-    stretches: tuple[tuple[int, int], ...] | None = None
+    segments: tuple[tuple[int, int], ...] | None = None
 
     @property
     def stored(self) -> int:
-        """How many bytes it takes in the archive."""
-        return self.bytes if self.stretches is None else sum(count for _, count in self.stretches)
+        """Bytes of its content in the archive."""
+        return self.bytes if self.segments is None else sum(count for _, count in self.segments)
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """What an archive holds.
+    """The members of an archive.
 
     Attributes:
-        members: files by name, without `./` and leading slashes; of several of one name the last, as tar unpacks them.
-            A hard or symbolic link within the archive is the file that it leads to.
-        others: how many members are no files: devices, links that lead nowhere or out of the archive.
-        remarks: what the user should know, a line each.
-        lost: why something may be missing at the end, or empty.
+        members: files by name, without `./` and leading slashes. Where names repeat, the last member counts, as for
+            tar. A hard or symbolic link within the archive stands for its target.
+        others: number of members that are no files: devices, and links without a target in the archive.
+        remarks: notes for the user, a line each.
+        truncated: why members may be missing at the end; empty for a complete archive.
     """
 
     members: dict[bytes, Member]
     others: int
     remarks: tuple[str, ...]
-    lost: str
+    truncated: str
 
 
 def is_archive(path: bytes) -> bool:
-    """Whether a name says that this is a plain tar archive."""
+    """Whether a name is that of a plain tar archive."""
     return path.lower().endswith(b".tar")
 
 
 def is_compressed(path: bytes) -> bool:
-    """Whether a name says that this is an archive which can only be read from its beginning on."""
+    """Whether a name is that of an archive without random access: a compressed tar, zip and the like."""
     return path.lower().endswith(COMPRESSED_NAMES)
 
 
 def read_tar_index(read: Callable[[int, int], bytes], size: int, what: str) -> TarIndex:
-    """Go through the headers of an archive.
+    """Read all headers of an archive.
 
     Args:
         read: (first byte, count) → bytes, fewer only at the end of the archive.
@@ -85,14 +85,14 @@ def read_tar_index(read: Callable[[int, int], bytes], size: int, what: str) -> T
         what: its name, for messages.
 
     Raises:
-        FpnxError: where it is no plain tar archive. One that is cut off or damaged gives what stands before.
+        FpnxError: where it is no plain tar archive. One that is truncated or damaged gives the members before that.
     """
     start = read(0, BLOCK)
-    if (how := next((how for mark, how in COMPRESSED if start.startswith(mark)), None)) is not None:
-        raise FpnxError(f"{what} is compressed with {how}: only plain tar archives can be read at any place")
-    headers = _Headers(read)
+    if (hint := next((hint for magic, hint in COMPRESSED if start.startswith(magic)), None)) is not None:
+        raise FpnxError(f"{what} is compressed with {hint}: only plain tar archives have random access")
+    headers = _HeaderFile(read)
     try:
-        # Any: what is typed of tarfile lacks `members`, and takes `sparse` for a number.
+        # Any: tarfile's types lack `members`, and declare `sparse` as a number.
         tar: Any = tarfile.TarFile(
             fileobj=cast(BinaryIO, headers), mode="r", encoding="utf-8", errors="surrogateescape"
         )
@@ -100,24 +100,25 @@ def read_tar_index(read: Callable[[int, int], bytes], size: int, what: str) -> T
         raise
     except Exception as error:
         raise FpnxError(f"{what} is not a tar archive ({escape(str(error))})") from error
-    found = _Found()
+    builder = _IndexBuilder()
     damaged = False
     try:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # else it keeps every header
-            if min((info.size, *(number for stretch in info.sparse or () for number in stretch))) < 0:
+            tar.members.clear()  # or tarfile keeps every header in memory
+            if min((info.size, *(number for segment in info.sparse or () for number in segment))) < 0:
                 raise tarfile.ReadError("sizes below 0")
-            found.add(info)
+            builder.add(info)
     except (FpnxError, OSError):
         raise
-    except Exception:  # hostile headers make tarfile raise many kinds
+    except Exception:  # invalid headers make tarfile raise many types
         damaged = True
-    found.follow_links()
-    return TarIndex(found.members, found.others, tuple(found.remarks(what)), _lost(read, tar.offset, size, damaged))
+    builder.resolve_links()
+    truncated = _truncation(read, tar.offset, size, damaged)
+    return TarIndex(builder.members, builder.others, tuple(builder.remarks(what)), truncated)
 
 
-class _Headers:
-    """The file as tarfile sees it: read forwards only and never much at once, whatever its headers claim."""
+class _HeaderFile:
+    """The file that tarfile reads: forwards only, and at most MAX_HEADER_BYTES at a time."""
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self._read, self._position = read, 0
@@ -126,20 +127,20 @@ class _Headers:
         return self._position
 
     def seek(self, position: int) -> None:
-        if position < self._position - 1:  # tarfile looks at the byte before a header to see that it is there
+        if position < self._position - 1:  # tarfile reads the byte before a header to see that it exists
             raise tarfile.ReadError("its headers lead backwards")
         self._position = position
 
     def read(self, count: int) -> bytes:
-        if not 0 <= count <= LARGEST_HEADER:
+        if not 0 <= count <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {count} bytes")
         data = self._read(self._position, count)
         self._position += len(data)
         return data
 
 
-class _Found:
-    """Members as they come."""
+class _IndexBuilder:
+    """Collects members in the order of the archive."""
 
     def __init__(self) -> None:
         self.members: dict[bytes, Member] = {}
@@ -162,9 +163,9 @@ class _Found:
                 self.members.pop(name, None)
                 self._links.pop(name, None)
             if info.isreg():
-                stretches = None if info.sparse is None else tuple((int(a), int(n)) for a, n in info.sparse)
-                self.members[name] = Member(info.offset_data, info.size, stretches)
-            elif info.islnk():  # a further name of a file that came before, and of no later one
+                segments = None if info.sparse is None else tuple((int(a), int(n)) for a, n in info.sparse)
+                self.members[name] = Member(info.offset_data, info.size, segments)
+            elif info.islnk():  # a hard link: its target comes before it
                 target = _normal(_raw(info.linkname)) or b""
                 if target in self.members or target in self._links:
                     self._links[name] = (target, self.members.get(target))
@@ -173,42 +174,42 @@ class _Found:
             else:
                 folder = name.rpartition(b"/")[0]
                 raw = _raw(info.linkname)
-                leads = None if raw.startswith(b"/") else _normal(folder + b"/" + raw, climbs=True)
-                self._links[name] = (leads or b"", None)
+                resolved = None if raw.startswith(b"/") else _normal(folder + b"/" + raw, allow_parent=True)
+                self._links[name] = (resolved or b"", None)
 
-    def follow_links(self) -> None:
-        """Put in place of each link the file that it leads to; symbolic ones may lead to links."""
+    def resolve_links(self) -> None:
+        """Replace each link by the file that it leads to, through further links."""
         for name in self._links:
-            seen, here = set[bytes](), name
+            visited, current = set[bytes](), name
             member = None
-            while member is None and here in self._links and here not in seen:
-                seen.add(here)
-                here, member = self._links[here]
-            member = member or self.members.get(here)
+            while member is None and current in self._links and current not in visited:
+                visited.add(current)
+                current, member = self._links[current]
+            member = member or self.members.get(current)
             if member is None:
                 self.others += 1
             else:
                 self.members[name] = member
 
     def remarks(self, what: str) -> list[str]:
-        told = []
+        lines = []
         if self._replaced:
-            told.append(f"{what}: {self._replaced} members have the name of a later one, which counts, as tar does it")
+            lines.append(f"{what}: {self._replaced} members are replaced by later ones of the same name, as in tar")
         if self._outside:
-            told.append(f"{what}: {self._outside} members are left out, since .. in their names leads out of it")
-        return told
+            lines.append(f"{what}: {self._outside} members are left out, because of .. in their names")
+        return lines
 
 
 def _raw(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
-def _normal(name: bytes, climbs: bool = False) -> bytes | None:
-    """`./a//b.jpg` and `/a/b.jpg` → `a/b.jpg`. None for a name with `..`; where it `climbs`, for one that leads out."""
+def _normal(name: bytes, allow_parent: bool = False) -> bytes | None:
+    """`./a//b.jpg` and `/a/b.jpg` → `a/b.jpg`. None for a name with `..`, or that leads out with `allow_parent`."""
     parts: list[bytes] = []
     for part in name.split(b"/"):
         if part == b"..":
-            if not (climbs and parts):
+            if not (allow_parent and parts):
                 return None
             parts.pop()
         elif part not in (b"", b"."):
@@ -216,13 +217,13 @@ def _normal(name: bytes, climbs: bool = False) -> bytes | None:
     return b"/".join(parts) if parts and b"\0" not in name else None
 
 
-def _lost(read: Callable[[int, int], bytes], end: int, size: int, damaged: bool) -> str:
-    """Why something may be missing behind `end`, where reading the headers ended."""
+def _truncation(read: Callable[[int, int], bytes], end: int, size: int, damaged: bool) -> str:
+    """Why members may be missing after `end`, where the headers end; empty for a complete archive."""
     mark = read(end, BLOCK) if end < size else b""
     if len(mark) < BLOCK:
         return f"it ends early, at byte {size}, without an end mark: what may have come after is lost"
     if damaged or mark.count(0) < BLOCK:
         return f"its header at byte {end} is damaged: what comes after is lost"
-    if read(end, TAIL).strip(b"\0"):
+    if read(end, TAIL_BYTES).strip(b"\0"):
         return f"more follows behind its end mark at byte {end} and is not read: are two archives joined?"
     return ""

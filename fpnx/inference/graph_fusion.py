@@ -227,7 +227,7 @@ def _fuse_addition(
     terms = addition.args
     if not all(isinstance(term, fx.Node) for term in terms) or terms[0] is terms[1]:
         return
-    if addition.target is operator.iadd and _only_user(terms[0]) is not addition:  # type: ignore[arg-type]
+    if addition.target is operator.iadd and _only_user(terms[0]) is not addition:
         return  # somebody else counts on the first term having changed
     last, other = sorted(terms, key=order.__getitem__, reverse=True)
     assert isinstance(last, fx.Node)

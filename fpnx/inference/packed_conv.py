@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-__all__ = ["SIZES_PACKED", "PackedConv2d", "can_pack", "fuse_sequence", "is_activation", "is_norm", "native_on_cpu", "packing"]
+__all__ = [
+    "SIZES_PACKED",
+    "PackedConv2d",
+    "can_pack",
+    "fuse_sequence",
+    "is_activation",
+    "is_norm",
+    "native_on_cpu",
+    "packing",
+]
 
 # Activations that oneDNN applies to a convolution's result while it is still in registers: (name, scalars, algorithm).
 FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {
@@ -154,7 +163,9 @@ def is_norm(module: nn.Module | None) -> bool:
     """Whether `module` is a norm that `PackedConv2d.fold` takes: one with statistics of its own, in eval mode."""
     if isinstance(module, FrozenBatchNorm2d):
         return True
-    return type(module) is nn.BatchNorm2d and not module.training and module.running_var is not None
+    if module is None or type(module) is not nn.BatchNorm2d:
+        return False
+    return not module.training and module.running_var is not None
 
 
 def is_activation(module: nn.Module | None) -> bool:

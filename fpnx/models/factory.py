@@ -41,6 +41,7 @@ def create_model(
     *,
     weights: str = ModelConfig.weights,
     levels: Any = ModelConfig.levels,
+    pyramid: str | None = ModelConfig.pyramid,
     channels: int | None = ModelConfig.channels,
     top_block: str | None = ModelConfig.top_block,
     seed: int = ModelConfig.seed,
@@ -64,6 +65,7 @@ def create_model(
         weights: `"default"`, `"imagenet"`, `"coco"`, `"random"`, a torchvision name such as
             `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, detectron2 or mmdetection.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
+        pyramid: the kind of neck, `"fpn"` or `"pafpn"`; None: a file's own, else `"fpn"`.
         channels: of every P level; None: a file's own, else 256.
         top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
         seed: for the parts that have no trained parameters.
@@ -83,6 +85,7 @@ def create_model(
         backbone=None if isinstance(backbone, nn.Module) else backbone,
         weights=weights,
         levels=levels,
+        pyramid=pyramid,
         channels=channels,
         top_block=top_block,
         seed=seed,

@@ -1,4 +1,4 @@
-"""The preprocessing that weights carry: from an upright picture to the network's input."""
+"""Preprocessing recipes: resizing, normalisation and padding of an image for the network."""
 
 from __future__ import annotations
 
@@ -26,15 +26,21 @@ PILLOW = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one picture becomes a network's input: size, resampling, value range, normalisation, padding.
+    """The preprocessing of an upright RGB image, in this order: resize, scale, normalise, pad.
 
-    `sizing` is `"stretch"` (to `height` × `width`), `"aspect"` (shorter side to `short_side`, longer at most
-    `long_side`) or `"native"`. `resampling` is Pillow's antialiased one on 8-bit pixels (`"pillow"`), or the plain
-    bilinear interpolation of `torch.nn.functional` on floats (`"tensor"`), which detectors use. `rounding` of an
-    aspect-keeping size is `"floor"` (`torchvision.transforms.Resize`), `"scaled-floor"`
-    (`torchvision.models.detection`), `"scaled-half-up"` (int(x + 0.5); mmdetection) or `"stepwise-half-up"` (first to
-    the short side, then to the long one; detectron2). Pixels are scaled to 0..`value_range`, put in `order`, less
-    `mean`, over `std`, and then padded right and bottom with zeros to a multiple of `pad_multiple`.
+    Attributes:
+        sizing: `"stretch"` to `height` × `width`; `"aspect"`: shorter side to `short_side`, longer side at most
+            `long_side`; or `"native"`: no resizing.
+        rounding: of sizes with `"aspect"`: `"floor"` (`torchvision.transforms.Resize`), `"scaled-floor"`
+            (`torchvision.models.detection`), `"scaled-half-up"` (int(x + 0.5); mmdetection) or `"stepwise-half-up"`
+            (first to the short side, then to the long one; detectron2).
+        backend: `"pillow"`: antialiased, on 8-bit pixels; `"tensor"`: the bilinear interpolation of
+            `torch.nn.functional` on floats, without antialiasing, as detectors do.
+        resampling: `"nearest"`, `"bilinear"`, `"bicubic"` or `"lanczos"`; `"tensor"` is bilinear only.
+        value_range: pixels are scaled to 0..`value_range`.
+        order: channel order of the input, `"RGB"` or `"BGR"`.
+        mean, std: subtracted from the scaled pixels, and then divided by, for each channel in `order`.
+        pad_multiple: height and width are padded at the bottom and right with zeros to a multiple of this.
     """
 
     sizing: str = "stretch"
@@ -52,7 +58,7 @@ class Recipe:
     pad_multiple: int = 1
 
     def sized(self, config: InputConfig) -> Recipe:
-        """This recipe under the sizing that the user asked for; everything else stays as it is."""
+        """This recipe with the sizing of `config`, if it sets one; everything else is unchanged."""
         if config.short_side is not None:
             return replace(
                 self,
@@ -71,16 +77,16 @@ class Recipe:
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """(height, width) of every input, padding included; None where it depends on the picture."""
+        """(height, width) of every input, padding included; None if it depends on the image."""
         if self.sizing != "stretch" or self.height is None or self.width is None:
             return None
         return self.padded((self.height, self.width))
 
     def input_size(self, source: tuple[int, int], max_pixels: int | None = None) -> tuple[int, int]:
-        """(height, width) of a picture of `source` (height, width) after resizing, before padding.
+        """(height, width) of an image of `source` (height, width) after resizing, before padding.
 
         Raises:
-            ImageError: where it would be over `max_pixels`.
+            ImageError: it would have more than `max_pixels` pixels.
         """
         if self.sizing == "stretch":
             assert self.height is not None
@@ -98,12 +104,12 @@ class Recipe:
         return size
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) with the recipe's padding."""
+        """`size` (height, width) after padding."""
         height, width = (-(-side // self.pad_multiple) * self.pad_multiple for side in size)
         return height, width
 
     def resize(self, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
-        """RGB picture → (height, width, 3) pixels, 0..255, uint8 (`"pillow"`) or float32 (`"tensor"`)."""
+        """Resize an RGB image to `size` (height, width): (height, width, 3), 0..255, uint8 (`"pillow"`) or float32."""
         if picture.size == size[::-1]:
             return np.asarray(picture)
         if self.backend == "pillow":
@@ -113,7 +119,7 @@ class Recipe:
         return resized[0].permute(1, 2, 0).contiguous().numpy()
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, 3) pixels, 0..255 → (B, 3, H, W) float32 network input, in channels-last layout, unpadded."""
+        """(B, H, W, 3) pixels, 0..255 → (B, 3, H, W) float32, normalised, in channels-last memory format, unpadded."""
         images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
         if self.order == "BGR":
             images = images.flip(1).contiguous(memory_format=torch.channels_last)
@@ -124,14 +130,14 @@ class Recipe:
         return images.sub_(_by_channel(self.mean, images.device)).div_(_by_channel(self.std, images.device))
 
     def pad(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """(B, 3, H, W) normalised → padded right and bottom with zeros to `size` (height, width)."""
+        """Pad normalised images (B, 3, H, W) at the bottom and right with zeros to `size` (height, width)."""
         height, width = images.shape[-2:]
         if (height, width) == size:
             return images
         return F.pad(images, (0, size[1] - width, 0, size[0] - height))
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """One RGB picture → (3, H, W) float32 network input, padding included."""
+        """One RGB image → (3, H, W) float32 network input, padding included."""
         size = self.input_size((picture.height, picture.width))
         images = self.normalise(torch.from_numpy(np.array(self.resize(picture, size)))[None])
         return self.pad(images, self.padded(size))[0].contiguous()
@@ -145,35 +151,35 @@ class Recipe:
         resampling = self.resampling + (" antialiased" if self.backend == "pillow" else "")
         padding = f", padded to a multiple of {self.pad_multiple}" if self.pad_multiple > 1 else ""
         numbers = [" ".join(f"{v:g}" for v in values) for values in (self.mean, self.std)]
-        how = "" if self.sizing == "native" else f", {resampling}"
+        interpolation = "" if self.sizing == "native" else f", {resampling}"
         scale = f"0..{self.value_range:g} {self.order}"
-        return f"{sizing}{how}, {scale}, mean {numbers[0]}, std {numbers[1]}{padding}"
+        return f"{sizing}{interpolation}, {scale}, mean {numbers[0]}, std {numbers[1]}{padding}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` takes back."""
+        """The recipe as a JSON object, which `from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Any) -> Recipe:
-        """The recipe that `to_json` described.
+        """The recipe from the values of `to_json`.
 
         Raises:
-            FpnxError: for anything else.
+            FpnxError: other values.
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known:
             raise FpnxError(f"not a recipe: {str(values)[:80]}")
-        known_words = {
+        choices = {
             "sizing": ("stretch", "aspect", "native"),
             "rounding": ("floor", "scaled-floor", "scaled-half-up", "stepwise-half-up"),
             "backend": ("pillow", "tensor"),
             "resampling": tuple(PILLOW),
             "order": ("RGB", "BGR"),
         }
-        if any(name in values and values[name] not in words for name, words in known_words.items()):
+        if any(name in values and values[name] not in allowed for name, allowed in choices.items()):
             raise FpnxError(f"not a recipe: {str(values)[:80]}")
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, (list, tuple))}
-        return cls(**{**values, **lists})
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, (list, tuple))}
+        return cls(**{**values, **tuples})
 
     def _aspect_size(self, height: int, width: int) -> tuple[int, int]:
         assert self.short_side is not None
@@ -200,6 +206,6 @@ class Recipe:
 
 @functools.lru_cache(maxsize=64)
 def _by_channel(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(1, 3, 1, 1) float32, made once: each copy to a GPU would wait for all that it has to do."""
+    """`values` as a (1, 3, 1, 1) float32 tensor, cached, because each copy to a GPU waits for the work queued on it."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device).view(1, 3, 1, 1)

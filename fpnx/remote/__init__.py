@@ -1,1 +1,1 @@
-"""Objects by address: s3://, gs:// and https:// are listed, read by ranges and written."""
+"""Objects at URLs (s3://, gs://, https://): list, read byte ranges, write."""

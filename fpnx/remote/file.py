@@ -1,4 +1,4 @@
-"""Files that are read by ranges: objects of a store, and parts of files."""
+"""File objects over a function that reads byte ranges, such as ranges of an object at a URL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RangeReader", "RemoteFile"]
 
 
 class RangeReader(io.RawIOBase):
-    """A file of `size` bytes that are read elsewhere."""
+    """A read-only file of `size` bytes; `read(start, count)` returns its bytes."""
 
     def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
         self._read, self._size, self._position = read, size, 0
@@ -27,7 +27,7 @@ class RangeReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if base + offset < 0:
-            raise OSError("a place before the beginning")
+            raise OSError("a position before the beginning")
         self._position = base + offset
         return self._position
 
@@ -43,15 +43,15 @@ class RangeReader(io.RawIOBase):
 
 
 class RemoteFile(io.BufferedReader):
-    """An object of a store, to read and seek in; it prints as its address.
+    """An object at a URL as a seekable file; its repr is its URL.
 
     Raises:
-        RemoteError: on opening and on reading, where it cannot be had.
+        RemoteError: on opening and on reading, where a request fails.
     """
 
     def __init__(self, url: bytes) -> None:
-        self._url, facts = url, remote.about(url)
-        super().__init__(RangeReader(remote.Ranges(url, facts), facts.bytes), 1 << 16)
+        self._url, info = url, remote.object_info(url)
+        super().__init__(RangeReader(remote.ReadAhead(url, info), info.bytes), 1 << 16)
 
     def __repr__(self) -> str:
         return escape(self._url)

@@ -1,4 +1,4 @@
-"""Globs over the objects of a store."""
+"""Glob patterns over the objects of an object store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["match_objects", "match_urls"]
 
 
 def match_urls(pattern: bytes) -> list[bytes]:
-    """The addresses of all objects that a glob matches, in byte order.
+    """URLs of all objects that a glob pattern matches, in byte order.
 
     Raises:
         FpnxError: where they cannot be listed.
@@ -19,6 +19,7 @@ def match_urls(pattern: bytes) -> list[bytes]:
 
 
 def match_objects(pattern: bytes) -> list[tuple[bytes, ObjectInfo]]:
-    root, matches = urls.glob_root(pattern), urls.glob_pattern(pattern)
-    below = remote.below(root, urls.glob_start(urls.inside(pattern, root)))
-    return [(url, facts) for url, facts in below if matches.fullmatch(url)]
+    """URL and info of all objects that a glob pattern matches."""
+    root, regex = urls.glob_root(pattern), urls.glob_regex(pattern)
+    objects = remote.list_objects(root, urls.glob_prefix(urls.relative_to(pattern, root)))
+    return [(url, info) for url, info in objects if regex.fullmatch(url)]

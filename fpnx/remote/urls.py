@@ -1,4 +1,4 @@
-"""Addresses of objects: their parts, what they have in common, and globs. Strings only, no network."""
+"""Parsing of URLs: parts, common roots and glob patterns. No network access."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ __all__ = [
     "checked",
     "common_root",
     "folder_of",
-    "glob_pattern",
+    "glob_prefix",
+    "glob_regex",
     "glob_root",
-    "glob_start",
-    "inside",
     "is_url",
     "is_web",
-    "joined",
     "names_folder",
-    "plain",
+    "relative_to",
+    "resolve_line",
     "with_name",
+    "without_query",
 ]
 
 SCHEMES = ("s3", "gs", "http", "https")
 WEB = (b"http://", b"https://")
-MAGIC = re.compile(rb"[*?\[]")
+GLOB_CHARACTER = re.compile(rb"[*?\[]")
 
 
 def is_url(path: bytes) -> bool:
-    """Whether this is an address and not a path. (Two letters at least: Windows has drives of one.)"""
+    """Whether this is a URL and not a path. A scheme has at least two letters, unlike a Windows drive."""
     return re.match(rb"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
@@ -43,13 +43,13 @@ def is_web(url: bytes) -> bool:
 
 
 def checked(url: bytes) -> bytes:
-    """The address, its scheme in small letters, if it is one that fpnx reads.
+    """The URL with its scheme in lower case, if fpnx can read it.
 
     Raises:
-        FpnxError: for another scheme, and for an address that holds a password, without it.
+        FpnxError: for another scheme, no host or bucket, or a user or password, which the message does not show.
     """
-    given, _, rest = url.partition(b"://")
-    scheme = given.lower()
+    scheme, _, rest = url.partition(b"://")
+    scheme = scheme.lower()
     if scheme.decode("ascii", "replace") not in SCHEMES:
         choices = ", ".join(f"{name}://" for name in SCHEMES)
         raise FpnxError(f"{escape(url)}: fpnx reads {choices} and files")
@@ -63,8 +63,8 @@ def checked(url: bytes) -> bytes:
     return scheme + b"://" + rest
 
 
-def plain(url: bytes) -> bytes:
-    """The address without query and fragment, which may be a signature; as names are stored and shown."""
+def without_query(url: bytes) -> bytes:
+    """The URL without query and fragment, which may be a signature; so it is stored and shown."""
     return re.split(rb"[?#]", url, maxsplit=1)[0] if is_web(url) else url
 
 
@@ -75,77 +75,79 @@ def bucket_and_key(url: bytes) -> tuple[str, str]:
 
 
 def folder_of(url: bytes) -> bytes:
-    """What stands before the last slash: `https://host/a/b.jpg` → `https://host/a`."""
+    """The part before the last slash: `https://host/a/b.jpg` → `https://host/a`."""
     start = url.index(b"://") + 3
-    end = plain(url).rfind(b"/", start)
-    return plain(url)[:end] if end >= 0 else plain(url)
+    end = without_query(url).rfind(b"/", start)
+    return without_query(url)[:end] if end >= 0 else without_query(url)
 
 
 def names_folder(url: bytes) -> bool:
-    """Whether an address ends with its host, its bucket, or a slash."""
-    return plain(url).endswith(b"/") or b"/" not in plain(url).partition(b"://")[2]
+    """Whether a URL ends with its host, its bucket, or a slash."""
+    return without_query(url).endswith(b"/") or b"/" not in without_query(url).partition(b"://")[2]
 
 
 def with_name(url: str, name: str) -> str:
-    """`s3://bucket/a/out.h5` with another last part."""
+    """A URL such as `s3://bucket/a/out.h5` with another file name."""
     return f"{url.rpartition('/')[0]}/{name}"
 
 
-def joined(list_url: bytes, line: bytes) -> bytes:
-    """Where a line of a list leads: an address as it stands, anything else relative to the list."""
+def resolve_line(list_url: bytes, line: bytes) -> bytes:
+    """The URL that a line of a list means: a URL itself, or a path relative to the list's URL."""
     if is_url(line):
         return line
     if is_web(list_url):
-        base, relative = (text.decode("utf-8", "surrogateescape") for text in (plain(list_url), line))
+        base, relative = (text.decode("utf-8", "surrogateescape") for text in (without_query(list_url), line))
         return urljoin(base, relative).encode("utf-8", "surrogateescape")
     return folder_of(list_url) + b"/" + line
 
 
 def common_root(roots: Iterable[bytes]) -> bytes:
-    """The longest address that all begin with, at a slash; `https://` where hosts differ, empty where schemes do."""
+    """The longest common URL, up to a slash; `https://` where hosts differ, empty where schemes differ."""
     split = [root.replace(b"://", b"/", 1).split(b"/") for root in roots]
-    shared: list[bytes] = []
+    common: list[bytes] = []
     for parts in zip(*split, strict=False):
         if len(set(parts)) > 1:
             break
-        shared.append(parts[0])
-    return shared[0] + b"://" + b"/".join(shared[1:]) if shared else b""
+        common.append(parts[0])
+    return common[0] + b"://" + b"/".join(common[1:]) if common else b""
 
 
-def inside(url: bytes, root: bytes) -> bytes:
-    """What of an address stands below `root`, one of `common_root`'s."""
+def relative_to(url: bytes, root: bytes) -> bytes:
+    """The part of a URL after `root`, a root from `common_root` or `glob_root`."""
     return url[len(root) :] if not root or root.endswith(b"://") else url[len(root) + 1 :]
 
 
 def glob_root(url: bytes) -> bytes:
-    """The folder of an address before the first `*`, `?` or `[`; the address itself where it has none."""
-    found = MAGIC.search(url)
-    return url[: found.start()].rpartition(b"/")[0] if found else url
+    """The folder before the first `*`, `?` or `[` of a URL; the URL itself where it has none."""
+    match = GLOB_CHARACTER.search(url)
+    return url[: match.start()].rpartition(b"/")[0] if match else url
 
 
-def glob_start(pattern: bytes) -> bytes:
-    """What stands before the first `*`, `?` or `[`."""
-    return MAGIC.split(pattern, maxsplit=1)[0]
+def glob_prefix(pattern: bytes) -> bytes:
+    """The part before the first `*`, `?` or `[`."""
+    return GLOB_CHARACTER.split(pattern, maxsplit=1)[0]
 
 
-def glob_pattern(url: bytes) -> re.Pattern[bytes]:
-    """What a glob matches: `*` and `?` within a part, `[…]` one character of several, `**` anything, also `/`.
+def glob_regex(url: bytes) -> re.Pattern[bytes]:
+    """The regular expression of a glob pattern: `*`, `?` and `[…]` match within a part, `**` also matches `/`.
 
     `prefix/**.jpg` and `prefix/**/*.jpg` both find `prefix/a.jpg` and `prefix/b/c.jpg`.
     """
     tokens = re.split(rb"(\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]]*\])", url)
     meanings = {b"**/": rb"(?:.*/)?", b"**": rb".*", b"*": rb"[^/]*", b"?": rb"[^/]"}
-    told = []
+    regex = []
     for token in tokens:
         if token in meanings:
-            told.append(meanings[token])
+            regex.append(meanings[token])
         elif token.startswith(b"[") and token.endswith(b"]") and len(token) > 2:
             negated = token[1:2] in (b"!", b"^")
-            held = token[2 if negated else 1 : -1].replace(b"\\", rb"\\").replace(b"[", rb"\[").replace(b"]", rb"\]")
-            told.append(b"(?!/)[" + (b"^" if negated else b"") + held + b"]")
+            characters = (
+                token[2 if negated else 1 : -1].replace(b"\\", rb"\\").replace(b"[", rb"\[").replace(b"]", rb"\]")
+            )
+            regex.append(b"(?!/)[" + (b"^" if negated else b"") + characters + b"]")
         else:
-            told.append(re.escape(token))
+            regex.append(re.escape(token))
     try:
-        return re.compile(b"".join(told), re.DOTALL)
+        return re.compile(b"".join(regex), re.DOTALL)
     except re.error as error:
         raise FpnxError(f"{escape(url)}: its [ ] cannot be read as a set of characters") from error

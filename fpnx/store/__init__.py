@@ -1,1 +1,1 @@
-"""The HDF5 format: written so that what it calls done is whole, read lazily, verified, and read as a torch Dataset."""
+"""The HDF5 file of feature pyramids: its layout, writer, reader, verification and torch Dataset."""

@@ -1,4 +1,7 @@
-"""Reading HDF5 that may be anybody's: nothing outside the file, nothing far larger than it, one clear line each."""
+"""Safe reading of HDF5 files from untrusted sources.
+
+Nothing outside the file is read, nothing much larger than the file is allocated, and every error is one StoreError.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,33 @@ import numpy as np
 
 from fpnx.core.errors import StoreError
 from fpnx.core.text import escape
-from fpnx.remote.client import RemoteError, about
+from fpnx.remote.client import RemoteError, object_info
 from fpnx.remote.file import RemoteFile
 from fpnx.remote.urls import checked, is_url
 
 __all__ = [
-    "attribute_text",
-    "attribute_whole",
+    "attribute_bytes",
+    "attribute_int",
+    "attribute_json",
     "check_bytes",
-    "file_state",
-    "member",
-    "names",
+    "file_identity",
+    "get_member",
     "open_hdf5",
-    "parsed",
-    "table",
+    "read_strings",
+    "read_table",
 ]
 
-TEXT_LIMIT = 1 << 24  # bytes of one attribute; ours are a few kB
-NAME_LIMIT = 1 << 16  # bytes of one name, where the file does not tell the sum: paths end at 4096
+MAX_ATTRIBUTE_BYTES = 1 << 24  # of one attribute; those of fpnx have a few kB
+MAX_STRING_BYTES = 1 << 16  # of one string, where their total is unknown; paths have 4096 at most
 
 Kind = TypeVar("Kind", h5py.Group, h5py.Dataset)
 
 
 def open_hdf5(path: str) -> h5py.File:
-    """The file, opened for reading, also while it is being written; or the object of a store.
+    """Open a file, or the object at a URL, for reading; also a file that is being written.
 
     Raises:
-        StoreError: where it is missing, no file, no HDF5, or truncated.
+        StoreError: where it is missing, not a regular file, not HDF5, or truncated.
     """
     if is_url(os.fsencode(path)):
         return _open_remote(path)
@@ -48,14 +51,14 @@ def open_hdf5(path: str) -> h5py.File:
         raise StoreError(f"{escape(path)} does not exist{hint}")
     if os.path.isdir(path):
         raise StoreError(f"{escape(path)} is a folder, not a file that fpnx wrote")
-    if not os.path.isfile(path):  # opening a FIFO would wait for ever
+    if not os.path.isfile(path):  # opening a FIFO would block
         raise StoreError(f"{escape(path)} is not a regular file")
     try:
         open(path, "rb").close()
-    except OSError as error:  # HDF5 would tell of this in many words, or raise it as it is
+    except OSError as error:  # the message of HDF5 has many lines
         raise StoreError(f"{escape(path)}: {error.strerror}") from error
     try:
-        # A file that is being written is locked by its writer; ours is laid out so that reading it is safe.
+        # The writer holds a lock; without it, reading is safe because datasets never move (see `fpnx.store.writer`).
         return h5py.File(path, "r", locking=False)
     except (OSError, RuntimeError, ValueError) as error:
         try:
@@ -69,13 +72,13 @@ def open_hdf5(path: str) -> h5py.File:
         raise StoreError(f"{escape(path)} cannot be read as HDF5, it may be truncated: {reason}") from error
 
 
-def file_state(file: h5py.File) -> tuple[int, ...]:
-    """What tells a file from one that has taken its name."""
+def file_identity(file: h5py.File) -> tuple[int, ...]:
+    """Numbers that change when another file is put at the same path or URL."""
     if _is_remote(file):
-        facts = about(os.fsencode(_path(file)))
-        return facts.bytes, facts.mtime_ns
-    held = os.fstat(file.id.get_vfd_handle())
-    return held.st_dev, held.st_ino, held.st_size
+        info = object_info(os.fsencode(_path(file)))
+        return info.bytes, info.mtime_ns
+    stat = os.fstat(file.id.get_vfd_handle())
+    return stat.st_dev, stat.st_ino, stat.st_size
 
 
 def _open_remote(path: str) -> h5py.File:
@@ -87,52 +90,52 @@ def _open_remote(path: str) -> h5py.File:
         raise StoreError(f"{escape(path)} cannot be read as HDF5: it is another file, or truncated") from error
 
 
-def member(parent: h5py.Group, name: str, kind: type[Kind]) -> Kind:
-    """A child of `parent`, if it is of `kind` and its bytes are in this very file.
+def get_member(parent: h5py.Group, name: str, kind: type[Kind]) -> Kind:
+    """The group or dataset `name` of `parent`, of type `kind`, whose data are in this file.
 
     Raises:
-        StoreError: for what is missing or of another kind, and for links, external or virtual storage: they could
+        StoreError: where it is missing or of another type, and for links and external or virtual storage, which could
             read (or, on resuming, write) any other file.
     """
-    where = f"{parent.name.rstrip('/')}/{name}"
+    full_name = f"{parent.name.rstrip('/')}/{name}"
     link = parent.get(name, getlink=True)
     if link is None:
-        raise StoreError(f"{_file(parent)} is not a whole fpnx file: {escape(where)} is missing")
+        raise StoreError(f"{_file(parent)} is not a whole fpnx file: {escape(full_name)} is missing")
     if not isinstance(link, h5py.HardLink):
-        raise StoreError(f"{_file(parent)} is not to be trusted: {escape(where)} is a link to another place")
-    found = parent[name]
-    if not isinstance(found, kind):
-        raise StoreError(f"{_file(parent)} is not a whole fpnx file: {escape(where)} is no {kind.__name__.lower()}")
-    if isinstance(found, h5py.Dataset) and (found.is_virtual or found.external):
-        raise StoreError(f"{_file(parent)} is not to be trusted: the data of {escape(where)} are in other files")
-    return found
+        raise StoreError(f"{_file(parent)} is not to be trusted: {escape(full_name)} is a link to another place")
+    result = parent[name]
+    if not isinstance(result, kind):
+        raise StoreError(f"{_file(parent)} is not a whole fpnx file: {escape(full_name)} is no {kind.__name__.lower()}")
+    if isinstance(result, h5py.Dataset) and (result.is_virtual or result.external):
+        raise StoreError(f"{_file(parent)} is not to be trusted: the data of {escape(full_name)} are in other files")
+    return result
 
 
-def table(parent: h5py.Group, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def read_table(parent: h5py.Group, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     """A small dataset as an array of `dtype`.
 
     Raises:
-        StoreError: where it has another type or shape, or claims to be larger than the file.
+        StoreError: where it has another dtype or shape, or claims to be larger than the file.
     """
-    dataset, wanted = member(parent, name, h5py.Dataset), np.dtype(dtype)
-    held = dataset.dtype
-    if (held.kind, held.itemsize) != (wanted.kind, wanted.itemsize) or dataset.shape != shape:
+    dataset, expected = get_member(parent, name, h5py.Dataset), np.dtype(dtype)
+    actual = dataset.dtype
+    if (actual.kind, actual.itemsize) != (expected.kind, expected.itemsize) or dataset.shape != shape:
         raise StoreError(
-            f"{_file(parent)} is not a whole fpnx file: {dataset.name} is {held} {dataset.shape}, "
-            f"where {wanted} {shape} belongs"
+            f"{_file(parent)} is not a whole fpnx file: {dataset.name} is {actual} {dataset.shape}, "
+            f"where {expected} {shape} belongs"
         )
-    check_bytes(dataset, dataset.size * held.itemsize)
+    check_bytes(dataset, dataset.size * actual.itemsize)
     values: np.ndarray = dataset[...]
-    return values.astype(wanted, copy=False)
+    return values.astype(expected, copy=False)
 
 
-def names(parent: h5py.Group, name: str) -> list[bytes]:
+def read_strings(parent: h5py.Group, name: str) -> list[bytes]:
     """A one-dimensional dataset of strings, as bytes.
 
     Raises:
-        StoreError: for anything else, or where the strings together would be larger than the file.
+        StoreError: where it is something else, or the strings together would be larger than the file.
     """
-    dataset = member(parent, name, h5py.Dataset)
+    dataset = get_member(parent, name, h5py.Dataset)
     if len(dataset.shape or ()) != 1 or h5py.check_string_dtype(dataset.dtype) is None:
         raise StoreError(f"{_file(parent)} is not a whole fpnx file: {dataset.name} is no list of names")
     count = dataset.shape[0]
@@ -141,36 +144,36 @@ def names(parent: h5py.Group, name: str) -> list[bytes]:
         return [bytes(value) for value in dataset[:]]
     start, stored = dataset.id.get_offset(), dataset.id.get_storage_size()
     if start is None or not count or stored % count or _is_remote(dataset):
-        return _one_by_one(dataset)
-    # A string is kept as its length (4 bytes) and where its bytes are. Many may share one large text, so that a
-    # small file could fill the memory: the lengths are added up before anything is read.
+        return _read_one_by_one(dataset)
+    # Each entry is a length (4 bytes) and a reference to the bytes. Many entries of a small file may refer to one large
+    # string and fill the memory, so the lengths are added up before the strings are read.
     check_bytes(dataset, stored)
-    references = np.fromfile(_path(dataset), np.uint8, stored, offset=start)
-    if references.size == stored:
-        lengths = references.reshape(count, stored // count)[:, :4].copy().view("<u4")
+    entries = np.fromfile(_path(dataset), np.uint8, stored, offset=start)
+    if entries.size == stored:
+        lengths = entries.reshape(count, stored // count)[:, :4].copy().view("<u4")
         check_bytes(dataset, int(lengths.sum(dtype=np.int64)))
     return [bytes(value) for value in dataset[:]]
 
 
-def attribute_text(file: h5py.File, name: str) -> bytes:
-    """One string attribute, as bytes.
+def attribute_bytes(file: h5py.File, name: str) -> bytes:
+    """A string attribute, as bytes.
 
     Raises:
-        StoreError: where it is missing or no string.
+        StoreError: where it is missing or not a string.
     """
     value = _scalar(file, name)
     if isinstance(value, str):
         value = os.fsencode(value)
-    if not isinstance(value, bytes) or len(value) > TEXT_LIMIT:
+    if not isinstance(value, bytes) or len(value) > MAX_ATTRIBUTE_BYTES:
         raise StoreError(f"{_file(file)} is not a whole fpnx file: attribute {name} is no text")
     return value
 
 
-def attribute_whole(file: h5py.File, name: str) -> int:
-    """One whole-number attribute.
+def attribute_int(file: h5py.File, name: str) -> int:
+    """An integer attribute.
 
     Raises:
-        StoreError: where it is missing or no whole number.
+        StoreError: where it is missing or not an integer.
     """
     value = _scalar(file, name)
     if not isinstance(value, (int, np.integer)):
@@ -178,14 +181,14 @@ def attribute_whole(file: h5py.File, name: str) -> int:
     return int(value)
 
 
-def parsed(file: h5py.File, name: str) -> dict[str, Any]:
-    """One attribute that holds a JSON object.
+def attribute_json(file: h5py.File, name: str) -> dict[str, Any]:
+    """The JSON object in a string attribute.
 
     Raises:
-        StoreError: where it does not.
+        StoreError: where it is missing or not a JSON object.
     """
     try:
-        value = json.loads(attribute_text(file, name))
+        value = json.loads(attribute_bytes(file, name))
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{_file(file)} is not a whole fpnx file: attribute {name} is not JSON") from error
     if not isinstance(value, dict):
@@ -196,40 +199,43 @@ def parsed(file: h5py.File, name: str) -> dict[str, Any]:
 def _scalar(file: h5py.File, name: str) -> Any:
     if name not in file.attrs:
         raise StoreError(f"{_file(file)} is not a whole fpnx file: attribute {name} is missing")
-    held = file.attrs.get_id(name)
-    if held.shape != () or held.dtype.itemsize > TEXT_LIMIT:
+    attribute = file.attrs.get_id(name)
+    if attribute.shape != () or attribute.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
         raise StoreError(f"{_file(file)} is not a whole fpnx file: attribute {name} is no single value")
     return file.attrs[name]
 
 
-def _one_by_one(dataset: h5py.Dataset) -> list[bytes]:
-    """Names that were packed by another tool, so that only reading them tells how long they are."""
-    found = []
+def _read_one_by_one(dataset: h5py.Dataset) -> list[bytes]:
+    """Strings whose total length is unknown before they are read: remote, or repacked by another tool."""
+    strings = []
     for index in range(dataset.shape[0]):
-        found.append(bytes(dataset[index]))
-        if len(found[-1]) > NAME_LIMIT:
+        strings.append(bytes(dataset[index]))
+        if len(strings[-1]) > MAX_STRING_BYTES:
             raise StoreError(f"{_file(dataset)} is not to be trusted: a name in {dataset.name} never ends")
-    return found
+    return strings
 
 
 def check_bytes(dataset: h5py.Dataset, count: int) -> None:
-    """Refuse what would take more than 16 times the file and 16 MiB; repacked by another tool it may be compressed.
+    """Refuse to read `count` bytes of `dataset` where they are more than 16 times the file size and 16 MiB.
+
+    A file that another tool has repacked may be compressed, hence the factor.
 
     Raises:
-        StoreError: naming the dataset.
+        StoreError: with the name of the dataset.
     """
     size = dataset.file.id.get_filesize() if _is_remote(dataset) else os.path.getsize(_path(dataset))
     if count > 16 * size + (1 << 24):
         raise StoreError(f"{_file(dataset)} is not to be trusted: {dataset.name} claims to be larger than the file")
 
 
-def _is_remote(held: h5py.Group | h5py.Dataset) -> bool:
-    return bool(held.file.driver == "fileobj")
+def _is_remote(member: h5py.Group | h5py.Dataset) -> bool:
+    return bool(member.file.driver == "fileobj")
 
 
-def _path(held: h5py.Group | h5py.Dataset) -> str:
-    return str(os.fsdecode(held.file.filename))
+def _path(member: h5py.Group | h5py.Dataset) -> str:
+    return str(os.fsdecode(member.file.filename))
 
 
-def _file(held: h5py.Group | h5py.Dataset) -> str:
-    return escape(_path(held))
+def _file(member: h5py.Group | h5py.Dataset) -> str:
+    """Printable path or URL of the file, for messages."""
+    return escape(_path(member))

@@ -1,4 +1,4 @@
-"""What a store holds, as plain values, and code that reads it."""
+"""Summary of a store as plain values, and Python code that reads it, for `fpnx info`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["level_shapes", "reading_snippet", "store_facts"]
 
 
 def level_shapes(store: Store) -> list[LevelShape]:
-    """Every level of a store at every network-input size."""
+    """Stored shape of every level at every network-input size."""
     shapes = []
     for size in store.sizes:
         for level in store.levels:
@@ -27,12 +27,12 @@ def level_shapes(store: Store) -> list[LevelShape]:
 
 
 def store_facts(store: Store) -> dict[str, Any]:
-    """What `show_info` shows, as plain values."""
-    states = {name: int((store.status == value).sum()) for value, name in enumerate(("pending", "done", "failed"))}
+    """All that `fpnx info` shows, as values for JSON."""
+    counts = {name: int((store.status == value).sum()) for value, name in enumerate(("pending", "done", "failed"))}
     return {
         "file": store.path,
         "complete": store.complete,
-        "images": {"total": len(store), **states},
+        "images": {"total": len(store), **counts},
         "shard": store.shard_slice.to_json() if store.shard_slice else None,
         "shards": len(store.shards),
         "root": store.root,
@@ -45,11 +45,11 @@ def store_facts(store: Store) -> dict[str, Any]:
 
 
 def reading_snippet(store: Store) -> str:
-    """Python that reads this very file with h5py alone; or a set of shards with fpnx."""
+    """Python code that reads this file with h5py alone, or a set of shards with fpnx."""
     level = store.levels[0]
     if store.shards:
-        one = f"item = next(iter(store)); print(item.path, item[{level!r}].shape)"
-        return f"import fpnx\n\nwith fpnx.open({store.path!r}) as store:\n    {one}\n"
+        statement = f"item = next(iter(store)); print(item.path, item[{level!r}].shape)"
+        return f"import fpnx\n\nwith fpnx.open({store.path!r}) as store:\n    {statement}\n"
     lines = [
         "import h5py",
         "",

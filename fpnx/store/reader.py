@@ -1,4 +1,7 @@
-"""The HDF5 format, version 1: the layout, and reading it. Writing is in `fpnx.store.writer`. No torch."""
+"""Reader of the HDF5 file, format version 1. Does not import torch.
+
+The layout of the file is in `fpnx.store.file_layout`, the writer in `fpnx.store.writer`.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ from fpnx.core.sharding import ShardSlice
 from fpnx.core.text import escape
 from fpnx.core.validation import format_size, parse_size
 from fpnx.store.hdf5 import (
-    attribute_text,
-    attribute_whole,
+    attribute_bytes,
+    attribute_int,
+    attribute_json,
     check_bytes,
-    file_state,
-    member,
-    names,
+    file_identity,
+    get_member,
     open_hdf5,
-    parsed,
-    table,
+    read_strings,
+    read_table,
 )
 
 __all__ = [
@@ -47,14 +50,14 @@ __all__ = [
 
 FORMAT = "fpnx"
 FORMAT_VERSION = 1
-PENDING, DONE, FAILED = 0, 1, 2
+PENDING, DONE, FAILED = 0, 1, 2  # status of an image
 ERROR_BYTES = 240  # of a failed image's reason, UTF-8
 
-Opened = TypeVar("Opened", bound="Store")
+AnyStore = TypeVar("AnyStore", bound="Store")
 
 
 class Box(NamedTuple):
-    """A rectangle in source pixels, upright image, x to the right and y down; may be fractional."""
+    """A rectangle in pixels of the upright source image, x to the right and y down; may be fractional."""
 
     left: float
     top: float
@@ -63,12 +66,12 @@ class Box(NamedTuple):
 
 
 class Item:
-    """One image of a store and its features; reads a level when it is asked for.
+    """One image of a store and its features; a level is read from the file on access.
 
     Attributes:
         path: stored path, relative to the store's root (str, undecodable bytes as surrogates).
-        index: its row in `/images`.
-        source_size, input_size: (height, width) of the upright source, and of what the model saw without padding.
+        index: row in `/images`.
+        source_size, input_size: (height, width) of the upright source, and of the network input without padding.
         levels: names of the levels.
     """
 
@@ -81,7 +84,7 @@ class Item:
         self.input_size: tuple[int, int] = tuple(store.input_sizes[index].tolist())
 
     def __getitem__(self, level: str) -> np.ndarray:
-        """Features of one level → (C, H, W), in the stored dtype."""
+        """Features of one level, (C, H, W) in the stored dtype."""
         dataset, row = self._dataset(level), int(self._store.rows[self.index])
         if not 0 <= row < len(dataset):
             raise StoreError(f"{escape(self._store.path)} is not a whole fpnx file: image {self.index} has no row")
@@ -89,7 +92,7 @@ class Item:
 
     @property
     def store(self) -> Store:
-        """The store that this image is of."""
+        """The store that holds this image."""
         return self._store
 
     def stride(self, level: str) -> int:
@@ -104,13 +107,13 @@ class Item:
         return valid_extent(self.input_size, int(dataset.attrs["stride"]), dataset.shape[2:])
 
     def box(self, level: str, y: int, x: int) -> Box:
-        """The source pixels that cell (y, x) of `level` stands for: cell size is the stride in input pixels.
+        """The rectangle of source pixels under cell (y, x) of `level`; a cell covers stride × stride input pixels.
 
         Raises:
             FpnxError: for a cell outside the valid (unpadded) map.
         """
         height, width = self.valid(level)
-        if not all(isinstance(at, (int, np.integer)) for at in (y, x)):
+        if not all(isinstance(number, (int, np.integer)) for number in (y, x)):
             raise TypeError(f"cell ({y!r}, {x!r}): take whole numbers, row and column")
         if not (0 <= y < height and 0 <= x < width):
             raise FpnxError(f"cell ({y}, {x}) is outside {level}, which has {height}×{width} cells")
@@ -120,14 +123,15 @@ class Item:
         return Box(left, top, right, bottom)
 
     def _span(self, cell: int, axis: int, dataset: h5py.Dataset) -> tuple[float, float]:
-        stride, source, seen = int(dataset.attrs["stride"]), self.source_size[axis], self.input_size[axis]
+        """First and last source pixel under a cell along one axis."""
+        stride, source, size = int(dataset.attrs["stride"]), self.source_size[axis], self.input_size[axis]
         first, last = cell, cell + 1
         bins = dataset.shape[2 + axis]
         if self._store.config.get("pool", "none") != "none":  # adaptive pooling: bins over the valid cells
-            cells = math.ceil(seen / stride)
+            cells = math.ceil(size / stride)
             first, last = cell * cells // bins, -(-(cell + 1) * cells // bins)
-        pixels = source / seen
-        return first * stride * pixels, min(last * stride * pixels, float(source))
+        scale = source / size
+        return first * stride * scale, min(last * stride * scale, float(source))
 
     def _dataset(self, level: str) -> h5py.Dataset:
         if level not in self.levels:
@@ -144,18 +148,26 @@ class Item:
 class Store:
     """A file of feature pyramids, read lazily; also one that is still being written.
 
-    `store["cats/01.jpg"]` and `store[3]` give an `Item`, or raise `NotDoneError`; iteration gives the items that are
+    `store["cats/01.jpg"]` and `store[3]` return an `Item`, or raise `NotDoneError`; iteration yields the items that are
     done; `len(store)` counts all images.
 
     Attributes:
+        path: of the file, or its URL.
         levels: level names, fine to coarse.
-        config: what the stored numbers depend on, as a dict.
+        config: everything that the stored values depend on, as a dict.
+        fingerprint: sha256 (hex) of the config.
         provenance: versions, command, weights and which parts are trained, recipe, device, time.
+        root: the folder, archive or URL that paths are relative to.
         paths: stored paths of all images (str), by row.
+        status: (N,) uint8, PENDING, DONE or FAILED.
+        rows: (N,) int64, row of each image in the datasets of its padded size; -1 where it has none.
+        bytes, mtimes_ns: (N,) int64, size and modification time of each image file.
+        source_sizes, input_sizes: (N, 2) int32, (height, width) of the source and of the network input.
         padded_sizes: (height, width) of each image's network input with padding; None where it has none.
-        cut: which slice of which list it is, where it is a shard; else None.
+        nonfinite: (N, levels) int64, number of NaN and infinite values.
+        shard_slice: which slice of which list this is, for a shard; else None.
         complete: whether this is a finished file (not a `.part`).
-        shards: the stores of all shards, where it is a set of them; see `fpnx.store.shard_set`.
+        shards: the stores of all shards, for a set of shards; see `fpnx.store.shard_set`.
     """
 
     shards: Sequence[Store] = ()
@@ -163,55 +175,55 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._file, self._closed = open_hdf5(self.path), False
-        self._place = os.path.abspath(self.path) if os.path.exists(self.path) else self.path  # wherever one goes then
+        self._full_path = os.path.abspath(self.path) if os.path.exists(self.path) else self.path  # for reopening
         try:
             self._read_header()
         except FpnxError:
             self._file.close()
             raise
-        except Exception as error:  # HDF5 and numpy raise many kinds over a damaged file
+        except Exception as error:  # HDF5 and numpy raise many types for a damaged file
             self._file.close()
             raise StoreError(f"{escape(self.path)} is not a whole fpnx file ({escape(str(error))})") from error
 
     def _read_header(self) -> None:
         file = self._file
-        if "format" not in file.attrs or attribute_text(file, "format") != FORMAT.encode():
+        if "format" not in file.attrs or attribute_bytes(file, "format") != FORMAT.encode():
             raise StoreError(f"{escape(self.path)} is an HDF5 file, but not one of fpnx's")
-        version = attribute_whole(file, "format_version")
+        version = attribute_int(file, "format_version")
         if version != FORMAT_VERSION:
-            way = "update fpnx" if version > FORMAT_VERSION else "extract it again"
+            action = "update fpnx" if version > FORMAT_VERSION else "extract it again"
             raise StoreError(
-                f"{escape(self.path)} has format version {version}, this fpnx reads {FORMAT_VERSION}: {way}"
+                f"{escape(self.path)} has format version {version}, this fpnx reads {FORMAT_VERSION}: {action}"
             )
-        self.config: dict[str, Any] = parsed(file, "config")
-        self.fingerprint = attribute_text(file, "fingerprint").decode("ascii", "replace")
+        self.config: dict[str, Any] = attribute_json(file, "config")
+        self.fingerprint = attribute_bytes(file, "fingerprint").decode("ascii", "replace")
         self.provenance = self._read_provenance()
-        self.shard_slice = ShardSlice.from_json(parsed(file, "shard")) if "shard" in file.attrs else None
-        self.root: str = os.fsdecode(attribute_text(file, "root"))
+        self.shard_slice = ShardSlice.from_json(attribute_json(file, "shard")) if "shard" in file.attrs else None
+        self.root: str = os.fsdecode(attribute_bytes(file, "root"))
         self.levels: tuple[str, ...] = self._known_levels()
-        images = member(file, "images", h5py.Group)
-        self.paths: list[str] = [os.fsdecode(name) for name in names(images, "path")]
+        images = get_member(file, "images", h5py.Group)
+        self.paths: list[str] = [os.fsdecode(name) for name in read_strings(images, "path")]
         self.padded_sizes: list[tuple[int, int] | None] = self._read_sizes(images)
         count = len(self.paths)
-        self.rows: np.ndarray = table(images, "row", np.int64, (count,))
-        self.bytes: np.ndarray = table(images, "bytes", np.int64, (count,))
-        self.mtimes_ns: np.ndarray = table(images, "mtime_ns", np.int64, (count,))
-        self.input_sizes: np.ndarray = table(images, "input_size", np.int32, (count, 2))
+        self.rows: np.ndarray = read_table(images, "row", np.int64, (count,))
+        self.bytes: np.ndarray = read_table(images, "bytes", np.int64, (count,))
+        self.mtimes_ns: np.ndarray = read_table(images, "mtime_ns", np.int64, (count,))
+        self.input_sizes: np.ndarray = read_table(images, "input_size", np.int32, (count, 2))
         if len(self.padded_sizes) != count:
             raise StoreError(f"{escape(self.path)} is not a whole fpnx file: /images/group names no sizes")
-        table(images, "error", f"S{ERROR_BYTES}", (count,))
-        self._pyramids = member(file, "pyramids", h5py.Group)
+        read_table(images, "error", f"S{ERROR_BYTES}", (count,))
+        self._pyramids = get_member(file, "pyramids", h5py.Group)
         self._index: dict[str, int] | None = None
         self._checked: set[tuple[tuple[int, int], str]] = set()
         self.refresh()
 
     def _read_sizes(self, images: h5py.Group) -> list[tuple[int, int] | None]:
         """The padded network-input size of every image; None where its header could not be read."""
-        held = [name.decode() for name in names(images, "group")]
-        sizes = {name: parse_size(name) for name in set(held)}
+        groups = [name.decode() for name in read_strings(images, "group")]
+        sizes = {name: parse_size(name) for name in set(groups)}
         if any(name and size is None for name, size in sizes.items()):
             raise StoreError(f"{escape(self.path)} is not a whole fpnx file: /images/group names no sizes")
-        return [sizes[name] for name in held]
+        return [sizes[name] for name in groups]
 
     def _known_levels(self) -> tuple[str, ...]:
         levels = self.config.get("levels")
@@ -223,33 +235,37 @@ class Store:
         raise StoreError(f"{escape(self.path)} is not a whole fpnx file: its config names no levels")
 
     def _read_provenance(self) -> Provenance:
-        """The provenance, where it and the texts of the config are complete."""
+        """The provenance.
+
+        Raises:
+            StoreError: where it, or a text in the config, is missing.
+        """
         try:
             if not all(isinstance(self.config.get(name), str) for name in ("backbone", "dtype", "pool")):
                 raise ValueError("its config is incomplete")
-            return Provenance.from_json(parsed(self._file, "provenance"))
+            return Provenance.from_json(attribute_json(self._file, "provenance"))
         except ValueError as error:
             raise StoreError(
                 f"{escape(self.path)} is not a whole fpnx file: its config or provenance is incomplete"
             ) from error
 
-    def each(self) -> Iterator[Store]:
-        """The store of every file: this one; of a set the shards in order, each open when its turn comes."""
+    def each_file(self) -> Iterator[Store]:
+        """Yields the store of every file: this one; for a set, the shards in order, each opened when it is yielded."""
         yield self
 
     def refresh(self) -> None:
-        """Read again what changes while a run goes on: status, source sizes, errors, counts of NaN and inf.
+        """Read again what changes during a run: status, source sizes, errors, counts of NaN and inf.
 
-        The status comes first: whatever it calls done was written before.
+        The status is read first: everything of an image that is done was written before its status.
         """
-        images, count = member(self._opened(), "images", h5py.Group), len(self.paths)
-        self.status: np.ndarray = table(images, "status", np.uint8, (count,))
-        self.source_sizes: np.ndarray = table(images, "source_size", np.int32, (count, 2))
-        statistics = member(self._file, "stats", h5py.Group)
-        self.nonfinite: np.ndarray = table(statistics, "nonfinite", np.int64, (count, len(self.levels)))
+        images, count = get_member(self._opened(), "images", h5py.Group), len(self.paths)
+        self.status: np.ndarray = read_table(images, "status", np.uint8, (count,))
+        self.source_sizes: np.ndarray = read_table(images, "source_size", np.int32, (count, 2))
+        statistics = get_member(self._file, "stats", h5py.Group)
+        self.nonfinite: np.ndarray = read_table(statistics, "nonfinite", np.int64, (count, len(self.levels)))
 
     def nonfinite_by_level(self) -> dict[str, int]:
-        """How many values of the images that are done are NaN or infinite, by level."""
+        """Number of NaN and infinite values in the images that are done, by level."""
         counts = self.nonfinite[self.status == DONE].sum(axis=0)
         return dict(zip(self.levels, counts.tolist(), strict=True))
 
@@ -259,7 +275,7 @@ class Store:
         return not str(self.path).endswith(".part") and not bool((self.status == PENDING).any())
 
     def error(self, index: int) -> str:
-        """Why image `index` failed; empty where it did not."""
+        """Why image `index` failed; empty where it has not."""
         if self.status[index] != FAILED:
             return ""
         return bytes(self._errors[index]).decode(errors="replace")
@@ -271,14 +287,14 @@ class Store:
         return [(self.paths[i], bytes(reasons[i]).decode(errors="replace")) for i in failed]
 
     def errors(self) -> np.ndarray:
-        """(N,) reasons of all images, in at most `ERROR_BYTES` bytes each; empty where none failed."""
+        """(N,) reasons of all images, at most `ERROR_BYTES` bytes each; empty where an image has not failed."""
         reasons: np.ndarray = self._errors[:]
         return reasons
 
     @property
     def _errors(self) -> h5py.Dataset:
-        """Opened anew each time: an open dataset may hand out what it read before a writer changed it."""
-        return member(self._opened()["images"], "error", h5py.Dataset)
+        """The dataset of reasons, opened again on each access: an open dataset may return outdated cached values."""
+        return get_member(self._opened()["images"], "error", h5py.Dataset)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -290,17 +306,17 @@ class Store:
         """The (n, C, H, W) dataset of one padded size and level; attrs stride, channels, valid.
 
         Raises:
-            StoreError: where it is not in this file, or not of this form.
+            StoreError: where it is missing, or has another shape or dtype.
         """
         self._opened()
         if (size, level) in self._checked:
             return self._pyramids[f"{format_size(size)}/{level}"]
-        dataset = member(member(self._pyramids, format_size(size), h5py.Group), level, h5py.Dataset)
-        stored = str(self.config.get("dtype"))
-        if dataset.dtype.name != stored or stored not in DTYPES or len(dataset.shape or ()) != 4:
+        dataset = get_member(get_member(self._pyramids, format_size(size), h5py.Group), level, h5py.Dataset)
+        dtype = str(self.config.get("dtype"))
+        if dataset.dtype.name != dtype or dtype not in DTYPES or len(dataset.shape or ()) != 4:
             raise StoreError(
                 f"{escape(self.path)} is not a whole fpnx file: {dataset.name} is {dataset.dtype} {dataset.shape}, "
-                f"where {escape(stored)} (n, C, H, W) belongs"
+                f"where {escape(dtype)} (n, C, H, W) belongs"
             )
         check_bytes(dataset, dataset.size * dataset.dtype.itemsize)
         stride = int(dataset.attrs.get("stride", 0))
@@ -310,10 +326,10 @@ class Store:
         return dataset
 
     def check(self) -> None:
-        """Look at every group and level, not only when they are asked for.
+        """Check all groups and levels now, and not on access.
 
         Raises:
-            StoreError: for the first that is not as the format says.
+            StoreError: for the first that does not follow the format.
         """
         for size in dict.fromkeys(self.padded_sizes):
             if size is not None:
@@ -321,7 +337,7 @@ class Store:
                     self.dataset(size, level)
 
     def links_to(self, size: tuple[int, int], level: str) -> bool:
-        """Whether `/P3` leads to the dataset of this size and level."""
+        """Whether the soft link `/P3` leads to the dataset of this size and level."""
         link = self._opened().get(level, getlink=True)
         return isinstance(link, h5py.SoftLink) and link.path == f"/pyramids/{format_size(size)}/{level}"
 
@@ -330,7 +346,7 @@ class Store:
         return int(self.dataset(self.sizes[0], level).attrs["stride"])
 
     def index(self, path: str | bytes | os.PathLike[str]) -> int:
-        """Row of a stored path.
+        """Row of a stored path in `/images`.
 
         Raises:
             NotDoneError: where there is no such image.
@@ -373,9 +389,9 @@ class Store:
         return f"Store({self.path!r}, {done} of {len(self)} images, {', '.join(self.levels)})"
 
     def release(self) -> None:
-        """Close the file until something of it is asked for; what was read of it stays."""
+        """Close the file until the next access; tables that were read stay in memory."""
         if self._file:
-            self._state = file_state(self._file)
+            self._identity = file_identity(self._file)
             self._file.close()
 
     def close(self) -> None:
@@ -387,14 +403,14 @@ class Store:
         if self._closed:
             raise StoreError(f"{escape(self.path)} has been closed: read inside its with block")
         if not self._file:
-            self._file = open_hdf5(self._place)
-            if file_state(self._file) != self._state:
+            self._file = open_hdf5(self._full_path)
+            if file_identity(self._file) != self._identity:
                 self._file.close()
                 raise StoreError(f"{escape(self.path)} is another file than when it was opened: open it again")
-            self._pyramids = member(self._file, "pyramids", h5py.Group)
+            self._pyramids = get_member(self._file, "pyramids", h5py.Group)
         return self._file
 
-    def __enter__(self: Opened) -> Opened:
+    def __enter__(self: AnyStore) -> AnyStore:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -405,28 +421,29 @@ def open_store_file(path: str | os.PathLike[str]) -> Store:
     """Open a file that `fpnx extract` wrote, also a `.part` that is being written; see `Store`.
 
     Raises:
-        StoreError: where it is missing, truncated, not fpnx's, or of a future format version.
+        StoreError: where it is missing, truncated, not written by fpnx, or of a future format version.
     """
     return Store(path)
 
 
 def valid_extent(input_size: tuple[int, int], stride: int, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(height, width) of a map's cells that lie over the unpadded input: ceil(input / stride), at most the map."""
+    """(height, width) of the cells of a map that lie over the input without padding: ceil(input / stride), at most the
+    map."""
     return min(-(-input_size[0] // stride), shape[0]), min(-(-input_size[1] // stride), shape[1])
 
 
 def different_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`"seed 0 → 1"` for each field of two configs that differs; nested ones as `recipe.mean`."""
-    told = []
+    """One text for each field that differs between two configs: `"seed 0 → 1"`, nested fields as `recipe.mean`."""
+    differences = []
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            told += [f"{name}.{field}" for field in different_fields(before, after)]
+            differences += [f"{name}.{field}" for field in different_fields(before, after)]
         elif before != after:
-            told.append(f"{name} {_brief(before)} → {_brief(after)}")
-    return told
+            differences.append(f"{name} {_shortened(before)} → {_shortened(after)}")
+    return differences
 
 
-def _brief(value: object) -> str:
+def _shortened(value: object) -> str:
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return text[:12] + "…" if re.fullmatch(r"[0-9a-f]{64}", text) else text

@@ -1,4 +1,4 @@
-"""Sets of shards, read as the one file that a whole run would have written. No torch."""
+"""Sets of shards, read as one store. Does not import torch."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ except ImportError:  # Windows has no such limit
 
 __all__ = ["JoinedDataset", "ShardSet", "open_store", "open_shard_set"]
 
-OPEN = 64  # files of a set that are open at most; an eighth of what the process may have, where that is less
-NAMED = 5  # missing shards that a message names
-NAME = re.compile(r"\.shard-\d{5}-of-\d{5}(?=\.|$)")
+MAX_OPEN = 64  # open files of a set; an eighth of the process's limit, where that is less
+MAX_NAMED = 5  # missing shards that a message names
+SHARD_NAME = re.compile(r"\.shard-\d{5}-of-\d{5}(?=\.|$)")
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class ShardSet(Store):
-    """All shards of one run as one store, with rows as a whole run gives them; see `Store`.
+    """All shards of one run as one store, with the rows of a run without shards; see `Store`.
 
-    However many shards there are, few of their files are open at a time.
+    Only a limited number of the files are open at a time.
 
     Attributes:
-        shards: their own stores, in order.
+        shards: the stores of the shards, in order.
         list: fingerprint of the whole list of images.
     """
 
     def __init__(self, paths: Iterable[str], name: str | None = None) -> None:
-        self._lock = threading.RLock()  # a thread may close what another is about to read
+        self._lock = threading.RLock()  # one thread may close a file that another is about to read
         self._recent: OrderedDict[int, Store] = OrderedDict()
-        self._most = _most_open()
+        self._max_open = _open_file_limit()
         self._joined: dict[tuple[tuple[int, int], str], JoinedDataset] = {}
         self._index: dict[str, int] | None = None
         self._closed = False
-        self.shards = self._gathered(paths)
+        self.shards = self._open_shards(paths)
         first = self.shards[0]
         assert first.shard_slice is not None
-        self.path = name or NAME.sub(f".shard-*-of-{len(self.shards):05}", first.path)
+        self.path = name or SHARD_NAME.sub(f".shard-*-of-{len(self.shards):05}", first.path)
         self.shard_slice, self.list = None, first.shard_slice.list
         self.config, self.provenance, self.fingerprint = first.config, first.provenance, first.fingerprint
         self.root, self.levels = first.root, first.levels
@@ -67,38 +67,45 @@ class ShardSet(Store):
         self.rows, self._pieces = _joined_rows(self.shards)
         self._firsts = [shard.shard_slice.first for shard in self.shards if shard.shard_slice]
 
-    def _gathered(self, paths: Iterable[str]) -> list[Store]:
-        found: dict[int, Store] = {}
+    def _open_shards(self, paths: Iterable[str]) -> list[Store]:
+        """The stores at `paths` in the order of their shards, all closed again.
+
+        Raises:
+            StoreError: where they are not the complete set of one run's shards.
+        """
+        shards: dict[int, Store] = {}
         for path in paths:
             store = open_store_file(path)
             try:
-                cut = _cut_of(store)
-                _refuse_other(store, next(iter(found.values()), store))
-                if cut.index in found:
-                    both = f"{escape(found[cut.index].path)} and {escape(store.path)}"
-                    raise StoreError(f"shard {cut.shard} is there twice: {both}: name each shard once")
-                found[cut.index] = store
+                part = _slice_of(store)
+                _refuse_other_run(store, next(iter(shards.values()), store))
+                if part.index in shards:
+                    both = f"{escape(shards[part.index].path)} and {escape(store.path)}"
+                    raise StoreError(f"shard {part.shard} is there twice: {both}: name each shard once")
+                shards[part.index] = store
             finally:
                 store.release()
-        if not found:
+        if not shards:
             raise StoreError("no shards: name their files")
-        _refuse_missing(found)
-        return [found[index] for index in sorted(found)]
+        _refuse_missing(shards)
+        return [shards[index] for index in sorted(shards)]
 
-    def each(self) -> Iterator[Store]:
-        """The shards' own stores in order; see `Store.each`."""
+    def each_file(self) -> Iterator[Store]:
+        """Yields the stores of the shards in order; see `Store.each_file`."""
         return (self._shard(number) for number in range(len(self.shards)))
 
-    def altered(self) -> str:
-        """Why the images are not those of the list that the shards were cut from; empty where they are."""
+    def list_mismatch(self) -> str:
+        """A message where the images are not those of the list that the shards were cut from; else empty."""
         records = zip(map(os.fsencode, self.paths), self.bytes.tolist(), self.mtimes_ns.tolist(), strict=True)
-        return "" if list_fingerprint(records) == self.list else "their images are not those of the list they tell of"
+        if list_fingerprint(records) == self.list:
+            return ""
+        return "their images are not those of the list that they were cut from"
 
     def refresh(self) -> None:
-        """Nothing to do: a finished file does not change."""
+        """Does nothing: finished files do not change."""
 
     def error(self, index: int) -> str:
-        """Why image `index` failed; empty where it did not."""
+        """Why image `index` failed; empty where it has not."""
         number = bisect.bisect_right(self._firsts, index) - 1
         with self._lock:
             return self._shard(number).error(index - self._firsts[number])
@@ -106,12 +113,12 @@ class ShardSet(Store):
     def errors(self) -> np.ndarray:
         """(N,) reasons of all images; see `Store.errors`."""
         with self._lock:
-            return np.concatenate([shard.errors() for shard in self.each()])
+            return np.concatenate([shard.errors() for shard in self.each_file()])
 
     def failures(self) -> list[tuple[str, str]]:
         """(path, reason) of every failed image."""
         with self._lock:
-            return [failure for shard in self.each() for failure in shard.failures()]
+            return [failure for shard in self.each_file() for failure in shard.failures()]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -131,17 +138,17 @@ class ShardSet(Store):
         return self._joined[size, level]
 
     def check(self) -> None:
-        """Look at every group and level of every shard."""
+        """Check all groups and levels of every shard; see `Store.check`."""
         with self._lock:
-            for shard in self.each():
+            for shard in self.each_file():
                 shard.check()
 
     def links_to(self, size: tuple[int, int], level: str) -> bool:
-        """Never: the shards have links of their own."""
+        """False: a set has no links; each shard has its own."""
         return False
 
     def release(self) -> None:
-        """Close all files until something of them is asked for."""
+        """Close all files until the next access."""
         with self._lock:
             for shard in self._recent.values():
                 shard.release()
@@ -155,15 +162,15 @@ class ShardSet(Store):
 
     def _shard(self, number: int) -> Store:
         shard = self._recent[number] = self._recent.pop(number, self.shards[number])
-        while len(self._recent) > self._most:
+        while len(self._recent) > self._max_open:
             self._recent.popitem(last=False)[1].release()
         return shard
 
     def read(self, number: int, size: tuple[int, int], level: str, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
-        """Some rows of shard `number`.
+        """Rows of one size and level of shard `number`.
 
         Raises:
-            StoreError: where its dataset is not of `shape`.
+            StoreError: where its dataset does not have `shape`.
         """
         with self._lock:
             dataset = self._shard(number).dataset(size, level)
@@ -177,62 +184,68 @@ class ShardSet(Store):
 
 
 class JoinedDataset:
-    """The rows of one size and level over all shards: as much of `h5py.Dataset` as reading takes.
+    """The rows of one size and level of all shards, with the part of the interface of `h5py.Dataset` that readers use.
+
+    Args:
+        shard_set: the set.
+        size: padded (height, width).
+        level: its name.
+        pieces: (shard, first row, number of rows) of each shard that has rows.
 
     Attributes:
-        name, dtype, shape, attrs: as of the dataset in a merged file.
+        name, dtype, shape, attrs: those of the dataset in a merged file.
     """
 
     def __init__(
-        self, whole: ShardSet, size: tuple[int, int], level: str, pieces: Sequence[tuple[int, int, int]]
+        self, shard_set: ShardSet, size: tuple[int, int], level: str, pieces: Sequence[tuple[int, int, int]]
     ) -> None:
-        self._whole, self._size, self._level, self._pieces = whole, size, level, pieces
+        self._shard_set, self._size, self._level, self._pieces = shard_set, size, level, pieces
         self._starts = [start for _, start, _ in pieces]
-        with whole._lock:
-            first = whole._shard(pieces[0][0]).dataset(size, level)
+        with shard_set._lock:
+            first = shard_set._shard(pieces[0][0]).dataset(size, level)
             self.name, self.dtype, self.attrs = first.name, first.dtype, dict(first.attrs)
             self.shape: tuple[int, ...] = (pieces[-1][1] + pieces[-1][2], *first.shape[1:])
 
     @property
     def size(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return int(np.prod(self.shape))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """A row → (C, H, W), or a stretch of rows → (n, C, H, W)."""
+        """One row (C, H, W), or a slice of rows without a step (n, C, H, W)."""
         if not isinstance(key, slice):
             row = int(key)
             if not 0 <= row < len(self):
                 raise IndexError(f"row {row} of {len(self)}")
-            found: np.ndarray = self[row : row + 1][0]
-            return found
+            values: np.ndarray = self[row : row + 1][0]
+            return values
         start, stop, step = key.indices(len(self))
         if step != 1:
-            raise IndexError("rows of a set are read one by one, or in stretches without a step")
+            raise IndexError("rows of a set of shards are read one by one, or in slices without a step")
         parts = []
         for number, first, count in self._pieces[max(0, bisect.bisect_right(self._starts, start) - 1) :]:
             if first >= stop:
                 break
             rows = slice(max(start - first, 0), min(stop - first, count))
-            parts.append(self._whole.read(number, self._size, self._level, rows, (count, *self.shape[1:])))
+            parts.append(self._shard_set.read(number, self._size, self._level, rows, (count, *self.shape[1:])))
         if len(parts) == 1:
             return parts[0]
         return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])
 
 
 def open_store(path: Paths) -> Store:
-    """Open what `fpnx extract` wrote: a file, or the complete set of a run's shards as one; see `Store`.
+    """Open a file that `fpnx extract` wrote, or the complete set of a run's shards as one store; see `Store`.
 
     Args:
         path: a file, also a `.part` that is being written; or shards as a glob, `"out.shard-*.h5"`, or as a sequence
             of paths, in any order.
 
     Raises:
-        StoreError: for a file that is missing, truncated, not fpnx's, or of a future format version; for shards of
-            different runs, and a missing, unfinished or repeated one.
+        StoreError: where a file is missing, truncated, not written by fpnx, or of a future format version; where
+            shards are of different runs, or one is missing, unfinished or given twice.
     """
     if not isinstance(path, (str, os.PathLike)):
         return open_shard_set(path)
@@ -241,27 +254,32 @@ def open_store(path: Paths) -> Store:
 
 
 def open_shard_set(paths: Paths) -> ShardSet:
-    """The complete set of a run's shards, by a glob or by their paths; see `open_store_file`."""
-    given = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-    found: list[str] = []
-    for name in given:
+    """Open the complete set of a run's shards, given by a glob or by their paths; see `open_store`."""
+    arguments = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    files: list[str] = []
+    for name in arguments:
         if glob.has_magic(name) and not os.path.lexists(name):
             raw = os.fsencode(name)
-            there = list(map(os.fsdecode, match_urls(raw))) if is_url(raw) else sorted(glob.glob(name))
-            if not there:
+            matches = list(map(os.fsdecode, match_urls(raw))) if is_url(raw) else sorted(glob.glob(name))
+            if not matches:
                 raise StoreError(f"no file is called {escape(name)}: name the shards that fpnx extract --shard wrote")
-            found += there
+            files += matches
         else:
-            found.append(name)
-    return ShardSet(found, given[0] if len(given) == 1 < len(found) else None)
+            files.append(name)
+    return ShardSet(files, arguments[0] if len(arguments) == 1 < len(files) else None)
 
 
-def _cut_of(store: Store) -> ShardSlice:
+def _slice_of(store: Store) -> ShardSlice:
+    """The slice that a finished shard holds.
+
+    Raises:
+        StoreError: where `store` is not a finished shard.
+    """
     if store.path.endswith(".part"):
         which = f"shard {store.shard_slice.shard}" if store.shard_slice else "no shard"
         raise StoreError(f"{escape(store.path)} ({which}) is unfinished: finish it with --resume")
     if store.shard_slice is None:
-        raise StoreError(f"{escape(store.path)} is no shard: it was made without --shard, and is read by itself")
+        raise StoreError(f"{escape(store.path)} is no shard: it was made without --shard; open it alone")
     if len(store) != len(store.shard_slice.slice):
         raise StoreError(
             f"{escape(store.path)} is not a whole fpnx file: it has {len(store)} images, and shard "
@@ -274,7 +292,7 @@ def _cut_of(store: Store) -> ShardSlice:
     return store.shard_slice
 
 
-def _refuse_other(store: Store, first: Store) -> None:
+def _refuse_other_run(store: Store, first: Store) -> None:
     """Refuse a shard of another run than the first's."""
     assert store.shard_slice is not None
     assert first.shard_slice is not None
@@ -295,39 +313,43 @@ def _refuse_other(store: Store, first: Store) -> None:
         )
 
 
-def _refuse_missing(found: dict[int, Store]) -> None:
-    some = next(iter(found.values()))
-    assert some.shard_slice is not None
-    count = some.shard_slice.count
-    missing = [Shard(index, count) for index in range(count) if index not in found]
+def _refuse_missing(shards: dict[int, Store]) -> None:
+    """Refuse an incomplete set; the message names the missing shards."""
+    first = next(iter(shards.values()))
+    assert first.shard_slice is not None
+    count = first.shard_slice.count
+    missing = [Shard(index, count) for index in range(count) if index not in shards]
     if not missing:
         return
-    path = NAME.sub(f".shard-{missing[0].index:05}-of-{count:05}", some.path)
-    names = ", ".join(map(str, missing[:NAMED])) + (f" and {len(missing) - NAMED} more" if missing[NAMED:] else "")
+    path = SHARD_NAME.sub(f".shard-{missing[0].index:05}-of-{count:05}", first.path)
+    names = ", ".join(map(str, missing[:MAX_NAMED])) + (
+        f" and {len(missing) - MAX_NAMED} more" if missing[MAX_NAMED:] else ""
+    )
     hint = "name all shards of the run"
-    if path != some.path:
-        part, there = f"{path}.part", os.path.exists(path)
-        hint = f"{escape(path)} is {'there, but not named' if there else 'not there'}"
-        if not there and os.path.exists(part):
+    if path != first.path:
+        part, exists = f"{path}.part", os.path.exists(path)
+        hint = f"{escape(path)} is {'there, but not named' if exists else 'not there'}"
+        if not exists and os.path.exists(part):
             hint = f"{escape(part)} is unfinished: finish it with --resume"
     raise StoreError(f"{len(missing)} of {count} shards missing: {names} ({hint})")
 
 
 def _joined_rows(shards: Iterable[Store]) -> tuple[np.ndarray, dict[tuple[int, int], list[tuple[int, int, int]]]]:
-    """The row of every image among all of its size; and by size, where each shard's begin: (shard, first row, rows)."""
-    members: Counter[tuple[int, int] | None] = Counter()
+    """The row of every image among all images of its size, and by size, (shard, first row, number of rows) of each
+    shard."""
+    counts: Counter[tuple[int, int] | None] = Counter()
     rows, pieces = [], dict[tuple[int, int], list[tuple[int, int, int]]]()
     for number, shard in enumerate(shards):
-        before = np.array([members[size] for size in shard.padded_sizes], np.int64)
+        before = np.array([counts[size] for size in shard.padded_sizes], np.int64)
         rows.append(np.where(shard.rows < 0, shard.rows, shard.rows + before))
         for size, count in Counter(filter(None, shard.padded_sizes)).items():
-            pieces.setdefault(size, []).append((number, members[size], count))
-            members[size] += count
+            pieces.setdefault(size, []).append((number, counts[size], count))
+            counts[size] += count
     return np.concatenate(rows), pieces
 
 
-def _most_open() -> int:
+def _open_file_limit() -> int:
     if resource is None:
-        return OPEN
+        return MAX_OPEN
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return OPEN if soft == resource.RLIM_INFINITY else max(1, min(OPEN, soft // 8))
+    return MAX_OPEN if soft == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, soft // 8))

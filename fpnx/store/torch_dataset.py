@@ -1,4 +1,4 @@
-"""The torch Dataset over a store."""
+"""PyTorch Dataset of the features in a store, and a sampler of batches of one shape."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class PyramidDataset(Dataset[dict[str, Any]]):
     `target` is given, `"target": target(path)`. The file is opened in each worker process on first use.
 
     Args:
-        path: what `fpnx extract` wrote: a file, or a run's shards as a glob or as paths in any order.
-        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None takes all in the file.
-        target: from a stored path to its label.
+        path: a file that `fpnx extract` wrote, or a run's shards as a glob or as paths in any order.
+        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None takes all levels in the file.
+        target: function from a stored path to its label.
 
     Raises:
-        FpnxError: a file that cannot be read, or a level that it does not have.
+        FpnxError: for a file that cannot be read, or a level that it does not have.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
         levels: str | Iterable[str] | None = None,
         target: Callable[[str], Any] | None = None,
     ) -> None:
-        self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(one) for one in path]
+        self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(shard) for shard in path]
         if target is not None and not callable(target):
             raise FpnxError(f"target {target!r}: take a function from a stored path to its label")
         self.target = target
@@ -55,7 +55,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
 
     @property
     def store(self) -> Store:
-        """The store, opened by this very process: an HDF5 handle does not survive a fork."""
+        """The store, opened in this process: an HDF5 handle cannot be used after a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), open_store(self.path))
         return self._opened[1]
@@ -74,7 +74,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
         return sample
 
     def batch_sampler(self, batch_size: int, shuffle: bool = False, seed: int = 0) -> ShapeBatchSampler:
-        """For `DataLoader(batch_sampler=...)`: batches of images of one shape."""
+        """A sampler for `DataLoader(batch_sampler=...)`, with batches of images of one shape."""
         return ShapeBatchSampler(self.sizes, batch_size, shuffle, seed)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,40 +82,40 @@ class PyramidDataset(Dataset[dict[str, Any]]):
 
 
 class ShapeBatchSampler(Sampler[list[int]]):
-    """Batches of images of one shape; shuffled differently, and reproducibly, in each epoch.
+    """Sampler of batches of images of one shape; each epoch is shuffled differently, but reproducibly.
 
-    Each iteration is the next epoch of `seed`; `set_epoch` goes to a given one.
+    Each iteration is the next epoch; `set_epoch` sets the epoch of the next iteration.
 
     Args:
-        shapes: the shape of each image, or anything that stands for it.
-        batch_size: images a batch; the last of each shape may be smaller.
-        shuffle: images within their shape, and the batches.
-        seed: of the shuffling.
+        shapes: a hashable key of each image's shape; equal keys may share a batch.
+        batch_size: images per batch; the last batch of each shape may be smaller.
+        shuffle: shuffle the images of each shape, and the batches.
+        seed: of the shuffling; each epoch adds 1.
     """
 
     def __init__(self, shapes: Sequence[Hashable], batch_size: int, shuffle: bool = False, seed: int = 0) -> None:
         if batch_size < 1:
             raise FpnxError(f"batch size {batch_size}: take 1 or more")
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
-        self._members: dict[Hashable, list[int]] = {}
+        self._by_shape: dict[Hashable, list[int]] = {}
         for i, shape in enumerate(shapes):
-            self._members.setdefault(shape, []).append(i)
+            self._by_shape.setdefault(shape, []).append(i)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is this epoch."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         self.epoch += 1
         batches = []
-        for members in self._members.values():
-            order = torch.randperm(len(members), generator=generator).tolist() if self.shuffle else range(len(members))
-            ordered = [members[i] for i in order]
+        for indices in self._by_shape.values():
+            order = torch.randperm(len(indices), generator=generator).tolist() if self.shuffle else range(len(indices))
+            ordered = [indices[i] for i in order]
             batches += [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
         if self.shuffle:
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return iter(batches)
 
     def __len__(self) -> int:
-        return sum(-(-len(members) // self.batch_size) for members in self._members.values())
+        return sum(-(-len(indices) // self.batch_size) for indices in self._by_shape.values())

@@ -1,4 +1,4 @@
-"""Verification of a file's structure: its tables agree, and every value is read and as finite as counted."""
+"""Structural verification of a file: its tables agree, all values can be read, and NaN and inf are where counted."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from fpnx.store.shard_set import ShardSet
 
 __all__ = ["Verification", "describe_first", "verify_structure"]
 
-BLOCK = 1 << 26  # bytes of features that are looked at together
+BLOCK_BYTES = 1 << 26  # of features that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was looked at, and what is wrong.
+    """Result of a verification.
 
     Attributes:
         file: the file, or the pattern of a set of shards.
-        images, done, failed, pending: how many there are.
-        values: how many stored numbers were read.
-        problems: one line for each thing that is not as it should be; empty where the file verifies.
-        shards: how many files it is, where it is a set of them; else 0.
-        compared: images that were computed again.
-        largest_difference: between stored and computed values, relative to the largest of their level.
+        images, done, failed, pending: number of images, and of those with each status.
+        values: number of stored values that were read.
+        problems: one line for each problem; empty where the file verifies.
+        shards: number of files of a set of shards; 0 for a single file.
+        compared: number of images that were recomputed.
+        largest_difference: between stored and recomputed values, relative to the largest value of their level.
     """
 
     file: str
@@ -50,66 +50,66 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 where the file does not verify."""
+        """1 where the file does not verify, else 0."""
         return 1 if self.problems else 0
 
     def to_json(self) -> dict[str, Any]:
-        """All of this as plain values."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**plain, "problems": list(self.problems), "verified": not self.problems, "exit_code": self.exit_code}
+        """Values for JSON."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**values, "problems": list(self.problems), "verified": not self.problems, "exit_code": self.exit_code}
 
 
 def verify_structure(store: Store, listener: Listener | None = None) -> Verification:
-    """Read everything in a store and say what is wrong with it.
+    """Read everything in a store, and collect the problems.
 
     Args:
         store: a file, or all shards of a run.
         listener: receives the progress.
     """
-    hears = listener or Listener()
-    problems, values, before = [*_whole(store)], 0, 0
-    for part in store.each():
-        part.check()
-        wrong = [*_tables(part), *_placement(part)]
-        if not wrong:  # the rows of a wrong table would only be wrong again
-            for read, seen, found in _values(part):
+    listener = listener or Listener()
+    problems, values, images_before = [*_set_problems(store)], 0, 0
+    for file in store.each_file():
+        file.check()
+        file_problems = [*_table_problems(file), *_dataset_problems(file)]
+        if not file_problems:  # with wrong tables, the values would be reported again
+            for read, images, found in _value_problems(file):
                 values += read
-                wrong += found
-                hears.progress("images", before + seen, len(store))
-        before += len(part)
-        where = "" if part is store else f"{escape(os.path.basename(part.path))}: "
-        problems += [where + problem for problem in wrong]
-    states = {state: int((store.status == state).sum()) for state in (PENDING, DONE, FAILED)}
+                file_problems += found
+                listener.progress("images", images_before + images, len(store))
+        images_before += len(file)
+        prefix = "" if file is store else f"{escape(os.path.basename(file.path))}: "
+        problems += [prefix + problem for problem in file_problems]
+    counts = {status: int((store.status == status).sum()) for status in (PENDING, DONE, FAILED)}
     return Verification(
         file=store.path,
         images=len(store),
-        done=states[DONE],
-        failed=states[FAILED],
-        pending=states[PENDING],
+        done=counts[DONE],
+        failed=counts[FAILED],
+        pending=counts[PENDING],
         values=values,
         problems=tuple(problems),
         shards=len(store.shards),
     )
 
 
-def _whole(store: Store) -> Iterator[str]:
-    """What is wrong with a set of shards that each may be right."""
+def _set_problems(store: Store) -> Iterator[str]:
+    """Problems between the shards of a set."""
     if isinstance(store, ShardSet):
-        if why := store.altered():
-            yield why
+        if problem := store.list_mismatch():
+            yield problem
         if len(set(store.paths)) != len(store.paths):
-            yield "a path stands in two shards"
+            yield "a path occurs in two shards"
 
 
-def _tables(store: Store) -> Iterator[str]:
-    """What is wrong with the tables, without a look at the features."""
+def _table_problems(store: Store) -> Iterator[str]:
+    """Problems in the tables of one file, without reading features."""
     if store.fingerprint != fingerprint(store.config):
         yield "the fingerprint is not the sha256 of the config: one of them was changed"
     if len(set(store.paths)) != len(store.paths):
-        yield "a path stands there twice"
+        yield "a path occurs twice"
     if store.shard_slice and len(store) != len(store.shard_slice.slice):
-        part = store.shard_slice
-        yield f"it has {len(store)} images, where shard {part.shard} of {part.images} has another number"
+        shard = store.shard_slice
+        yield f"it has {len(store)} images, but shard {shard.shard} of {shard.images} images has {len(shard.slice)}"
     done, failed = store.status == DONE, store.status == FAILED
     if pending := int((store.status == PENDING).sum()):
         yield f"{pending} of {len(store)} images are pending: continue with fpnx extract --resume"
@@ -123,73 +123,75 @@ def _tables(store: Store) -> Iterator[str]:
     yield from describe_first(
         "done without a source size", store, np.flatnonzero(done & (store.source_sizes <= 0).any(axis=1))
     )
-    placed = store.rows >= 0
+    has_row = store.rows >= 0
     padded = np.array([size or (0, 0) for size in store.padded_sizes]).reshape(-1, 2)
-    yield from describe_first("in a group without a row", store, np.flatnonzero(~placed & padded.any(axis=1)))
-    wrong = placed & ((store.input_sizes < 1) | (store.input_sizes > padded)).any(axis=1)
-    yield from describe_first("of an input size that is not that of its group", store, np.flatnonzero(wrong))
+    yield from describe_first("in a group without a row", store, np.flatnonzero(~has_row & padded.any(axis=1)))
+    wrong = has_row & ((store.input_sizes < 1) | (store.input_sizes > padded)).any(axis=1)
+    yield from describe_first("its input size does not fit its group", store, np.flatnonzero(wrong))
 
 
-def _placement(store: Store) -> Iterator[str]:
-    """What is wrong with the places of images: each has its own row, and each row its image."""
+def _dataset_problems(store: Store) -> Iterator[str]:
+    """Problems in the numbering of rows and the shapes of datasets: every image has its own row."""
     counts = Counter(size for size in store.padded_sizes if size is not None)
     for size in sorted({*counts, *store.sizes}):
-        members = store.rows[_members(store, size)]
-        if sorted(members.tolist()) != list(range(len(members))):
+        image_rows = store.rows[_has_size(store, size)]
+        if sorted(image_rows.tolist()) != list(range(len(image_rows))):
             yield f"rows of {format_size(size)} are not numbered one by one"
         for level in store.levels:
             dataset = store.dataset(size, level)
             rows, channels, *cells = dataset.shape
-            if rows != len(members):
-                yield f"{dataset.name} has {rows} rows for {len(members)} images"
+            if rows != len(image_rows):
+                yield f"{dataset.name} has {rows} rows for {len(image_rows)} images"
             if channels != dataset.attrs.get("channels") or (level[0] != "C" and channels != store.config["channels"]):
                 yield f"{dataset.name} has {channels} channels, which is not what it says"
             stride, pool = store.stride(level), store.config["pool"]
-            most = tuple(-(-side // stride) for side in size)
+            limits = tuple(-(-side // stride) for side in size)
             if pool != "none" and tuple(cells) != parse_pool(pool):
                 yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, which is not pool {escape(pool)}"
-            elif pool == "none" and not all(1 <= held <= limit for held, limit in zip(cells, most, strict=True)):
-                yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, where stride {stride} gives {most[0]}×{most[1]}"
+            elif pool == "none" and not all(1 <= count <= limit for count, limit in zip(cells, limits, strict=True)):
+                height, width = limits
+                yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, where stride {stride} gives {height}×{width}"
     if len(store.sizes) == 1:
         for level in store.levels:
             if not store.links_to(store.sizes[0], level):
                 yield f"/{level} does not lead to /pyramids/{format_size(store.sizes[0])}/{level}"
 
 
-def _values(store: Store) -> Iterator[tuple[int, int, list[str]]]:
-    """How many values were read, how many images seen, and what is wrong: NaN or inf where none are counted."""
-    seen = 0
+def _value_problems(store: Store) -> Iterator[tuple[int, int, list[str]]]:
+    """Reads all features; yields (number of values read, number of images finished so far, problems) for each block."""
+    finished = 0
     for size in store.sizes:
-        images = np.flatnonzero(_members(store, size))
+        images = np.flatnonzero(_has_size(store, size))
         images = images[np.argsort(store.rows[images])]
         for position, level in enumerate(store.levels):
             dataset, column = store.dataset(size, level), store.levels.index(level)
             for start, block in _blocks(dataset):
-                here = images[start : start + len(block)]
-                status = store.status[here]
-                bad = (~np.isfinite(block)).reshape(len(block), -1).sum(axis=1)
-                wrong = here[(status == DONE) & (bad != store.nonfinite[here, column])]
-                filled = here[(status == FAILED) & ~np.isnan(block).reshape(len(block), -1).all(axis=1)]
-                found = [*describe_first(f"not as finite in {level} as the file says", store, wrong)]
-                found += describe_first(f"failed, but with values in {level}", store, filled)
-                seen += len(block) if position == len(store.levels) - 1 else 0
-                yield block.size, seen, found
+                indices = images[start : start + len(block)]
+                status = store.status[indices]
+                nonfinite = (~np.isfinite(block)).reshape(len(block), -1).sum(axis=1)
+                miscounted = indices[(status == DONE) & (nonfinite != store.nonfinite[indices, column])]
+                filled = indices[(status == FAILED) & ~np.isnan(block).reshape(len(block), -1).all(axis=1)]
+                problems = [*describe_first(f"not as finite in {level} as the file says", store, miscounted)]
+                problems += describe_first(f"failed, but with values in {level}", store, filled)
+                finished += len(block) if position == len(store.levels) - 1 else 0
+                yield block.size, finished, problems
 
 
-def _members(store: Store, size: tuple[int, int]) -> np.ndarray:
+def _has_size(store: Store, size: tuple[int, int]) -> np.ndarray:
     """(N,) bool: which images have this padded size."""
     return np.array([padded == size for padded in store.padded_sizes], bool)
 
 
 def _blocks(dataset: h5py.Dataset) -> Iterator[tuple[int, np.ndarray]]:
-    each = max(1, int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize)
-    step = max(1, BLOCK // each)
+    """(first row, rows) of a dataset, in blocks of bounded size."""
+    bytes_per_row = max(1, int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize)
+    step = max(1, BLOCK_BYTES // bytes_per_row)
     for start in range(0, len(dataset), step):
         yield start, dataset[start : start + step]
 
 
 def describe_first(what: str, store: Store, indices: Sequence[int] | np.ndarray) -> Iterator[str]:
-    """One line for all `indices`, with the first of them by name."""
+    """One line about the images `indices`, with the name of the first; nothing where there are none."""
     if len(indices):
         others = f" and {len(indices) - 1} others" if len(indices) > 1 else ""
         yield f"{escape(store.paths[int(indices[0])])}{others}: {what}"

@@ -1,1 +1,1 @@
-"""From arrays to pictures: heatmaps, grids of panels, PNG files and one HTML page."""
+"""Heatmaps of stored features, drawn as matplotlib figures, PNG files or one HTML page."""

@@ -1,4 +1,4 @@
-"""What a colour means: one range, or one basis, a level for a whole file, measured on a bounded part of it."""
+"""Colour scales that all pictures of a file share: a value range or a PCA basis for each level."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fpnx.core.config import PictureConfig
 from fpnx.core.errors import FpnxError
 from fpnx.store.reader import DONE, Item, Store
 from fpnx.visualization.heatmaps import COMPONENTS, Basis, Moments, heatmap
-from fpnx.visualization.scene import Photo, Scene, scene_of
+from fpnx.visualization.image_maps import ImageMaps, Photo, item_maps
 
-__all__ = ["NO_PHOTO", "ColorScale", "ColorScales", "cells_of", "measure_scales", "sample_rows", "value_range"]
+__all__ = ["NO_PHOTO", "ColorScale", "ColorScales", "measure_scales", "sample_cells", "sample_rows", "value_range"]
 
 SAMPLE_IMAGES = 64
 SAMPLE_BYTES = 2e9
@@ -24,7 +24,7 @@ NO_PHOTO = Photo(None)
 
 @dataclass(frozen=True)
 class ColorScale:
-    """The values that are drawn as the first and the last colour, or the basis of a PCA."""
+    """The values drawn as the first and the last colour, or the basis of a PCA."""
 
     low: float = np.nan
     high: float = np.nan
@@ -33,7 +33,7 @@ class ColorScale:
 
 @dataclass(frozen=True)
 class ColorScales:
-    """One `ColorScale` a level, and on how many of how many images they were measured."""
+    """One `ColorScale` for each level, measured on `images` of the file's `total` images."""
 
     levels: dict[str, ColorScale]
     images: int
@@ -44,18 +44,18 @@ class ColorScales:
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:
-    """Least and greatest finite value; NaN twice where there is none."""
+    """Minimum and maximum of the finite values; NaN twice where there are none."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (np.nan, np.nan)
 
 
 def sample_rows(store: Store) -> list[int]:
-    """Rows of done images, evenly spaced over the file: at most 64, and at most 2 GB of features."""
+    """Rows of done images, evenly spaced over the file: at most 64 images and 2 GB of features."""
     done = np.flatnonzero(store.status == DONE)
     if not done.size:
         return []
-    each = {size: sum(_bytes(store, size, level) for level in store.levels) for size in store.sizes}
-    mean = sum(each[size] for row in done.tolist() if (size := store.padded_sizes[row])) / done.size
+    image_bytes = {size: sum(_map_bytes(store, size, level) for level in store.levels) for size in store.sizes}
+    mean = sum(image_bytes[size] for row in done.tolist() if (size := store.padded_sizes[row])) / done.size
     count = int(max(1, min(done.size, SAMPLE_IMAGES, SAMPLE_BYTES // max(mean, 1))))
     return done[np.unique(np.linspace(0, done.size - 1, count).round().astype(int))].tolist()
 
@@ -66,99 +66,107 @@ def measure_scales(
     levels: Sequence[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ColorScales:
-    """The scales that pictures of `store` share; the same for the same file. Measured once for each open store."""
+    """Measure the colour scales that all pictures of `store` share, on the images of `sample_rows`.
+
+    The result depends on the file only, and is cached while the store is open.
+    """
     chosen = tuple(levels or store.levels)
     done = int((store.status == DONE).sum())
-    kept = _MEASURED.setdefault(store, {})
+    cached = _CACHE.setdefault(store, {})
     key = (chosen, done, config.mode, config.top, config.pick, config.point)
-    if key not in kept:
-        work = _bases if config.mode == "pca" else _ranges
+    if key not in cached:
+        measure = _measure_bases if config.mode == "pca" else _measure_ranges
         rows = sample_rows(store)
-        kept[key] = ColorScales(work(store, chosen, rows, config, progress), len(rows), done)
-    return kept[key]
+        cached[key] = ColorScales(measure(store, chosen, rows, config, progress), len(rows), done)
+    return cached[key]
 
 
-_MEASURED: WeakKeyDictionary[Store, dict[object, ColorScales]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[Store, dict[object, ColorScales]] = WeakKeyDictionary()
 
 
-def _ranges(
+def _measure_ranges(
     store: Store,
     levels: Sequence[str],
     rows: Sequence[int],
     config: PictureConfig,
     progress: Callable[[int, int], None],
 ) -> dict[str, ColorScale]:
-    ends: dict[str, list[float]] = {level: [] for level in levels}
-    for scene in _scenes(store, rows, progress, len(rows)):
+    extremes: dict[str, list[float]] = {level: [] for level in levels}
+    for maps in _iterate_maps(store, rows, progress, len(rows)):
         for level in levels:
             try:
-                ends[level] += value_range(_shown_map(scene, level, config))
-            except FpnxError:  # a broken row, or a point that this image does not have
+                extremes[level] += value_range(_heatmap(maps, level, config))
+            except FpnxError:  # an unreadable row, or a point outside this image
                 continue
-    finite = {level: np.array(values)[np.isfinite(values)] for level, values in ends.items()}
+    finite = {level: np.array(values)[np.isfinite(values)] for level, values in extremes.items()}
     return {
         level: ColorScale(float(v.min()), float(v.max())) if v.size else ColorScale() for level, v in finite.items()
     }
 
 
-def _shown_map(scene: Scene, level: str, config: PictureConfig) -> np.ndarray:
-    features = scene.read(level)
+def _heatmap(maps: ImageMaps, level: str, config: PictureConfig) -> np.ndarray:
+    features = maps.read(level)
     cell = None
     if config.mode == "similarity":
-        cell = scene.cell_at(level, features.shape[1:], config.position(scene.source_size))
+        cell = maps.cell_at(level, features.shape[1:], config.position(maps.source_size))
     return heatmap(features, config.mode, cell=cell, top=config.top, pick=config.pick)
 
 
-def _bases(
+def _measure_bases(
     store: Store,
     levels: Sequence[str],
     rows: Sequence[int],
     config: PictureConfig,
     progress: Callable[[int, int], None],
 ) -> dict[str, ColorScale]:
-    """Two passes: the moments of all sampled cells, then where their coordinates lie. Memory is one map and C²."""
+    """Read the sampled rows twice: for the moments, then for the range of the coordinates.
+
+    Memory holds one map and one C × C matrix for each level.
+    """
     passes = 2 * len(rows)
     moments: dict[str, Moments] = {}
-    for scene in _scenes(store, rows, progress, passes):
+    for maps in _iterate_maps(store, rows, progress, passes):
         for level in levels:
-            for cells in _readable(scene, level):
+            for cells in _sampled_cells(maps, level):
                 moments.setdefault(level, Moments(cells.shape[1])).add(cells)
-    bases = {level: found.basis() for level, found in moments.items()}
+    bases = {level: level_moments.basis() for level, level_moments in moments.items()}
     coordinates: dict[str, list[np.ndarray]] = {level: [] for level in levels}
-    for scene in _scenes(store, rows, lambda done, total: progress(done + len(rows), total), passes):
+    for maps in _iterate_maps(store, rows, lambda done, total: progress(done + len(rows), total), passes):
         for level, basis in bases.items():
-            for cells in _readable(scene, level):
+            for cells in _sampled_cells(maps, level):
                 coordinates[level].append(basis.project(cells.T[:, :, None]).reshape(COMPONENTS, -1))
-    return {level: ColorScale(basis=basis.ranged(np.hstack(coordinates[level]))) for level, basis in bases.items()}
+    return {level: ColorScale(basis=basis.with_range(np.hstack(coordinates[level]))) for level, basis in bases.items()}
 
 
-def _readable(scene: Scene, level: str) -> Iterator[np.ndarray]:
-    """The cells of a map, or none where its row is broken."""
+def _sampled_cells(maps: ImageMaps, level: str) -> Iterator[np.ndarray]:
+    """The sampled cells of a map; nothing where the row cannot be read."""
     try:
-        features = scene.read(level)
+        features = maps.read(level)
     except FpnxError:
         return
-    yield cells_of(features)
+    yield sample_cells(features)
 
 
-def cells_of(features: np.ndarray) -> np.ndarray:
+def sample_cells(features: np.ndarray) -> np.ndarray:
     """(C, H, W) → at most 4096 of its cells, evenly spaced, as (n, C) float32."""
     flat = features.reshape(len(features), -1)
     step = -(-flat.shape[1] // SAMPLE_CELLS)
     return flat[:, ::step].T.astype(np.float32)
 
 
-def _scenes(store: Store, rows: Sequence[int], progress: Callable[[int, int], None], total: int) -> Iterator[Scene]:
+def _iterate_maps(
+    store: Store, rows: Sequence[int], progress: Callable[[int, int], None], total: int
+) -> Iterator[ImageMaps]:
     for position, row in enumerate(rows):
         progress(position, total)
         try:
-            scene = scene_of(Item(store, row), NO_PHOTO)
-        except FpnxError:  # a broken row, named when its turn comes
+            maps = item_maps(Item(store, row), NO_PHOTO)
+        except FpnxError:  # an unreadable row, which is reported when it is drawn
             continue
-        yield scene
+        yield maps
         progress(position + 1, total)
 
 
-def _bytes(store: Store, size: tuple[int, int], level: str) -> int:
+def _map_bytes(store: Store, size: tuple[int, int], level: str) -> int:
     dataset = store.dataset(size, level)
     return int(np.prod(dataset.shape[1:])) * dataset.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Feature maps → maps that can be looked at: energy, mean, max, std, PCA, channels, similarity. Pure NumPy."""
+"""Heatmaps of feature maps: energy, mean, max, std, PCA, single channels and cosine similarity, in NumPy."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.text import did_you_mean
 from fpnx.core.validation import parse_channels
 
-__all__ = ["COMPONENTS", "Basis", "Moments", "heatmap", "similarity", "strongest"]
+__all__ = ["COMPONENTS", "Basis", "Moments", "heatmap", "similarity", "strongest_channels"]
 
 COMPONENTS = 3
-CUT = (1.0, 99.0)  # percentiles between which a component runs from black to full colour
+RANGE_PERCENTILES = (1.0, 99.0)  # of a component's coordinates: shown as black and as full colour
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Principal components of a level's cells (Pearson 1901; signs as in `Moments.basis`).
+    """Principal components of a level's cells (Pearson 1901), with signs as in `Moments.basis`.
 
     Attributes:
-        mean: (C,) of the cells that it was drawn from.
-        components: (3, C) orthonormal rows, the largest variance first; zero rows where there are fewer.
-        explained: (3,) share of the whole variance.
-        low, high: (3,) the values that are shown as 0 and as 1.
+        mean: (C,) mean of the cells.
+        components: (3, C) orthonormal rows by decreasing variance; zero rows where there are fewer than three.
+        explained: (3,) share of the total variance.
+        low, high: (3,) the coordinates that are shown as 0 and as 1.
     """
 
     mean: np.ndarray
@@ -37,35 +37,35 @@ class Basis:
     high: np.ndarray
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Basis:
-        """The basis of one (C, H, W) array, with its range."""
+    def fit(cls, array: np.ndarray) -> Basis:
+        """The basis of one (C, H, W) array, with the range of its coordinates."""
         moments = Moments(len(array))
         moments.add(array.reshape(len(array), -1).T)
         basis = moments.basis()
-        return basis.ranged(basis.project(array).reshape(COMPONENTS, -1))
+        return basis.with_range(basis.project(array).reshape(COMPONENTS, -1))
 
     def project(self, array: np.ndarray) -> np.ndarray:
-        """(C, H, W) features → (3, H, W) float64 coordinates; a cell with a value that is not finite gives NaN."""
+        """(C, H, W) features → (3, H, W) float64 coordinates; NaN for a cell with a value that is not finite."""
         channels, height, width = array.shape
         cells = array.reshape(channels, -1).astype(np.float64) - self.mean[:, None]
-        broken = ~np.isfinite(cells).all(axis=0)
-        cells[:, broken] = 0.0
+        nonfinite = ~np.isfinite(cells).all(axis=0)
+        cells[:, nonfinite] = 0.0
         coordinates = self.components @ cells
-        coordinates[:, broken] = np.nan
+        coordinates[:, nonfinite] = np.nan
         return coordinates.reshape(-1, height, width)
 
-    def ranged(self, coordinates: np.ndarray) -> Basis:
-        """This basis with its range cut at 1 and 99 % of (3, n) `coordinates`."""
+    def with_range(self, coordinates: np.ndarray) -> Basis:
+        """This basis with the 1st and 99th percentiles of (3, n) `coordinates` as its range."""
         finite = coordinates[:, np.isfinite(coordinates).all(axis=0)]
         if not finite.shape[1]:
             return self
-        low, high = np.percentile(finite, CUT, axis=1)
+        low, high = np.percentile(finite, RANGE_PERCENTILES, axis=1)
         return replace(self, low=low, high=high)
 
     def colours(self, array: np.ndarray) -> np.ndarray:
-        """(C, H, W) features → (H, W, 3) float32 in 0..1, components 1 to 3 as red, green, blue; NaN as in `project`.
+        """(C, H, W) features → (H, W, 3) float32 in 0..1: components 1 to 3 as red, green, blue; NaN as in `project`.
 
-        A component without range is shown as 0.5.
+        A component whose range is empty is shown as 0.5.
         """
         span = self.high - self.low
         flat = span <= 0
@@ -75,7 +75,7 @@ class Basis:
 
 
 class Moments:
-    """Sum and outer products of cells, taken in as they come: memory is C², whatever their number."""
+    """Running sum and sum of outer products of cells; memory is C², whatever the number of cells."""
 
     def __init__(self, channels: int) -> None:
         self.count = 0
@@ -83,33 +83,33 @@ class Moments:
         self._outer = np.zeros((channels, channels))
 
     def add(self, cells: np.ndarray) -> None:
-        """Take in (n, C) cells; those with a value that is not finite are left out."""
+        """Add (n, C) cells; cells with a value that is not finite are ignored."""
         cells = cells[np.isfinite(cells).all(axis=1)].astype(np.float64)
         self.count += len(cells)
         self._sum += cells.sum(axis=0)
         self._outer += cells.T @ cells
 
     def basis(self) -> Basis:
-        """The three directions of largest variance, each signed so that its largest weight is positive.
+        """The three directions of largest variance, each with the sign that makes its largest weight positive.
 
-        The range is empty until `Basis.ranged` sets it.
+        Its range is empty: set it with `Basis.with_range`.
         """
         count = max(self.count, 1)
         mean = self._sum / count
         values, vectors = np.linalg.eigh(self._outer / count - np.outer(mean, mean))
-        kept = min(COMPONENTS, len(mean))
+        rank = min(COMPONENTS, len(mean))
         components = np.zeros((COMPONENTS, len(mean)))
-        components[:kept] = vectors[:, ::-1][:, :kept].T
+        components[:rank] = vectors[:, ::-1][:, :rank].T
         largest = np.abs(components).argmax(axis=1)
         signs = np.sign(components[np.arange(COMPONENTS), largest])
         components *= np.where(signs == 0, 1.0, signs)[:, None]
         variances = np.maximum(values[::-1], 0.0)
         explained = np.zeros(COMPONENTS)
-        explained[:kept] = variances[:kept] / (variances.sum() or 1.0)
+        explained[:rank] = variances[:rank] / (variances.sum() or 1.0)
         return Basis(mean, components, explained, np.zeros(COMPONENTS), np.zeros(COMPONENTS))
 
     def directions(self, count: int) -> np.ndarray:
-        """(k, C) orthonormal rows that keep the most of the cells' squared length, without centring; k ≤ `count`."""
+        """(k, C) orthonormal rows that keep most of the cells' squared length, without centring; k ≤ `count`."""
         _, vectors = np.linalg.eigh(self._outer)
         return np.ascontiguousarray(vectors[:, ::-1][:, :count].T)
 
@@ -122,22 +122,22 @@ def heatmap(
     top: int = PictureConfig.top,
     pick: str | Iterable[int] | None = PictureConfig.pick,
 ) -> np.ndarray:
-    """One level's features as a map to look at; no padding should be left in it.
+    """Heatmap of one level's features, given without padding.
 
     Args:
-        array: (C, H, W), NumPy or torch.
+        array: (C, H, W) NumPy array or torch tensor.
         mode: `"energy"` (L2 norm over channels), `"mean"`, `"max"`, `"std"` over channels; `"pca"`, three principal
-            components of this very array as red, green, blue; `"channels"`, single channels; `"similarity"`, the
-            cosine of every cell with one.
-        cell: (y, x) of that one.
-        top: how many channels, those with the largest mean absolute value first.
-        pick: these channels instead, such as `"3,17"` or `[3, 17]`.
+            components of this array as red, green and blue; `"channels"`, single channels; `"similarity"`, the
+            cosine of every cell with `cell`.
+        cell: (y, x) of the reference cell of `"similarity"`.
+        top: how many channels `"channels"` shows, by decreasing mean absolute value.
+        pick: channel numbers to show in place of those, such as `"3,17"` or `[3, 17]`.
 
     Returns:
-        (H, W) float32; (H, W, 3) float32 in 0..1 for pca; (k, H, W) float32 for channels.
+        (H, W) float32; (H, W, 3) float32 in 0..1 for `"pca"`; (k, H, W) float32 for `"channels"`.
 
     Raises:
-        FpnxError: an unknown mode, another number of axes, a channel or a cell that is not there.
+        FpnxError: an unknown mode, an array without three axes, a channel or a cell that does not exist.
     """
     features = _features(array)
     if mode == "energy":
@@ -149,9 +149,9 @@ def heatmap(
     if mode == "std":
         return features.std(axis=0, dtype=np.float64).astype(np.float32)
     if mode == "pca":
-        return Basis.of(features).colours(features)
+        return Basis.fit(features).colours(features)
     if mode == "channels":
-        return features[list(strongest(features, top, pick))]
+        return features[list(strongest_channels(features, top, pick))]
     if mode == "similarity":
         if cell is None:
             raise FpnxError("mode similarity compares with one cell: give cell=(y, x)")
@@ -159,18 +159,18 @@ def heatmap(
     raise FpnxError(f"mode {mode!r}: take one of {', '.join(MODES)}{did_you_mean(mode, MODES)}")
 
 
-def strongest(features: np.ndarray, top: int, pick: str | Iterable[int] | None = None) -> tuple[int, ...]:
-    """Numbers of the `top` channels of (C, H, W) by mean absolute value, the largest first; or those of `pick`.
+def strongest_channels(features: np.ndarray, top: int, pick: str | Iterable[int] | None = None) -> tuple[int, ...]:
+    """Numbers of the `top` channels of (C, H, W) by decreasing mean absolute value, or the channels in `pick`.
 
     Raises:
-        FpnxError: for a channel that is not there.
+        FpnxError: for a channel that does not exist.
     """
     channels = len(features)
     if pick is not None:
         chosen = parse_channels(pick)
-        absent = next((number for number in chosen if number >= channels), None)
-        if absent is not None:
-            raise FpnxError(f"channel {absent}: there are {channels}, numbered from 0 to {channels - 1}")
+        missing = next((number for number in chosen if number >= channels), None)
+        if missing is not None:
+            raise FpnxError(f"channel {missing}: there are {channels}, numbered from 0 to {channels - 1}")
         return chosen
     strength = np.abs(features).mean(axis=(1, 2), dtype=np.float64)
     order = np.argsort(-np.nan_to_num(strength, nan=-1.0, posinf=-1.0), kind="stable")
@@ -178,7 +178,7 @@ def strongest(features: np.ndarray, top: int, pick: str | Iterable[int] | None =
 
 
 def similarity(features: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
-    """Cosine of every cell of (C, H, W) with the cell (y, x) → (H, W) float32 in -1..1; NaN for cells of length 0.
+    """Cosine of every cell of (C, H, W) with the cell (y, x), (H, W) float32 in -1..1; NaN for cells of length 0.
 
     Raises:
         FpnxError: for a cell outside the map.
@@ -194,7 +194,7 @@ def similarity(features: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
 
 
 def _features(array: Any) -> np.ndarray:
-    if hasattr(array, "detach"):  # a torch tensor, perhaps on a GPU, in bfloat16, or with a gradient
+    if hasattr(array, "detach"):  # a torch tensor: it may be on a GPU, be bfloat16 or require a gradient
         array = array.detach().float().cpu()
     features = np.asarray(array, dtype=np.float32)
     if features.ndim != 3 or not features.size:

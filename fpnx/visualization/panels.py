@@ -1,4 +1,4 @@
-"""One level of one image → pixels: cells in colours, placed over the source to the pixel."""
+"""Renders one level of one image as a panel of pixels, aligned with the source image."""
 
 from __future__ import annotations
 
@@ -14,31 +14,42 @@ from fpnx.core.config import PictureConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import did_you_mean
 from fpnx.visualization.color_scale import ColorScale, value_range
-from fpnx.visualization.heatmaps import Basis, heatmap, strongest
-from fpnx.visualization.scene import Scene
+from fpnx.visualization.heatmaps import Basis, heatmap, strongest_channels
+from fpnx.visualization.image_maps import ImageMaps
 
-__all__ = ["BETWEEN", "Map", "assembled", "colour_table", "covered", "map_of", "painted", "placed", "tile_size"]
+__all__ = [
+    "TILE_GAP",
+    "LevelMap",
+    "render_panel",
+    "colour_table",
+    "resized_source",
+    "compute_map",
+    "apply_colormap",
+    "resample",
+    "tile_size",
+]
 
-BROKEN = 150  # grey of a value that is not finite
-EMPTY = 236  # grey of what no cell covers
+NOT_FINITE_GREY = 150  # grey level of values that are not finite
+UNCOVERED_GREY = 236  # grey level of pixels that no cell covers
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-OVERLAY = 0.55  # share of the map over the picture
-LABELLED = (16, 40)  # (height, width) that a tile with a number on it has at least
-BETWEEN = 2  # pixels between the tiles of one panel
+OVERLAY_OPACITY = 0.55  # of the heatmap over the source image
+MIN_TILE = (8, 8)  # (height, width)
+MIN_LABELLED_TILE = (16, 40)  # (height, width) of a tile with a channel number on it
+TILE_GAP = 2  # pixels between the tiles of a panel
 
 
 @dataclass(frozen=True)
-class Map:
-    """What one level shows: one tile, or one for each channel; and its scale.
+class LevelMap:
+    """The heatmap of one level: one tile, or one for each channel, and the colour scale.
 
     Attributes:
         shape: (height, width) in cells.
         tiles: (H, W) values, or (H, W, 3) colours in 0..1.
-        labels: of the tiles, where there are several.
-        cell: (y, x) that the others are compared with.
-        scale: of this map: the file's, or its own.
-        clipped: whether values lie below and above the scale.
-        broken: how many cells are not finite.
+        labels: channel numbers of the tiles in mode "channels".
+        cell: (y, x) of the reference cell in mode "similarity".
+        scale: the shared colour scale, or that of this map alone.
+        clipped: whether values lie below the scale, and above it.
+        nonfinite: how many cells have a value that is not finite.
     """
 
     level: str
@@ -49,34 +60,34 @@ class Map:
     labels: tuple[str, ...] = ()
     cell: tuple[int, int] | None = None
     clipped: tuple[bool, bool] = (False, False)
-    broken: int = 0
+    nonfinite: int = 0
 
     @property
-    def side(self) -> int:
-        """How many tiles stand beside each other."""
+    def grid_side(self) -> int:
+        """Number of tiles in a row of the panel."""
         return math.ceil(math.sqrt(len(self.tiles)))
 
 
-def map_of(scene: Scene, level: str, config: PictureConfig, shared: ColorScale | None) -> Map:
-    """Read a level and compute what it shows, on the scale `shared`, or on its own where that is None.
+def compute_map(maps: ImageMaps, level: str, config: PictureConfig, shared: ColorScale | None) -> LevelMap:
+    """Read a level and compute its heatmap, on the scale `shared`, or on its own scale where that is None.
 
     Raises:
-        FpnxError: a channel or a point that is not there, features that cannot be read.
+        FpnxError: a channel or a point that does not exist, features that cannot be read.
     """
-    features = scene.read(level)
+    features = maps.read(level)
     shape: tuple[int, int] = features.shape[1:]
     labels: tuple[str, ...] = ()
     cell, basis = None, None
     if config.mode == "channels":
-        numbers = strongest(features, config.top, config.pick)
+        numbers = strongest_channels(features, config.top, config.pick)
         tiles = tuple(np.asarray(features[number], np.float32) for number in numbers)
         labels = tuple(map(str, numbers))
     elif config.mode == "pca":
-        basis = shared.basis if shared is not None and shared.basis is not None else Basis.of(features)
+        basis = shared.basis if shared is not None and shared.basis is not None else Basis.fit(features)
         tiles = (basis.colours(features),)
     else:
         if config.mode == "similarity":
-            cell = scene.cell_at(level, shape, config.position(scene.source_size))
+            cell = maps.cell_at(level, shape, config.position(maps.source_size))
         tiles = (heatmap(features, config.mode, cell=cell),)
     low, high = value_range(np.stack(tiles))
     if shared is None or basis is not None:
@@ -84,63 +95,66 @@ def map_of(scene: Scene, level: str, config: PictureConfig, shared: ColorScale |
     else:
         scale, clipped = shared, (low < shared.low, high > shared.high)
     finite = np.isfinite(np.stack(tiles)).reshape(len(tiles), *shape, -1).all(axis=(0, 3))
-    return Map(level, scene.strides[level], shape, tiles, scale, labels, cell, clipped, int(finite.size - finite.sum()))
+    nonfinite = int(finite.size - finite.sum())
+    return LevelMap(level, maps.strides[level], shape, tiles, scale, labels, cell, clipped, nonfinite)
 
 
-def tile_size(source: tuple[int, int], maps: Sequence[Map], config: PictureConfig) -> tuple[int, int]:
-    """(height, width) of every tile in pixels: the source's aspect, and a pixel for each cell at least."""
-    side = max((found.side for found in maps), default=1)
+def tile_size(source: tuple[int, int], level_maps: Sequence[LevelMap], config: PictureConfig) -> tuple[int, int]:
+    """(height, width) of every tile in pixels: the source's aspect ratio, with at least one pixel for each cell."""
+    side = max((level_map.grid_side for level_map in level_maps), default=1)
     factor = config.panel / side / max(source)
-    grown = max((n / (s * factor) for m in maps for n, s in zip(m.shape, source, strict=True)), default=1.0)
-    factor *= min(max(grown, 1.0), 4.0)  # beyond that, of a very long picture, the aspect gives way
-    room = (8, 8) if side == 1 else LABELLED
-    least = [max([room[axis], *(found.shape[axis] for found in maps)]) for axis in (0, 1)]
-    return max(round(source[0] * factor), least[0]), max(round(source[1] * factor), least[1])
+    growth = max((n / (s * factor) for m in level_maps for n, s in zip(m.shape, source, strict=True)), default=1.0)
+    factor *= min(max(growth, 1.0), 4.0)  # a larger factor would make panels of very long images too large
+    smallest = MIN_TILE if side == 1 else MIN_LABELLED_TILE
+    height, width = (max([smallest[axis], *(m.shape[axis] for m in level_maps)]) for axis in (0, 1))
+    return max(round(source[0] * factor), height), max(round(source[1] * factor), width)
 
 
-def assembled(
-    scene: Scene, found: Map, tile: tuple[int, int], side: int, config: PictureConfig, table: np.ndarray
+def render_panel(
+    maps: ImageMaps, level_map: LevelMap, tile: tuple[int, int], side: int, config: PictureConfig, table: np.ndarray
 ) -> np.ndarray:
-    """The pixels of a panel of `side` × `side` tiles, (height, width, 3) uint8, white where there is none."""
-    step = (tile[0] + BETWEEN, tile[1] + BETWEEN)
-    canvas = np.full((side * step[0] - BETWEEN, side * step[1] - BETWEEN, 3), 255, np.uint8)
-    behind = covered(scene, tile) if config.overlay else None
-    own = side if len(found.tiles) == 1 else 1  # one tile alone fills the panel
-    size = (tile[0] * own + BETWEEN * (own - 1), tile[1] * own + BETWEEN * (own - 1))
-    if own > 1 and behind is not None:
-        behind = covered(scene, size)
-    for number, values in enumerate(found.tiles):
+    """The pixels of a panel of `side` × `side` tiles, (height, width, 3) uint8, white where there is no tile."""
+    step = (tile[0] + TILE_GAP, tile[1] + TILE_GAP)
+    canvas = np.full((side * step[0] - TILE_GAP, side * step[1] - TILE_GAP, 3), 255, np.uint8)
+    background = resized_source(maps, tile) if config.overlay else None
+    span = side if len(level_map.tiles) == 1 else 1  # a single tile fills the panel
+    size = (tile[0] * span + TILE_GAP * (span - 1), tile[1] * span + TILE_GAP * (span - 1))
+    if span > 1 and background is not None:
+        background = resized_source(maps, size)
+    for number, values in enumerate(level_map.tiles):
         y, x = number // side * step[0], number % side * step[1]
         if values.ndim == 3:
-            colours = np.where(np.isnan(values), BROKEN, values * 255 + 0.5).astype(np.uint8)
+            colours = np.where(np.isnan(values), NOT_FINITE_GREY, values * 255 + 0.5).astype(np.uint8)
         else:
-            colours = painted(values, found.scale.low, found.scale.high, table)
-        reach = scene.reach(found.level, found.shape)
-        pixels, inside = placed(colours, reach, scene.source_size, size)
-        if behind is not None:
-            grey = behind.astype(np.float32) @ LUMINANCE  # its own colours would be taken for the map's
-            mixed = OVERLAY * pixels.astype(np.float32) + (1 - OVERLAY) * grey[..., None]
+            colours = apply_colormap(values, level_map.scale.low, level_map.scale.high, table)
+        covered = maps.covered_size(level_map.level, level_map.shape)
+        pixels, inside = resample(colours, covered, maps.source_size, size)
+        if background is not None:
+            grey = (
+                background.astype(np.float32) @ LUMINANCE
+            )  # in grey, so that its colours are not mistaken for the heatmap's
+            mixed = OVERLAY_OPACITY * pixels.astype(np.float32) + (1 - OVERLAY_OPACITY) * grey[..., None]
             pixels = (mixed + 0.5).astype(np.uint8)
-        pixels = np.where(inside[..., None], pixels, np.uint8(EMPTY))
-        if found.cell is not None:
-            _outline(pixels, found.cell, found.shape, reach, scene.source_size)
+        pixels = np.where(inside[..., None], pixels, np.uint8(UNCOVERED_GREY))
+        if level_map.cell is not None:
+            _outline_cell(pixels, level_map.cell, level_map.shape, covered, maps.source_size)
         canvas[y : y + size[0], x : x + size[1]] = pixels
     return canvas
 
 
-def covered(scene: Scene, size: tuple[int, int]) -> np.ndarray | None:
-    """The source picture at `size` (height, width), (height, width, 3) uint8; None where there is none."""
-    picture = scene.photo.picture
+def resized_source(maps: ImageMaps, size: tuple[int, int]) -> np.ndarray | None:
+    """The source image at `size` (height, width), (height, width, 3) uint8; None where it is missing."""
+    picture = maps.photo.picture
     if picture is None:
         return None
     return np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
 def colour_table(name: str) -> np.ndarray:
-    """(256, 3) uint8 of a matplotlib colour map.
+    """(256, 3) uint8 table of a matplotlib colour map.
 
     Raises:
-        FpnxError: for a name that it does not know.
+        FpnxError: for a name that matplotlib does not know.
     """
     if name not in matplotlib.colormaps:
         known = sorted(matplotlib.colormaps)
@@ -150,54 +164,54 @@ def colour_table(name: str) -> np.ndarray:
     return (matplotlib.colormaps[name](np.linspace(0.0, 1.0, 256))[:, :3] * 255 + 0.5).astype(np.uint8)
 
 
-def painted(values: np.ndarray, low: float, high: float, table: np.ndarray) -> np.ndarray:
-    """(H, W) values → (H, W, 3) uint8 between the first and last colour; grey where a value is not finite."""
+def apply_colormap(values: np.ndarray, low: float, high: float, table: np.ndarray) -> np.ndarray:
+    """(H, W) values → (H, W, 3) uint8 from the first to the last colour; grey where a value is not finite."""
     finite = np.isfinite(values)
     if not math.isfinite(low):
         low = high = 0.0
     unit = np.where(finite, values, low).astype(np.float64) - low
     unit = np.clip(unit / (high - low), 0.0, 1.0) if high > low else np.zeros_like(unit)
-    return np.where(finite[..., None], table[(unit * 255 + 0.5).astype(np.intp)], np.uint8(BROKEN))
+    return np.where(finite[..., None], table[(unit * 255 + 0.5).astype(np.intp)], np.uint8(NOT_FINITE_GREY))
 
 
-def placed(
-    cells: np.ndarray, reach: tuple[float, float], source: tuple[float, float], size: tuple[int, int]
+def resample(
+    cells: np.ndarray, covered: tuple[float, float], source: tuple[float, float], size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cells → pixels of a tile that shows the whole source, each pixel that of the cell below its middle.
+    """Nearest-neighbour sampling of cells at the pixel centres of a tile that shows the whole source.
 
     Args:
         cells: (H, W, ...) values or colours.
-        reach: (height, width) in source pixels that the cells cover together.
-        source: (height, width) of the source; what reaches beyond it is cut off.
+        covered: (height, width) in source pixels that all cells cover together.
+        source: (height, width) of the source; cells outside it are cut off.
         size: (height, width) of the tile.
 
     Returns:
-        (height, width, ...) of the tile, and a mask of the pixels that a cell covers.
+        The tile (height, width, ...), and a mask of the pixels that a cell covers.
     """
     indices, inside = [], []
     for axis in (0, 1):
-        middles = (np.arange(size[axis]) + 0.5) / size[axis] * source[axis]
-        index = np.floor(middles / reach[axis] * cells.shape[axis]).astype(np.intp)
+        centres = (np.arange(size[axis]) + 0.5) / size[axis] * source[axis]
+        index = np.floor(centres / covered[axis] * cells.shape[axis]).astype(np.intp)
         inside.append(index < cells.shape[axis])
         indices.append(np.minimum(index, cells.shape[axis] - 1))
     return cells[np.ix_(*indices)], np.logical_and.outer(*inside)
 
 
-def _outline(
+def _outline_cell(
     pixels: np.ndarray,
     cell: tuple[int, int],
     shape: tuple[int, int],
-    reach: tuple[float, float],
+    covered: tuple[float, float],
     source: tuple[int, int],
 ) -> None:
-    """Draw a white line inside a black one around a cell, in place."""
-    ends = []
+    """Draw a white outline inside a black one around a cell, in place."""
+    bounds = []
     for axis in (0, 1):
-        pitch = reach[axis] / shape[axis] / source[axis] * pixels.shape[axis]
+        pitch = covered[axis] / shape[axis] / source[axis] * pixels.shape[axis]
         first, last = round(cell[axis] * pitch), round((cell[axis] + 1) * pitch)
-        ends.append((max(first, 0), min(max(last, first + 1), pixels.shape[axis])))
+        bounds.append((max(first, 0), min(max(last, first + 1), pixels.shape[axis])))
     for margin, shade in ((2, 0), (1, 255)):
-        (top, bottom), (left, right) = ((a - margin, b + margin) for a, b in ends)
+        (top, bottom), (left, right) = ((a - margin, b + margin) for a, b in bounds)
         rows, columns = np.ogrid[: pixels.shape[0], : pixels.shape[1]]
         outer = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
         inner = (rows > top) & (rows < bottom - 1) & (columns > left) & (columns < right - 1)

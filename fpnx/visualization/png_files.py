@@ -1,4 +1,4 @@
-"""Where the picture of an image goes: its full name below a folder, without collisions, never outside."""
+"""Paths of PNG files below an output folder, without name collisions, and the writing of one PNG."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from fpnx.core.text import escape
 
 __all__ = ["PngPaths", "save_png"]
 
-ENDING = ".png"
-LONGEST = 255  # bytes of one name on most file systems
+SUFFIX = ".png"
+MAX_NAME_BYTES = 255  # bytes of one name on most file systems
 
 
 class PngPaths:
-    """The pictures' paths below `folder`, by the stored paths of all images of a file.
+    """Maps each image's stored path to the path of its PNG below `folder`.
 
-    `cats/01.jpg` goes to `cats/01.jpg.png`. Names that a file system may take for one (it may ignore case, or how
-    accents are composed), that are too long, or that are also a folder, get eight digits of their hash.
+    `cats/01.jpg` becomes `cats/01.jpg.png`. Eight digits of a hash are added to names that a file system may treat as
+    equal (because of case or Unicode composition), that are too long, or that are also the name of a folder.
     """
 
     def __init__(self, folder: Path, paths: Iterable[str]) -> None:
         self.folder = folder
-        self._pictures: Counter[str] = Counter()
+        self._names: Counter[str] = Counter()
         self._folders: set[str] = set()
         for path in paths:
-            self._pictures[_folded(path + ENDING)] += 1
-            head = os.path.dirname(path)
-            while head and (name := _folded(head)) not in self._folders:
+            self._names[_normalized(path + SUFFIX)] += 1
+            parent = os.path.dirname(path)
+            while parent and (name := _normalized(parent)) not in self._folders:
                 self._folders.add(name)
-                head = os.path.dirname(head)
+                parent = os.path.dirname(parent)
 
     def __getitem__(self, path: str) -> Path:
-        """Where the picture of `path` goes.
+        """Path of the PNG for the stored path `path`.
 
         Raises:
             ImageError: for a path that would leave the folder.
@@ -50,28 +50,28 @@ class PngPaths:
         if any(part in ("", ".", "..") or "\0" in part or os.sep in part for part in parts):
             raise ImageError(f"its stored path {escape(path)!r} leads out of its folder")
         name = os.fsencode(parts[-1])
-        ending = ENDING.encode()
-        folded = _folded(path + ENDING)
-        if self._pictures[folded] > 1 or folded in self._folders or len(name) + len(ending) > LONGEST:
+        suffix = SUFFIX.encode()
+        normalized = _normalized(path + SUFFIX)
+        if self._names[normalized] > 1 or normalized in self._folders or len(name) + len(suffix) > MAX_NAME_BYTES:
             digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-            ending = f"~{digest}{ENDING}".encode()
-            name = name[: LONGEST - len(ending)]
-        return self.folder.joinpath(*parts[:-1], os.fsdecode(name + ending))
+            suffix = f"~{digest}{SUFFIX}".encode()
+            name = name[: MAX_NAME_BYTES - len(suffix)]
+        return self.folder.joinpath(*parts[:-1], os.fsdecode(name + suffix))
 
 
-def save_png(picture: Image.Image, path: Path, about: dict[str, str]) -> None:
-    """Write a PNG with `about` as text in it, whole or not at all; makes the folders above it.
+def save_png(picture: Image.Image, path: Path, metadata: dict[str, str]) -> None:
+    """Write a PNG atomically, with `metadata` as text chunks; creates the folders above it.
 
     Raises:
         FpnxError: where it cannot be written.
     """
     info = PngInfo()
-    for key, value in about.items():
+    for key, value in metadata.items():
         info.add_itxt(key, value)
     with atomic_write(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(part, "PNG", pnginfo=info)
 
 
-def _folded(path: str) -> str:
+def _normalized(path: str) -> str:
     return unicodedata.normalize("NFC", path).casefold()

@@ -1,4 +1,4 @@
-"""fpnx benchmark: what it measures, how it tells of it, and what it refuses. No figure of time is asserted."""
+"""`fpnx benchmark`: samples, tables, JSON and refused requests. No test depends on measured times."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fpnx.benchmark.plot import draw_stages
 from fpnx.benchmark.profiling import Cost, count_costs, count_executed
 from fpnx.benchmark.results import BenchmarkResult, CaseResult
 from fpnx.benchmark.roofline import MatrixProduct, write_speed
-from fpnx.benchmark.synthetic_images import fill, make_images
+from fpnx.benchmark.synthetic_images import link_images, make_images
 from fpnx.benchmark.timers import PeakMemory, Percentiles, percentiles
-from fpnx.cli.benchmark_view import show_findings
+from fpnx.cli.benchmark_view import show_benchmark
 from fpnx.commands.benchmark import benchmark
 from fpnx.core.config import BenchmarkConfig, ExtractConfig
 from fpnx.core.errors import FpnxError, Interrupted
@@ -39,7 +39,7 @@ WRITING = ["copy back", "write"]
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
+def result(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
     """Two precisions, a batch size that does not fit, and the plain script, on small images of which one is bad."""
     folder = tmp_path_factory.mktemp("few")
     for i in range(3):
@@ -58,44 +58,44 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
         )
 
 
-def test_every_stage_of_every_configuration_has_its_samples(findings: BenchmarkResult) -> None:
-    names = [column.name for column in findings.columns]
+def test_every_stage_of_every_configuration_has_its_samples(result: BenchmarkResult) -> None:
+    names = [case.name for case in result.cases]
     kinds = ["float32 batch 2", "float32 batch 4096", "bfloat16 batch 2", "bfloat16 batch 4096", "plain script batch 2"]
     assert names == [f"mobilenet_v2 {kind}" for kind in kinds]
-    assert findings.rounds == 2
-    for column in findings.columns[0], findings.columns[2]:
-        assert list(column.stages) == [*READING, *NETWORK, *WRITING]
-        assert column.forward_stages == NETWORK
-        assert all(len(samples) == 2 * 3 for samples in column.stages.values())
-        assert all(sample > 0 for samples in column.stages.values() for sample in samples)
-        assert len(column.forward) == len(column.core) == 2 * 3
-        assert min(column.core) > 0
-        assert len(column.end_to_end) == 2
-        assert column.images % 2 == 0
-        assert column.images >= 32
-        assert column.rss is not None
-        assert column.rss > 50e6
-        assert column.cuda is None
-    assert [len(samples) for samples in findings.ceilings.values()] == [6, 6]
-    assert list(findings.ceilings) == ["float32", "bfloat16"]
-    assert len(findings.disk) == 2
+    assert result.rounds == 2
+    for case in result.cases[0], result.cases[2]:
+        assert list(case.stages) == [*READING, *NETWORK, *WRITING]
+        assert case.forward_stages == NETWORK
+        assert all(len(samples) == 2 * 3 for samples in case.stages.values())
+        assert all(sample > 0 for samples in case.stages.values() for sample in samples)
+        assert len(case.forward) == len(case.core) == 2 * 3
+        assert min(case.core) > 0
+        assert len(case.end_to_end) == 2
+        assert case.images % 2 == 0
+        assert case.images >= 32
+        assert case.rss is not None
+        assert case.rss > 50e6
+        assert case.cuda is None
+    assert [len(samples) for samples in result.ceilings.values()] == [6, 6]
+    assert list(result.ceilings) == ["float32", "bfloat16"]
+    assert len(result.disk) == 2
 
 
-def test_what_does_not_fit_is_said_and_the_rest_goes_on(findings: BenchmarkResult) -> None:
-    for column in findings.columns[1], findings.columns[3]:
-        assert column.reason is not None
-        assert column.reason.startswith("does not fit: it needs about ")
-        assert not column.stages
-        assert not column.end_to_end
+def test_a_batch_that_does_not_fit_is_named_and_skipped(result: BenchmarkResult) -> None:
+    for case in result.cases[1], result.cases[3]:
+        assert case.reason is not None
+        assert case.reason.startswith("does not fit: it needs about ")
+        assert not case.stages
+        assert not case.end_to_end
 
 
-def test_a_bad_image_is_left_out_and_said(findings: BenchmarkResult) -> None:
-    assert findings.facts["images"].startswith("3 of ")
-    assert [note.startswith("left out: bad.jpg: ") for note in findings.facts["notes"]] == [True]
+def test_an_unreadable_image_is_left_out_and_named(result: BenchmarkResult) -> None:
+    assert result.facts["images"].startswith("3 of ")
+    assert [note.startswith("left out: bad.jpg: ") for note in result.facts["notes"]] == [True]
 
 
-def test_the_plain_script_computes_the_same(findings: BenchmarkResult) -> None:
-    plain = findings.columns[-1]
+def test_the_plain_script_computes_the_same(result: BenchmarkResult) -> None:
+    plain = result.cases[-1]
     assert plain.reason is None
     assert len(plain.forward) == 6
     assert len(plain.end_to_end) == 2
@@ -106,41 +106,41 @@ def test_the_plain_script_computes_the_same(findings: BenchmarkResult) -> None:
 @pytest.mark.slow
 def test_each_backbone_has_its_own_plain_script(photos: Path) -> None:
     options = TINY | {"backbone": ["mobilenet_v2", "resnet50"], "repeats": 1}
-    found = benchmark(**options, images=str(photos), baseline=True)
-    plain = [column for column in found.columns if column.plain_script]
-    assert [column.backbone for column in plain] == ["mobilenet_v2", "resnet50"]
-    assert all(max(column.errors.values()) < 1e-4 for column in plain)
+    result = benchmark(**options, images=str(photos), baseline=True)
+    plain = [case for case in result.cases if case.plain_script]
+    assert [case.backbone for case in plain] == ["mobilenet_v2", "resnet50"]
+    assert all(max(case.errors.values()) < 1e-4 for case in plain)
 
 
-def test_the_error_of_a_precision_is_that_of_its_type(findings: BenchmarkResult) -> None:
-    assert not findings.columns[0].errors
-    errors = findings.columns[2].errors
+def test_the_error_of_a_precision_is_that_of_its_type(result: BenchmarkResult) -> None:
+    assert not result.cases[0].errors
+    errors = result.cases[2].errors
     assert errors.keys() == {"P2", "C3", "P5", "P6"}
     assert all(1e-4 < error < 0.5 for error in errors.values())  # bfloat16 keeps 8 bits
 
 
-def test_the_document_holds_every_sample_and_the_machine(findings: BenchmarkResult) -> None:
-    found = json.loads(json.dumps(findings.to_json()))
-    assert {"processor", "cpus", "torch_threads", "device", "versions", "memory_bytes"} <= found["machine"].keys()
-    assert {"torch", "torchvision", "fpnx", "python", "h5py"} <= found["machine"]["versions"].keys()
-    first = found["configurations"][0]
-    assert first["stages"] == findings.columns[0].stages
-    assert first["forward"] == findings.columns[0].forward
-    assert first["end_to_end"] == findings.columns[0].end_to_end
+def test_json_has_every_sample_and_the_machine(result: BenchmarkResult) -> None:
+    result = json.loads(json.dumps(result.to_json()))
+    assert {"processor", "cpus", "torch_threads", "device", "versions", "memory_bytes"} <= result["machine"].keys()
+    assert {"torch", "torchvision", "fpnx", "python", "h5py"} <= result["machine"]["versions"].keys()
+    first = result["configurations"][0]
+    assert first["stages"] == result.cases[0].stages
+    assert first["forward"] == result.cases[0].forward
+    assert first["end_to_end"] == result.cases[0].end_to_end
     assert first["summary"]["images_per_second"]["samples"] == 2
     assert first["ratios"]["forward"] == {"median": 1.0, "low": 1.0, "high": 1.0, "samples": 6}
     assert [shape["level"] for shape in first["shapes"]] == ["P2", "C3", "P5", "P6"]
     assert [cost["part"] for cost in first["costs"]] == ["backbone", "laterals", "outputs", "top block"]
-    assert found["ceilings_flops"]["float32"] == findings.ceilings["float32"]
-    assert (found["rounds"], found["interrupted"], found["exit_code"]) == (2, False, 0)
+    assert result["ceilings_flops"]["float32"] == result.ceilings["float32"]
+    assert (result["rounds"], result["interrupted"], result["exit_code"]) == (2, False, 0)
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_fit_and_line_up(
-    findings: BenchmarkResult, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    result: BenchmarkResult, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    show_findings(findings)
+    show_benchmark(result)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
@@ -157,20 +157,20 @@ def test_tables_fit_and_line_up(
     assert len({line.rindex("–") for line in stages}) == 1, "ranges do not line up"
 
 
-def test_more_columns_than_fit_go_on_below(
-    findings: BenchmarkResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_columns_that_do_not_fit_continue_in_another_table(
+    result: BenchmarkResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    show_findings(findings)
+    show_benchmark(result)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert "throughput: median, 10th to 90th percentile (continued)" in lines
     assert sum(line.startswith("peak RSS, MB") for line in lines) > 1
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
-def test_the_picture(findings: BenchmarkResult, ending: str, tmp_path: Path) -> None:
+def test_the_chart(result: BenchmarkResult, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"stages.{ending}"
-    draw_stages(findings, str(path))
+    draw_stages(result, str(path))
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
     assert path.read_bytes().startswith(starts[ending])
     if ending == "png":
@@ -180,52 +180,52 @@ def test_the_picture(findings: BenchmarkResult, ending: str, tmp_path: Path) -> 
         assert len(colours) > 12  # as many as stages, at least
 
 
-def test_the_command_gives_one_document(fpnx: Callable[..., Any], photos: Path) -> None:
+def test_the_command_prints_one_json_document(fpnx: Callable[..., Any], photos: Path) -> None:
     options = ["--backbone", "mobilenet_v2", "--size", "64", "--channels", "8", "--repeats", "1", "--batch-size", "4"]
     code, out, err = fpnx("benchmark", *options, "--images", photos, "--json", "--plot", "stages.png")
     assert code == 0, err
-    found = document(out)
-    assert found["configurations"][0]["size"] == [64, 64]
-    assert found["configurations"][0]["batch_size"] == 4
+    result = document(out)
+    assert result["configurations"][0]["size"] == [64, 64]
+    assert result["configurations"][0]["batch_size"] == 4
     assert Path("stages.png").stat().st_size > 10_000
     assert "measurements" in err
 
 
 def test_an_interruption_keeps_what_was_measured(photos: Path) -> None:
-    class Impatient(Listener):
+    class InterruptingListener(Listener):
         def progress(self, what: str, done: int, total: int) -> None:
             if what == "measurements" and done == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    found = benchmark(**TINY | {"repeats": 1000}, images=str(photos), listener=Impatient())
-    assert found.interrupted == signal.SIGINT
-    assert found.exit_code == 130
-    assert len(found.columns[0].forward) in (1, 2)
+    result = benchmark(**TINY | {"repeats": 1000}, images=str(photos), listener=InterruptingListener())
+    assert result.interrupted == signal.SIGINT
+    assert result.exit_code == 130
+    assert len(result.cases[0].forward) in (1, 2)
     assert signal.getsignal(signal.SIGINT) is before
-    assert "interrupted" in shown_on_a_terminal(found)
+    assert "interrupted" in shown_on_a_terminal(result)
 
 
-def test_an_interruption_before_the_first_sample_says_so(photos: Path) -> None:
-    class Impatient(Listener):
+def test_an_interruption_before_the_first_sample_raises(photos: Path) -> None:
+    class InterruptingListener(Listener):
         def progress(self, what: str, done: int, total: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="interrupted before") as caught:
-        benchmark(**TINY, images=str(photos), listener=Impatient())
+        benchmark(**TINY, images=str(photos), listener=InterruptingListener())
     assert caught.value.signum == signal.SIGINT
 
 
-def shown_on_a_terminal(findings: BenchmarkResult) -> str:
+def shown_on_a_terminal(result: BenchmarkResult) -> str:
     with pytest.MonkeyPatch.context() as patch:
         out = io.StringIO()
         patch.setattr("sys.stdout", out)
-        show_findings(findings)
+        show_benchmark(result)
     return out.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--backbone", "resnet5"], "did you mean resnet50?"),
         (["--batch-size", "0"], "batch size 0"),
@@ -248,7 +248,7 @@ def shown_on_a_terminal(findings: BenchmarkResult) -> str:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_requests_are_one_line(fpnx: Callable[..., Any], arguments: list[str], told: str) -> None:
+def test_bad_requests_are_one_line(fpnx: Callable[..., Any], arguments: list[str], message: str) -> None:
     for name in ("empty", "unreadable", "one"):
         Path(name).mkdir()
     Path("unreadable/a.jpg").write_bytes(b"no image")
@@ -258,10 +258,10 @@ def test_bad_requests_are_one_line(fpnx: Callable[..., Any], arguments: list[str
     lines = [line for line in err.splitlines() if not line.endswith("preparations")]
     assert len(lines) == 1, err
     assert lines[0].startswith("fpnx: ")
-    assert told in lines[0]
+    assert message in lines[0]
 
 
-def test_nothing_that_fits_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_case_that_fits_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpnx.benchmark.case.available_memory", lambda: 1 << 20)
     with pytest.raises(FpnxError, match="nothing can be measured: mobilenet_v2 float32 batch 4 does not fit"):
         benchmark(**TINY, batch_size=4, images=str(photos))
@@ -275,7 +275,7 @@ def test_a_config_is_one_extraction_for_each_combination() -> None:
     assert [run.backbone for run in BenchmarkConfig(backbone="resnet50,vgg16").runs()] == ["resnet50", "vgg16"]
 
 
-def column(**samples: Any) -> CaseResult:
+def case_result(**samples: Any) -> CaseResult:
     """A configuration of 2 GFLOP and 4 MB for each image."""
     shape = LevelShape((64, 64), 1, "P2", 4, 1, 1000, 1000, 4_000_000)
     costs = (Cost("backbone", 10, 1_500_000_000), Cost("outputs", 10, 500_000_000))
@@ -294,17 +294,17 @@ STAGES = {
 }
 
 
-def test_figures_follow_from_samples() -> None:
-    found = column(stages=STAGES, forward=[20.0], end_to_end=[40.0])
-    assert found.flops == 2_000_000_000
-    assert found.bytes_per_image == 4_000_000
-    assert found.achieved() == Percentiles(1e11, 1e11, 1e11, 1)  # 2 GFLOP in 20 ms
-    assert found.accounted().median == pytest.approx(18 / 20)
-    found.executed, found.core = 1_000_000_000, [25.0]  # levels recombined: half the operations
-    assert found.achieved().median == 5e10
-    assert found.flops == 2_000_000_000
-    assert found.allowed(cpus=2).median == 80  # two cores, 25 ms an image
-    busy = found.busy(workers=2, disk=200e6)
+def test_statistics_follow_from_samples() -> None:
+    result = case_result(stages=STAGES, forward=[20.0], end_to_end=[40.0])
+    assert result.flops == 2_000_000_000
+    assert result.bytes_per_image == 4_000_000
+    assert result.achieved() == Percentiles(1e11, 1e11, 1e11, 1)  # 2 GFLOP in 20 ms
+    assert result.accounted().median == pytest.approx(18 / 20)
+    result.executed, result.core = 1_000_000_000, [25.0]  # levels recombined: half the operations
+    assert result.achieved().median == 5e10
+    assert result.flops == 2_000_000_000
+    assert result.allowed(cpus=2).median == 80  # two cores, 25 ms an image
+    busy = result.busy(workers=2, disk=200e6)
     # 40 images/s: 20 ms each in the network, 6 ms in two threads, 4 MB each onto a disk of 200 MB/s
     assert busy == {"network": pytest.approx(0.8), "decoding": pytest.approx(0.12), "writing": pytest.approx(0.8)}
 
@@ -319,20 +319,20 @@ def test_figures_follow_from_samples() -> None:
     ids=["network", "decoding", "disk"],
 )
 def test_the_bottleneck_is_named(changed: dict[str, list[float]], disk: float, named: str) -> None:
-    one = column(stages=STAGES | changed, forward=[20.0], end_to_end=[40.0])
-    found = BenchmarkResult(machine={}, facts={}, columns=[one], workers=2, disk=[disk])
-    assert (found.bottleneck(one) or "").startswith(named)
-    assert found.bottleneck(column(forward=[20.0])) is None
+    case = case_result(stages=STAGES | changed, forward=[20.0], end_to_end=[40.0])
+    result = BenchmarkResult(machine={}, facts={}, cases=[case], workers=2, disk=[disk])
+    assert (result.bottleneck(case) or "").startswith(named)
+    assert result.bottleneck(case_result(forward=[20.0])) is None
 
 
-def test_ratios_pair_what_was_measured_side_by_side() -> None:
-    first = column(forward=[10.0, 20.0, 40.0], end_to_end=[8.0, 4.0])
+def test_ratios_pair_samples_of_the_same_round() -> None:
+    first = case_result(forward=[10.0, 20.0, 40.0], end_to_end=[8.0, 4.0])
     # The machine slows down by four; the second is always twice as fast.
-    second = column(forward=[5.0, 10.0, 20.0], end_to_end=[16.0, 8.0])
-    missing = column(reason="does not fit")
-    found = BenchmarkResult(machine={}, facts={}, columns=[missing, first, second])
-    assert found.ratios(second) == {"forward": Percentiles(2, 2, 2, 3), "end to end": Percentiles(2, 2, 2, 2)}
-    assert found.ratios(missing) == {}
+    second = case_result(forward=[5.0, 10.0, 20.0], end_to_end=[16.0, 8.0])
+    missing = case_result(reason="does not fit")
+    result = BenchmarkResult(machine={}, facts={}, cases=[missing, first, second])
+    assert result.ratios(second) == {"forward": Percentiles(2, 2, 2, 3), "end to end": Percentiles(2, 2, 2, 2)}
+    assert result.ratios(missing) == {}
 
 
 def test_percentiles_by_hand() -> None:
@@ -340,7 +340,7 @@ def test_percentiles_by_hand() -> None:
     assert percentiles([3.0]) == Percentiles(3.0, 3.0, 3.0, 1)
 
 
-def test_peak_memory_sees_what_is_held_for_a_moment() -> None:
+def test_peak_memory_includes_memory_that_was_freed() -> None:
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system keeps one peak for a process's whole life")
     device = torch.device("cpu")
@@ -354,7 +354,7 @@ def test_peak_memory_sees_what_is_held_for_a_moment() -> None:
     assert large.cuda is None
 
 
-def test_operations_are_counted_as_they_are_executed() -> None:
+def test_executed_operations_are_fewer_where_the_fpn_is_fused() -> None:
     size = (64, 96)
     for backbone, fewer in (("resnet50", False), ("mobilenet_v2", True)):
         model = fpnx.create_model(backbone, weights="random", levels="P2-P5")
@@ -363,7 +363,7 @@ def test_operations_are_counted_as_they_are_executed() -> None:
         assert (count_executed(fuse_model(model), size) < 0.8 * defined) is fewer
 
 
-def test_ceilings_are_positive_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_hardware_limits_are_positive_and_leave_no_files(tmp_path: Path) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     product = MatrixProduct(torch.device("cpu"), "bfloat16")
     assert product.side >= 512
@@ -374,7 +374,7 @@ def test_ceilings_are_positive_and_leave_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_made_photographs_cost_what_photographs_cost(tmp_path: Path) -> None:
+def test_synthetic_images_have_the_size_and_spectrum_of_photographs(tmp_path: Path) -> None:
     first, second = make_images(tmp_path, 2)
     assert first.read_bytes() != second.read_bytes()
     (tmp_path / "again").mkdir()
@@ -389,9 +389,9 @@ def test_made_photographs_cost_what_photographs_cost(tmp_path: Path) -> None:
     assert 1.0 < math.log10(low / high) / 2 < 1.4  # amplitudes fall by this power of the frequency
 
 
-def test_fill_repeats_in_order(tmp_path: Path) -> None:
+def test_linked_images_repeat_in_order(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.png").write_text(name)
-    fill(tmp_path / "full", [tmp_path / "a.png", tmp_path / "b.png"], 3)
-    fill(tmp_path / "full", [tmp_path / "a.png", tmp_path / "b.png"], 5)
+    link_images(tmp_path / "full", [tmp_path / "a.png", tmp_path / "b.png"], 3)
+    link_images(tmp_path / "full", [tmp_path / "a.png", tmp_path / "b.png"], 5)
     assert "".join(path.read_text() for path in sorted((tmp_path / "full").iterdir())) == "ababa"

@@ -1,4 +1,4 @@
-"""Parameters and operations, against torch's own counter on torchvision's own modules, and against counts by hand."""
+"""Counts of parameters and operations, against torch's counter on torchvision and by hand; stage timing."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_resnet50_by_the_counter_of_torch_on_torchvision() -> None:
     ids=["taps only", "one level", "pool", "c5", "p5"],
 )
 def test_only_what_the_levels_need_is_counted(levels: str, top_block: str | None, flops: dict[str, int]) -> None:
-    found = {cost.part: cost.flops for cost in count_costs(resnet50(levels, top_block), (224, 224))}
-    assert flops.items() <= found.items()
-    assert ("laterals" in found) == (levels != "C3")
+    actual = {cost.part: cost.flops for cost in count_costs(resnet50(levels, top_block), (224, 224))}
+    assert flops.items() <= actual.items()
+    assert ("laterals" in actual) == (levels != "C3")
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2", "vgg16"])
@@ -87,9 +87,9 @@ def test_a_timed_body_computes_the_same(backbone: str) -> None:
     body = timed_body(model.body, Stopwatch(torch.device("cpu")))
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected, found = model.body(images), body(images)
-    assert list(found) == list(expected) == ["C2", "C3", "C4", "C5"]
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+        expected, actual = model.body(images), body(images)
+    assert list(actual) == list(expected) == ["C2", "C3", "C4", "C5"]
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     own = dict(model.body.named_parameters())
     assert own.keys() == dict(body.named_parameters()).keys()
     assert all(own[name] is parameter for name, parameter in body.named_parameters())
@@ -101,7 +101,7 @@ def test_each_convolution_belongs_to_its_stage() -> None:
     for module in (body.get_submodule(str(n.target)) for n in body.graph.nodes if n.op == "call_module"):
         if isinstance(module, torch.nn.Conv2d):
             counts[-1] += 1
-        elif type(module).__name__ == "_Mark":
+        elif type(module).__name__ == "_StageMark":
             counts.append(0)
     # a stem and blocks of three, one more where the size or the number of channels changes
     assert counts == [1 + 3 * 3 + 1, 3 * 4 + 1, 3 * 6 + 1, 3 * 3 + 1, 0]
@@ -120,7 +120,7 @@ def test_marks_come_in_order_and_shallow_levels_stop_early() -> None:
         assert all(value > 0 for value in seconds.values())
 
 
-def test_blocks_are_marked_only_while_it_lasts() -> None:
+def test_blocks_are_marked_only_within_the_context() -> None:
     model, watch = resnet50(), Stopwatch(torch.device("cpu"))
     blocks = [(f"output P{k}", block) for k, block in enumerate(model.fpn.layer_blocks, 2)]
     taps = model.taps(torch.zeros(1, 3, 64, 64))
@@ -134,10 +134,10 @@ def test_blocks_are_marked_only_while_it_lasts() -> None:
         assert watch.seconds() == {}
 
 
-def test_peak_memory_grows_with_the_area_and_holds_at_least_taps_and_levels() -> None:
+def test_peak_memory_is_proportional_to_the_area_and_covers_taps_and_levels() -> None:
     model = resnet50()
     peak = peak_bytes(model, (224, 224))
     assert peak_bytes(model, (448, 448)) == 4 * peak
-    # When P2 is computed, its sum and the coarser levels are there.
+    # While P2 is computed, its sum and the coarser levels are in memory.
     assert peak >= 4 * 256 * (56 * 56 + 56 * 56 + 28 * 28 + 14 * 14 + 7 * 7)
     assert peak < 20e6

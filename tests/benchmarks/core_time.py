@@ -1,9 +1,10 @@
-"""What one core spends on an image, stage by stage, and what that allows on all cores.
+"""Processor time of each stage for one image on one core, and the images/s that it allows on all cores.
 
-Run: python tests/benchmarks/core_time.py FOLDER [BACKBONE ...]
+Run: python tests/benchmarks/core_time.py [BACKBONE ...]
 
-Counted is the processor time of one thread, which a busy machine blurs less than time on the clock. `eager` is the
-forward pass of the plain script on the same images; the limit is cores over the sum of fpnx's own stages.
+The processor time of one thread is measured: load on the machine affects it less than elapsed time. `eager` is the
+forward pass of the plain script on the same images; `limit` is the number of cores divided by the sum of fpnx's own
+stages.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from pathlib import Path
 import torch
 
 import fpnx
+from fpnx.benchmark.baseline import baseline_model
+from fpnx.benchmark.baseline_script import PlainModel
+from fpnx.benchmark.synthetic_images import make_images
 from fpnx.core.config import ExtractConfig
 from fpnx.core.files import OpenFile
 from fpnx.core.system import usable_cpus
@@ -28,13 +32,16 @@ from fpnx.images.listing import find_images
 from fpnx.images.reading import ImageSource
 from fpnx.inference.engine import Engine
 
-BATCH, ROUNDS = 4, 7
+BATCH_SIZE, ROUNDS = 4, 7
 
 
-def main(folder: str, backbones: list[str]) -> None:
+def main(backbones: list[str]) -> None:
     torch.set_num_threads(1)
-    for backbone in backbones:
-        print(json.dumps(core_time(backbone, find_images([folder]).sources[:BATCH])), flush=True)
+    with tempfile.TemporaryDirectory(prefix="fpnx-") as folder:
+        make_images(Path(folder), BATCH_SIZE)
+        sources = find_images([folder]).sources
+        for backbone in backbones:
+            print(json.dumps(core_time(backbone, sources)), flush=True)
 
 
 def core_time(backbone: str, sources: Sequence[ImageSource]) -> dict[str, object]:
@@ -50,10 +57,11 @@ def core_time(backbone: str, sources: Sequence[ImageSource]) -> dict[str, object
         engine.prepare(size)
     pictures = [decode(source, config.max_pixels) for source in sources]
     pixels = [recipe.resize(picture, size) for picture in pictures]
-    images = engines["float32"].batch(pixels, [size] * BATCH).contiguous()
+    images = engines["float32"].batch(pixels, [size] * BATCH_SIZE).contiguous()
     arrays = list(engines["float32"](pixels).arrays.values())
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
-        path = Path(scratch) / "written"
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        plain_model = PlainModel(baseline_model(model, recipe, Path(folder) / "parameters.pt")).eval()
+        path = Path(folder) / "written"
         path.write_bytes(b"")
         disk = OpenFile(path)
 
@@ -68,18 +76,18 @@ def core_time(backbone: str, sources: Sequence[ImageSource]) -> dict[str, object
             "resize": lambda: [recipe.resize(picture, size) for picture in pictures],
             "forward float32": lambda: engines["float32"](pixels),
             "forward bfloat16": lambda: engines["bfloat16"](pixels),
-            "eager": lambda: model(images),
+            "eager": lambda: plain_model(images),
             "write": write,
         }
-        spent = measured(stages)
+        milliseconds = measure(stages)
         disk.close()
-    whole = spent["decode"] + spent["resize"] + spent["forward float32"] + spent["write"]
-    limit = 1000 * usable_cpus() / whole
-    plain = whole - spent["forward float32"] + spent["eager"]
-    return {backbone: spent, "limit": round(limit, 1), "less core time": round(plain / whole, 2)}
+    total = milliseconds["decode"] + milliseconds["resize"] + milliseconds["forward float32"] + milliseconds["write"]
+    limit = 1000 * usable_cpus() / total
+    plain = total - milliseconds["forward float32"] + milliseconds["eager"]
+    return {backbone: milliseconds, "limit": round(limit, 1), "less core time": round(plain / total, 2)}
 
 
-def measured(stages: dict[str, Callable[[], object]]) -> dict[str, float]:
+def measure(stages: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Median milliseconds of processor time per image."""
     times: dict[str, list[float]] = {name: [] for name in stages}
     for _ in range(ROUNDS):
@@ -87,10 +95,10 @@ def measured(stages: dict[str, Callable[[], object]]) -> dict[str, float]:
             with torch.inference_mode():
                 before = time.thread_time()
                 stage()
-                times[name].append(1000 * (time.thread_time() - before) / BATCH)
+                times[name].append(1000 * (time.thread_time() - before) / BATCH_SIZE)
     return {name: round(statistics.median(values), 2) for name, values in times.items()}
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(sys.argv[1], sys.argv[2:] or ["resnet50", "mobilenet_v2", "vgg16"])
+    main(sys.argv[1:] or ["resnet50", "mobilenet_v2", "vgg16"])

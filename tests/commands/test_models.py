@@ -1,4 +1,4 @@
-"""`fpnx models`: what can be asked for."""
+"""`fpnx models`: the list of backbones, one backbone in detail, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TABLE = json.loads((DATA / "stages.json").read_text())
 Command = Callable[..., tuple[int, str, str]]
 
 
-def test_a_part_of_names_lists_those(fpnx: Command) -> None:
+def test_a_part_of_a_name_lists_the_matching_backbones(fpnx: Command) -> None:
     code, out, _ = fpnx("models", "resnet1")
     assert code == 0
     lines = [line for line in out.splitlines() if line.startswith("resnet1")]
@@ -25,7 +25,7 @@ def test_a_part_of_names_lists_those(fpnx: Command) -> None:
     assert lines[2].split() == ["resnet18", "64", "128", "256", "512", "11.7", "M", "random,", "imagenet"]
 
 
-def test_what_has_no_stages_is_named_with_the_reason(fpnx: Command) -> None:
+def test_networks_without_stages_are_listed_with_the_reason(fpnx: Command) -> None:
     code, out, _ = fpnx("models", "b_32")
     assert code == 0
     assert "no pyramid: vit_b_32 has maps at stride 32 only" in out
@@ -34,45 +34,48 @@ def test_what_has_no_stages_is_named_with_the_reason(fpnx: Command) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_table(fpnx: Command) -> None:
+def test_all_backbones(fpnx: Command) -> None:
     code, out, _ = fpnx("models", "--json")
-    found = document(out)
+    result = document(out)
     assert code == 0
     keys = ("stride", "node", "channels")
-    taps = {row["name"]: [[tap[key] for key in keys] for tap in row["taps"]] for row in found["backbones"]}
+    taps = {row["name"]: [[tap[key] for key in keys] for tap in row["taps"]] for row in result["backbones"]}
     assert taps == {name: rows for name, rows in TABLE.items() if rows}
-    assert {row["name"] for row in found["refused"]} == {name for name, rows in TABLE.items() if not rows}
-    assert {row["name"] for row in found["backbones"] if "coco" in row["weights"]} == {"resnet50", "mobilenet_v3_large"}
+    assert {row["name"] for row in result["refused"]} == {name for name, rows in TABLE.items() if not rows}
+    assert {row["name"] for row in result["backbones"] if "coco" in row["weights"]} == {
+        "resnet50",
+        "mobilenet_v3_large",
+    }
 
 
 def test_one_backbone(fpnx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    here = tmp_path / "torch" / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
-    here.parent.mkdir(parents=True)
-    here.write_bytes(b"not read")
+    file = tmp_path / "torch" / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"not read")
     code, out, _ = fpnx("models", "resnet50", "--json")
-    found = document(out)
+    result = document(out)
     assert code == 0
     plain = models.resnet50(weights=None)
     head = sum(p.numel() for p in plain.fc.parameters())
-    whole = sum(p.numel() for p in plain.parameters())
+    total = sum(p.numel() for p in plain.parameters())
     # Laterals 256·C + 256 for C in 256, 512, 1024, 2048, and four outputs of 256·256·9 + 256.
     pyramid = 256 * 3840 + 4 * 256 + 4 * (256 * 256 * 9 + 256)
-    assert found["parameters"] == {"body": whole - head, "pyramid": pyramid, "published": whole}
-    # Torchvision publishes 4.089 multiply-adds (in 1e9), of which the head has 2048·1000.
-    published = models.ResNet50_Weights.IMAGENET1K_V2.meta["_ops"]
-    assert found["gflops"]["body"] == pytest.approx(2 * (published - 2048 * 1000 / 1e9), abs=2e-3)
-    cells = [56 * 56, 28 * 28, 14 * 14, 7 * 7]
+    assert result["parameters"] == {"body": total - head, "pyramid": pyramid, "published": total}
+    # torchvision states 4.089e9 multiply-adds, of which the head has 2048·1000.
+    multiply_adds = models.ResNet50_Weights.IMAGENET1K_V2.meta["_ops"]
+    assert result["gflops"]["body"] == pytest.approx(2 * (multiply_adds - 2048 * 1000 / 1e9), abs=2e-3)
+    pixels = [56 * 56, 28 * 28, 14 * 14, 7 * 7]
     channels = [256, 512, 1024, 2048]
-    operations = sum(2 * n * (256 * c + 256 * 256 * 9) for n, c in zip(cells, channels, strict=True))
-    assert found["gflops"]["pyramid"] == pytest.approx(operations / 1e9)
-    assert [tap["level"] for tap in found["taps"]] == ["C2", "C3", "C4", "C5"]
-    weights = {each["name"]: each for each in found["weights"]}
+    operations = sum(2 * n * (256 * c + 256 * 256 * 9) for n, c in zip(pixels, channels, strict=True))
+    assert result["gflops"]["pyramid"] == pytest.approx(operations / 1e9)
+    assert [tap["level"] for tap in result["taps"]] == ["C2", "C3", "C4", "C5"]
+    weights = {each["name"]: each for each in result["weights"]}
     assert {str(entry) for entry in models.ResNet50_Weights} <= set(weights)
     best = weights["ResNet50_Weights.IMAGENET1K_V2"]
     assert best["also"] == ["imagenet"]
     assert best["trains"] == ["backbone"]
-    assert (best["file"], best["there"]) == (str(here), True)
+    assert (best["file"], best["there"]) == (str(file), True)
     assert best["url"] == models.ResNet50_Weights.IMAGENET1K_V2.url
     assert "224×224" in best["recipe"]
     detector = weights["RetinaNet_ResNet50_FPN_Weights.COCO_V1"]
@@ -81,48 +84,58 @@ def test_one_backbone(fpnx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (detector["there"], "short side 800" in detector["recipe"]) == (False, True)
 
 
-def test_one_backbone_in_words(fpnx: Command) -> None:
+def test_one_backbone_as_text(fpnx: Command) -> None:
     code, out, _ = fpnx("models", "squeezenet1_1")
     assert code == 0
-    for told in ("C4         16       512         13 × 13  features.12", "a multiply-add counts as 2",
+    for text in ("C4         16       512         13 × 13  features.12", "a multiply-add counts as 2",
                  "--weights SqueezeNet1_1_Weights.IMAGENET1K_V1 (also: imagenet)", "trained: backbone",
                  models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url, "squeezenet1_1-b8a52dc0.pth"):  # fmt: skip
-        assert told in out
+        assert text in out
     assert "C5" not in out
 
 
-def test_a_file_at_the_place_that_was_told_is_found(
+def test_a_file_at_the_listed_path_is_used(
     fpnx: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    told = document(fpnx("models", "squeezenet1_1", "--json")[1])["weights"][0]
-    Path(told["file"]).parent.mkdir(parents=True)
-    torch.save(models.squeezenet1_1(weights=None).state_dict(), told["file"])
-    arguments = ("extract", photos, "--backbone", "squeezenet1_1", "--weights", told["name"], "--size", 64, "--offline")
-    code, _, complaint = fpnx(*arguments)
-    assert code == 0, complaint
+    weights = document(fpnx("models", "squeezenet1_1", "--json")[1])["weights"][0]
+    Path(weights["file"]).parent.mkdir(parents=True)
+    torch.save(models.squeezenet1_1(weights=None).state_dict(), weights["file"])
+    arguments = (
+        "extract",
+        photos,
+        "--backbone",
+        "squeezenet1_1",
+        "--weights",
+        weights["name"],
+        "--size",
+        64,
+        "--offline",
+    )
+    code, _, err = fpnx(*arguments)
+    assert code == 0, err
     assert (tmp_path / "out.h5").exists()
 
 
-def test_what_is_not_there(fpnx: Command) -> None:
-    code, out, complaint = fpnx("models", "resnett50", "--json")
+def test_an_unknown_name_is_refused(fpnx: Command) -> None:
+    code, out, err = fpnx("models", "resnett50", "--json")
     assert code == 2
-    assert "did you mean resnet50?" in complaint
+    assert "did you mean resnet50?" in err
     assert "error" in document(out)
 
 
-def test_timms_names_and_one_of_them(fpnx: Command) -> None:
+def test_timm_backbones(fpnx: Command) -> None:
     pytest.importorskip("timm")
-    found = document(fpnx("models", "timm/resnet10", "--json")[1])
-    assert "timm/resnet10t" in {row["name"] for row in found["backbones"]}
-    one = document(fpnx("models", "timm/resnet10t", "--json")[1])
-    assert [tap["channels"] for tap in one["taps"]] == [64, 128, 256, 512]
-    assert [each["name"] for each in one["weights"]] == ["timm/resnet10t.c3_in1k"]
-    assert one["weights"][0]["file"].endswith("timm-resnet10t.c3_in1k.safetensors")
+    result = document(fpnx("models", "timm/resnet10", "--json")[1])
+    assert "timm/resnet10t" in {row["name"] for row in result["backbones"]}
+    details = document(fpnx("models", "timm/resnet10t", "--json")[1])
+    assert [tap["channels"] for tap in details["taps"]] == [64, 128, 256, 512]
+    assert [each["name"] for each in details["weights"]] == ["timm/resnet10t.c3_in1k"]
+    assert details["weights"][0]["file"].endswith("timm-resnet10t.c3_in1k.safetensors")
 
 
-def test_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_the_command_in_a_separate_process(tmp_path: Path) -> None:
     done = process("models", "squeezenet", "--json", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [row["name"] for row in found["backbones"]] == ["squeezenet1_0", "squeezenet1_1"]
+    result = json.loads(done.stdout)
+    assert [row["name"] for row in result["backbones"]] == ["squeezenet1_0", "squeezenet1_1"]

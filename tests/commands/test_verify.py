@@ -1,4 +1,4 @@
-"""`fpnx verify`: a whole file verifies; each thing that can be wrong is found and named."""
+"""`fpnx verify`: a complete file verifies, and each kind of damage is found and named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, and three files of them: fixed.h5, ragged.h5 and pooled.h5."""
+    """A folder of images, and three files of them: fixed.h5, ragged.h5 and pooled.h5."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "pictures").mkdir()
     for i in range(6):
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["fixed.h5", "ragged.h5", "pooled.h5"])
-def test_a_whole_file_verifies_and_its_images_give_the_same_again(made: Path, name: str) -> None:
+def test_a_complete_file_verifies_against_its_images(made: Path, name: str) -> None:
     found = fpnx.verify(made / name, against=made / "pictures", sample=3, device="cpu")
     assert (found.problems, found.exit_code) == ((), 0)
     assert (found.images, found.done, found.failed, found.pending) == (7, 6, 1, 0)
@@ -93,10 +93,10 @@ DAMAGE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "failed without a reason": (set_at("images/error", 6, b""), "bad.png: failed without a reason"),
     "pending": (set_at("images/status", 3, 0), "1 of 7 images are pending"),
     "status": (set_at("images/status", 3, 9), "1 images have a status that does not exist"),
-    "twice": (set_at("images/path", 1, b"0.png"), "a path stands there twice"),
+    "twice": (set_at("images/path", 1, b"0.png"), "a path occurs twice"),
     "rows": (set_at("images/row", 1, 0), "rows of 64x64 are not numbered one by one"),
     "no row": (set_at("images/row", 1, -1), "1.png: done without a row"),
-    "input size": (set_at("images/input_size", 1, (64, 65)), "1.png: of an input size that is not that of its group"),
+    "input size": (set_at("images/input_size", 1, (64, 65)), "1.png: its input size does not fit its group"),
     "source size": (set_at("images/source_size", slice(0, 2), 0), "0.png and 1 others: done without a source size"),
     "short": (shortened, "/pyramids/64x64/P4 has 6 rows for 7 images"),
     "wide": (widened, "/pyramids/64x64/P4 has 4×8 cells, where stride 16 gives 4×4"),
@@ -105,7 +105,7 @@ DAMAGE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_each_thing_that_is_wrong_is_named(made: Path, tmp_path: Path, kind: str) -> None:
+def test_each_kind_of_damage_is_named(made: Path, tmp_path: Path, kind: str) -> None:
     change, problem = DAMAGE[kind]
     path = tmp_path / "out.h5"
     shutil.copyfile(made / "fixed.h5", path)
@@ -113,10 +113,10 @@ def test_each_thing_that_is_wrong_is_named(made: Path, tmp_path: Path, kind: str
         change(file)
     found = fpnx.verify(path)
     assert found.exit_code == 1
-    assert any(told.startswith(problem) for told in found.problems), found.problems
+    assert any(line.startswith(problem) for line in found.problems), found.problems
 
 
-def test_values_of_another_image_are_found_by_computing_again(made: Path, tmp_path: Path) -> None:
+def test_values_of_another_image_are_found_by_recomputing(made: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     shutil.copyfile(made / "fixed.h5", path)
     with h5py.File(path, "r+") as file:
@@ -128,7 +128,7 @@ def test_values_of_another_image_are_found_by_computing_again(made: Path, tmp_pa
     assert problem.startswith("4.png: computed again it differs by ")
 
 
-def test_what_was_computed_in_tf32_is_verified_without(made: Path, tmp_path: Path) -> None:
+def test_a_tf32_file_is_verified_on_a_device_without_tf32(made: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     shutil.copyfile(made / "fixed.h5", path)
     with h5py.File(path, "r+") as file:
@@ -143,23 +143,23 @@ def test_what_was_computed_in_tf32_is_verified_without(made: Path, tmp_path: Pat
     assert 1e-3 < found.largest_difference < 2e-2
 
 
-def test_images_that_are_all_other_files_are_not_computed(made: Path, tmp_path: Path) -> None:
+def test_images_with_another_file_size_are_not_recomputed(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "pictures", tmp_path / "pictures")
     for path in (tmp_path / "pictures").iterdir():
         with open(path, "ab") as file:
             file.write(b"more")
     found = fpnx.verify(made / "fixed.h5", against=tmp_path / "pictures", device="cpu")
     assert (found.compared, found.exit_code) == (0, 1)
-    assert found.problems == ("0.png and 6 others: another file than then",)
+    assert found.problems == ("0.png and 6 others: its file size is not the stored one",)
 
 
-def test_images_that_are_gone_or_others_are_named(made: Path, tmp_path: Path) -> None:
+def test_missing_and_changed_images_are_named(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "pictures", tmp_path / "pictures")
     (tmp_path / "pictures" / "0.png").unlink()
     (tmp_path / "pictures" / "2.png").write_bytes(b"shorter")
     os.utime(tmp_path / "pictures" / "1.png", (0, 0))  # copied without its time: still the same picture
     found = fpnx.verify(made / "fixed.h5", against=[tmp_path / "pictures"], device="cpu")
-    assert found.problems == ("0.png: not among the images any more", "2.png: another file than then")
+    assert found.problems == ("0.png: not among the images any more", "2.png: its file size is not the stored one")
     assert found.compared == 4
     (tmp_path / "others").mkdir()
     noise_image(0, (64, 64)).save(tmp_path / "others" / "x.png")
@@ -167,7 +167,7 @@ def test_images_that_are_gone_or_others_are_named(made: Path, tmp_path: Path) ->
         fpnx.verify(made / "fixed.h5", against=tmp_path / "others")
 
 
-def test_weights_that_moved_are_named_and_others_refused(made: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_named_and_other_weights_refused(made: Path, tmp_path: Path) -> None:
     model = fpnx.create_model("mobilenet_v2", weights="random", levels="P4-P5", channels=8)
     fpnx.save_weights(model, tmp_path / "own.safetensors")
     fpnx.extract(
@@ -186,7 +186,7 @@ def test_weights_that_moved_are_named_and_others_refused(made: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("option", [{"against": "nosuch"}, {"against": "pictures", "weights": "nosuch.pth"}], ids=str)
-def test_what_it_cannot_be_compared_with_is_told_before_it_is_read(made: Path, option: dict[str, str]) -> None:
+def test_missing_images_and_weights_are_reported_before_the_file_is_read(made: Path, option: dict[str, str]) -> None:
     read: list[int] = []
 
     class Reader(Listener):
@@ -214,9 +214,9 @@ def test_the_command(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     with h5py.File(part, "r+") as file:
         file["images/status"][0] = 0
     assert main(["verify", str(part)]) == 1
-    told = capsys.readouterr().out
-    assert "1 of 7 images are pending" in told
-    assert told.endswith("does not verify\n")
+    output = capsys.readouterr().out
+    assert "1 of 7 images are pending" in output
+    assert output.endswith("does not verify\n")
     assert main(["verify", str(tmp_path / "none.h5"), "--json"]) == 2
     assert "does not exist" in json.loads(capsys.readouterr().out)["error"]
     assert main(["verify", str(made / "fixed.h5"), "--against", str(made / "pictures"), "--sample", "0"]) == 2

@@ -1,4 +1,4 @@
-"""`fpnx visualize` and `fpnx extract --format png` as commands: what is drawn, where it goes, what is refused."""
+"""`fpnx visualize` and `fpnx extract --format png`: drawn pictures, output paths and refused requests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(made: Path, tmp_path: Path) -> Path:
-    """A copy of it, which is also where `fpnx` runs."""
+    """A copy of `made`, which is the current folder of `fpnx`."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -58,10 +58,10 @@ def test_pictures_of_a_file(here: Path, fpnx: Run) -> None:
     assert "pictures in a_png: 4" in out
     with Image.open(here / "a_png/a.png.png") as picture:
         assert picture.text["Title"] == "a.png"  # type: ignore[attr-defined]
-        assert "pyramid: untrained, seed 0" in picture.text["Description"]  # type: ignore[attr-defined]
+        assert "pyramid: untrained (random, seed 0)" in picture.text["Description"]  # type: ignore[attr-defined]
 
 
-def test_nothing_is_overwritten_unasked(here: Path, fpnx: Run) -> None:
+def test_nothing_is_overwritten_without_the_option(here: Path, fpnx: Run) -> None:
     fpnx("visualize", "a.h5", "--images", "b.jpg")
     before = (here / "a_png/b.jpg.png").read_bytes()
     code, _, err = fpnx("visualize", "a.h5", "--mode", "std")
@@ -82,8 +82,8 @@ def test_the_same_file_gives_the_same_pictures_bit_for_bit(mode: str, here: Path
 
 def test_the_limit_counts_the_rest(here: Path, fpnx: Run) -> None:
     code, out, _ = fpnx("visualize", "a.h5", "--limit", "3", "--json")
-    told = document(out)
-    assert (code, len(told["pictures"]), told["left_out"]) == (0, 3, 1)
+    report = document(out)
+    assert (code, len(report["pictures"]), report["left_out"]) == (0, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_the_limit_counts_the_rest(here: Path, fpnx: Run) -> None:
     [
         (None, [0, 1, 2, 3, 4]),
         (["1"], [1]),
-        (["3"], [4]),  # a name comes before an index
+        (["3"], [4]),  # a name takes precedence over an index
         (["b/*", "0"], [0, 2, 3]),
         (["1:3"], [1, 2]),
         ([":2"], [0, 1]),
@@ -113,7 +113,7 @@ def test_select_nothing(wanted: str) -> None:
         select(["a.jpg"], [wanted])
 
 
-def test_two_files_make_a_row_each(here: Path, fpnx: Run) -> None:
+def test_each_file_gets_a_row(here: Path, fpnx: Run) -> None:
     assert fpnx("visualize", "a.h5", "b.h5", "--limit", "1")[0] == 0
     one = fpnx("visualize", "a.h5", "--limit", "1")
     assert one[0] == 0
@@ -126,7 +126,7 @@ def test_the_same_photograph_is_found_below_another_root(here: Path, fpnx: Run) 
     fpnx("extract", "photos/below", "-o", "below.h5", *SMALL, "--levels", "P5")
     code, out, _ = fpnx("visualize", "a.h5", "below.h5", "--json", "--images", "below/c.png", "--images", "b.jpg")
     assert code == 0
-    assert len(document(out)["pictures"]) == 2  # the one that below.h5 lacks says so in its row
+    assert len(document(out)["pictures"]) == 2  # the row of below.h5 says that it lacks b.jpg
 
 
 def test_photographs_are_extracted_and_compared(here: Path, fpnx: Run) -> None:
@@ -134,12 +134,12 @@ def test_photographs_are_extracted_and_compared(here: Path, fpnx: Run) -> None:
     options = ("--backbone", "mobilenet_v2", "--backbone", "resnet50", "--weights", "random", "--size", "64")
     code, out, err = fpnx("visualize", *photographs, *options, "--levels", "P5", "--limit", "1", "--json")
     assert code == 0, err
-    told = document(out)
-    assert (told["pictures"], told["left_out"]) == (["a_png/a.png.png"], 1)
+    report = document(out)
+    assert (report["pictures"], report["left_out"]) == (["a_png/a.png.png"], 1)
     assert not [path for path in os.listdir(here) if path.endswith((".part", ".lock"))]
 
 
-def test_what_cannot_be_drawn_of_photographs_is_told_before_any_is_computed(here: Path, fpnx: Run) -> None:
+def test_requests_for_photographs_are_checked_before_any_is_computed(here: Path, fpnx: Run) -> None:
     shared = ("visualize", "photos", "--backbone", "mobilenet_v2", "--weights", "random", "--size", "64")
     code, out, err = fpnx(*shared, "--mode", "channels", "--pick", "256")
     assert (code, out) == (2, "")
@@ -155,7 +155,7 @@ def test_what_cannot_be_drawn_of_photographs_is_told_before_any_is_computed(here
     assert "fpnx: nothing to draw: text.jpg failed: not an image" in err
 
 
-def test_failed_and_unfinished_rows_are_skipped_and_named(here: Path, fpnx: Run) -> None:
+def test_failed_and_pending_rows_are_skipped_and_named(here: Path, fpnx: Run) -> None:
     with h5py.File(here / "a.h5", "r+") as file:
         file["images/status"][0] = 0
         file["images/status"][1] = 2
@@ -192,13 +192,13 @@ def test_a_path_that_leads_out_of_the_folder_is_skipped(here: Path, fpnx: Run) -
     assert not list(here.parent.rglob("evil.png.png"))
 
 
-def test_an_unfinished_file_can_be_looked_at(here: Path, fpnx: Run) -> None:
+def test_an_unfinished_file_can_be_drawn(here: Path, fpnx: Run) -> None:
     shutil.move(here / "a.h5", here / "c.h5.part")
     assert fpnx("visualize", "c.h5.part", "--limit", "1")[0] == 0
     assert pictures(here / "c_png") == ["a.png.png"]
 
 
-def test_a_source_that_is_gone_stops_nothing(here: Path, fpnx: Run) -> None:
+def test_missing_sources_are_no_error(here: Path, fpnx: Run) -> None:
     shutil.rmtree(here / "photos")
     with h5py.File(here / "a.h5", "r+") as file:
         file.attrs["root"] = str(here / "photos")
@@ -207,7 +207,7 @@ def test_a_source_that_is_gone_stops_nothing(here: Path, fpnx: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["none.h5"], "none.h5 does not exist"),
         (["a.h5", "photos/a.png"], "name the one or the other"),
@@ -230,36 +230,36 @@ def test_a_source_that_is_gone_stops_nothing(here: Path, fpnx: Run) -> None:
     ],
     ids=lambda value: " ".join(value)[:44] if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line(arguments: list[str], told: str, here: Path, fpnx: Run) -> None:
+def test_mistakes_are_one_line(arguments: list[str], message: str, here: Path, fpnx: Run) -> None:
     code, out, err = fpnx("visualize", *arguments)
     assert (code, out) == (2, "")
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
 
 
-# Where pictures go ---------------------------------------------------------------------------------------------
+# Output paths ---------------------------------------------------------------------------------------------
 
 
-def test_places_collide_nowhere() -> None:
+def test_png_paths_do_not_collide() -> None:
     paths = ["a.jpg", "A.jpg", "b/c.jpg", "e\u0301.jpg", "\u00e9.jpg", "x.jpg", "x.jpg.png/y.jpg", "n" * 255, "a.png"]
-    places = PngPaths(Path("out"), paths)
-    found = [str(places[path]) for path in paths]
-    assert found[2] == "out/b/c.jpg.png"
-    assert found[8] == "out/a.png.png"
-    folded = [os.path.normcase(name).casefold().replace("e\u0301", "\u00e9") for name in found]
-    assert len(set(folded)) == len(paths)
-    assert not any(one.startswith(f"{other}/") for one in folded for other in folded)
-    assert max(len(os.fsencode(part)) for name in found for part in name.split("/")) <= 255
-    assert [str(PngPaths(Path("out"), paths[::-1])[path]) for path in paths] == found
+    png_paths = PngPaths(Path("out"), paths)
+    names = [str(png_paths[path]) for path in paths]
+    assert names[2] == "out/b/c.jpg.png"
+    assert names[8] == "out/a.png.png"
+    normalized = [os.path.normcase(name).casefold().replace("e\u0301", "\u00e9") for name in names]
+    assert len(set(normalized)) == len(paths)
+    assert not any(one.startswith(f"{other}/") for one in normalized for other in normalized)
+    assert max(len(os.fsencode(part)) for name in names for part in name.split("/")) <= 255
+    assert [str(PngPaths(Path("out"), paths[::-1])[path]) for path in paths] == names
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", "a//x", "./x", "a\0b", ""], ids=repr)
-def test_places_stay_in_their_folder(path: str) -> None:
+def test_png_paths_stay_in_their_folder(path: str) -> None:
     with pytest.raises(ImageError, match="leads out of its folder"):
         PngPaths(Path("out"), [path])[path]
 
 
-def test_a_picture_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_picture_is_written_atomically(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"before")
     with pytest.raises(FpnxError, match="cannot write"):
         save_png(Image.new("RGB", (2, 2)), tmp_path / "x.png" / "y.png", {})
@@ -269,7 +269,7 @@ def test_a_picture_is_whole_or_not_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.png"]
 
 
-# Straight from a folder -----------------------------------------------------------------------------------------
+# extract --format png -----------------------------------------------------------------------------------------
 
 
 def test_extract_draws_what_visualize_draws(here: Path, fpnx: Run) -> None:
@@ -292,8 +292,8 @@ def test_extract_png_resumes_and_refuses(here: Path, fpnx: Run) -> None:
     assert code == 2
     assert "3 of the pictures are there already" in err
     code, out, _ = fpnx(*shared, "--resume", "--json")
-    told = document(out)
-    assert (code, told["done"], told["computed"], told["complete"]) == (0, 4, 1, True)
+    report = document(out)
+    assert (code, report["done"], report["computed"], report["complete"]) == (0, 4, 1, True)
     assert (here / "out_png/a.png.png").stat().st_mtime_ns == kept
     assert fpnx(*shared, "--overwrite", "--mode", "std")[0] == 0
     assert (here / "out_png/a.png.png").stat().st_mtime_ns != kept
@@ -304,15 +304,15 @@ def test_extract_png_names_what_failed(here: Path, fpnx: Run) -> None:
     noise_image(0, (30, 20)).save(here / "photos/tiny.png")
     options = ("--format", "png", "--levels", "P5", "--mode", "similarity", "--point", "60,40", "--json")
     code, out, _ = fpnx("extract", "photos", *SMALL, *options)
-    told = document(out)
-    assert (code, told["done"]) == (1, 4)
-    reasons = {failure["path"]: failure["reason"] for failure in told["failed"]}
+    report = document(out)
+    assert (code, report["done"]) == (1, 4)
+    reasons = {failure["path"]: failure["reason"] for failure in report["failed"]}
     assert set(reasons) == {"bad.jpg", "tiny.png"}
     assert "outside tiny.png" in reasons["tiny.png"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--mode", "std"], "--format png"),
         (["--overlay"], "overlay is for pictures"),
@@ -324,10 +324,10 @@ def test_extract_png_names_what_failed(here: Path, fpnx: Run) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_extract_png_mistakes(arguments: list[str], told: str, here: Path, fpnx: Run) -> None:
+def test_extract_png_mistakes(arguments: list[str], message: str, here: Path, fpnx: Run) -> None:
     code, _, err = fpnx("extract", "photos", *SMALL, *arguments)
     assert code == 2
-    assert told in err
+    assert message in err
 
 
 # Processes ------------------------------------------------------------------------------------------------------
@@ -361,6 +361,6 @@ def test_a_signal_ends_it_between_pictures(here: Path) -> None:
 
 
 def test_help_shows_its_panels(tmp_path: Path) -> None:
-    said = process("visualize", "--help", cwd=tmp_path, COLUMNS="120").stdout
-    for wanted in ("Pictures", "Photographs", "--html", "--point", "--overlay"):
-        assert wanted in said
+    text = process("visualize", "--help", cwd=tmp_path, COLUMNS="120").stdout
+    for expected in ("Pictures", "Photographs", "--html", "--point", "--overlay"):
+        assert expected in text

@@ -22,7 +22,7 @@ from fpnx.core.config import (
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
 from fpnx.core.text import format_bytes, plural
-from fpnx.models.weights.timm import forbidden
+from fpnx.models.weights.timm import downloads_forbidden
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_allowed_failures(text: str | int, images: int, allowed: int) -> None:
 def test_a_word_that_neither_forbids_nor_allows_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FPNX_OFFLINE", "maybe")
     with pytest.raises(FpnxError, match="FPNX_OFFLINE=maybe: take 1"):
-        forbidden()
+        downloads_forbidden()
     for word, is_so in (("1", True), ("yes", True), ("0", False), ("", False)):
         monkeypatch.setenv("FPNX_OFFLINE", word)
-        assert forbidden() is is_so
+        assert downloads_forbidden() is is_so
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the process may use, from files such as Linux has them."""
+"""Usable processors and memory, from files as Linux has them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fpnx.core.system import available_memory, usable_cpus
 ALLOWED = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def lay_out(root: Path, files: dict[str, str]) -> tuple[Path, Path]:
+def write_files(root: Path, files: dict[str, str]) -> tuple[Path, Path]:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -46,7 +46,7 @@ def v1(folder: str, quota: str) -> dict[str, str]:
     ],
 )
 def test_processors_within_affinity_and_quota(tmp_path, files, quota):
-    proc, cgroups = lay_out(tmp_path, files)
+    proc, cgroups = write_files(tmp_path, files)
     assert usable_cpus(proc, cgroups) == min(ALLOWED, quota or ALLOWED)
 
 
@@ -90,7 +90,7 @@ def test_affinity_is_respected(tmp_path):
     ids=["unknown", "system", "v2", "v1-overdrawn", "v2-max"],
 )
 def test_memory_within_limits(tmp_path, files, bytes_free):
-    assert available_memory(*lay_out(tmp_path, files)) == bytes_free
+    assert available_memory(*write_files(tmp_path, files)) == bytes_free
 
 
 MEMORY = """
@@ -99,7 +99,7 @@ import platform
 import subprocess
 import sys
 import numpy as np
-from fpnx.core.system import give_back_freed_memory, keep_freed_memory
+from fpnx.core.system import keep_freed_memory, release_freed_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 keep_freed_memory()
@@ -107,14 +107,14 @@ blocks = [np.ones(20 << 20, np.uint8) for _ in range(10)]
 print(resident())
 del blocks
 print(resident())
-give_back_freed_memory()
+release_freed_memory()
 print(resident())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_what_is_freed_is_kept_until_it_is_given_back() -> None:
+def test_freed_memory_is_kept_until_it_is_released() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    held, kept, given_back = (int(line) >> 20 for line in done.stdout.split())
-    assert held - kept < 20
-    assert kept - given_back > 180
+    allocated, kept, released = (int(line) >> 20 for line in done.stdout.split())
+    assert allocated - kept < 20
+    assert kept - released > 180

@@ -1,4 +1,4 @@
-"""A run of many shards, as its driver sees it; here the workers are in the driver's own process."""
+"""Distributed runs with a backend whose only worker runs in the driver's process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import fpnx
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.sharding import Shard, shard_path
-from fpnx.distributed.coordinator import SHARD_IMAGES, extract_distributed, list_path, shards_beside, shards_for
+from fpnx.distributed.attempts import AttemptLog
+from fpnx.distributed.coordinator import extract_distributed
 from fpnx.distributed.placement import Node, Placement, place_actors
-from fpnx.distributed.quarantine import AttemptLog
+from fpnx.distributed.shard_files import MAX_SHARD_IMAGES, choose_shard_count, find_shard_files, list_path
 from fpnx.distributed.worker import ShardJob, ShardReport, Worker
 from fpnx.extraction.run import Result
 from tests.helpers.files import noise_image
@@ -28,49 +29,61 @@ SLOW = pytest.mark.slow
 TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "size": 64, "pool": "avg", "batch_size": 1}
 
 
-class Here:
-    """A crew of one, that works when it is asked for its next report."""
+class LocalBackend:
+    """A backend with one worker, which works inside `next_report`.
+
+    Args:
+        cpus: processors of its only machine.
+        before: called with each shard before it is worked on.
+    """
 
     def __init__(self, cpus: int = 2, before: Callable[[int], None] = lambda shard: None) -> None:
         self.cpus, self.before = cpus, before
-        self.handed: list[list[int]] = []
-        self.seats: list[Placement] = []
+        self.submitted: list[list[int]] = []
+        self.placements: list[Placement] = []
 
     @contextmanager
-    def __call__(self) -> Iterator[Here]:
+    def connect(self) -> Iterator[LocalBackend]:
         yield self
 
     def nodes(self) -> list[Node]:
         return [Node(self.cpus)]
 
-    def hand_out(self, job: ShardJob, shards: Sequence[int], seats: Placement) -> Here:
+    def submit(self, job: ShardJob, shards: Sequence[int], placement: Placement) -> LocalWork:
         json.dumps(job.options)
-        self.handed.append(list(shards))
-        self.seats.append(seats)
-        self._told: dict[int, int] = {}
-        self._stop, self._left = False, list(shards)
-        self._worker = Worker(job, self._tell)
-        return self
+        self.submitted.append(list(shards))
+        self.placements.append(placement)
+        return LocalWork(job, shards, self.before)
 
-    def _tell(self, shard: int, finished: int) -> bool:
-        self._told[shard] = finished
+
+class LocalWork:
+    def __init__(self, job: ShardJob, shards: Sequence[int], before: Callable[[int], None]) -> None:
+        self._waiting, self._before = list(shards), before
+        self._finished: dict[int, int] = {}
+        self._stop = False
+        self._worker = Worker(job, self._update)
+
+    def _update(self, shard: int, finished: int) -> bool:
+        self._finished[shard] = finished
         return self._stop
 
-    def next(self, seconds: float) -> ShardReport | bool:
-        if not self._left:
-            return False
-        shard = self._left.pop(0)
-        self.before(shard)
+    @property
+    def running(self) -> bool:
+        return bool(self._waiting)
+
+    def next_report(self, timeout: float) -> ShardReport | None:
+        shard = self._waiting.pop(0)
+        self._before(shard)
         return self._worker(shard)
 
-    def finished(self) -> dict[int, int]:
-        return self._told
+    def images_finished(self) -> dict[int, int]:
+        return self._finished
 
     def stop(self) -> None:
         self._stop = True
 
 
-class Heard(Listener):
+class Recorder(Listener):
     def __init__(self) -> None:
         self.progressed: list[tuple[str, int, int]] = []
         self.messages: list[str] = []
@@ -86,7 +99,7 @@ class Heard(Listener):
     def message(self, text: str) -> None:
         self.messages.append(text)
 
-    def standing(self, text: str) -> None:
+    def status(self, text: str) -> None:
         self.standings.append(text)
 
 
@@ -99,9 +112,11 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def run(images: Path, output: Path, crew: Here | None = None, heard: Listener | None = None, **options: Any) -> Result:
+def run(
+    images: Path, output: Path, backend: LocalBackend | None = None, recorder: Listener | None = None, **options: Any
+) -> Result:
     config = fpnx.ExtractConfig(engine="ray", **{**TINY, **options})
-    return extract_distributed([images], output, config, heard or Listener(), crew or Here())
+    return extract_distributed([images], output, config, recorder or Listener(), (backend or LocalBackend()).connect)
 
 
 def names(folder: Path) -> set[str]:
@@ -111,94 +126,94 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     "sizing", [pytest.param({"size": 64}, id="fixed"), pytest.param({"size": "native"}, id="native", marks=SLOW)]
 )
-def test_all_shards_together_are_what_one_run_makes(tmp_path: Path, images: Path, sizing: dict[str, Any]) -> None:
+def test_the_shards_equal_a_run_in_one_process(tmp_path: Path, images: Path, sizing: dict[str, Any]) -> None:
     (images / "3.jpg").write_bytes(b"broken")
-    heard, crew = Heard(), Here()
-    result = run(images, tmp_path / "out.h5", crew, heard, shards=3, max_failed=1, **sizing)
+    recorder, backend = Recorder(), LocalBackend()
+    result = run(images, tmp_path / "out.h5", backend, recorder, shards=3, max_failed=1, **sizing)
     assert (result.images, result.done, result.complete, result.exit_code) == (7, 6, True, 0)
     assert result.computed == (7 if "size" in sizing and sizing["size"] == 64 else 6)  # a broken header is no work
     assert [path for path, _ in result.failed] == ["3.jpg"]
     assert result.output == tmp_path / "out.shard-*-of-00003.h5"
     assert names(tmp_path) == {"out.list.txt", *(f"out.shard-0000{i}-of-00003.h5" for i in range(3))}
-    assert crew.handed == [[0, 1, 2]]
-    assert heard.progressed[-1] == ("images", 7, 7)
-    assert heard.standings[-1] == "shards 3 of 3, actors 1, failed 1"
-    told = result.to_json()["engine"]
-    assert [(each["shard"], each["done"], each["failed"], each["state"]) for each in told["shards"]] == [
+    assert backend.submitted == [[0, 1, 2]]
+    assert recorder.progressed[-1] == ("images", 7, 7)
+    assert recorder.standings[-1] == "shards 3 of 3, actors 1, failed 1"
+    engine = result.to_json()["engine"]
+    assert [(each["shard"], each["done"], each["failed"], each["state"]) for each in engine["shards"]] == [
         (0, 2, 0, "complete"), (1, 1, 1, "complete"), (2, 3, 0, "complete")
     ]  # fmt: skip
     fpnx.extract([images], tmp_path / "whole.h5", **{**TINY, **sizing})
     with fpnx.open(tmp_path / "whole.h5") as whole:
-        for shard, (file,) in shards_beside(tmp_path / "out.h5").items():
+        for shard, (file,) in find_shard_files(tmp_path / "out.h5").items():
             with fpnx.open(file) as store:
                 assert store.fingerprint == whole.fingerprint
                 for item in store:
-                    wanted = whole[item.path]["P4"]
-                    assert np.abs(item["P4"] - wanted).max() <= 1e-5 * np.abs(wanted).max(), (shard, item.path)
+                    expected = whole[item.path]["P4"]
+                    assert np.abs(item["P4"] - expected).max() <= 1e-5 * np.abs(expected).max(), (shard, item.path)
 
 
-def test_the_same_command_goes_on(tmp_path: Path, images: Path) -> None:
-    class DeadError(Exception):
+def test_the_same_command_continues_a_run(tmp_path: Path, images: Path) -> None:
+    class DiedError(Exception):
         pass
 
-    def dies(shard: int) -> None:
+    def die(shard: int) -> None:
         if shard == 2:
-            raise DeadError
+            raise DiedError
 
     output = tmp_path / "out.h5"
-    with pytest.raises(DeadError):
-        run(images, output, Here(cpus=4, before=dies), actors=4)
-    ended = Here(cpus=2)  # a cluster of another size by now
-    result = run(images, output, ended)
-    assert (ended.handed, result.done, result.computed, result.complete) == ([[2, 3]], 7, 4, True)
-    assert ended.seats == [Placement(1, 2, 0)]
-    idle = Here()
+    with pytest.raises(DiedError):
+        run(images, output, LocalBackend(cpus=4, before=die), actors=4)
+    smaller = LocalBackend(cpus=2)  # the cluster has another size now
+    result = run(images, output, smaller)
+    assert (smaller.submitted, result.done, result.computed, result.complete) == ([[2, 3]], 7, 4, True)
+    assert smaller.placements == [Placement(1, 2, 0)]
+    idle = LocalBackend()
     again = run(images, output, idle)
-    assert (idle.handed, again.done, again.computed, again.exit_code) == ([], 7, 0, 0)
+    assert (idle.submitted, again.done, again.computed, again.exit_code) == ([], 7, 0, 0)
 
 
-def test_other_images_or_options_are_refused_before_anything_begins(tmp_path: Path, images: Path) -> None:
-    output, crew = tmp_path / "out.h5", Here()
+def test_other_images_or_options_are_refused_before_any_work(tmp_path: Path, images: Path) -> None:
+    output, backend = tmp_path / "out.h5", LocalBackend()
     run(images, output, shards=2)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     for options, why in [
         ({"seed": 1}, "made with another config .*seed"),
         ({"size": 96}, "made with another config"),
-        ({"shards": 3}, "--shards 3: the shards that are there are of 2"),
+        ({"shards": 3}, "--shards 3: the existing files are from 2 shards"),
         ({"limit": 6}, "was cut from another list"),
         ({"levels": "P9"}, "P9"),
         ({"actors": 9}, "9 actors .* the cluster has room for 2"),
         ({"device": "cuda"}, "the cluster has no GPU"),
     ]:
         with pytest.raises(FpnxError, match=why):
-            run(images, output, crew, **options)
+            run(images, output, backend, **options)
     noise_image(9, (64, 64)).save(images / "9.jpg")
     with pytest.raises(FpnxError, match=r"was made from other images \(1 added, 0 removed"):
-        run(images, output, crew)
-    assert crew.handed == []
+        run(images, output, backend)
+    assert backend.submitted == []
     assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} | {"images": before["images"]}
 
 
-def test_a_precision_that_no_worker_has_is_refused_before_anything_begins(tmp_path: Path, images: Path) -> None:
+def test_a_precision_that_no_worker_supports_is_refused_before_any_work(tmp_path: Path, images: Path) -> None:
     with pytest.raises(FpnxError, match="precision tf32 is of CUDA devices"):
-        run(images, tmp_path / "out.h5", crew := Here(), precision="tf32")
-    assert crew.handed == []
+        run(images, tmp_path / "out.h5", backend := LocalBackend(), precision="tf32")
+    assert backend.submitted == []
     assert list(tmp_path.iterdir()) == [images]
 
 
-def test_overwrite_begins_anew_in_any_number_of_shards(tmp_path: Path, images: Path) -> None:
+def test_overwrite_starts_over_with_any_number_of_shards(tmp_path: Path, images: Path) -> None:
     output = tmp_path / "out.h5"
     run(images, output, shards=4)
     AttemptLog(shard_path(output, Shard(1, 4))).begin("an earlier run")
     with pytest.raises(FpnxError, match="the cluster has room for"):
         run(images, output, overwrite=True, shards=2, actors=9)
-    assert len(shards_beside(output)) == 4
+    assert len(find_shard_files(output)) == 4
     result = run(images, output, overwrite=True, shards=2, seed=3)
     assert (result.done, result.computed) == (7, 7)
     assert names(tmp_path) == {"out.list.txt", *(f"out.shard-0000{i}-of-00002.h5" for i in range(2))}
 
 
-def test_shards_of_two_cuts_are_refused(tmp_path: Path, images: Path) -> None:
+def test_shards_of_two_counts_are_refused(tmp_path: Path, images: Path) -> None:
     output = tmp_path / "out.h5"
     run(images, output, shards=2)
     shard_path(output, Shard(0, 5)).write_bytes(b"")
@@ -206,7 +221,7 @@ def test_shards_of_two_cuts_are_refused(tmp_path: Path, images: Path) -> None:
         run(images, output)
 
 
-def test_a_file_in_the_way_of_the_list_is_left_alone(tmp_path: Path, images: Path) -> None:
+def test_another_file_with_the_name_of_the_list_is_kept(tmp_path: Path, images: Path) -> None:
     list_path(tmp_path / "out.h5").write_text("my own notes")
     with pytest.raises(FpnxError, match=r"out\.list\.txt is in the way"):
         run(images, tmp_path / "out.h5")
@@ -214,13 +229,13 @@ def test_a_file_in_the_way_of_the_list_is_left_alone(tmp_path: Path, images: Pat
 
 
 def test_a_dry_run_starts_nothing(tmp_path: Path, images: Path) -> None:
-    crew, heard = Here(), Heard()
-    result = run(images, tmp_path / "out.h5", crew, heard, dry_run=True, shards=3)
+    backend, recorder = LocalBackend(), Recorder()
+    result = run(images, tmp_path / "out.h5", backend, recorder, dry_run=True, shards=3)
     assert (result.dry_run, result.images, result.done, result.exit_code) == (True, 7, 0, 0)
-    assert (names(tmp_path), crew.handed, len(heard.plans)) == (set(), [], 1)
+    assert (names(tmp_path), backend.submitted, len(recorder.plans)) == (set(), [], 1)
 
 
-def test_strict_stops_the_others(tmp_path: Path, images: Path) -> None:
+def test_strict_stops_all_shards(tmp_path: Path, images: Path) -> None:
     (images / "1.jpg").write_bytes(b"broken")
     result = run(images, tmp_path / "out.h5", shards=7, strict=True)
     assert (result.exit_code, result.complete) == (1, False)
@@ -232,13 +247,13 @@ def test_strict_stops_the_others(tmp_path: Path, images: Path) -> None:
 @pytest.mark.parametrize(
     "signum", [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=SLOW)]
 )
-def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path: Path, images: Path, signum: int) -> None:
+def test_a_signal_stops_a_run_and_the_same_command_continues_it(tmp_path: Path, images: Path, signum: int) -> None:
     def interrupt(shard: int) -> None:
         if shard == 1:
             os.kill(os.getpid(), signum)
 
     with pytest.raises(Interrupted, match=r"of 7 images are done and kept: the same command goes on") as caught:
-        run(images, tmp_path / "out.h5", Here(before=interrupt), shards=4)
+        run(images, tmp_path / "out.h5", LocalBackend(before=interrupt), shards=4)
     assert caught.value.signum == signum
     assert not list(tmp_path.glob("*.attempts"))
     result = run(images, tmp_path / "out.h5")
@@ -246,30 +261,30 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path: Path, images: 
     assert 0 < result.computed < 7
 
 
-def test_a_shard_that_cannot_be_finished_is_told_and_the_others_are_done(tmp_path: Path, images: Path) -> None:
+def test_a_shard_that_fails_is_reported_and_the_others_are_done(tmp_path: Path, images: Path) -> None:
     (tmp_path / "out.shard-00001-of-00003.h5.attempts").mkdir()
-    heard = Heard()
-    result = run(images, tmp_path / "out.h5", heard=heard, shards=3)
+    recorder = Recorder()
+    result = run(images, tmp_path / "out.h5", recorder=recorder, shards=3)
     assert (result.done, result.complete, result.exit_code) == (5, False, 1)
     assert result.stopped is not None
-    assert result.stopped.startswith("1 of 3 shards are not finished, such as shard 1 (cannot keep ")
-    assert any(message.startswith("shard 1: cannot keep ") for message in heard.messages)
+    assert result.stopped.startswith("1 of 3 shards are not finished, such as shard 1 (cannot read ")
+    assert any(message.startswith("shard 1: cannot read ") for message in recorder.messages)
 
 
 @pytest.mark.parametrize(
     ("images", "actors", "shards"),
     [
-        (1, 1, 1), (1, 8, 1), (7, 8, 7), (480, 2, 2), (SHARD_IMAGES, 1, 1), (SHARD_IMAGES + 1, 1, 2),
-        (2 * SHARD_IMAGES + 1, 2, 4), (10_000, 8, 16), (1_000_000, 8, 984),
+        (1, 1, 1), (1, 8, 1), (7, 8, 7), (480, 2, 2), (MAX_SHARD_IMAGES, 1, 1), (MAX_SHARD_IMAGES + 1, 1, 2),
+        (2 * MAX_SHARD_IMAGES + 1, 2, 4), (10_000, 8, 16), (1_000_000, 8, 984),
     ],
     ids=str,
 )  # fmt: skip
-def test_how_many_shards(images: int, actors: int, shards: int) -> None:
-    assert shards_for(images, actors) == shards
+def test_shard_count(images: int, actors: int, shards: int) -> None:
+    assert choose_shard_count(images, actors) == shards
 
 
 @pytest.mark.parametrize(
-    ("nodes", "options", "seats"),
+    ("nodes", "options", "placement"),
     [
         ([Node(2)], {}, Placement(1, 2, 0)),
         ([Node(2)], {"actors": 2}, Placement(2, 1, 0)),
@@ -288,8 +303,8 @@ def test_how_many_shards(images: int, actors: int, shards: int) -> None:
     ],
     ids=str,
 )
-def test_who_sits_where(nodes: list[Node], options: dict[str, Any], seats: Placement) -> None:
-    assert place_actors(nodes, fpnx.ExtractConfig(engine="ray", **options)) == seats
+def test_placement(nodes: list[Node], options: dict[str, Any], placement: Placement) -> None:
+    assert place_actors(nodes, fpnx.ExtractConfig(engine="ray", **options)) == placement
 
 
 @pytest.mark.parametrize(
@@ -308,7 +323,7 @@ def test_who_sits_where(nodes: list[Node], options: dict[str, Any], seats: Place
     ],
     ids=["nothing", "no nodes", "no GPU", "too many", "too large", "too few GPUs"],
 )
-def test_more_than_there_is(nodes: list[Node], options: dict[str, Any], why: str) -> None:
+def test_placement_that_does_not_fit_is_refused(nodes: list[Node], options: dict[str, Any], why: str) -> None:
     with pytest.raises(FpnxError, match=why):
         place_actors(nodes, fpnx.ExtractConfig(engine="ray", **options))
 
@@ -328,29 +343,31 @@ def test_more_than_there_is(nodes: list[Node], options: dict[str, Any], why: str
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_options_that_do_not_go_together(options: dict[str, Any], why: str) -> None:
+def test_contradicting_options_are_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(FpnxError, match=why):
         fpnx.ExtractConfig(**options)
 
 
-def test_cpus_are_as_many_as_were_asked_for(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_uses_the_number_of_cpus_asked_for(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fpnx.extraction.pipeline
 
-    given, lanes_for = [], fpnx.extraction.pipeline.lanes_for
+    used, compute_threads = [], fpnx.extraction.pipeline.compute_threads
+
+    def recorded(plan: Any, images: int) -> int:
+        used.append((plan.cpus, plan.workers))
+        return compute_threads(plan, images)
+
     monkeypatch.setattr("fpnx.extraction.plan.usable_cpus", lambda: 8)
-    monkeypatch.setattr(
-        "fpnx.extraction.pipeline.lanes_for",
-        lambda plan, count: given.append((plan.cpus, plan.workers)) or lanes_for(plan, count),
-    )
+    monkeypatch.setattr("fpnx.extraction.pipeline.compute_threads", recorded)
     fpnx.extract([images], tmp_path / "o.h5", **TINY, cpus=3)
-    assert given == [(3, 3)]
+    assert used == [(3, 3)]
 
 
-def test_without_ray_it_says_what_to_install(fpnx: Any, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_says_what_to_install(fpnx: Any, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "ray" else find_spec(name))
     code, out, err = fpnx("extract", images, "--engine", "ray")
     assert (code, out) == (2, "")
-    assert err == 'fpnx: engine ray: Ray Data is not installed: pip install "fpnx[ray]"\n'
+    assert err == 'fpnx: engine ray: Ray is not installed: pip install "fpnx[ray]"\n'

@@ -1,4 +1,4 @@
-"""Extraction by Ray: real clusters on this machine, and what happens to them."""
+"""Extraction on Ray: real clusters on this machine, with processes and nodes that are killed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import fpnx
-from fpnx.distributed.coordinator import shards_beside
-from fpnx.distributed.quarantine import Attempt, AttemptLog
+from fpnx.distributed.attempts import Attempt, AttemptLog
+from fpnx.distributed.shard_files import find_shard_files
 from fpnx.store.reader import PENDING
-from tests.helpers.cluster import machines
+from tests.helpers.cluster import ray_cluster
 from tests.helpers.files import ROOT, noise_image
-from tests.helpers.poison import fragile_pythonpath, poisoned
+from tests.helpers.poison import fragile_pythonpath, poison
 from tests.helpers.process import document
 
 pytestmark = [
@@ -44,9 +44,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one run makes of them."""
-    output = tmp_path_factory.mktemp("whole") / "whole.h5"
+def single_file(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in one file, made by one process."""
+    output = tmp_path_factory.mktemp("single_file") / "single_file.h5"
     command = [sys.executable, "-m", "fpnx", "extract", str(images), "-o", str(output), *OPTIONS, "--json"]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return output
@@ -56,18 +56,18 @@ def command(images: Path, output: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "fpnx", "extract", str(images), "-o", str(output), "--engine", "ray", *OPTIONS, *more]
 
 
-def started(images: Path, output: Path, environment: dict[str, str], *more: str) -> subprocess.Popen[str]:
+def start(images: Path, output: Path, environment: dict[str, str], *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(images, output, "--json", *more),
         env={**environment, "PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])},
-        cwd=output.parent,  # Ray lets its workers import what lies there
+        cwd=output.parent,  # not the repository: Ray puts the driver's folder on its workers' path
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def ended(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
+def result_of(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
     out, err = process.communicate(timeout=400)
     assert process.returncode == code, (out[-2000:], err[-4000:])
     return document(out)
@@ -77,49 +77,49 @@ def attempts(output: Path) -> list[Attempt]:
     return [each for path in output.parent.glob("*.attempts") for each in AttemptLog(Path(str(path)[:-9])).attempts()]
 
 
-def waited_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    until = time.monotonic() + 120
-    while not (found := what()):
-        assert time.monotonic() < until, "nothing happened"
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    deadline = time.monotonic() + 120
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "timeout"
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    return found
+    return value
 
 
-def some_are_done(output: Path) -> bool:
-    """Whether the first shard is whole, and another one begun."""
+def in_progress(output: Path) -> bool:
+    """Whether a shard is complete, and another one begun."""
     parts = list(output.parent.glob("*.part"))
     return len(list(output.parent.glob("*.shard-*.h5"))) >= 1 and bool(parts) and bool(attempts(output))
 
 
-def assert_whole(output: Path, whole: Path, failed: dict[str, str] | None = None) -> None:
-    """Every image in one shard, with the numbers of a run on one machine."""
-    seen = []
-    with fpnx.open(whole) as wanted:
-        for files in shards_beside(output).values():
+def assert_complete(output: Path, single_file: Path, failed: dict[str, str] | None = None) -> None:
+    """Every image is in one shard, with the features of the single file."""
+    paths = []
+    with fpnx.open(single_file) as expected:
+        for files in find_shard_files(output).values():
             assert [file.suffix for file in files] == [".h5"]
             with fpnx.open(files[0]) as store:
                 assert not (store.status == PENDING).any()
-                seen += store.paths
+                paths += store.paths
                 for path, reason in store.failures():
                     assert (failed or {}).get(path) == reason
                 for item in store:
                     for level in store.levels:
-                        np.testing.assert_allclose(item[level], wanted[item.path][level], rtol=0, atol=1e-5)
-        assert sorted(seen) == sorted(wanted.paths)
+                        np.testing.assert_allclose(item[level], expected[item.path][level], rtol=0, atol=1e-5)
+        assert sorted(paths) == sorted(expected.paths)
     assert not attempts(output)
 
 
-def processes_of(mark: str) -> list[str]:
-    """Command lines of processes whose environment holds `mark`."""
-    found = []
+def processes_with(mark: str) -> list[str]:
+    """Command lines of processes whose environment contains `mark`."""
+    commands = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if int(folder.name) != os.getpid() and mark.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                commands.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
-    return found
+    return commands
 
 
 @pytest.fixture
@@ -129,117 +129,126 @@ def output(tmp_path: Path) -> Iterator[Path]:
         print(line.read_text()[-2000:])
 
 
-def test_a_machine_alone(images: Path, whole: Path, output: Path) -> None:
-    """Without RAY_ADDRESS: a cluster of this machine, which nobody else can use and which ends with the run."""
+def test_a_local_cluster(images: Path, single_file: Path, output: Path) -> None:
+    """Without RAY_ADDRESS, Ray is started with a token of its own and without a dashboard, and ends with the run."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     mark = f"FPNX_TEST_MARK={output}"
-    process = started(images, output, {**environment, "FPNX_TEST_MARK": str(output)}, "--actors", "2", "--shards", "8")
-    waited_for(lambda: some_are_done(output), process)
-    running = processes_of(mark)
+    process = start(images, output, {**environment, "FPNX_TEST_MARK": str(output)}, "--actors", "2", "--shards", "8")
+    wait_for(lambda: in_progress(output), process)
+    running = processes_with(mark)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    told = document(out)
-    assert (told["done"], told["complete"], told["engine"]["actors"], told["engine"]["cpus"]) == (COUNT, True, 2, 1)
+    result = document(out)
+    assert (result["done"], result["complete"], result["engine"]["actors"], result["engine"]["cpus"]) == (
+        COUNT,
+        True,
+        2,
+        1,
+    )
     lines = [line for line in err.splitlines() if line]
     assert all("images" in line for line in lines), err
     assert any("of 8, actors 2" in line for line in lines), err
-    assert_whole(output, whole)
+    assert_complete(output, single_file)
     assert any("raylet" in line for line in running)
     assert not any("dashboard.py" in line and "--disable-frontend" not in line for line in running), running
     deadline = time.monotonic() + 30
-    while processes_of(mark) and time.monotonic() < deadline:
+    while processes_with(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert processes_of(mark) == []
+    assert processes_with(mark) == []
 
 
-def test_an_actor_that_is_killed(images: Path, whole: Path, output: Path) -> None:
-    with machines(1, 1, folder=output.parent) as cluster:
-        process = started(images, output, cluster.environment, "--shards", "16")
-        waited_for(lambda: some_are_done(output), process)
+def test_killed_actors(images: Path, single_file: Path, output: Path) -> None:
+    with ray_cluster(1, 1, folder=output.parent) as cluster:
+        process = start(images, output, cluster.environment, "--shards", "16")
+        wait_for(lambda: in_progress(output), process)
         for _ in range(2):
-            victim = waited_for(lambda: attempts(output), process)[0]
-            os.kill(victim.process, signal.SIGKILL)
-            waited_for(lambda victim=victim: victim not in attempts(output)[:1], process)
-        told = ended(process)
-    assert (told["done"], told["failed"], told["complete"], told["engine"]["actors"]) == (COUNT, [], True, 2)
-    assert_whole(output, whole)
+            attempt = wait_for(lambda: attempts(output), process)[0]
+            os.kill(attempt.process, signal.SIGKILL)
+            wait_for(lambda attempt=attempt: attempt not in attempts(output)[:1], process)
+        result = result_of(process)
+    assert (result["done"], result["failed"], result["complete"], result["engine"]["actors"]) == (COUNT, [], True, 2)
+    assert_complete(output, single_file)
 
 
-def test_a_node_that_is_lost(images: Path, whole: Path, output: Path) -> None:
-    with machines(1, 1, folder=output.parent) as cluster:
-        process = started(images, output, cluster.environment, "--shards", "16")
-        waited_for(lambda: some_are_done(output) and len(attempts(output)) == 2, process)
-        cluster.lose(1)
-        told = ended(process)
-    assert (told["done"], told["failed"], told["complete"]) == (COUNT, [], True)
-    assert_whole(output, whole)
+def test_a_lost_node(images: Path, single_file: Path, output: Path) -> None:
+    with ray_cluster(1, 1, folder=output.parent) as cluster:
+        process = start(images, output, cluster.environment, "--shards", "16")
+        wait_for(lambda: in_progress(output) and len(attempts(output)) == 2, process)
+        cluster.kill_node(1)
+        result = result_of(process)
+    assert (result["done"], result["failed"], result["complete"]) == (COUNT, [], True)
+    assert_complete(output, single_file)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_driver_that_ends_before_its_work(images: Path, whole: Path, output: Path, signum: signal.Signals) -> None:
-    with machines(1, 1, folder=output.parent) as cluster:
-        process = started(images, output, cluster.environment, "--shards", "16")
-        waited_for(lambda: some_are_done(output), process)
+def test_a_driver_that_is_killed_or_interrupted(
+    images: Path, single_file: Path, output: Path, signum: signal.Signals
+) -> None:
+    with ray_cluster(1, 1, folder=output.parent) as cluster:
+        process = start(images, output, cluster.environment, "--shards", "16")
+        wait_for(lambda: in_progress(output), process)
         process.send_signal(signum)
         out, err = process.communicate(timeout=120)
         assert process.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), err
         if signum != signal.SIGKILL:
             assert "images are done and kept: the same command goes on" in document(out)["error"]
-            assert not attempts(output), "workers came back by themselves"
-        told = ended(started(images, output, cluster.environment))
-    assert (told["done"], told["complete"], len(told["engine"]["shards"])) == (COUNT, True, 16)
-    assert 0 < told["computed"] < COUNT
-    assert_whole(output, whole)
+            assert not attempts(output), "all workers ended by themselves"
+        result = result_of(start(images, output, cluster.environment))
+    assert (result["done"], result["complete"], len(result["engine"]["shards"])) == (COUNT, True, 16)
+    assert 0 < result["computed"] < COUNT
+    assert_complete(output, single_file)
 
 
-def test_an_image_that_kills_its_workers(images: Path, whole: Path, output: Path, tmp_path: Path) -> None:
-    ours = tmp_path / "images"
-    ours.mkdir()
+def test_an_image_that_kills_its_workers_is_found(
+    images: Path, single_file: Path, output: Path, tmp_path: Path
+) -> None:
+    own_images = tmp_path / "images"
+    own_images.mkdir()
     for path in images.iterdir():
-        (ours / path.name).write_bytes(path.read_bytes())
-    poisoned(ours / "237.jpg")
-    with machines(1, 1, folder=output.parent, pythonpath=fragile_pythonpath(tmp_path / "custom", ROOT)) as cluster:
-        told = ended(started(ours, output, cluster.environment, "--shards", "16"), code=1)
+        (own_images / path.name).write_bytes(path.read_bytes())
+    poison(own_images / "237.jpg")
+    with ray_cluster(1, 1, folder=output.parent, pythonpath=fragile_pythonpath(tmp_path / "custom", ROOT)) as cluster:
+        result = result_of(start(own_images, output, cluster.environment, "--shards", "16"), code=1)
     reason = "kills the process that computes it (SIGABRT)"
-    assert told["failed"] == [{"path": "237.jpg", "reason": reason}]
-    assert (told["done"], told["complete"]) == (COUNT - 1, True)
-    assert [each["culprits"] for each in told["engine"]["shards"] if each["culprits"]] == [["237.jpg"]]
-    (held,) = output.parent.glob("*.failed.json")
-    assert [each["path"] for each in json.loads(held.read_text())["culprits"]] == ["237.jpg"]
-    assert_whole(output, whole, {"237.jpg": reason})
+    assert result["failed"] == [{"path": "237.jpg", "reason": reason}]
+    assert (result["done"], result["complete"]) == (COUNT - 1, True)
+    assert [each["culprits"] for each in result["engine"]["shards"] if each["culprits"]] == [["237.jpg"]]
+    (quarantine,) = output.parent.glob("*.failed.json")
+    assert [each["path"] for each in json.loads(quarantine.read_text())["culprits"]] == ["237.jpg"]
+    assert_complete(output, single_file, {"237.jpg": reason})
 
 
-def test_a_token_that_is_not_theirs(images: Path, output: Path) -> None:
-    with machines(1, folder=output.parent) as cluster:
-        stranger = {**cluster.environment, "RAY_AUTH_TOKEN": "another" * 8}
-        process = started(images, output, stranger)
+def test_a_wrong_token(images: Path, output: Path) -> None:
+    with ray_cluster(1, folder=output.parent) as cluster:
+        environment = {**cluster.environment, "RAY_AUTH_TOKEN": "another" * 8}
+        process = start(images, output, environment)
         out, err = process.communicate(timeout=120)
-    told = document(out)
-    assert (process.returncode, err) == (2, f"fpnx: {told['error']}\n")
-    assert "it does not take this token (RAY_AUTH_MODE is token here)" in told["error"]
+    result = document(out)
+    assert (process.returncode, err) == (2, f"fpnx: {result['error']}\n")
+    assert "it does not accept this token (RAY_AUTH_MODE is token here)" in result["error"]
     assert not list(output.parent.glob("out.*"))
 
 
-def test_what_is_wrong_on_every_machine_is_told(images: Path, output: Path) -> None:
-    """One that claims a GPU which it has not: its actor sees it, in every shard, and nothing is hidden or aborted."""
-    with machines("2:1", folder=output.parent) as cluster:
-        told = ended(started(images, output, cluster.environment, "--shards", "2"), code=1)
-    assert (told["device"], told["engine"]["actors"], told["engine"]["cpus"]) == ("cuda", 1, 2)
-    assert told["stopped"].startswith("2 of 2 shards are not finished, such as shard 0 (device cuda: ")
-    assert [each["state"] for each in told["engine"]["shards"]] == ["failed"] * 2
+def test_an_error_on_every_machine_is_reported_for_each_shard(images: Path, output: Path) -> None:
+    """Ray is told of a GPU that does not exist: each shard fails with this reason, and the run goes through all."""
+    with ray_cluster("2:1", folder=output.parent) as cluster:
+        result = result_of(start(images, output, cluster.environment, "--shards", "2"), code=1)
+    assert (result["device"], result["engine"]["actors"], result["engine"]["cpus"]) == ("cuda", 1, 2)
+    assert result["stopped"].startswith("2 of 2 shards are not finished, such as shard 0 (device cuda: ")
+    assert [each["state"] for each in result["engine"]["shards"]] == ["failed"] * 2
     assert not list(output.parent.glob("*.attempts"))
 
 
 def test_a_machine_without_fpnx(images: Path, output: Path) -> None:
-    with machines(1, pythonpath="", folder=output.parent) as cluster:
-        told = ended(started(images, output, cluster.environment), code=2)
-    assert "No module named 'fpnx'" in told["error"]
-    assert "fpnx[ray] is installed on every machine" in told["error"]
+    with ray_cluster(1, pythonpath="", folder=output.parent) as cluster:
+        result = result_of(start(images, output, cluster.environment), code=2)
+    assert "No module named 'fpnx'" in result["error"]
+    assert "fpnx[ray] is installed on every machine" in result["error"]
 
 
 @pytest.mark.parametrize("before", ["", "import ray", "import ray; ray.init(num_cpus=2, log_to_driver=False)"])
 def test_from_python(images: Path, output: Path, before: str) -> None:
-    """A connection that is there is used, and stays."""
+    """An existing connection to Ray is used, and stays open."""
     code = f"""
 import fpnx, os
 {before}

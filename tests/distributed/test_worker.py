@@ -1,4 +1,4 @@
-"""Shards in the hands of workers, without any engine: deaths, searches, and what is left of zombies."""
+"""Workers without a backend: deaths, the search for culprits, and workers that were wrongly declared dead."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ import fpnx
 from fpnx._version import __version__
 from fpnx.core.files import lock
 from fpnx.core.sharding import Shard, shard_path
-from fpnx.distributed.quarantine import AttemptLog, Quarantine, find_culprits
-from fpnx.distributed.worker import DEATHS, ShardJob, ShardReport, Worker
+from fpnx.distributed.attempts import AttemptLog
+from fpnx.distributed.quarantine import Quarantine, find_culprits
+from fpnx.distributed.worker import MAX_DEATHS, ShardJob, ShardReport, Worker
 from fpnx.images.listing import find_images
 from fpnx.images.manifest import manifest_lines
 from fpnx.store.writer import Writer, part_path
 from tests.helpers.files import ROOT, noise_image
-from tests.helpers.poison import fragile_pythonpath, poisoned
+from tests.helpers.poison import fragile_pythonpath, poison
 
 OPTIONS = {"backbone": "mobilenet_v2", "weights": "random", "size": 64, "pool": "avg", "batch_size": 1, "cpus": 1}
 SHARDS = 2
@@ -54,7 +55,7 @@ def job_of(folder: Path, images: Path, run: str = "run", **options: Any) -> Shar
     return ShardJob(run, __version__, str(folder / "list.txt"), str(folder / "out.h5"), SHARDS, {**OPTIONS, **options})
 
 
-def silent(shard: int, finished: int) -> bool:
+def no_stop(shard: int, finished: int) -> bool:
     return False
 
 
@@ -62,26 +63,26 @@ def file_of(job: ShardJob, index: int) -> Path:
     return shard_path(Path(job.output), Shard(index, job.shards))
 
 
-def foreign(ledger: AttemptLog, run: str, host: str = "another-host") -> None:
-    """A line that a worker on another machine wrote, and never took away."""
+def append_foreign_attempt(log: AttemptLog, run: str, host: str = "another-host") -> None:
+    """Add the line that a worker on another machine left when it died."""
     attempt = {"run": run, "host": host, "process": 1, "time": "2026-01-01T00:00:00+00:00", "search": False}
-    with open(ledger.path, "a") as file:
+    with open(log.path, "a") as file:
         file.write(f"\n{json.dumps(attempt)}\n")
 
 
-def test_a_shard_is_what_a_run_on_one_machine_makes_of_it(tmp_path: Path, images: Path, job: ShardJob) -> None:
-    told: list[tuple[int, int]] = []
+def test_shards_equal_a_run_in_one_process(tmp_path: Path, images: Path, job: ShardJob) -> None:
+    calls: list[tuple[int, int]] = []
 
-    def tell(shard: int, finished: int) -> bool:
-        told.append((shard, finished))
+    def on_progress(shard: int, finished: int) -> bool:
+        calls.append((shard, finished))
         return False
 
-    worker = Worker(job, tell)
+    worker = Worker(job, on_progress)
     reports = [worker(index) for index in range(SHARDS)]
     assert [(r.state, r.reason, r.computed, r.failed, list(r.culprits)) for r in reports] == [
         ("complete", "", 3, 0, [])
     ] * 2
-    assert {(0, 3), (1, 3)} <= set(told)
+    assert {(0, 3), (1, 3)} <= set(calls)
     fpnx.extract([images], tmp_path / "whole.h5", **OPTIONS)
     with fpnx.open(tmp_path / "whole.h5") as whole:
         for index in range(SHARDS):
@@ -102,36 +103,36 @@ def test_a_worker_builds_its_model_once(job: ShardJob, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         fpnx.inference.engine_cache, "build_model", lambda config: built.append(config) or build(config)
     )
-    worker = Worker(job, silent)
+    worker = Worker(job, no_stop)
     assert [worker(index).state for index in range(SHARDS)] == ["complete"] * 2
     assert len(built) == 1
 
 
 def test_reports_are_plain_values(job: ShardJob) -> None:
-    report = Worker(job, silent)(0)
+    report = Worker(job, no_stop)(0)
     assert ShardReport(**json.loads(json.dumps(report.to_json()))) == dataclasses.replace(
         report, culprits=[], messages=list(report.messages)
     )
     assert ShardJob(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
 
 
-def test_what_is_wrong_with_a_shard_is_its_report(job: ShardJob) -> None:
+def test_errors_are_in_the_report(job: ShardJob) -> None:
     other = dataclasses.replace(job, version="0.0.1")
-    report = Worker(other, silent)(0)
+    report = Worker(other, no_stop)(0)
     assert (report.state, report.computed) == ("failed", 0)
     assert f"fpnx {__version__} is installed on" in report.reason
     assert not AttemptLog(file_of(job, 0)).attempts()
-    report = Worker(dataclasses.replace(job, images="nowhere.txt"), silent)(0)
+    report = Worker(dataclasses.replace(job, images="nowhere.txt"), no_stop)(0)
     assert (report.state, "nowhere.txt" in report.reason) == ("failed", True)
 
 
-def test_a_fault_of_ours_is_no_end_of_the_worker(job: ShardJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(*_: object, **__: object) -> None:
+def test_a_bug_does_not_end_the_worker(job: ShardJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by nought")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fpnx.distributed.worker.run_extraction", breaks)
-        worker = Worker(job, silent)
+        patch.setattr("fpnx.distributed.worker.run_extraction", fail)
+        worker = Worker(job, no_stop)
         report = worker(0)
     assert report.state == "failed"
     assert "a fault of fpnx, please report it: ZeroDivisionError: by nought (test_worker.py" in report.reason
@@ -139,7 +140,7 @@ def test_a_fault_of_ours_is_no_end_of_the_worker(job: ShardJob, monkeypatch: pyt
     assert worker(0).state == "complete"
 
 
-def test_a_worker_that_is_told_to_stop_keeps_what_it_has(tmp_path: Path, images: Path) -> None:
+def test_a_stopped_worker_keeps_finished_images(tmp_path: Path, images: Path) -> None:
     job = job_of(tmp_path, images, commit_every=0)
     report = Worker(job, lambda shard, finished: True)(0)
     assert (report.state, file_of(job, 0).exists()) == ("interrupted", False)
@@ -147,86 +148,89 @@ def test_a_worker_that_is_told_to_stop_keeps_what_it_has(tmp_path: Path, images:
     assert report.state == "interrupted"
     assert not AttemptLog(file_of(job, 0)).attempts()
     assert part_path(file_of(job, 0)).exists()
-    assert Worker(job, silent)(0).state == "complete"
+    assert Worker(job, no_stop)(0).state == "complete"
 
 
 def test_deaths_of_other_runs_do_not_count(job: ShardJob) -> None:
-    ledger = AttemptLog(file_of(job, 0))
-    for _ in range(2 * DEATHS):
-        ledger.begin("an earlier run")
-    report = Worker(job, silent)(0)
+    log = AttemptLog(file_of(job, 0))
+    for _ in range(2 * MAX_DEATHS):
+        log.begin("an earlier run")
+    report = Worker(job, no_stop)(0)
     assert (report.state, list(report.messages)) == ("complete", [])
     assert not Quarantine(file_of(job, 0)).path.exists()
 
 
-def test_a_shard_that_is_searched_in_vain_is_given_up(job: ShardJob) -> None:
-    ledger = AttemptLog(file_of(job, 0))
-    for attempt in range(2 * DEATHS):
-        ledger.begin(job.run, search=attempt >= DEATHS)
-    report = Worker(job, silent)(0)
+def test_a_shard_that_also_kills_its_searches_is_given_up(job: ShardJob) -> None:
+    log = AttemptLog(file_of(job, 0))
+    for attempt in range(2 * MAX_DEATHS):
+        log.begin(job.run, search=attempt >= MAX_DEATHS)
+    report = Worker(job, no_stop)(0)
     assert (report.state, report.computed) == ("quarantined", 0)
     assert "killed its worker 6 times, the last 3 while its images were tried one by one" in report.reason
 
 
 @pytest.mark.parametrize("host", ["this", "another"])
-def test_what_a_worker_on_another_host_left_is_begun_anew(tmp_path: Path, images: Path, host: str) -> None:
+def test_an_unfinished_file_of_another_host_is_started_over(tmp_path: Path, images: Path, host: str) -> None:
     job = job_of(tmp_path, images, commit_every=0)
     Worker(job, lambda shard, finished: finished >= 2)(0)
     file = file_of(job, 0)
     inode = part_path(file).stat().st_ino
-    with open(part_path(file), "rb") as zombie:
-        ledger = AttemptLog(file)
-        ledger.begin("a run whose node was lost") if host == "this" else foreign(ledger, "a run whose node was lost")
-        report = Worker(job, silent)(0)
+    with open(part_path(file), "rb") as old:
+        log = AttemptLog(file)
+        if host == "this":
+            log.begin("a run whose node was lost")
+        else:
+            append_foreign_attempt(log, "a run whose node was lost")
+        report = Worker(job, no_stop)(0)
         assert report.state == "complete"
         assert (file.stat().st_ino == inode) == (host == "this")
-        assert os.fstat(zombie.fileno()).st_ino == inode
-    assert not ledger.path.exists()
+        assert os.fstat(old.fileno()).st_ino == inode
+    assert not log.path.exists()
 
 
-def test_a_zombie_does_not_give_its_name_to_anothers_work(tmp_path: Path, images: Path) -> None:
+def test_a_worker_whose_file_was_replaced_does_not_rename_the_new_file(tmp_path: Path, images: Path) -> None:
     output = tmp_path / "o.h5"
     options: dict[str, Any] = {**OPTIONS, "commit_every": 0}
     fpnx.extract([images], output, **options)
     os.rename(output, part_path(output))
-    zombie = Writer(output)
-    (tmp_path / "new").write_bytes(b"what another run has begun")
+    old = Writer(output)
+    (tmp_path / "new").write_bytes(b"the new file of another run")
     os.replace(tmp_path / "new", part_path(output))
     with pytest.raises(fpnx.FpnxError, match="is another run's by now"):
-        zombie.finish()
-    zombie.close()
-    assert part_path(output).read_bytes() == b"what another run has begun"
+        old.finish()
+    old.close()
+    assert part_path(output).read_bytes() == b"the new file of another run"
     assert not output.exists()
 
 
-def test_a_worker_waits_for_one_that_takes_its_time_to_die(job: ShardJob) -> None:
-    held, let_go = threading.Event(), threading.Event()
+def test_a_worker_waits_for_the_lock_of_a_dying_worker(job: ShardJob) -> None:
+    locked, release = threading.Event(), threading.Event()
 
     def hold() -> None:
         with lock(file_of(job, 0)):
-            held.set()
-            let_go.wait(30)
+            locked.set()
+            release.wait(30)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert held.wait(30)
-    told: list[float] = []
+    assert locked.wait(30)
+    calls: list[float] = []
 
-    def tell(shard: int, finished: int) -> bool:
-        told.append(time.monotonic())
-        if len(told) == 2:  # first when the shard is taken, then while it waits
-            let_go.set()
+    def on_progress(shard: int, finished: int) -> bool:
+        calls.append(time.monotonic())
+        if len(calls) == 2:  # the first call is at the start, the second while it waits
+            release.set()
         return False
 
-    assert Worker(job, tell)(0).state == "complete"
+    assert Worker(job, on_progress)(0).state == "complete"
     holder.join()
-    assert len(told) > 2
+    assert len(calls) > 2
 
 
 SCRIPT = """
 import json, sys
-from fpnx.distributed.worker import Job, Worker
-job, index = Job(**json.loads(sys.argv[1])), int(sys.argv[2])
+from fpnx.distributed.worker import ShardJob, Worker
+job, index = ShardJob(**json.loads(sys.argv[1])), int(sys.argv[2])
 print(json.dumps(Worker(job, lambda shard, finished: False)(index).to_json()))
 """
 
@@ -239,14 +243,12 @@ def in_process(job: ShardJob, index: int, pythonpath: str) -> subprocess.Complet
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [64, "native"], ids=str)
-def test_a_shard_that_kills_its_workers_ends_with_exactly_that_image_failed(
-    tmp_path: Path, images: Path, size: object
-) -> None:
-    """Native sizes read headers before there is a file: there the image kills earlier, and never has a row."""
-    poisoned(images / "4.jpg")
+def test_an_image_that_kills_workers_is_the_only_failed_image(tmp_path: Path, images: Path, size: object) -> None:
+    """With native sizes the image kills the worker while it reads headers, before there is a file."""
+    poison(images / "4.jpg")
     pythonpath = fragile_pythonpath(tmp_path / "custom", ROOT)
     job = job_of(tmp_path, images, size=size)
-    for death in range(DEATHS):
+    for death in range(MAX_DEATHS):
         assert in_process(job, 1, pythonpath).returncode == -signal.SIGABRT
         assert len(AttemptLog(file_of(job, 1)).attempts()) == death + 1
     done = in_process(job, 1, pythonpath)
@@ -258,25 +260,25 @@ def test_a_shard_that_kills_its_workers_ends_with_exactly_that_image_failed(
         assert [item.path for item in store] == ["3.jpg", "5.jpg"]
         assert all(np.isfinite(item["P3"]).all() for item in store)
     assert not AttemptLog(file_of(job, 1)).path.exists()
-    told = json.loads(Quarantine(file_of(job, 1)).path.read_text())
-    assert (told["deaths"], [each["path"] for each in told["culprits"]]) == (DEATHS, ["4.jpg"])
+    document = json.loads(Quarantine(file_of(job, 1)).path.read_text())
+    assert (document["deaths"], [each["path"] for each in document["culprits"]]) == (MAX_DEATHS, ["4.jpg"])
 
 
 @pytest.mark.slow
 def test_two_culprits_are_found_and_no_other(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("0.jpg", "5.jpg"):
-        poisoned(images / name)
-    (images / "2.jpg").write_bytes(b"no image at all, which is no crime")
+        poison(images / name)
+    (images / "2.jpg").write_bytes(b"not an image, which is a failure and no death")
     monkeypatch.setenv("PYTHONPATH", fragile_pythonpath(tmp_path / "custom", ROOT))
-    listing, found = find_images([images]), dict[bytes, str]()
-    find_culprits(listing.root, listing.sources, OPTIONS, found.__setitem__, lambda: None)
-    assert found == dict.fromkeys((b"0.jpg", b"5.jpg"), "kills the process that computes it (SIGABRT)")
+    listing, culprits = find_images([images]), dict[bytes, str]()
+    find_culprits(listing.root, listing.sources, OPTIONS, culprits.__setitem__, lambda: None)
+    assert culprits == dict.fromkeys((b"0.jpg", b"5.jpg"), "kills the process that computes it (SIGABRT)")
 
 
 @pytest.mark.slow
-def test_a_trial_ends_with_whoever_started_it(tmp_path: Path, images: Path) -> None:
-    listed = job_of(tmp_path, images).images
-    request = {"images": [f"@{listed}"] * 1, "output": str(tmp_path / "t.h5"), "options": OPTIONS}
+def test_a_probe_process_ends_when_its_stdin_closes(tmp_path: Path, images: Path) -> None:
+    image_list = job_of(tmp_path, images).images
+    request = {"images": [f"@{image_list}"], "output": str(tmp_path / "t.h5"), "options": OPTIONS}
     child = subprocess.Popen(
         [sys.executable, "-m", "fpnx.distributed.quarantine"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
@@ -288,14 +290,14 @@ def test_a_trial_ends_with_whoever_started_it(tmp_path: Path, images: Path) -> N
     assert not (tmp_path / "t.h5").exists()
 
 
-def test_a_search_that_is_stopped_leaves_no_process(images: Path) -> None:
+def test_a_stopped_search_leaves_no_process(images: Path) -> None:
     listing = find_images([images])
 
-    class EnoughError(Exception):
+    class StopError(Exception):
         pass
 
-    def heed() -> None:
-        raise EnoughError
+    def stop() -> None:
+        raise StopError
 
     children: list[int] = []
     started: Callable[..., Any] = subprocess.Popen.__init__
@@ -307,8 +309,8 @@ def test_a_search_that_is_stopped_leaves_no_process(images: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", Watched)
-        with pytest.raises(EnoughError):
-            find_culprits(listing.root, listing.sources, OPTIONS, lambda *_: None, heed)
+        with pytest.raises(StopError):
+            find_culprits(listing.root, listing.sources, OPTIONS, lambda *_: None, stop)
     assert len(children) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(children[0], 0)

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, started twice, out of disk or memory, and what a resume makes of them."""
+"""Runs that are killed, interrupted, started twice, or out of disk space or memory, and resuming them."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def child(job):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(job["cwd"])
     if job.get("limit") is not None:
-        hears = fpnx.cli.console.Terminal.progress
+        original = fpnx.cli.console.Terminal.progress
         def progress(self, what, done, total):
             if what == "images" and done >= job["limit_at"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], -1))
-            hears(self, what, done, total)
+            original(self, what, done, total)
         fpnx.cli.console.Terminal.progress = progress
         if job["limit_at"] < 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], -1))
@@ -89,7 +89,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 
 
 class Runs:
-    """Command lines as real processes, forked from one that has torch loaded."""
+    """Runs command lines as real processes, forked from one that has torch loaded."""
 
     def __init__(self, cwd: Path) -> None:
         self.cwd = cwd
@@ -113,16 +113,16 @@ class Runs:
 
     def codes(self) -> list[int]:
         assert self.process.stdout
-        found: list[int] = json.loads(self.process.stdout.readline())
-        return found
+        codes: list[int] = json.loads(self.process.stdout.readline())
+        return codes
 
     def __call__(self, *line: object, **job: Any) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         self.start(line, **job)
         (code,) = self.codes()
-        return code, self.told(0, "stdout"), self.told(0, "stderr")
+        return code, self.output(0, "stdout"), self.output(0, "stderr")
 
-    def told(self, i: int, stream: str) -> str:
+    def output(self, i: int, stream: str) -> str:
         return Path(self._files(i)[stream]).read_text()
 
     def _files(self, i: int) -> dict[str, str]:
@@ -148,7 +148,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(many: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted run makes of `many`."""
+    """The file of an uninterrupted run over `many`."""
     output = tmp_path_factory.mktemp("reference") / "out.h5"
     fpnx.extract(many, output, **QUICK)
     return output
@@ -162,7 +162,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 def check_same(output: Path, reference: Path) -> None:
-    """Two finished files hold the same: tables exactly, features to 1e-5."""
+    """Check that two finished files have equal tables, and features equal to 1e-5."""
     with h5py.File(output) as ours, h5py.File(reference) as theirs:
         names: list[str] = []
         theirs.visititems(lambda name, held: names.append(name) if isinstance(held, h5py.Dataset) else None)
@@ -177,7 +177,7 @@ def check_same(output: Path, reference: Path) -> None:
 
 
 def check_part(part: Path, reference: Path) -> int:
-    """An unfinished file opens, and each of its done rows is right; how many there are."""
+    """Check that an unfinished file opens and its done images are correct; returns their number."""
     with fpnx.open(part) as store, fpnx.open(reference) as whole:
         for item in store:
             for level in store.levels:
@@ -191,19 +191,20 @@ def part_of(output: Path) -> Path:
 
 
 def killed_at_random(runs: Runs, many: Path, reference: Path, count: int, seed: int) -> list[int]:
-    """Kill `count` runs; after each, look at what is left; now and then let a resume end. → done rows seen."""
+    """Kill `count` runs and check the `.part` after each; let some resumed runs finish. Returns the numbers of done
+    images."""
     chance, output, seen = random.Random(seed), runs.cwd / "killed.h5", []
     line = ("extract", many, "-o", output, "--resume", "--max-failed", "1", *LINE)
     for i in range(count):
         whole = {"once_there": str(part_of(output))} if chance.random() < 0.7 else {}
-        code, _, told = runs(*line, signals=[(chance.random() * 1.0, signal.SIGKILL)], **whole)
-        assert code in (0, -signal.SIGKILL), told
+        code, _, stderr = runs(*line, signals=[(chance.random() * 1.0, signal.SIGKILL)], **whole)
+        assert code in (0, -signal.SIGKILL), stderr
         if part_of(output).exists():
             assert not output.exists()
             seen.append(check_part(part_of(output), reference))
         if code == 0 or i % 5 == 4 or i == count - 1:
-            code, _, told = runs(*line)
-            assert code == 0, told
+            code, _, stderr = runs(*line)
+            assert code == 0, stderr
             check_same(output, reference)
             output.unlink()
     assert {p.name for p in runs.cwd.iterdir()} <= {"stdout.0", "stderr.0", "stdout.1", "stderr.1"}
@@ -227,11 +228,11 @@ def test_an_interrupt_keeps_what_was_done(
 ) -> None:
     output = runs.cwd / "stopped.h5"
     line = ("extract", many, "-o", output, "--resume", "--max-failed", "1", *LINE, "--batch-size", 1)
-    ended, _, told = runs(*line, "--commit-every", 1000, once_there=str(part_of(output)), signals=[(0.1, signum)])
+    ended, _, stderr = runs(*line, "--commit-every", 1000, once_there=str(part_of(output)), signals=[(0.1, signum)])
     assert ended == code
-    assert "stopping after this batch (again to stop at once)" in told
+    assert "stopping after this batch (again to stop at once)" in stderr
     kept = check_part(part_of(output), reference)
-    assert f"{kept} of 24 images are done and kept: continue with --resume" in told
+    assert f"{kept} of 24 images are done and kept: continue with --resume" in stderr
     assert kept < 23
     assert runs(*line)[0] == 0
     check_same(output, reference)
@@ -242,10 +243,10 @@ def test_a_second_interrupt_stops_at_once(runs: Runs, many: Path) -> None:
     output = runs.cwd / "at_once.h5"
     line = ("extract", many, "-o", output, "--json", *LINE, "--size", 800, "--batch-size", 24)
     there = str(part_of(output))
-    code, out, told = runs(*line, once_there=there, signals=[(0.5, signal.SIGINT), (0.6, signal.SIGINT)])
+    code, out, stderr = runs(*line, once_there=there, signals=[(0.5, signal.SIGINT), (0.6, signal.SIGINT)])
     assert code == 130
     assert json.loads(out) == {"error": "interrupted at once: what was committed is kept: continue with --resume"}
-    assert "again to stop at once" in told
+    assert "again to stop at once" in stderr
     with fpnx.open(there) as store:
         assert DONE not in store.status
     part_of(output).unlink()
@@ -302,9 +303,9 @@ def test_two_runs_started_together_ten_times(runs: Runs, many: Path, reference: 
         runs.start(line, line)
         codes = runs.codes()
         assert sorted(codes) == [0, 2]
-        told = runs.told(codes.index(2), "stderr")
-        by = re.search(r"being written by another run \(process (\d+) on (.+?)\): wait for it", told)
-        assert by, told
+        stderr = runs.output(codes.index(2), "stderr")
+        by = re.search(r"being written by another run \(process (\d+) on (.+?)\): wait for it", stderr)
+        assert by, stderr
         assert by[2] == socket.gethostname()
         assert int(by[1]) not in (os.getpid(), runs.process.pid)
         check_same(output, reference)
@@ -312,8 +313,8 @@ def test_two_runs_started_together_ten_times(runs: Runs, many: Path, reference: 
     assert not output.with_name("both.h5.lock").exists()
 
 
-def test_a_run_that_ended_while_another_waited_is_not_overwritten(many: Path, tmp_path: Path) -> None:
-    """What is there is looked at again once the lock is held."""
+def test_an_output_that_appears_before_the_lock_is_not_overwritten(many: Path, tmp_path: Path) -> None:
+    """The output is checked again once the lock is held."""
     output = tmp_path / "out.h5"
 
     class Other(Listener):
@@ -344,7 +345,7 @@ def test_locks(tmp_path: Path, many: Path) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_readers_see_only_what_is_whole_while_a_run_goes_on(runs: Runs, many: Path, reference: Path) -> None:
+def test_readers_see_complete_images_during_a_run(runs: Runs, many: Path, reference: Path) -> None:
     output = runs.cwd / "read.h5"
     runs.start(("extract", many, "-o", output, "--max-failed", "1", *LINE, "--batch-size", 1))
     seen: set[int] = set()
@@ -366,13 +367,13 @@ def test_readers_see_only_what_is_whole_while_a_run_goes_on(runs: Runs, many: Pa
     [(-1, "may not become"), (0, "what was committed is kept"), (12, "what was committed is kept"), (24, "kept")],
     ids=["start", "first", "middle", "finish"],
 )
-def test_a_disk_that_refuses(runs: Runs, many: Path, reference: Path, limit_at: int, message: str) -> None:
+def test_a_disk_that_cannot_be_written(runs: Runs, many: Path, reference: Path, limit_at: int, message: str) -> None:
     output = runs.cwd / "full.h5"
     line = ("extract", many, "-o", output, "--resume", "--max-failed", "1", *LINE, "--commit-every", "1000")
-    code, _, told = runs(*line, limit=4096, limit_at=limit_at)
-    assert code == 2, told
-    assert message in told
-    assert "Traceback" not in told
+    code, _, stderr = runs(*line, limit=4096, limit_at=limit_at)
+    assert code == 2, stderr
+    assert message in stderr
+    assert "Traceback" not in stderr
     assert not output.exists()
     if limit_at < 0:
         assert not part_of(output).exists()
@@ -393,14 +394,14 @@ def test_a_full_file_system(tmp_path: Path, many: Path, runs: Runs) -> None:
         pytest.skip("file systems cannot be mounted here")
     try:
         line = ("extract", many, "-o", small / "out.h5", "--max-failed", "1", *LINE, "--size", "320", "--resume")
-        code, _, told = runs(*line)
+        code, _, stderr = runs(*line)
         assert code == 2
-        assert "too little disk space" in told
+        assert "too little disk space" in stderr
         assert os.listdir(small) == []
         line = ("extract", many, "-o", small / "out.h5", "--max-failed", "1", *LINE, "--resume")
         (small / "filler").write_bytes(bytes(256 * 1024 - 40 * 1024))
-        code, _, told = runs(*line)  # the lock takes a page of what is left
-        assert code in (0, 2), told
+        code, _, stderr = runs(*line)  # the lock takes a page of what is left
+        assert code in (0, 2), stderr
         (small / "filler").unlink()
         assert runs(*line)[0] == 0
         assert verify(small / "out.h5").exit_code == 0
@@ -409,7 +410,7 @@ def test_a_full_file_system(tmp_path: Path, many: Path, runs: Runs) -> None:
 
 
 def change_nothing(_: Path) -> None:
-    """As it was."""
+    """No change."""
 
 
 def touch(folder: Path) -> None:
@@ -422,7 +423,7 @@ def add(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pictures, and a run over them that was interrupted."""
+    """A folder of images, and the `.part` of an interrupted run over them."""
     folder = tmp_path_factory.mktemp("unfinished")
     (folder / "pictures").mkdir()
     for i in range(4):
@@ -493,7 +494,7 @@ def test_an_unfinished_file_under_a_finished_name_is_not_called_done(unfinished:
         fpnx.extract(unfinished / "pictures", output, resume=True, **QUICK)
 
 
-def test_a_part_is_not_touched_unasked(unfinished: Path) -> None:
+def test_a_part_is_kept_without_resume_or_overwrite(unfinished: Path) -> None:
     before = (unfinished / "out.h5.part").read_bytes()
     with pytest.raises(FpnxError, match="unfinished run: continue it with --resume, replace it with --overwrite"):
         fpnx.extract(unfinished / "pictures", unfinished / "out.h5", **QUICK)
@@ -501,7 +502,7 @@ def test_a_part_is_not_touched_unasked(unfinished: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["garbage", "empty", "truncated", "future"])
-def test_a_part_that_cannot_be_continued_says_so(unfinished: Path, tmp_path: Path, kind: str) -> None:
+def test_a_damaged_part_is_refused_and_can_be_overwritten(unfinished: Path, tmp_path: Path, kind: str) -> None:
     part = tmp_path / "out.h5.part"
     content = (unfinished / "out.h5.part").read_bytes()
     part.write_bytes({"garbage": b"x" * 5000, "empty": b"", "truncated": content[:-100]}.get(kind, content))
@@ -515,7 +516,7 @@ def test_a_part_that_cannot_be_continued_says_so(unfinished: Path, tmp_path: Pat
     assert os.listdir(tmp_path) == ["out.h5"]
 
 
-def test_a_link_as_output_stays_a_link(unfinished: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_a_symbolic_link_stays_one(unfinished: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     link = tmp_path / "out.h5"
     link.symlink_to("disk/real.h5")
@@ -540,14 +541,14 @@ def test_a_link_as_output_stays_a_link(unfinished: Path, tmp_path: Path) -> None
         ("nul\0byte", "null"),
     ],
 )
-def test_outputs_that_cannot_be(unfinished: Path, tmp_path: Path, name: str, message: str) -> None:
+def test_invalid_outputs_are_refused(unfinished: Path, tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(FpnxError, match=message):
         fpnx.extract(unfinished / "pictures", tmp_path / name, overwrite=True, **QUICK)
     assert Path("/dev/null").is_char_device()
 
 
-class Hungry:
-    """An engine for which more than `most` images, or those of `never` rows, do not fit."""
+class LimitedEngine:
+    """An engine that runs out of memory with more than `most` images, or with images of `never` rows."""
 
     device = SimpleNamespace(type="cpu")
 
@@ -561,7 +562,7 @@ class Hungry:
         return Features({"P2": np.stack([image.sum() for image in pixels])}, {})
 
     def release(self) -> None:
-        """It keeps nothing."""
+        """Does nothing: no memory is kept."""
 
 
 @pytest.mark.parametrize(
@@ -570,22 +571,22 @@ class Hungry:
     ids=["MemoryError", "RuntimeError"],
 )
 def test_batches_that_do_not_fit_are_halved_with_one_message(error: Exception) -> None:
-    engine, told = Hungry(3, 5, error), list[str]()
-    fitting = Fitting(engine, told.append)  # type: ignore[arg-type]
+    engine, messages = LimitedEngine(3, 5, error), list[str]()
+    fitting = Fitting(engine, messages.append)  # type: ignore[arg-type]
     images = [np.full((2, 2), i) for i in range(8)]
     pieces = [(piece.start, piece.stop) for piece, features in fitting(images) if features]
     assert pieces == [(0, 2), (2, 4), (4, 6), (6, 8)]
     assert engine.tried == [8, 4, 2, 2, 2, 2]
     images[1] = np.zeros((5, 2))
-    gave = [(piece.start, piece.stop, features is None) for piece, features in fitting(images[:3])]
-    assert gave == [(0, 1, False), (1, 2, True), (2, 3, False)]
-    assert told == ["out of memory with 8 images at once: going on with fewer"]
+    results = [(piece.start, piece.stop, features is None) for piece, features in fitting(images[:3])]
+    assert results == [(0, 1, False), (1, 2, True), (2, 3, False)]
+    assert messages == ["out of memory with 8 images at once: going on with fewer"]
     with pytest.raises(RuntimeError, match="broken"):
-        list(Fitting(Hungry(0, 0, RuntimeError("broken")), told.append)(images))  # type: ignore[arg-type]
+        list(Fitting(LimitedEngine(0, 0, RuntimeError("broken")), messages.append)(images))  # type: ignore[arg-type]
 
 
 def broken_weights(path: Path, scale: float) -> Path:
-    """A pyramid whose P5 is `scale` times too large: inf as float16, or NaN everywhere."""
+    """Weights whose P5 is `scale` times too large: inf in float16, or NaN."""
     model = fpnx.create_model("mobilenet_v2", weights="random", levels="P4-P5", channels=8)
     model.fpn.layer_blocks[-1][0].weight.data.mul_(scale)
     fpnx.save_weights(model, path)
@@ -622,7 +623,7 @@ def test_numbers_that_are_not_finite_are_counted_or_strictly_an_error(
     check_same(tmp_path / "strict.h5", tmp_path / "out.h5")
 
 
-def test_strict_stops_at_the_first_that_fails_also_at_headers(many: Path, tmp_path: Path) -> None:
+def test_a_strict_run_stops_at_the_first_failed_image_or_header(many: Path, tmp_path: Path) -> None:
     for size in (64, "native"):
         output = tmp_path / f"{size}.h5"
         for resume in (False, True):
@@ -633,7 +634,7 @@ def test_strict_stops_at_the_first_that_fails_also_at_headers(many: Path, tmp_pa
             assert not output.exists()
 
 
-def test_an_image_that_changes_while_the_run_goes_on_fails_alone(tmp_path: Path) -> None:
+def test_an_image_that_changes_during_the_run_fails_alone(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(8):

@@ -1,4 +1,4 @@
-"""Images, names, weights and HDF5 files that nobody meant well with, or that are merely odd."""
+"""Hostile, damaged and unusual images, names and HDF5 files."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def saved(image: Image.Image) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of everything that is odd."""
-    folder = tmp_path_factory.mktemp("zoo")
+def odd_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of damaged and unusual files."""
+    folder = tmp_path_factory.mktemp("odd")
     (folder / "below").mkdir()
     for name, make in GOOD.items():
         (folder / name).write_bytes(make())
@@ -127,8 +127,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folder_of_everything_odd(zoo: Path, tmp_path: Path) -> None:
-    result = package.extract(zoo, tmp_path / "out.h5", **SMALL)
+def test_a_folder_of_damaged_and_unusual_files(odd_files: Path, tmp_path: Path) -> None:
+    result = package.extract(odd_files, tmp_path / "out.h5", **SMALL)
     reasons = dict(result.failed)
     assert set(reasons) == set(REASONS)
     for name, reason in REASONS.items():
@@ -139,29 +139,29 @@ def test_a_folder_of_everything_odd(zoo: Path, tmp_path: Path) -> None:
         assert store["turned.jpg"].source_size == (60, 40)
         # The good ones are equal to the good ones alone.
         for name in ("upright.jpg", "thin.png", "\udcff\udcfe.jpg"):
-            alone = package.extract(zoo / name, tmp_path / "alone.h5", overwrite=True, **SMALL)
+            alone = package.extract(odd_files / name, tmp_path / "alone.h5", overwrite=True, **SMALL)
             assert alone.exit_code == 0
             with package.open(tmp_path / "alone.h5") as other:
                 for level in store.levels:
                     np.testing.assert_allclose(store[name][level], other[0][level], atol=1e-5)
 
 
-def test_the_odd_ones_at_their_own_sizes(zoo: Path, tmp_path: Path) -> None:
+def test_damaged_and_unusual_files_with_sizes_that_follow_the_image(odd_files: Path, tmp_path: Path) -> None:
     """Sizes that follow the picture: the thin one would be 24 million pixels wide, and is refused."""
     options = {**SMALL, "size": "recipe", "short_side": 64, "max_pixels": 100_000}
-    result = package.extract(zoo, tmp_path / "out.h5", **options)
+    result = package.extract(odd_files, tmp_path / "out.h5", **options)
     assert {name for name, _ in result.failed} == {*REASONS, "thin.png"}
     assert "over the limit of 100000" in dict(result.failed)["thin.png"]
 
 
-def test_memory_for_a_zoo_is_bounded(zoo: Path, tmp_path: Path) -> None:
+def test_memory_for_damaged_and_unusual_files_is_bounded(odd_files: Path, tmp_path: Path) -> None:
     program = (
-        "import resource, sys; from fpnx.cli import main; import torch, fpnx.extraction; before = "
+        "import resource, sys; from fpnx.cli.main import main; import torch, fpnx.extraction.run; before = "
         "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; code = main(sys.argv[1:]); "
         "print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, "extract", str(zoo), *LINE],
+        [sys.executable, "-c", program, "extract", str(odd_files), *LINE],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -183,7 +183,7 @@ def test_no_control_character_reaches_the_terminal(fpnx: Callable[..., tuple[int
     made = fpnx("extract", "pictures", "-o", f"{ESCAPE}.h5", *LINE)
     verified = fpnx("verify", f"{ESCAPE}.h5", "--against", "pictures")
     info, missing = fpnx("info", f"{ESCAPE}.h5"), fpnx("info", f"{ESCAPE}2.h5")
-    assert [told[0] for told in (made, verified, info, missing)] == [1, 0, 0, 2]
+    assert [result[0] for result in (made, verified, info, missing)] == [1, 0, 0, 2]
     for _, out, err in (made, verified, info, missing):
         assert not [c for c in out + err if not c.isprintable() and c != "\n"], repr(out + err)
     assert r"\x1b[31mred\x07\u202e.jpg" in made[1]
@@ -202,18 +202,18 @@ def test_no_permission_is_one_image_that_fails(tmp_path: Path) -> None:
     assert result.failed == (("closed.jpg", "Permission denied"),)
 
 
-def test_a_pipe_that_is_named_fails_without_waiting(tmp_path: Path) -> None:
+def test_a_named_pipe_fails_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "good.jpg").write_bytes(jpeg())
     result = package.extract([tmp_path / "good.jpg", tmp_path / "pipe.jpg"], tmp_path / "out.h5", **SMALL)
     assert result.failed == (("pipe.jpg", "not a regular file"),)
 
 
-def test_pillow_is_left_as_it_was(zoo: Path, tmp_path: Path) -> None:
+def test_pillow_is_left_as_it_was(odd_files: Path, tmp_path: Path) -> None:
     before = Image.MAX_IMAGE_PIXELS
-    package.extract(zoo / "upright.jpg", tmp_path / "out.h5", **SMALL)
+    package.extract(odd_files / "upright.jpg", tmp_path / "out.h5", **SMALL)
     assert before == Image.MAX_IMAGE_PIXELS
-    assert len(find_images([zoo]).sources) == len(GOOD) + len(REASONS)
+    assert len(find_images([odd_files]).sources) == len(GOOD) + len(REASONS)
 
 
 def test_decoding_is_bounded_over_all_threads() -> None:
@@ -238,10 +238,10 @@ def test_decoding_is_bounded_over_all_threads() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def whole(odd_files: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A finished file of three images, one of them failed."""
     output = tmp_path_factory.mktemp("whole") / "out.h5"
-    package.extract([zoo / name for name in ("upright.jpg", "thin.png", "empty.jpg")], output, **SMALL)
+    package.extract([odd_files / name for name in ("upright.jpg", "thin.png", "empty.jpg")], output, **SMALL)
     return output.read_bytes()
 
 
@@ -370,7 +370,7 @@ def test_a_hostile_or_foreign_file_is_refused_in_one_line(whole: bytes, tmp_path
 
 
 def test_names_that_share_one_text_cannot_fill_the_memory(tmp_path: Path) -> None:
-    from fpnx.store.hdf5 import names
+    from fpnx.store.hdf5 import read_strings
 
     path, count = tmp_path / "names.h5", 200
     with h5py.File(path, "w") as file:
@@ -381,10 +381,10 @@ def test_names_that_share_one_text_cannot_fill_the_memory(tmp_path: Path) -> Non
     content[at : at + 16 * count] = content[at : at + 16] * count
     path.write_bytes(content)
     with h5py.File(path) as file, pytest.raises(StoreError, match="claims to be larger than the file"):
-        names(file, "path")
+        read_strings(file, "path")
     with h5py.File(path, "w") as file:
         file["path"] = [b"a", b"\xff\n"]
-        assert names(file, "path") == [b"a", b"\xff\n"]
+        assert read_strings(file, "path") == [b"a", b"\xff\n"]
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, 3000, -1], ids=str)
@@ -399,14 +399,14 @@ def test_a_truncated_file_is_refused_in_one_line(whole: bytes, tmp_path: Path, l
         package.open(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.h5")
     for name, message in (("pipe.h5", "not a regular file"), (".", "is a folder"), ("none.h5", "does not exist")):
         with pytest.raises(StoreError, match=message):
             package.open(tmp_path / name)
 
 
-def test_a_file_that_may_not_be_read_is_one_line(whole: bytes) -> None:
+def test_a_file_without_read_permission_is_refused_in_one_line(whole: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:  # outside of tmp_path, which only its owner may enter
         path = Path(folder, "closed.h5")
         path.write_bytes(whole)
@@ -416,8 +416,10 @@ def test_a_file_that_may_not_be_read_is_one_line(whole: bytes) -> None:
             package.open(path)
 
 
-def test_random_damage_is_never_a_traceback(whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bytes changed anywhere: `info` and `verify` read the file, or say in one line why not."""
+def test_random_damage_never_causes_a_traceback(
+    whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random bytes are changed: `info` and `verify` read the file, or refuse it in one line."""
     from fpnx.cli.main import main
 
     chance, path = np.random.default_rng(0), tmp_path / "out.h5"

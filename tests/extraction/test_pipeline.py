@@ -1,4 +1,4 @@
-"""Batches, lanes, and what they write: the same numbers however the work is shared out."""
+"""Batches, compute threads and stored features: the same numbers however the work is divided among threads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "size":
 
 
 def plan(groups: list[str], cpus: int = 2, batch_size: int | None = None, device: str = "cpu") -> Any:
-    """What batching reads of a plan."""
+    """A plan with only the attributes that batching reads."""
     devices = tuple(torch.device(name) for name in device.split(","))
     sizes = [parse_size(name) for name in groups]
     layout = SimpleNamespace(padded_sizes=sizes, shapes=dict.fromkeys(sizes))
@@ -63,38 +63,38 @@ def test_batches_get_smaller_towards_the_end():
     assert [len(b) for b in Batches(plan(["64x64"], batch_size=8), [0], 1)] == [1]
 
 
-def test_what_cannot_be_recorded_is_computed_as_before():
+def test_without_cuda_graphs_each_batch_is_computed_directly():
     passes = []
 
     def forward(images):
         passes.append(images.shape)
         return {"P2": images * 2}
 
-    replays = CudaGraphs(forward)
+    graphs = CudaGraphs(forward)
     for k in range(8):
         images = torch.full((1, 3, 2 + k % 2, 2), float(k))
-        assert torch.equal(replays(images)["P2"], images * 2)
+        assert torch.equal(graphs(images)["P2"], images * 2)
     assert len(passes) == 8
-    replays.forget()
-    assert torch.equal(replays(images)["P2"], images * 2)
+    graphs.forget()
+    assert torch.equal(graphs(images)["P2"], images * 2)
 
 
 def test_a_model_without_parameters_is_built_again_for_another_device():
-    equipment, config = EngineCache(), ExtractConfig(**TINY, levels="P3", channels=16)
-    model = equipment.model(config)
+    cache, config = EngineCache(), ExtractConfig(**TINY, levels="P3", channels=16)
+    model = cache.model(config)
     pixels = [np.asarray(noise_image(1, (64, 64)))]
     recipe = model.recipe.sized(config)
-    first = equipment.engine(recipe, config, torch.device("cpu"))(pixels).arrays["P3"]
-    equipment.empty()
+    first = cache.engine(recipe, config, torch.device("cpu"))(pixels).arrays["P3"]
+    cache.empty()
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert equipment.model(config).shapes((64, 64)) == {"P3": (16, 8, 8)}
-    again = equipment.engine(recipe, config, torch.device("cpu"))(pixels).arrays["P3"]
-    other = equipment.engine(recipe, config, torch.device("cpu", 0))(pixels).arrays["P3"]
+    assert cache.model(config).shapes((64, 64)) == {"P3": (16, 8, 8)}
+    again = cache.engine(recipe, config, torch.device("cpu"))(pixels).arrays["P3"]
+    other = cache.engine(recipe, config, torch.device("cpu", 0))(pixels).arrays["P3"]
     np.testing.assert_array_equal(again, first)
     np.testing.assert_array_equal(other, first)
 
 
-def test_memory_that_is_given_back_is_used_again():
+def test_returned_memory_is_used_again():
     model = fpnx.create_model("mobilenet_v2", weights="random", levels="P2,P3", channels=16)
     engine = Engine(model, model.recipe, ExtractConfig(), torch.device("cpu"))
     images = [[np.asarray(noise_image(k, (64, 64)))] * 2 for k in range(3)]
@@ -115,21 +115,21 @@ def test_the_fastest_batch_size_is_kept():
     assert batches.candidates((224, 224), 400) == (4, 2)
     tried = [len(next(batches)) for _ in range(4)]
     assert tried == [4, 4, 2, 2]
-    assert batches.trying((224, 224))
+    assert batches.is_trying_sizes((224, 224))
     assert len(next(batches)) == 4  # until something is known
     for images, seconds in [(4, 1.0), (4, 0.40), (2, 0.16), (2, 0.3)]:
-        batches.took((224, 224), images, seconds)
-    assert not batches.trying((224, 224))
+        batches.record_time((224, 224), images, seconds)
+    assert not batches.is_trying_sizes((224, 224))
     assert len(next(batches)) == 2  # 0.08 a piece instead of 0.10
-    batches.took((224, 224), 4, 0.001)
+    batches.record_time((224, 224), 4, 0.001)
     assert len(next(batches)) == 2
 
 
-def test_a_batch_size_no_clearer_than_noise_is_not_taken():
+def test_a_batch_size_that_is_only_slightly_faster_is_not_chosen():
     batches = Batches(plan(["224x224"] * 400), range(400), 2)
     for images, seconds in [(4, 0.40), (2, 0.195)]:
         next(batches), next(batches)
-        batches.took((224, 224), images, seconds)
+        batches.record_time((224, 224), images, seconds)
     assert len(next(batches)) == 4
 
 
@@ -149,7 +149,7 @@ def test_batch_sizes_worth_trying(images, size, asked, found):
     )
 
 
-def test_lanes():
+def test_number_of_compute_threads():
     assert compute_threads(plan(["64x64"] * 100, cpus=3), 100) == 3
     assert compute_threads(plan(["64x64"] * 100, cpus=64), 100) == 16
     assert compute_threads(plan(["64x64"] * 2, cpus=8), 2) == 2
@@ -158,7 +158,7 @@ def test_lanes():
 
 
 @pytest.mark.parametrize("device", ["cuda:0,cuda:0", "cuda,cuda:1", "cpu,cuda:0", "cuda:0,", "cuda:x", "gpu"])
-def test_devices_that_cannot_be(device):
+def test_invalid_devices(device):
     with pytest.raises(FpnxError, match="device"):
         RunConfig(device=device)
 
@@ -168,7 +168,7 @@ def test_several_devices():
 
 
 @pytest.mark.parametrize(("cpus", "batch_size"), [(1, "auto"), (3, "auto"), (2, 5), (4, 1)], ids=str)
-def test_the_same_numbers_however_the_work_is_shared(tmp_path, many, monkeypatch, cpus, batch_size):
+def test_the_same_numbers_with_any_number_of_threads_and_batch_size(tmp_path, many, monkeypatch, cpus, batch_size):
     monkeypatch.setattr("fpnx.extraction.plan.usable_cpus", lambda: cpus)
     before = torch.get_num_threads()
     result = fpnx.extract(many, tmp_path / "o.h5", batch_size=batch_size, levels="C2,P2-P6", **TINY)
@@ -204,7 +204,7 @@ def test_levels_are_stored_channels_first(dtype):
         assert np.abs(made.astype(np.float32) - rounded).max() <= near * np.abs(rounded).max() + (near == 1e-3) * 6e-8
 
 
-def test_a_fault_in_a_lane_reaches_the_caller(tmp_path, many, monkeypatch):
+def test_an_error_in_a_compute_thread_reaches_the_caller(tmp_path, many, monkeypatch):
     class BrokenError(Exception):
         pass
 

@@ -1,4 +1,4 @@
-"""`--shard` and `fpnx list`: which images a shard takes, what its file says, and lists that are not what they were."""
+"""`--shard` and `fpnx list`: the images of a shard, its attributes, and lists that were changed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_which_shard(text: str, environment: dict[str, str], index: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "environment", "told"),
+    ("text", "environment", "message"),
     [
         ("16/16", {}, r"shard 16/16: of 16 shards the first is 0 and the last 15"),
         ("3", {}, r"take I/N with I from 0 to N-1"),
@@ -111,8 +111,8 @@ def test_which_shard(text: str, environment: dict[str, str], index: int) -> None
         ("auto/16", {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "2"}, r"this array is 2-17 and its task 1"),
     ],
 )
-def test_no_such_shard(text: str, environment: dict[str, str], told: str) -> None:
-    with pytest.raises(FpnxError, match=told):
+def test_invalid_shards_are_refused(text: str, environment: dict[str, str], message: str) -> None:
+    with pytest.raises(FpnxError, match=message):
         parse_shard(text, environment)
 
 
@@ -124,7 +124,7 @@ def test_the_environment_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "shard" not in config.repeatable()
 
 
-def test_what_a_shard_takes_and_says(photos: Path, tmp_path: Path) -> None:
+def test_images_and_attributes_of_a_shard(photos: Path, tmp_path: Path) -> None:
     whole = find_images([photos])
     names = [source.name for source in whole.sources]
     parts = [find_images([photos], shard=Shard(index, 4)) for index in range(4)]
@@ -139,8 +139,8 @@ def test_what_a_shard_takes_and_says(photos: Path, tmp_path: Path) -> None:
     assert (result.images, result.done, result.exit_code) == (2, 2, 0)
     assert result.to_json()["shard"] == cuts[1].to_json() if cuts[1] else False
     with h5py.File(result.output) as file:
-        told = json.loads(file.attrs["shard"])
-        assert told == {"index": 1, "count": 4, "first": 1, "images": 6, "list": list_fingerprint(records)}
+        attribute = json.loads(file.attrs["shard"])
+        assert attribute == {"index": 1, "count": 4, "first": 1, "images": 6, "list": list_fingerprint(records)}
         config = file.attrs["config"]
     with fpnx.open(result.output) as store:
         assert [os.fsencode(path) for path in store.paths] == names[1:3]
@@ -174,7 +174,7 @@ def test_more_shards_than_images(photos: Path, fpnx: Callable[..., Any]) -> None
     assert (code, document(out)["images"]["done"]) == (0, 2)
 
 
-def test_a_shard_keeps_the_promises_of_a_whole_run(photos: Path, fpnx: Callable[..., Any]) -> None:
+def test_a_shard_is_resumed_and_protected_like_a_run_without_shards(photos: Path, fpnx: Callable[..., Any]) -> None:
     assert fpnx("extract", photos, "--shard", "0/2", *LINE)[0] == 0
     again = ["extract", photos, "--shard", "0/2", *LINE]
     assert "exists: continue it with --resume" in fpnx(*again)[2]
@@ -213,7 +213,7 @@ def listed(listing: Listing, path: Path) -> Path:
     return path
 
 
-def test_a_list_gives_back_what_it_was_made_of(photos: Path, tmp_path: Path) -> None:
+def test_a_list_restores_the_images_that_it_was_made_from(photos: Path, tmp_path: Path) -> None:
     for name in NAMES:
         shutil.copy(photos / "a.jpg", os.fsencode(photos) + b"/" + name)
     whole = find_images([photos])
@@ -230,7 +230,7 @@ def test_a_list_gives_back_what_it_was_made_of(photos: Path, tmp_path: Path) -> 
     assert find_images([f"@{path}"], 3).sources == whole.sources[:3]
 
 
-def test_what_stands_in_a_list(photos: Path, fpnx: Callable[..., Any], tmp_path: Path) -> None:
+def test_lines_of_a_list(photos: Path, fpnx: Callable[..., Any], tmp_path: Path) -> None:
     (photos / "notes.txt").write_text("passed over")
     code, out, error = fpnx("list", photos)
     assert (code, error.strip()) == (0, "fpnx: 6 images, 1 other file passed over")
@@ -269,9 +269,9 @@ def test_an_image_that_changed_since_it_was_listed_is_a_row_with_a_reason(
     path = listed(find_images([photos]), tmp_path / "list.txt")
     noise_image(7, (90, 60)).save(photos / "a.jpg")
     code, out, _ = fpnx("extract", f"@{path}", "--shard", "0/2", *LINE, "--json")
-    told = document(out)
-    assert (code, told["done"]) == (1, 2)
-    assert told["failed"] == [{"path": "a.jpg", "reason": "changed after it was listed"}]
+    result = document(out)
+    assert (code, result["done"]) == (1, 2)
+    assert result["failed"] == [{"path": "a.jpg", "reason": "changed after it was listed"}]
 
 
 def swapped(lines: list[bytes]) -> list[bytes]:
@@ -279,27 +279,27 @@ def swapped(lines: list[bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("alter", "told"),
+    ("alter", "message"),
     [
         (lambda lines: lines[:-1], "it has 5 lines, where its first says 6"),
-        (lambda lines: [*lines[:-1], lines[-1][:-9]], "its lines are not those that its first line tells the sha256"),
+        (lambda lines: [*lines[:-1], lines[-1][:-9]], "its lines do not have the sha256 of its first line"),
         (lambda lines: [*lines, b"photos/more.jpg\n"], "it has 7 lines, where its first says 6"),
         (swapped, "its lines are not those"),
         (lambda lines: [line.replace(b"\n", b"\r\n") for line in lines], "its lines are not those"),
         (lambda lines: [lines[0][:40] + b"\n", *lines[1:]], "its first line cannot be read"),
-        (lambda lines: [lines[0].replace(b'"root"', b'"boot"'), *lines[1:]], "its first line lacks what belongs there"),
+        (lambda lines: [lines[0].replace(b'"root"', b'"boot"'), *lines[1:]], "its first line is incomplete"),
         (lambda lines: [lines[0].replace(b"version\":1", b"version\":2"), *lines[1:]], "format version 2, this fpnx"),
     ],
     ids=["truncated", "cut in a line", "appended", "reordered", "CRLF", "half a head", "no root", "future"],
 )  # fmt: skip
-def test_lists_that_are_not_as_they_were_written(
-    photos: Path, tmp_path: Path, alter: Callable[[list[bytes]], list[bytes]], told: str
+def test_altered_lists_are_refused(
+    photos: Path, tmp_path: Path, alter: Callable[[list[bytes]], list[bytes]], message: str
 ) -> None:
     lines = list(list_lines(find_images([photos])))
     path = tmp_path / "list.txt"
     path.write_bytes(b"".join(alter(lines)))
     for shard in (None, Shard(0, 3)):
-        with pytest.raises(FpnxError, match=told) as raised:
+        with pytest.raises(FpnxError, match=message) as raised:
             find_images([f"@{path}"], shard=shard)
         assert "\n" not in str(raised.value)
         assert "list" in str(raised.value)
@@ -320,7 +320,7 @@ def test_lines_that_fpnx_list_never_writes(tmp_path: Path, line: bytes) -> None:
         read_manifest(str(path))
 
 
-def test_a_list_stands_alone(photos: Path, tmp_path: Path) -> None:
+def test_a_list_cannot_be_combined_with_other_images(photos: Path, tmp_path: Path) -> None:
     path = listed(find_images([photos]), tmp_path / "list.txt")
     with pytest.raises(FpnxError, match="stands alone"):
         find_images([f"@{path}", photos / "a.jpg"])

@@ -1,4 +1,4 @@
-"""S3, served by moto on loopback: images from it, and files into it, whole or not at all."""
+"""S3, served by moto on this machine: images are read from it, and files are uploaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 class Bucket:
-    """An empty bucket, by way of the client of AWS itself."""
+    """An empty bucket, accessed with the AWS client."""
 
     def __init__(self, port: int, name: str) -> None:
         self.port, self.name, self.url = port, name, f"s3://{name}"
@@ -79,7 +79,7 @@ class Bucket:
             return bytes(body.read())
 
     def unfinished(self) -> int:
-        """How many uploads in parts were begun and neither finished nor given up."""
+        """Number of multipart uploads that were neither completed nor aborted."""
         return len(self._client.list_multipart_uploads(Bucket=self.name).get("Uploads", []))
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ def bucket(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def scratch(tmp_path: Path) -> list[str]:
-    """What lies where outputs are worked on."""
+    """Names of the files in the scratch folder."""
     return sorted(path.name for path in (tmp_path / "scratch").rglob("*") if path.is_file())
 
 
@@ -161,7 +161,7 @@ def test_archives_in_a_bucket(bucket: Bucket) -> None:
         decode(listing.sources[3], LIMIT)
 
 
-def test_what_cannot_be_had(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_changed_objects(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FpnxError, match=r"^s3://no-such-bucket/x: no such bucket"):
         find_images(["s3://no-such-bucket/x"])
     with pytest.raises(FpnxError, match=rf"^{bucket.url}/nothing.jpg: not found$"):
@@ -177,8 +177,8 @@ def test_what_cannot_be_had(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> 
         decode(source, LIMIT)
 
 
-def test_an_answer_that_breaks_is_asked_for_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
+def test_a_broken_response_is_requested_again(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "RETRY_DELAYS", (0.01, 0.01))
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
     content = jpeg() + os.urandom(300_000)
@@ -206,14 +206,14 @@ def test_no_permission(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, code: st
         web.put("/private", refusal, status=403)
         monkeypatch.setenv("AWS_ENDPOINT_URL", web.url)
         fresh_connections()
-        with pytest.raises(FpnxError, match=reason) as told:
+        with pytest.raises(FpnxError, match=reason) as error:
             find_images(["s3://private/"])
-        assert "SECRET" not in str(told.value)
+        assert "SECRET" not in str(error.value)
 
 
 def fresh_connections() -> None:
-    """As in a new process, with other settings."""
-    remote._services.clear()
+    """Close the connections, as in a new process with other settings."""
+    remote._backends.clear()
 
 
 def test_no_credentials_and_no_network(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +253,8 @@ def test_from_a_bucket_into_a_bucket(bucket: Bucket, photos: Path, tmp_path: Pat
 
     assert "exists" in fpnx("extract", f"{bucket.url}/in/", "-o", target, *LINE)[2]
     code, out, _ = fpnx("extract", f"{bucket.url}/in/", "-o", target, "--resume", "--json", *LINE)
-    told = document(out)
-    assert (code, told["done"], told["computed"], told["output"], told["complete"]) == (0, 6, 0, target, True)
+    result = document(out)
+    assert (code, result["done"], result["computed"], result["output"], result["complete"]) == (0, 6, 0, target, True)
     code, out, err = fpnx("extract", f"{bucket.url}/in/", "-o", target, "--resume", *LINE, "--levels", "P5")
     assert code == 2
     assert "was made with another config" in err
@@ -277,12 +277,12 @@ def test_a_dry_run_writes_nothing(bucket: Bucket, photos: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("output", "options", "reason"),
     [
-        ("https://host/out.h5", [], "name an object in a store, such as s3://bucket/out.h5"),
-        ("s3://bucket/", [], "name an object in a store, such as s3://bucket/out.h5"),
-        ("s3://bucket", [], "name an object in a store"),
+        ("https://host/out.h5", [], "name an object in a bucket, such as s3://bucket/out.h5"),
+        ("s3://bucket/", [], "name an object in a bucket, such as s3://bucket/out.h5"),
+        ("s3://bucket", [], "name an object in a bucket"),
         ("s3://me:SECRET@bucket/out.h5", [], "holds a user or password"),
         ("s3://bucket/out_png", ["--format", "png"], "pictures go into a folder on a disk"),
-        ("out.h5", ["--scratch", "."], "is for outputs in stores"),
+        ("out.h5", ["--scratch", "."], "is for outputs in object stores"),
         ("s3://bucket/out.h5", ["--scratch", "nowhere"], "scratch folder nowhere does not exist"),
         ("s3://no-such-bucket/out.h5", [], "no such bucket"),
         ("azure://bucket/out.h5", [], "fpnx reads s3://"),
@@ -297,36 +297,36 @@ def test_outputs_that_are_refused_before_any_work(
     assert "SECRET" not in err
 
 
-def test_somebody_elses_folder_is_not_worked_in(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
-    goal = resolve_destination(f"{bucket.url}/out.h5", ExtractConfig())
+def test_a_scratch_folder_of_another_user_is_refused(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
+    destination = resolve_destination(f"{bucket.url}/out.h5", ExtractConfig())
     (tmp_path / "elsewhere").mkdir()
-    goal.local.parent.symlink_to(tmp_path / "elsewhere")
+    destination.local.parent.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FpnxError, match="is not a folder of yours"):
         package.extract(photos, f"{bucket.url}/out.h5", **SMALL)
 
 
-class Meddler(Listener):
-    """Does something at the first word that begins so."""
+class Trigger(Listener):
+    """Calls `action` once, at the first message or progress event whose text starts with `prefix`."""
 
-    def __init__(self, word: str, deed: Callable[[], object]) -> None:
-        self._word, self._deed, self.done = word, deed, False
+    def __init__(self, prefix: str, action: Callable[[], object]) -> None:
+        self._prefix, self._action, self.done = prefix, action, False
 
     def message(self, text: str) -> None:
-        self._hear(text)
+        self._check(text)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        self._hear(what)
+        self._check(what)
 
-    def _hear(self, text: str) -> None:
-        if text.startswith(self._word) and not self.done:
+    def _check(self, text: str) -> None:
+        if text.startswith(self._prefix) and not self.done:
             self.done = True
-            self._deed()
+            self._action()
 
 
-def test_an_object_that_appears_meanwhile_is_not_replaced(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
+def test_an_object_that_appears_during_the_run_is_not_replaced(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
     target = f"{bucket.url}/out.h5"
     with pytest.raises(StoreError, match="cannot be read as HDF5"):
-        package.extract(photos, target, listener=Meddler("verifying", lambda: bucket.put("out.h5", b"other")), **SMALL)
+        package.extract(photos, target, listener=Trigger("verifying", lambda: bucket.put("out.h5", b"other")), **SMALL)
     assert bucket.get("out.h5") == b"other"
     assert scratch(tmp_path) == ["out.h5"]
     with pytest.raises(StoreError, match="cannot be read as HDF5"):
@@ -338,34 +338,34 @@ def test_an_object_that_appears_meanwhile_is_not_replaced(bucket: Bucket, photos
 
 
 @pytest.mark.slow
-def test_the_same_run_that_was_quicker_counts(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
+def test_an_object_of_the_same_run_that_appears_is_accepted(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
     target = f"{bucket.url}/out.h5"
     package.extract(photos, tmp_path / "other.h5", **SMALL)
     content = (tmp_path / "other.h5").read_bytes()
     result = package.extract(
-        photos, target, listener=Meddler("verifying", lambda: bucket.put("out.h5", content)), **SMALL
+        photos, target, listener=Trigger("verifying", lambda: bucket.put("out.h5", content)), **SMALL
     )
     assert (result.done, result.output, scratch(tmp_path)) == (6, target, [])
     assert bucket.get("out.h5") == content
 
 
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
-def test_what_is_there_is_replaced_only_if_it_may_be(
+def test_an_object_is_replaced_only_if_allowed(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: bool
 ) -> None:
-    monkeypatch.setattr(services, "PART", 5 << 20 if parts else 1 << 26)
+    monkeypatch.setattr(services, "PART_BYTES", 5 << 20 if parts else 1 << 26)
     content = os.urandom(11 << 20)
     (tmp_path / "x.bin").write_bytes(content)
-    url, told = bucket.put("x.bin", b"old").encode(), list[int]()
+    url, sent = bucket.put("x.bin", b"old").encode(), list[int]()
 
     def send(replace: bool) -> bool:
-        return remote.send(str(tmp_path / "x.bin"), url, replace, told.append, lambda: True)
+        return remote.send(str(tmp_path / "x.bin"), url, replace, sent.append, lambda: True)
 
     assert not send(False)
     assert bucket.get("x.bin") == b"old"
     assert send(True)
     assert bucket.get("x.bin") == content
-    assert (told[-1], bucket.unfinished()) == (len(content), 0)
+    assert (sent[-1], bucket.unfinished()) == (len(content), 0)
 
 
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
@@ -379,7 +379,7 @@ def test_a_put_that_fails_half_way(
 ) -> None:
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
-    monkeypatch.setattr(services, "PART", 5 << 20 if parts else 1 << 26)
+    monkeypatch.setattr(services, "PART_BYTES", 5 << 20 if parts else 1 << 26)
     options = [word for name, value in LARGE.items() for word in (f"--{name}", str(value))]
     target = f"{bucket.url}/out.h5"
     folder = tmp_path / "images"
@@ -400,22 +400,22 @@ def test_a_put_that_fails_half_way(
 
     line.cut_after = None
     code, out, err = fpnx("extract", folder, "-o", target, "--resume", "--json", *options)
-    told = document(out)
-    assert (code, told["computed"], told["done"]) == (0, 0, 12)
+    result = document(out)
+    assert (code, result["computed"], result["done"]) == (0, 0, 12)
     assert bucket.get("out.h5") == content
     assert scratch(tmp_path) == []
     line.close()
 
 
 @pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
-def test_a_store_that_stops_to_listen_is_given_up(
+def test_an_upload_to_a_server_that_stops_reading_times_out(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: bool
 ) -> None:
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
-    monkeypatch.setattr(services, "PART", 5 << 20 if parts else 1 << 26)
-    monkeypatch.setattr(remote, "SECONDS", 1)
-    monkeypatch.setattr(remote, "SLOWEST", 1 << 26)
+    monkeypatch.setattr(services, "PART_BYTES", 5 << 20 if parts else 1 << 26)
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT", 1)
+    monkeypatch.setattr(remote, "MIN_BYTES_PER_SECOND", 1 << 26)
     (tmp_path / "x.bin").write_bytes(bytes(12 << 20))
     line.cut_after, line.deaf = 2_000_000, True
     with pytest.raises(remote.RemoteError, match="no answer in time"):
@@ -427,12 +427,12 @@ def test_a_store_that_stops_to_listen_is_given_up(
 def test_an_interrupted_put_leaves_nothing_there(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services, "PART", 5 << 20)
+    monkeypatch.setattr(services, "PART_BYTES", 5 << 20)
     folder, target = tmp_path / "images", f"{bucket.url}/out.h5"
     folder.mkdir()
     for i in range(12):
         (folder / f"{i:02}.jpg").write_bytes(jpeg(i))
-    interrupt = Meddler("MB sent", lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt = Trigger("MB sent", lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match="is whole: the same command with --resume sends it"):
         package.extract(folder, target, listener=interrupt, **LARGE)
     assert (bucket.get("out.h5"), bucket.unfinished()) == (None, 0)
@@ -441,9 +441,9 @@ def test_an_interrupted_put_leaves_nothing_there(
     assert (bucket.get("out.h5") is not None, scratch(tmp_path)) == (True, [])
 
 
-def test_an_interrupted_run_goes_on(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_resumed(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
     target = f"{bucket.url}/out.h5"
-    interrupt = Meddler("images", lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt = Trigger("images", lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match="continue with --resume"):
         package.extract(photos, target, listener=interrupt, batch_size=1, **SMALL)
     assert scratch(tmp_path) == ["out.h5.part"]
@@ -458,7 +458,7 @@ def test_an_overwriting_run_that_was_interrupted_may_still_replace(
     bucket: Bucket, photos: Path, tmp_path: Path
 ) -> None:
     target = bucket.put("out.h5", b"old")
-    interrupt = Meddler("images", lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt = Trigger("images", lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted):
         package.extract(photos, target, listener=interrupt, overwrite=True, batch_size=1, **SMALL)
     assert bucket.get("out.h5") == b"old"
@@ -467,7 +467,7 @@ def test_an_overwriting_run_that_was_interrupted_may_still_replace(
 
 
 @pytest.mark.slow
-def test_failed_images_do_not_hold_the_file_back(bucket: Bucket, photos: Path, fpnx: Callable[..., Any]) -> None:
+def test_a_file_with_failed_images_is_uploaded(bucket: Bucket, photos: Path, fpnx: Callable[..., Any]) -> None:
     (photos / "bad.jpg").write_bytes(b"no image")
     code, out, _ = fpnx("extract", photos, "-o", f"{bucket.url}/out.h5", "--json", *LINE)
     assert (code, document(out)["done"]) == (1, 6)
@@ -476,7 +476,7 @@ def test_failed_images_do_not_hold_the_file_back(bucket: Bucket, photos: Path, f
     assert document(out)["failed"][0]["path"] == "bad.jpg"
 
 
-def test_other_objects_are_no_stores(bucket: Bucket, fpnx: Callable[..., Any], tmp_path: Path) -> None:
+def test_objects_that_are_not_fpnx_files_are_refused(bucket: Bucket, fpnx: Callable[..., Any], tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["x"] = np.zeros(5)
     for content, reason in (
@@ -561,13 +561,13 @@ def test_more_than_one_page(bucket: Bucket) -> None:
 
 
 @pytest.mark.slow
-def test_a_store_that_takes_connections_and_says_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_answer_times_out(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line(bucket.port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.port}")
     source = find_images([bucket.put("a.jpg", jpeg())]).sources[0]
     line.silent = True
     fresh_connections()
-    monkeypatch.setattr(remote, "SECONDS", 3)
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT", 3)
     with pytest.raises(ImageError, match=r"^no answer in time$"):
         decode(source, LIMIT)
     line.close()

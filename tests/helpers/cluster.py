@@ -1,7 +1,7 @@
-"""A Ray cluster of several nodes on this one machine, in a process of its own: `python -m tests.machines CPUS CPUS …`.
+"""A Ray cluster of several nodes on this machine, in its own process: `python -m tests.helpers.cluster CPUS CPUS ...`.
 
-A node may also claim GPUs, `CPUS:GPUS`, which Ray believes. It prints its address, and then obeys lines: `lose 0` kills
-the first of these nodes without a farewell. When its input ends, so does it.
+A node may also claim GPUs, `CPUS:GPUS`; Ray does not check them. The process prints the cluster's address and then
+reads commands: `kill 0` kills the first of these nodes. It ends when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ from tests.helpers.files import ROOT
 SETTINGS = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-class Machines:
-    """A cluster that is up: the environment for those who use it, and the power to lose a node."""
+class RunningCluster:
+    """A running cluster.
+
+    Attributes:
+        environment: for processes that use the cluster.
+    """
 
     def __init__(self, process: subprocess.Popen[str], environment: dict[str, str]) -> None:
         self._process, self.environment = process, environment
 
-    def lose(self, number: int) -> None:
-        """Kill a node and everything on it; returns when it is dead."""
+    def kill_node(self, number: int) -> None:
+        """Kill a node and all its processes; returns when they are dead."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(f"lose {number}\n")
+        self._process.stdin.write(f"kill {number}\n")
         self._process.stdin.flush()
-        assert self._process.stdout.readline().strip() == "lost"
+        assert self._process.stdout.readline().strip() == "killed"
 
 
 @contextmanager
-def machines(*nodes: int | str, pythonpath: str = str(ROOT), folder: Path) -> Iterator[Machines]:
-    """Nodes with so many processors each (and GPUs: `"2:1"`), beside a head that has none."""
+def ray_cluster(*nodes: int | str, pythonpath: str = str(ROOT), folder: Path) -> Iterator[RunningCluster]:
+    """A cluster of nodes with so many processors each (and GPUs: `"2:1"`), and a head node that has none."""
     settings = {**SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": pythonpath}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | settings
-    log = open(folder / "machines.log", "w")  # noqa: SIM115
+    log = open(folder / "cluster.log", "w")  # noqa: SIM115
     with log, subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.cluster", *map(str, nodes)],
         cwd=ROOT, env=environment,
@@ -50,27 +54,27 @@ def machines(*nodes: int | str, pythonpath: str = str(ROOT), folder: Path) -> It
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            told = json.loads(process.stdout.readline())
-            yield Machines(process, {**environment, "RAY_ADDRESS": told["address"]})
+            started = json.loads(process.stdout.readline())
+            yield RunningCluster(process, {**environment, "RAY_ADDRESS": started["address"]})
         finally:
             process.stdin.close()
             process.wait(60)
 
 
-def main(offers: list[list[int]]) -> None:
-    """Start the nodes, tell where they are, and obey."""
+def main(resources: list[list[int]]) -> None:
+    """Start the nodes, print the address, and carry out commands."""
     from ray.cluster_utils import Cluster
 
-    own: Any = {"include_dashboard": False, "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **own})
-    kinds = [dict(zip(("num_cpus", "num_gpus"), offer, strict=False)) for offer in offers]
-    nodes = [cluster.add_node(object_store_memory=100 << 20, **kind) for kind in kinds]
+    settings: Any = {"include_dashboard": False, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **settings})
+    options = [dict(zip(("num_cpus", "num_gpus"), each, strict=False)) for each in resources]
+    nodes = [cluster.add_node(object_store_memory=100 << 20, **each) for each in options]
     cluster.wait_for_nodes()
     print(json.dumps({"address": cluster.address}), flush=True)
     for line in sys.stdin:
         _, number = line.split()
         cluster.remove_node(nodes[int(number)], allow_graceful=False)
-        print("lost", flush=True)
+        print("killed", flush=True)
     cluster.shutdown()
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from fpnx.images.reading import ImageSource
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "sample_images"
@@ -39,3 +42,9 @@ def archive(contents: dict[str, bytes]) -> bytes:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return held.getvalue()
+
+
+def image_source(path: Path) -> ImageSource:
+    """An image file as it is listed now."""
+    stat = path.stat()
+    return ImageSource(path.name.encode(), os.fsencode(path), stat.st_size, stat.st_mtime_ns)

@@ -7,7 +7,7 @@ import numpy as np
 from fpnx.core.image_list import ImageList, ImageRecord
 from fpnx.core.provenance import ModelPart, Provenance, WeightsInfo
 from fpnx.core.validation import parse_size
-from fpnx.store.writer import FileLayout
+from fpnx.store.file_layout import FileLayout
 
 LEVELS = ("P4", "P5")
 PROVENANCE = Provenance(

@@ -1,7 +1,7 @@
-"""Images that kill the process that opens them, as a fault in a decoder does.
+"""Images that kill the process that opens them, as a bug in a decoder does.
 
-The product knows nothing of it: `sitecustomize`, which Python imports when it starts, makes Pillow abort on files that
-hold a mark.
+fpnx itself is unchanged: `sitecustomize`, which Python imports at its start, makes Pillow abort on files that contain
+`MARK`.
 """
 
 from __future__ import annotations
@@ -9,33 +9,33 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-MARK = b"what no decoder survives"
-CUSTOM = f"""
+MARK = b"this kills the decoder"
+SITECUSTOMIZE = f"""
 import os
 from PIL import Image
 
-MARK, opened = {MARK!r}, Image.open
+MARK, original_open = {MARK!r}, Image.open
 
-def fragile(file, *arguments, **options):
+def fragile_open(file, *arguments, **options):
     if not isinstance(file, (str, bytes, os.PathLike)):
-        whole = file.read()
+        content = file.read()
         file.seek(0)
-        if MARK in whole:
+        if MARK in content:
             os.abort()
-    return opened(file, *arguments, **options)
+    return original_open(file, *arguments, **options)
 
-Image.open = fragile
+Image.open = fragile_open
 """
 
 
-def poisoned(image: Path) -> None:
-    """Append the mark to an image file, which stays readable for others."""
+def poison(image: Path) -> None:
+    """Append the mark to an image file; without `fragile_pythonpath` it stays readable."""
     with open(image, "ab") as file:
         file.write(MARK)
 
 
 def fragile_pythonpath(folder: Path, root: Path) -> str:
-    """A PYTHONPATH under which marked images kill, and fpnx is found in `root`."""
+    """A PYTHONPATH with which marked images abort the process; fpnx is imported from `root`."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(CUSTOM)
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     return os.pathsep.join([str(folder), str(root), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,6 +1,6 @@
-"""Detection backbones of other frameworks, written down from their definitions, with their names of parameters.
+"""Reference implementations of detectron2's and mmdetection's backbones and FPNs, with their parameter names.
 
-They are what files in those layouts are checked against: they share no code with fpnx or torchvision's pyramids.
+They are written from the frameworks' definitions and share no code with fpnx or torchvision's FPN.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), "x50": (3, 4, 6, 3)}
+BLOCKS_OF_DEPTH = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), "x50": (3, 4, 6, 3)}
 
 
 def randomise(network: nn.Module, seed: int = 0, smallest_variance: float = 1e-3) -> nn.Module:
-    """Random parameters and statistics; some variances are so small that the norms' epsilon shows."""
+    """Set random parameters and statistics; some variances are small enough for the norms' epsilon to matter."""
     generator = torch.Generator().manual_seed(seed)
     values = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     with torch.no_grad():
@@ -51,7 +51,7 @@ class FrozenNorm(nn.Module):
 
 
 class ConvNorm(nn.Conv2d):
-    """A convolution that owns its norm, as `.norm`."""
+    """A convolution followed by its norm, which is the attribute `norm`."""
 
     def __init__(self, *args: int, norm: bool = True, **kwargs: int) -> None:
         super().__init__(*args, bias=not norm, **kwargs)
@@ -94,18 +94,18 @@ class D2ResNet(nn.Module):
         self.stem = nn.Module()
         self.stem.conv1 = ConvNorm(3, 64, 7, 2, 3)
         inputs = 64
-        for stage, blocks in enumerate(BLOCKS[depth]):
+        for stage, blocks in enumerate(BLOCKS_OF_DEPTH[depth]):
             outputs = (64 if depth == 18 else 256) * 2**stage
-            made = []
+            layers = []
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
                 if depth == 18:
-                    made.append(D2Basic(inputs, outputs, stride))
+                    layers.append(D2Basic(inputs, outputs, stride))
                 else:
                     width, groups = (outputs // 2, 32) if depth == "x50" else (outputs // 4, 1)
-                    made.append(D2Bottleneck(inputs, width, outputs, stride, groups, stride_in_1x1))
+                    layers.append(D2Bottleneck(inputs, width, outputs, stride, groups, stride_in_1x1))
                 inputs = outputs
-            self.add_module(f"res{stage + 2}", nn.Sequential(*made))
+            self.add_module(f"res{stage + 2}", nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
         x = F.max_pool2d(F.relu(self.stem.conv1(x)), 3, 2, 1)
@@ -123,7 +123,7 @@ class P6P7(nn.Module):
 
 
 class D2FPN(nn.Module):
-    """`top`: "pool", or the source of P6 and P7, "res5" or "p5"."""
+    """detectron2's FPN; `top` is "pool" or the input of P6 and P7: "res5" or "p5"."""
 
     def __init__(
         self, depth: int | str, *, first: int = 2, channels: int = 32, top: str = "pool", norm: bool = False,
@@ -155,7 +155,7 @@ class D2FPN(nn.Module):
 
 
 class D2Detector(nn.Module):
-    """The backbone under its name in a detector, and two parameters of a head."""
+    """A detector's backbone, and a head of two parameters."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__()
@@ -194,12 +194,12 @@ class MMResNet50(nn.Module):
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         inputs = 64
-        for stage, blocks in enumerate(BLOCKS[50]):
-            planes, made = 64 * 2**stage, []
+        for stage, blocks in enumerate(BLOCKS_OF_DEPTH[50]):
+            planes, layers = 64 * 2**stage, []
             for i in range(blocks):
-                made.append(MMBottleneck(inputs, planes, 2 if stage > 0 and i == 0 else 1, style))
+                layers.append(MMBottleneck(inputs, planes, 2 if stage > 0 and i == 0 else 1, style))
                 inputs = 4 * planes
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*made))
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)

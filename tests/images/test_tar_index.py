@@ -1,4 +1,4 @@
-"""Plain tar archives: every member by its own name and at its own place, or a word about it."""
+"""Plain tar archives: members by name, links, sparse files, and truncated or damaged archives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fpnx.images.decoding import decode, upright_size
 from fpnx.images.listing import find_images, list_lines
 from fpnx.images.reading import ImageSource, open_source
 from fpnx.images.tar_index import TarIndex, read_tar_index
-from fpnx.visualization.scene import find_photo
+from fpnx.visualization.image_maps import find_photo
 from tests.helpers.files import noise_image
 from tests.helpers.process import document
 
@@ -32,9 +32,9 @@ LINE = [word for name, value in SMALL.items() for word in (f"--{name}", str(valu
 
 
 def jpeg(seed: int = 1, size: tuple[int, int] = (60, 40)) -> bytes:
-    held = io.BytesIO()
-    noise_image(seed, size).save(held, "JPEG")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    noise_image(seed, size).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 def packed(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
@@ -63,7 +63,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
     return info
 
 
-def read_catalogue(path: Path) -> TarIndex:
+def read_index(path: Path) -> TarIndex:
     content = path.read_bytes()
     return read_tar_index(lambda start, count: content[start : start + count], len(content), path.name)
 
@@ -82,14 +82,14 @@ def names(*arguments: object) -> list[bytes]:
 )
 def test_members_are_what_tarfile_unpacks(tmp_path: Path, form: int) -> None:
     long = "/".join(["long folder name"] * 8) + "/a.jpg"  # beyond 100 bytes; within what ustar can split
-    held = [("b/01.jpg", jpeg(1)), ("a/01.jpg", jpeg(2)), ("a/01.png", jpeg(3)), (long, jpeg(4)), ("é.jpg", jpeg(5))]
-    held += [("note.txt", b"text"), ("caf\udce9.jpg", jpeg(6))]
-    path = packed(tmp_path / "x.tar", held, form)
+    members = [("b/01.jpg", jpeg(1)), ("a/01.jpg", jpeg(2)), ("a/01.png", jpeg(3)), (long, jpeg(4)), ("é.jpg", jpeg(5))]
+    members += [("note.txt", b"text"), ("caf\udce9.jpg", jpeg(6))]
+    path = packed(tmp_path / "x.tar", members, form)
     listing = find_images([path])
-    images = sorted((os.fsencode(name), content) for name, content in held if not name.endswith("txt"))
+    images = sorted((os.fsencode(name), content) for name, content in members if not name.endswith("txt"))
     assert [(source.name, content_of(source)) for source in listing.sources] == images
     assert listing.root == os.fsencode(path)
-    assert (listing.skipped, listing.remarks, listing.lost) == (1, (), ())
+    assert (listing.skipped, listing.remarks, listing.truncated) == (1, (), ())
     assert all(source.path == os.fsencode(path) + b"/" + source.name for source in listing.sources)
     assert {source.mtime_ns for source in listing.sources} == {path.stat().st_mtime_ns}
     assert listing.sources[0].bytes == len(images[0][1])
@@ -119,7 +119,7 @@ def test_roots_with_other_inputs(tmp_path: Path, photos: Path) -> None:
         find_images([first, first])
 
 
-def test_a_member_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(tmp_path / "x.tar", [("d/a.jpg", jpeg(1)), ("d/picture.dat", jpeg(2))])
     assert names(tmp_path / "x.tar" / "d" / "picture.dat") == [b"picture.dat"]
     monkeypatch.chdir(tmp_path)
@@ -148,17 +148,17 @@ def test_archives_in_folders_are_other_files(tmp_path: Path) -> None:
     assert names(tmp_path / "folder.tar") == [b"c.png"]
 
 
-def test_the_same_name_twice_is_the_last(tmp_path: Path) -> None:
+def test_the_last_of_repeated_names_counts(tmp_path: Path) -> None:
     path = packed(tmp_path / "x.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2)), ("./a.jpg", jpeg(3))])
     listing = find_images([path])
     assert [content_of(source) for source in listing.sources] == [jpeg(3), jpeg(2)]
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path / "out", filter="data")
     assert (tmp_path / "out" / "a.jpg").read_bytes() == jpeg(3)
-    assert listing.remarks == (f"{path}: 1 members have the name of a later one, which counts, as tar does it",)
+    assert listing.remarks == (f"{path}: 1 members are replaced by later ones of the same name, as in tar",)
 
 
-def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+def test_links_stand_for_their_targets(tmp_path: Path) -> None:
     path = odd(
         tmp_path / "x.tar",
         member("d/a.dat"),
@@ -181,7 +181,7 @@ def test_links_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
     assert listing.skipped == 7  # a.dat, and six links that lead nowhere
 
 
-def test_names_that_lead_out_and_what_is_no_file(tmp_path: Path) -> None:
+def test_names_outside_of_the_archive_and_special_files(tmp_path: Path) -> None:
     path = odd(
         tmp_path / "x.tar",
         member("/etc/a.jpg"),
@@ -197,7 +197,7 @@ def test_names_that_lead_out_and_what_is_no_file(tmp_path: Path) -> None:
     listing = find_images([path])
     assert [source.name for source in listing.sources] == [b"etc/a.jpg"]
     assert listing.skipped == 4
-    assert listing.remarks == (f"{path}: 2 members are left out, since .. in their names leads out of it",)
+    assert listing.remarks == (f"{path}: 2 members are left out, because of .. in their names",)
 
 
 def test_a_sparse_member(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_a_sparse_member(tmp_path: Path) -> None:
     for form in ("gnu", "posix"):
         path = tmp_path / f"{form}.tar"
         subprocess.run(["tar", "--sparse", f"--format={form}", "-cf", path, "-C", tmp_path, "sparse.bmp"], check=True)
-        held = read_catalogue(path)
-        if held.members[b"sparse.bmp"].stretches is None:
+        index = read_index(path)
+        if index.members[b"sparse.bmp"].segments is None:
             pytest.skip("this file system keeps no holes")
         source = find_images([path]).sources[0]
         assert source.bytes == len(content)
@@ -227,7 +227,7 @@ def test_a_sparse_member(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [100, 700, 1024, 1500], ids=str)
-def test_a_truncated_archive_gives_its_whole_members(tmp_path: Path, cut: int) -> None:
+def test_complete_members_of_a_truncated_archive(tmp_path: Path, cut: int) -> None:
     whole = packed(tmp_path / "whole.tar", [("a.jpg", b"a" * 512), ("b.jpg", b"b" * 700), ("c.jpg", b"c" * 512)])
     content = whole.read_bytes()
     third = content.index(b"c.jpg")
@@ -235,8 +235,8 @@ def test_a_truncated_archive_gives_its_whole_members(tmp_path: Path, cut: int) -
     listing = find_images([tmp_path / "x.tar"])
     found = {source.name: source for source in listing.sources}
     assert content_of(found.pop(b"a.jpg")) == b"a" * 512
-    assert len(listing.lost) == 1
-    assert "ends early" in listing.lost[0]
+    assert len(listing.truncated) == 1
+    assert "ends early" in listing.truncated[0]
     if cut < 512:
         assert not found
     elif cut < 512 + 700:
@@ -246,16 +246,16 @@ def test_a_truncated_archive_gives_its_whole_members(tmp_path: Path, cut: int) -
         assert content_of(found[b"b.jpg"]) == b"b" * 700
 
 
-def test_a_truncated_archive_in_a_run(tmp_path: Path, fpnx: Callable[..., Any]) -> None:
+def test_extract_from_a_truncated_archive(tmp_path: Path, fpnx: Callable[..., Any]) -> None:
     members = [(f"{i}.jpg", jpeg(i)) for i in range(4)]
     whole = packed(tmp_path / "whole.tar", members).read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[: whole.index(b"2.jpg") + 900])
     code, out, err = fpnx("extract", "x.tar", "-o", "x.h5", "--json", *LINE)
-    told = document(out)
-    assert (code, told["images"], told["done"]) == (1, 3, 2)
-    assert [failed["path"] for failed in told["failed"]] == ["2.jpg"]
-    assert "its archive ends" in told["failed"][0]["reason"]
-    assert "ends early" in told["lost"][0]
+    result = document(out)
+    assert (code, result["images"], result["done"]) == (1, 3, 2)
+    assert [failed["path"] for failed in result["failed"]] == ["2.jpg"]
+    assert "its archive ends" in result["failed"][0]["reason"]
+    assert "ends early" in result["lost"][0]
     assert "ends early" in err
     assert fpnx("extract", "x.tar", "-o", "x.h5", "--resume", *LINE)[0] == 1
     assert fpnx("extract", "x.tar", "-o", "x.h5", "--resume", "--max-failed", 1, *LINE)[0] == 1
@@ -266,22 +266,22 @@ def test_a_truncated_archive_in_a_run(tmp_path: Path, fpnx: Callable[..., Any]) 
     assert "ends early" in out
 
 
-def test_damage_is_told(tmp_path: Path) -> None:
+def test_damaged_headers_are_reported(tmp_path: Path) -> None:
     content = bytearray(packed(tmp_path / "x.tar", [(f"{i}.jpg", b"x" * 600) for i in range(3)]).read_bytes())
     content[content.index(b"1.jpg")] ^= 0xFF  # the header's checksum
     (tmp_path / "x.tar").write_bytes(content)
-    held = read_catalogue(tmp_path / "x.tar")
-    assert list(held.members) == [b"0.jpg"]
-    assert held.lost == "its header at byte 1536 is damaged: what comes after is lost"
+    index = read_index(tmp_path / "x.tar")
+    assert list(index.members) == [b"0.jpg"]
+    assert index.truncated == "its header at byte 1536 is damaged: what comes after is lost"
 
 
-def test_joined_archives_are_told(tmp_path: Path) -> None:
+def test_joined_archives_are_reported(tmp_path: Path) -> None:
     one = packed(tmp_path / "a.tar", [("a.jpg", jpeg())]).read_bytes()
     (tmp_path / "x.tar").write_bytes(one + packed(tmp_path / "b.tar", [("b.jpg", jpeg())]).read_bytes())
-    held = read_catalogue(tmp_path / "x.tar")
-    assert list(held.members) == [b"a.jpg"]
-    assert "two archives joined" in held.lost
-    assert read_catalogue(tmp_path / "a.tar").lost == ""
+    index = read_index(tmp_path / "x.tar")
+    assert list(index.members) == [b"a.jpg"]
+    assert "two archives joined" in index.truncated
+    assert read_index(tmp_path / "a.tar").truncated == ""
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_joined_archives_are_told(tmp_path: Path) -> None:
         ("x.zip", b"PK", "only plain .tar archives"),
     ],
 )
-def test_what_is_no_plain_archive(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_files_that_are_no_plain_archive(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FpnxError, match=reason):
         find_images([tmp_path / name])
@@ -311,7 +311,7 @@ def test_an_archive_without_images(tmp_path: Path) -> None:
         find_images([tmp_path / "pipe.tar"])
 
 
-def test_headers_that_lie_end(tmp_path: Path) -> None:
+def test_invalid_sizes_in_headers(tmp_path: Path) -> None:
     good = packed(tmp_path / "x.tar", [("a.jpg", b"x" * 512)]).read_bytes()[:1024]
     huge = member("pax", tarfile.XHDTYPE).tobuf()
     huge = bytearray(huge)
@@ -320,16 +320,16 @@ def test_headers_that_lie_end(tmp_path: Path) -> None:
     negative[124:136] = b"\xff" * 11 + b"\x00"  # sizes below 0, in base 256
     far = bytearray(negative)
     far[124:136] = b"\xff" * 10 + b"\xf0\x00"
-    for lie in (huge, negative, far):
-        lie[148:156] = b" " * 8
-        lie[148:156] = b"%06o\0 " % sum(lie)
-        (tmp_path / "y.tar").write_bytes(good + bytes(lie) + bytes(2048))
-        held = read_catalogue(tmp_path / "y.tar")
-        assert list(held.members) == [b"a.jpg"]
-        assert "damaged" in held.lost
+    for header in (huge, negative, far):
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)  # the checksum
+        (tmp_path / "y.tar").write_bytes(good + bytes(header) + bytes(2048))
+        index = read_index(tmp_path / "y.tar")
+        assert list(index.members) == [b"a.jpg"]
+        assert "damaged" in index.truncated
 
 
-def test_an_archive_that_changes_fails_image_by_image(tmp_path: Path) -> None:
+def test_images_of_a_changed_archive_fail(tmp_path: Path) -> None:
     path = packed(tmp_path / "x.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
     listing = find_images([path])
     packed(path, [("a.jpg", jpeg(3)), ("b.jpg", jpeg(4))])
@@ -380,7 +380,7 @@ def test_a_list_of_members(tmp_path: Path, fpnx: Callable[..., Any]) -> None:
     assert "ends early" in err
 
 
-def test_resume_sees_a_changed_archive(tmp_path: Path) -> None:
+def test_resume_detects_a_changed_archive(tmp_path: Path) -> None:
     path = packed(tmp_path / "x.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
     package.extract(path, tmp_path / "out.h5", **SMALL)
     assert package.extract(path, tmp_path / "out.h5", resume=True, **SMALL).computed == 0

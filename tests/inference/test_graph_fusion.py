@@ -19,7 +19,7 @@ from fpnx.inference.fpn_fusion import FusedFpn, _Recombined, _UpsampledConvoluti
 from fpnx.inference.graph_fusion import fuse_model
 from fpnx.inference.packed_conv import PackedConv2d, can_pack, native_on_cpu
 from fpnx.models.backbones.factory import Backbone, tap_shapes
-from fpnx.models.backbones.feature_extractor import tapped
+from fpnx.models.backbones.feature_extractor import create_feature_extractor
 from fpnx.models.backbones.stage_search import Stages, TapPoint
 from fpnx.models.factory import create_model
 from fpnx.models.necks.fpn import FPN
@@ -65,10 +65,11 @@ def assert_equal_levels(made: dict[str, torch.Tensor], wanted: dict[str, torch.T
 
 
 def model_of(network: nn.Module, nodes: dict[int, str], levels: tuple[str, ...]) -> PyramidModel:
-    body = tapped(network.eval(), Stages(taps={k: TapPoint(node=node) for k, node in nodes.items()}, traced=True))
+    stages = Stages(taps={k: TapPoint(node=node) for k, node in nodes.items()}, traced=True)
+    body = create_feature_extractor(network.eval(), stages)
     channels = {int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, (128, 128)).items()}
     fpn = FPN(channels, 64, "pool")
-    fpn.draw(0)
+    fpn.initialize(0)
     weights = create_model("mobilenet_v2", weights="random").weights
     return PyramidModel(Backbone("own", body, nodes, channels), fpn, levels, weights).eval()
 
@@ -338,7 +339,7 @@ def test_every_kind_of_pyramid(top_block, levels):
     for norm, relu, names in [(None, True, ()), ("batch", False, ()), (None, False, "abcde")]:
         count = 4 if top_block == "pool" else 5
         fpn = FPN(channels, 32, top_block, norm=norm, p7_relu=relu, names=tuple(names)[:count])
-        fpn.draw(1)
+        fpn.initialize(1)
         wanted = {"all": fpn.levels, "above": fpn.levels[3:], "finest": fpn.levels[:1]}[levels]
         fpn.eval()
         made = FusedFpn(fpn, wanted, {f"C{k}": n for k, n in channels.items()}).eval()
@@ -355,7 +356,7 @@ def test_tf32_is_as_asked_within_and_as_before_after(words, precision):
     """In a process of its own: torch remembers in which words it was told."""
     script = f"""
 import torch
-from fpnx.inference.engine import arithmetic
+from fpnx.inference.devices import arithmetic
 cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
 words = {words!r} if hasattr(products, "fp32_precision") else "old"
 conv = getattr(cudnn, "conv", None)

@@ -1,4 +1,4 @@
-"""Where networks are tapped: every torchvision classifier, timm's, and modules that are in no list."""
+"""Stage detection and taps: all torchvision classifiers, timm's networks, and the caller's own modules."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from torchvision import models
 
 import fpnx
-from fpnx.core import cache as shelf
+from fpnx.core.cache import load_entry
 from fpnx.core.errors import FpnxError
-from fpnx.models.backbones import factory as backbones
+from fpnx.models.backbones import factory
+from fpnx.models.backbones.registry import no_warnings
+from fpnx.models.preprocessing import Recipe
 from tests.helpers.files import DATA, ROOT, noise_image
 
-# Strides, nodes and channels as they were measured with another implementation of the method.
+# Strides, nodes and channels, measured with another implementation of the method.
 TABLE = json.loads((DATA / "stages.json").read_text())
 WITH_STAGES = [name for name, rows in TABLE.items() if rows]
-# One of each family, with the size that it is run at.
+# One network of each family, with the (height, width) that it is tested at.
 FAMILIES = {
     "alexnet": (107, 139),
     "convnext_tiny": (107, 139),
@@ -52,78 +54,78 @@ FAMILIES = {
 }
 
 
-def split(names: Any, fast: Any) -> list[Any]:
+def mark_slow(names: Any, fast: Any) -> list[Any]:
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow, id=name) for name in names]
 
 
-def rows(found: backbones.StageDetection) -> list[list[Any]]:
-    assert found.stages is not None, found.refused
-    return [[2**level, tap.node, tap.channels] for level, tap in sorted(found.stages.taps.items())]
+def rows(detection: factory.StageDetection) -> list[list[Any]]:
+    assert detection.stages is not None, detection.refused
+    return [[2**level, tap.node, tap.channels] for level, tap in sorted(detection.stages.taps.items())]
 
 
-@pytest.mark.parametrize("name", split(WITH_STAGES, FAMILIES))
+@pytest.mark.parametrize("name", mark_slow(WITH_STAGES, FAMILIES))
 def test_taps_equal_the_table(name: str) -> None:
-    assert rows(backbones.detect_stages(name)) == TABLE[name]
+    assert rows(factory.detect_stages(name)) == TABLE[name]
 
 
-def test_the_table_has_what_torchvision_has() -> None:
+def test_the_table_lists_torchvisions_networks() -> None:
     assert set(TABLE) <= set(models.list_models(module=models))
     assert len(WITH_STAGES) == 75
 
 
-@pytest.mark.parametrize("name", split(sorted(set(TABLE) - set(WITH_STAGES)), ["vit_b_16", "vit_h_14"]))
+@pytest.mark.parametrize("name", mark_slow(sorted(set(TABLE) - set(WITH_STAGES)), ["vit_b_16", "vit_h_14"]))
 def test_vision_transformers_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(FpnxError, match=rf"{name} has (maps at stride \d+ only|no maps at strides).*transformer"):
         fpnx.create_model(name, weights="random")
 
 
-@pytest.mark.parametrize("name", split(FAMILIES, ["densenet121", "googlenet", "mobilenet_v3_small", "resnet18",
+@pytest.mark.parametrize("name", mark_slow(FAMILIES, ["densenet121", "googlenet", "mobilenet_v3_small", "resnet18",
                                                   "shufflenet_v2_x0_5", "squeezenet1_0", "swin_t"]))  # fmt: skip
-def test_bodies_equal_hooks_on_the_plain_network(name: str) -> None:
-    backbone = backbones.create_backbone(name, seed=3)
-    body = with_statistics(backbone.body)
+def test_taps_equal_hooks_on_the_plain_network(name: str) -> None:
+    backbone = factory.create_backbone(name, seed=3)
+    body = randomise_statistics(backbone.body)
     plain = plain_network(name)
-    assert not set(body.state_dict()) - set(plain.state_dict()), "names are torchvision's own"
-    state = plain.state_dict()  # with the versions that MNASNet looks for
+    assert not set(body.state_dict()) - set(plain.state_dict()), "names that torchvision does not have"
+    state = plain.state_dict()  # it holds the version metadata that MNASNet reads
     state.update(body.state_dict())
     plain.load_state_dict(state)
     images = torch.randn(2, 3, *FAMILIES[name], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, theirs = body(images), hooked(plain, backbone.nodes, images)
+        ours, theirs = body(images), hooked_outputs(plain, backbone.nodes, images)
     assert list(ours) == [f"C{level}" for level in backbone.nodes]
     for level, channels in backbone.channels.items():
         assert ours[f"C{level}"].shape[1] == channels
         assert torch.equal(ours[f"C{level}"], theirs[level]), level
-    shapes = backbones.tap_shapes(body, FAMILIES[name])
+    shapes = factory.tap_shapes(body, FAMILIES[name])
     assert shapes == {level: tuple(tap.shape[1:]) for level, tap in ours.items()}
 
 
 def plain_network(name: str) -> nn.Module:
-    with backbones.quiet():
+    with no_warnings():
         network = models.get_model(name, weights=None).eval()
     if hasattr(network, "transform_input"):
         network.transform_input = True  # as torchvision builds it for its published weights
     return network
 
 
-def hooked(plain: nn.Module, nodes: Any, images: Tensor) -> dict[int, Tensor]:
-    """The named modules' outputs, copied at once; DenseNet's last ReLU is a function, after `features`."""
-    held: dict[int, Tensor] = {}
+def hooked_outputs(plain: nn.Module, nodes: Any, images: Tensor) -> dict[int, Tensor]:
+    """Copies of the outputs of the named modules. DenseNet's last ReLU is a function that follows `features`."""
+    outputs: dict[int, Tensor] = {}
     for level, node in nodes.items():
         name = "features" if node == "relu" else node
         plain.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, level=level: held.__setitem__(level, output.clone())
+            lambda module, inputs, output, level=level: outputs.__setitem__(level, output.clone())
         )
     plain(images)
     for level, node in nodes.items():
         if node == "relu":
-            held[level] = F.relu(held[level])
+            outputs[level] = F.relu(outputs[level])
         if type(plain).__name__ == "SwinTransformer" and node.startswith("features"):
-            held[level] = held[level].permute(0, 3, 1, 2)
-    return held
+            outputs[level] = outputs[level].permute(0, 3, 1, 2)
+    return outputs
 
 
-def with_statistics(module: nn.Module) -> nn.Module:
+def randomise_statistics(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(7)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -133,7 +135,7 @@ def with_statistics(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["swin_t", "densenet121"])
-def test_one_tap_alone_runs_no_deeper_stage(name: str) -> None:
+def test_a_single_tap_runs_no_deeper_stage(name: str) -> None:
     every = fpnx.create_model(name, weights="random", levels="C2-C5")
     one = fpnx.create_model(name, weights="random", levels="C3")
     ran: list[str] = []
@@ -142,12 +144,12 @@ def test_one_tap_alone_runs_no_deeper_stage(name: str) -> None:
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         assert torch.equal(one(images)["C3"], every(images)["C3"])
-    deeper = tuple(node for level, node in backbones.create_backbone(name, 0).nodes.items() if level > 3)
+    deeper = tuple(node for level, node in factory.create_backbone(name, 0).nodes.items() if level > 3)
     assert ran
     assert not any(path.startswith(deeper) for path in ran)
 
 
-# What is not there
+# Missing strides and fixed input sizes
 
 
 def test_a_missing_stride_leaves_the_other_levels() -> None:
@@ -163,19 +165,19 @@ def test_a_missing_stride_leaves_the_other_levels() -> None:
     [{"levels": "P5"}, {"levels": "C5"}, {"levels": "P2-P6"}, {"levels": "P7"}, {"top_block": "pool"}],
     ids=lambda options: str(*options.values()),
 )
-def test_a_missing_stride_is_told(options: dict[str, str]) -> None:
+def test_a_missing_stride_is_reported(options: dict[str, str]) -> None:
     with pytest.raises(FpnxError, match=r"squeezenet1_1 has no .*no map at stride 32: it gives C2, C3, C4, P2, P3, P4"):
         fpnx.create_model("squeezenet1_1", weights="random", **options)
 
 
-def test_a_network_that_is_built_for_one_size(fpnx: Any, photos: Path) -> None:
-    code, _, told = fpnx("extract", photos, "--backbone", "maxvit_t", "--weights", "random", "--size", "300")
+def test_a_wrong_size_for_a_network_built_for_one_size_is_refused(fpnx: Any, photos: Path) -> None:
+    code, _, err = fpnx("extract", photos, "--backbone", "maxvit_t", "--weights", "random", "--size", "300")
     assert code == 2
-    assert "maxvit_t" in told
-    assert "squares in multiples of 224, and not 300×300: take size 224 or 448" in told
+    assert "maxvit_t" in err
+    assert "squares in multiples of 224, and not 300×300: take size 224 or 448" in err
 
 
-def test_one_size_and_another() -> None:
+def test_a_network_built_for_one_size_can_be_built_for_another() -> None:
     small = fpnx.create_model("maxvit_t", weights="random", levels="C5")
     assert small.shapes((224, 224)) == {"C5": (512, 7, 7)}
     with pytest.raises(FpnxError, match="built for inputs of 224×224: give size 448"):
@@ -188,21 +190,21 @@ def test_one_size_and_another() -> None:
     assert torch.equal(small.state_dict()["body.stem.0.0.weight"], large.state_dict()["body.stem.0.0.weight"])
 
 
-def test_the_least_size_is_told() -> None:
+def test_the_smallest_size_is_reported() -> None:
     model = fpnx.create_model("inception_v3", weights="random", levels="C2")
     with pytest.raises(FpnxError, match="the smallest square it takes is 75×75"):
         model.shapes((74, 200))
 
 
-# Modules that are in no list
+# The caller's own modules
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-class Homemade(nn.Module):
-    """Strides 2 to 32; what ends a stage is changed in place by what begins the next."""
+class CustomNetwork(nn.Module):
+    """Strides 2 to 32. In-place operations between the stages change the output of the stage before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,9 +220,9 @@ class Homemade(nn.Module):
         x += 1
         return self.head(self.four(x).mean((2, 3)))
 
-    def by_hand(self, x: Tensor) -> dict[str, Tensor]:
+    def expected_taps(self, x: Tensor) -> dict[str, Tensor]:
         taps = {"C2": self.one(self.stem(x * self.scale))}
-        # `mul_` and `+=` stand outside the stages and end them: their results are what goes on.
+        # `mul_` and `+=` stand between the stages: each belongs to the stage before it.
         taps["C2"] = taps["C2"] * 0.5
         taps["C3"] = self.two(taps["C2"])
         taps["C4"] = self.three(taps["C3"]) + 1
@@ -228,13 +230,13 @@ class Homemade(nn.Module):
         return taps
 
 
-class Untraceable(Homemade):
-    """Its control flow depends on numbers, so its modules are hooked: their own outputs are its taps."""
+class Untraceable(CustomNetwork):
+    """Its control flow depends on its input, so it cannot be traced: its taps are the outputs of its modules."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.shape[0] > 0 else x[:0])
 
-    def by_hand(self, x: Tensor) -> dict[str, Tensor]:
+    def expected_taps(self, x: Tensor) -> dict[str, Tensor]:
         taps = {"C2": self.one(self.stem(x * self.scale))}
         taps["C3"] = self.two(taps["C2"] * 0.5)
         taps["C4"] = self.three(taps["C3"])
@@ -242,8 +244,8 @@ class Untraceable(Homemade):
         return taps
 
 
-class Several(Homemade):
-    """A backbone that returns its maps, one of them with channels last."""
+class SeveralOutputs(CustomNetwork):
+    """A network that returns several maps, one of them with channels last."""
 
     def forward(self, x: Tensor) -> Any:
         one = self.one(self.stem(x))
@@ -251,13 +253,13 @@ class Several(Homemade):
         four = self.four(self.three(two))
         return {"fine": one, "rest": [two.permute(0, 2, 3, 1), four], "pooled": four.mean((2, 3))}
 
-    def by_hand(self, x: Tensor) -> dict[str, Tensor]:
+    def expected_taps(self, x: Tensor) -> dict[str, Tensor]:
         one = self.one(self.stem(x))
         return {"C2": one, "C3": self.two(one), "C5": self.four(self.three(self.two(one)))}
 
 
-class Decoder(Homemade):
-    """Goes down and up again, without a way round: what is fine comes after what is coarse."""
+class Decoder(CustomNetwork):
+    """An encoder and a decoder without skip connections: its last maps are fine again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,22 +269,22 @@ class Decoder(Homemade):
         return self.up(self.four(self.three(self.two(self.one(self.stem(x))))))
 
 
-@pytest.fixture(params=[Homemade, Untraceable, Several], ids=lambda kind: kind.__name__)
+@pytest.fixture(params=[CustomNetwork, Untraceable, SeveralOutputs], ids=lambda kind: kind.__name__)
 def module(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(2)
-    module: nn.Module = with_statistics(request.param())
+    module: nn.Module = randomise_statistics(request.param())
     return module
 
 
-def test_anybodys_module(module: Any) -> None:
+def test_a_callers_module(module: Any) -> None:
     before = {name: value.clone() for name, value in module.state_dict().items()}
     module.train()
     model = fpnx.create_model(module, levels="C2,C3,C5,P5", seed=1)
-    assert module.training, "the caller's module is left as it was"
+    assert module.training, "the caller's module must stay as it is"
     assert not any(part.training for part in model.modules())
     images = torch.randn(2, 3, 75, 107)
     with torch.no_grad():
-        levels, taps = model(images), module.eval().by_hand(images)
+        levels, taps = model(images), module.eval().expected_taps(images)
     assert list(levels) == ["C2", "C3", "C5", "P5"]
     assert all(torch.equal(levels[name], taps[name]) for name in ("C2", "C3", "C5"))
     body = {name[5:]: value for name, value in model.state_dict().items() if name.startswith("body.")}
@@ -295,25 +297,27 @@ def test_anybodys_module(module: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-def test_copies_of_a_modules_model(module: nn.Module, way: Any) -> None:
+def test_copies_share_no_parameters(module: nn.Module, duplicate: Any) -> None:
     model = fpnx.create_model(module, levels="C2,P5")
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = model(images)
-        twin = way(model)
-        assert all(torch.equal(value, before[name]) for name, value in twin(images).items())
-        for parameter in twin.parameters():
+        copied = duplicate(model)
+        assert all(torch.equal(value, before[name]) for name, value in copied(images).items())
+        for parameter in copied.parameters():
             parameter.zero_()
-        assert all(torch.equal(value, before[name]) for name, value in model(images).items()), "copies share nothing"
-        assert twin(images)["C2"].abs().max() == 0
+        assert all(torch.equal(value, before[name]) for name, value in model(images).items()), (
+            "copies must share no parameters"
+        )
+        assert copied(images)["C2"].abs().max() == 0
         doubled = copy.deepcopy(model).double()(images.double())
     assert all((value - before[name]).abs().max() < 1e-4 for name, value in doubled.items())
 
 
 @pytest.mark.parametrize("levels", ["C2", "C3"])
-def test_hooked_networks_stop_where_nothing_more_is_needed(levels: str) -> None:
+def test_hooked_networks_stop_after_the_last_tap(levels: str) -> None:
     torch.manual_seed(2)
     module = Untraceable().eval()
     model = fpnx.create_model(module, levels=levels)
@@ -324,131 +328,131 @@ def test_hooked_networks_stop_where_nothing_more_is_needed(levels: str) -> None:
     assert not ran
 
 
-class Flat(nn.Module):
+class OneStride(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 16)
 
 
-class Fixed(Homemade):
+class OneSize(CustomNetwork):
     def forward(self, x: Tensor) -> Tensor:
         assert tuple(x.shape[2:]) == (224, 224), "only 224"
         return super().forward(x)
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("module", "message"),
     [
-        (Flat(), "the module Flat has maps at stride 16 only"),
+        (OneStride(), "the module OneStride has maps at stride 16 only"),
         (Decoder(), "the module Decoder does not go from fine to coarse"),
-        (Fixed(), r"the module Fixed cannot be measured \(AssertionError: only 224.*\): .* of any size"),
+        (OneSize(), r"the module OneSize cannot be measured \(AssertionError: only 224.*\): .* of any size"),
         (nn.Linear(3, 3), "the module Linear cannot be measured"),
     ],
     ids=["one stride", "decoder", "one size", "no images"],
 )
-def test_modules_that_will_not_do(broken: nn.Module, told: str) -> None:
-    with pytest.raises(FpnxError, match=told):
-        fpnx.create_model(broken)
+def test_modules_without_usable_stages_are_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(FpnxError, match=message):
+        fpnx.create_model(module)
 
 
-def test_a_module_keeps_its_parameters_whatever_weights_say() -> None:
+def test_a_module_keeps_its_parameters_whatever_weights_are_given() -> None:
     torch.manual_seed(2)
-    module = Homemade()
+    module = CustomNetwork()
     default, random = fpnx.create_model(module), fpnx.create_model(module, weights="random")
     assert all(torch.equal(value, random.state_dict()[name]) for name, value in default.state_dict().items())
     with pytest.raises(FpnxError, match="beside a module: it keeps the parameters that it has"):
         fpnx.create_model(module, weights="imagenet")
 
 
-def test_a_modules_recipe() -> None:
-    from fpnx.models.preprocessing import Recipe
-
-    module = Homemade()
+def test_a_modules_recipe_is_used() -> None:
+    module = CustomNetwork()
     assert fpnx.create_model(module).recipe == Recipe(height=224, width=224)
     module.recipe = Recipe(height=96, width=64, mean=(0.5, 0.5, 0.5))
     assert fpnx.create_model(module).transform(noise_image(0, (80, 60))).shape == (3, 96, 64)
 
 
-def test_parameters_tell_modules_apart() -> None:
-    one, two = Homemade(), Homemade()
+def test_a_models_identity_depends_on_its_parameters() -> None:
+    one, two = CustomNetwork(), CustomNetwork()
     assert fpnx.create_model(one).identity() == fpnx.create_model(copy.deepcopy(one)).identity()
     assert fpnx.create_model(one).identity() != fpnx.create_model(two).identity()
 
 
-# What is kept for the next time
+# The cache of stage detection
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
-def ask(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
-    """Where resnet18's C2 is, asked as if in a fresh process."""
+def detect_c2(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Detects the node of resnet18's C2 with nothing cached in memory, as in a fresh process."""
 
-    def asked() -> str:
-        monkeypatch.setattr(backbones, "_surveys", {})
-        found = backbones.detect_stages("resnet18")
-        assert found.stages is not None
-        return found.stages.taps[2].node
+    def detect() -> str:
+        monkeypatch.setattr(factory, "_detections", {})
+        detection = factory.detect_stages("resnet18")
+        assert detection.stages is not None
+        return detection.stages.taps[2].node
 
-    return asked
+    return detect
 
 
-def test_another_process_measures_nothing(home: Path, ask: Callable[[], str]) -> None:
-    assert ask() == "layer1"
-    (file,) = (home / "fpnx" / "stages").iterdir()
-    file.write_text(file.read_text().replace('"layer1"', '"kept"'))
-    code = "from fpnx.models.backbones.factory import survey; print(survey('resnet18').stages.taps[2].node)"
+def test_another_process_reads_the_cache(cache_home: Path, detect_c2: Callable[[], str]) -> None:
+    assert detect_c2() == "layer1"
+    (file,) = (cache_home / "fpnx" / "stages").iterdir()
+    file.write_text(file.read_text().replace('"layer1"', '"cached"'))
+    code = (
+        "from fpnx.models.backbones.factory import detect_stages; print(detect_stages('resnet18').stages.taps[2].node)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout.strip(), ask()) == ("kept", "kept")
+    assert (done.stdout.strip(), detect_c2()) == ("cached", "cached")
 
 
 @pytest.mark.parametrize(
     "broken",
     [b"", b'{"key": ', b"[1, 2]", b'{"key": "another", "value": {}}', b"\xff\xfe", None],
-    ids=["empty", "cut off", "no object", "another's", "no text", "other fields"],
+    ids=["empty", "truncated", "no object", "another key", "no text", "other fields"],
 )
-def test_a_broken_cache_is_measured_anew(home: Path, ask: Callable[[], str], broken: bytes | None) -> None:
-    assert ask() == "layer1"
-    (file,) = (home / "fpnx" / "stages").iterdir()
+def test_a_broken_cache_entry_is_replaced(cache_home: Path, detect_c2: Callable[[], str], broken: bytes | None) -> None:
+    assert detect_c2() == "layer1"
+    (file,) = (cache_home / "fpnx" / "stages").iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b'"taps"', b'"tips"') if broken is None else broken)
-    assert ask() == "layer1"
-    assert file.read_bytes() == whole, "and mended"
+    assert detect_c2() == "layer1"
+    assert file.read_bytes() == whole, "the entry was not replaced"
 
 
-def test_a_cache_that_cannot_be_written(
-    tmp_path: Path, ask: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+def test_detection_works_where_the_cache_cannot_be_written(
+    tmp_path: Path, detect_c2: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
-    assert ask() == "layer1"
+    assert detect_c2() == "layer1"
 
 
-def test_writers_at_once_leave_something_whole(home: Path) -> None:
-    code = "from fpnx.core.cache import remember\nfor i in range(200): remember('k', {'all': [i] * 2000})"
+def test_concurrent_writers_leave_whole_entries(cache_home: Path) -> None:
+    code = "from fpnx.core.cache import save_entry\nfor i in range(200): save_entry('k', {'all': [i] * 2000})"
     writers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}) for _ in range(3)]
-    seen = 0
+    reads = 0
     while any(writer.poll() is None for writer in writers):
-        value = shelf.load_entry("k")
+        value = load_entry("k")
         if value is not None:
-            seen += 1
+            reads += 1
             assert len(value["all"]) == 2000
             assert len(set(value["all"])) == 1
-    assert seen > 0
+    assert reads > 0
     assert [writer.returncode for writer in writers] == [0, 0, 0]
-    assert [path.suffix for path in (home / "fpnx" / "stages").iterdir()] == [".json"]
+    assert [path.suffix for path in (cache_home / "fpnx" / "stages").iterdir()] == [".json"]
 
 
-# Published files with names of old
+# Published files with old names
 
 
-def test_densenet_files_with_names_of_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_densenet_files_with_old_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(0)
-    plain = with_statistics(models.densenet121(weights=None)).eval()
+    plain = randomise_statistics(models.densenet121(weights=None)).eval()
     old = {
         re.sub(r"(denselayer.*(?:norm|conv))([12])", r"\1.\2", name): value
         for name, value in plain.state_dict().items()
@@ -474,10 +478,12 @@ def timm() -> Any:
 @pytest.mark.parametrize(
     "name", ["resnet10t", "mobilenetv3_small_050", "swin_tiny_patch4_window7_224", "hrnet_w18_small"]
 )
-def test_timms_networks(timm: Any, name: str) -> None:
+def test_timm_networks(timm: Any, name: str) -> None:
     model = fpnx.create_model(f"timm/{name}", weights="random", levels="C2-C5,P3")
     theirs = timm.create_model(name, features_only=True).eval()
-    state = {key[5:]: value for key, value in with_statistics(model).state_dict().items() if key.startswith("body.")}
+    state = {
+        key[5:]: value for key, value in randomise_statistics(model).state_dict().items() if key.startswith("body.")
+    }
     theirs.load_state_dict({**theirs.state_dict(), **state})
     size = model.size or (96, 160)
     images = torch.randn(1, 3, *size)
@@ -489,14 +495,14 @@ def test_timms_networks(timm: Any, name: str) -> None:
     for k in range(2, 6):
         assert torch.equal(ours[f"C{k}"], by_stride[2**k]), k
     assert {level: tuple(value.shape[1:]) for level, value in ours.items()} == model.shapes(size)
-    told = timm.data.resolve_data_config({}, model=theirs)
-    assert (model.recipe.height, model.recipe.width) == told["input_size"][1:]
-    assert (model.recipe.mean, model.recipe.std) == (told["mean"], told["std"])
-    assert model.recipe.resampling == told["interpolation"]
+    config = timm.data.resolve_data_config({}, model=theirs)
+    assert (model.recipe.height, model.recipe.width) == config["input_size"][1:]
+    assert (model.recipe.mean, model.recipe.std) == (config["mean"], config["std"])
+    assert model.recipe.resampling == config["interpolation"]
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "default", "c3_in1k", "timm/resnet10t.c3_in1k"])
-def test_timms_weights_from_a_copy(
+def test_timm_weights_from_a_copied_file(
     timm: Any, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     import safetensors.torch
@@ -505,19 +511,19 @@ def test_timms_weights_from_a_copy(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(5)
-    whole = with_statistics(timm.create_model("resnet10t")).eval()
+    classifier = randomise_statistics(timm.create_model("resnet10t")).eval()
     (published,) = timm_weights("timm/resnet10t")
     published.file.parent.mkdir(parents=True)
-    safetensors.torch.save_file(whole.state_dict(), published.file)
+    safetensors.torch.save_file(classifier.state_dict(), published.file)
     model = fpnx.create_model("timm/resnet10t", weights=weights, levels="C5", offline=True)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(model(images)["C5"], whole.forward_features(images))
+        assert torch.equal(model(images)["C5"], classifier.forward_features(images))
     assert (model.weights.body.trained, model.weights.body.source) == (True, "timm/resnet10t.c3_in1k")
 
 
 @pytest.mark.parametrize(
-    ("backbone", "weights", "told"),
+    ("backbone", "weights", "message"),
     [
         ("timm/resnet10t", "imagenet", "forbidden.*put model.safetensors from https://.* or take --weights"),
         ("timm/resnet10t", "a1_in1k", "has no weights 'a1_in1k' for timm/resnet10t, only c3_in1k"),
@@ -526,37 +532,37 @@ def test_timms_weights_from_a_copy(
     ],
     ids=["offline", "tag", "name", "one stride"],
 )  # fmt: skip
-def test_what_timm_has_not(
-    timm: Any, backbone: str, weights: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unknown_timm_names_and_missing_files_are_reported(
+    timm: Any, backbone: str, weights: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FpnxError, match=told) as caught:
+    with pytest.raises(FpnxError, match=message) as caught:
         fpnx.create_model(backbone, weights=weights, offline=True)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_download_that_fails_is_one_line(
+def test_a_failed_download_is_reported_in_one_line(
     timm: Any, fpnx: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("HF_ENDPOINT", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    code, _, told = fpnx("extract", photos, "--backbone", "timm/resnet10t", "--weights", "imagenet")
+    code, _, err = fpnx("extract", photos, "--backbone", "timm/resnet10t", "--weights", "imagenet")
     assert code == 2
-    assert told.count("\n") == 1
-    assert "timm/resnet10t.c3_in1k cannot be had" in told
-    assert "--weights random or --weights FILE" in told
+    assert err.count("\n") == 1
+    assert "timm/resnet10t.c3_in1k cannot be had" in err
+    assert "--weights random or --weights FILE" in err
 
 
-def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FpnxError, match=r"pip install 'fpnx\[timm\]'"):
         fpnx.create_model("timm/resnet18", weights="random")
 
 
-def test_a_timm_module_brings_its_recipe(timm: Any) -> None:
+def test_a_timm_module_has_its_own_recipe(timm: Any) -> None:
     network = timm.create_model("mobilenetv3_small_050", pretrained_cfg_overlay={"input_size": (3, 160, 160)})
     model = fpnx.create_model(network, levels="C3")
     assert (model.recipe.height, model.recipe.resampling) == (160, "bicubic")

@@ -1,4 +1,4 @@
-"""Files of other frameworks: recognised, equal to independent reference networks, and never run."""
+"""Checkpoints of other frameworks: recognised, equal to independent reference networks, and no code in them runs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def half_up(height: int, width: int) -> tuple[int, int]:
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def prepared(picture: Image.Image, *, pillow: bool, order: str, mean: tuple, std: tuple) -> Tensor:
-    """Resize, reorder, normalise on 0..255, pad to 32: the test-time pipeline of detectron2 and mmdetection."""
+def preprocess(picture: Image.Image, *, pillow: bool, order: str, mean: tuple, std: tuple) -> Tensor:
+    """The test-time pipeline of detectron2 and mmdetection: resize, reorder, normalise on 0..255, pad to 32."""
     size = half_up(picture.height, picture.width)
     if pillow:
         pixels = (
@@ -53,7 +53,7 @@ def prepared(picture: Image.Image, *, pillow: bool, order: str, mean: tuple, std
     return F.pad(image, (0, -size[1] % 32, 0, -size[0] % 32))
 
 
-def extracted(tmp_path: Path, weights: Path, **options: object) -> dict[str, np.ndarray]:
+def extract_levels(tmp_path: Path, weights: Path, **options: object) -> dict[str, np.ndarray]:
     """The levels of `PICTURE` in the file that `fpnx.extract` writes."""
     PICTURE.save(tmp_path / "picture.png")
     output = tmp_path / "out.h5"
@@ -62,10 +62,10 @@ def extracted(tmp_path: Path, weights: Path, **options: object) -> dict[str, np.
         return {level: store[0][level] for level in store.levels}
 
 
-def assert_levels(found: dict[str, np.ndarray], expected: dict[str, Tensor]) -> None:
-    assert sorted(found) == sorted(expected)
+def assert_levels(levels: dict[str, np.ndarray], expected: dict[str, Tensor]) -> None:
+    assert sorted(levels) == sorted(expected)
     for level, reference in expected.items():
-        error = np.abs(found[level] - reference[0].numpy()).max()
+        error = np.abs(levels[level] - reference[0].numpy()).max()
         assert error <= 1e-5 * reference.abs().max().item(), level
 
 
@@ -88,7 +88,7 @@ def shortest_edge(height: int, width: int) -> tuple[int, int]:
 
 
 def test_detectron2_sizes():
-    # (33, 86) comes out as (512, 1333) with one factor for both sides: only the steps give 511.
+    # One factor for both sides would resize (33, 86) to (512, 1333); resizing in two steps gives 511.
     assert DETECTRON2_RECIPE.input_size((33, 86)) == (511, 1333) != MMDETECTION_RECIPE.input_size((33, 86))
     for height, width in [(480, 640), (1080, 1920), *RNG.integers(30, 3000, (3000, 2)).tolist()]:
         assert DETECTRON2_RECIPE.input_size((height, width)) == shortest_edge(height, width)
@@ -127,8 +127,8 @@ def test_detectron2_levels_equal_the_reference(case, tmp_path):
     else:
         torch.save({"model": network.state_dict(), "iteration": 7, "optimizer": {"lr": 0.1}}, file)
     with torch.no_grad():
-        expected = network.backbone(prepared(PICTURE, pillow=True, **preprocessing)[None])
-    assert_levels(extracted(tmp_path, file, **options), expected)
+        expected = network.backbone(preprocess(PICTURE, pillow=True, **preprocessing)[None])
+    assert_levels(extract_levels(tmp_path, file, **options), expected)
     with fpnx.open(tmp_path / "out.h5") as store:
         weights = store.provenance.weights.to_json()
     assert (weights["layout"], weights["heads_ignored"]) == ("detectron2", 2)
@@ -141,7 +141,7 @@ def test_detectron2_levels_equal_the_reference(case, tmp_path):
 
 
 def test_detectron2_x101_defaults_differ(tmp_path):
-    """X-101-32x8d strides in 3×3 and divides by ImageNet's deviations; told by grouped convolutions."""
+    """X-101-32x8d, recognised by its grouped convolutions, strides in 3×3 and divides by ImageNet's deviations."""
     state = {f"backbone.bottom_up.{name}": value for name, value in D2ResNet("x50", False).state_dict().items()}
     torch.save({"model": state}, tmp_path / "x.pth")
     model = fpnx.create_model(weights=str(tmp_path / "x.pth"))
@@ -151,7 +151,7 @@ def test_detectron2_x101_defaults_differ(tmp_path):
     assert (model.weights.body.trained, model.weights.fpn.trained) == (None, False)
 
 
-def test_old_detectron2_files_tell_mean_and_std(tmp_path):
+def test_mean_and_std_are_read_from_old_detectron2_files(tmp_path):
     state = {f"backbone.bottom_up.{name}": value for name, value in D2ResNet(18, False).state_dict().items()}
     state |= {"pixel_mean": torch.tensor([1.0, 2.0, 3.0])[:, None, None], "pixel_std": torch.ones(3, 1, 1)}
     torch.save({"model": state}, tmp_path / "old.pth")
@@ -163,7 +163,7 @@ def test_old_detectron2_files_tell_mean_and_std(tmp_path):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["statistics", "fused"])
 def test_caffe2_names_of_imagenet_r50(fused, tmp_path):
-    """MSRA's R-50.pkl: names of Caffe2 and no wrapper; Detectron's own have statistics folded in, and momenta."""
+    """MSRA's R-50.pkl has Caffe2's names and no wrapper; Detectron's files have folded statistics, and momenta."""
     network = randomise(D2ResNet(50, True))
     roles = {"weight": "s", "bias": "b"} if fused else {"weight": "gamma", "bias": "beta"}
     blobs = {"pred_w": np.zeros((10, 2048), np.float32), "conv1_w_momentum": np.zeros(3, np.float32)}
@@ -243,8 +243,8 @@ def test_mmdetection_levels_equal_the_reference(case, tmp_path):
     content = {"meta": meta, "state_dict": OrderedDict(network.state_dict())}
     torch.save(content, tmp_path / "model.pth", _use_new_zipfile_serialization=False)
     with torch.no_grad():
-        expected = network(prepared(PICTURE, pillow=False, order=order, mean=mean, std=std)[None])
-    assert_levels(extracted(tmp_path, tmp_path / "model.pth", **options), expected)
+        expected = network(preprocess(PICTURE, pillow=False, order=order, mean=mean, std=std)[None])
+    assert_levels(extract_levels(tmp_path, tmp_path / "model.pth", **options), expected)
     assert not (tmp_path / "ran").exists()
     with fpnx.open(tmp_path / "out.h5") as store:
         weights = store.provenance.weights.to_json()
@@ -253,7 +253,7 @@ def test_mmdetection_levels_equal_the_reference(case, tmp_path):
     assert weights["settled"]["mean"]["by"] == ("file" if with_config else "option" if "mean" in options else "default")
 
 
-def test_config_is_read_and_not_run(tmp_path):
+def test_config_is_read_without_running_it(tmp_path):
     neck = "start_level=1, num_outs=5, add_extra_convs='on_output', relu_before_extra_convs=True"
     text = CONFIG.format(
         mean=[1.5, 2, 3], std=[1, 1, 1], rgb=False, style="caffe", neck=neck, canary=tmp_path / "ran"
@@ -281,12 +281,12 @@ test_dataloader = dict(dataset=dict(pipeline=[dict(type='Resize', scale=(640, 40
 
 
 @pytest.mark.parametrize("text", ["", "model = (", "model = 3", "{'json': true}", "model = " + "[" * 3000, "x = 1\0"])
-def test_text_that_is_no_config_tells_nothing(text):
+def test_text_that_is_no_config_gives_no_facts(text):
     assert read_config(text) == {}
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "message"),
     [
         ("neck=dict(type='PAFPN')", "neck.type = PAFPN"),
         ("neck=dict(type='FPN', act_cfg=dict(type='ReLU'))", "neck.act_cfg"),
@@ -294,12 +294,12 @@ def test_text_that_is_no_config_tells_nothing(text):
         ("backbone=dict(type='ResNetV1d')", "backbone.type = ResNetV1d"),
     ],
 )
-def test_networks_that_are_no_plain_fpn_are_refused(model, told):
-    with pytest.raises(FpnxError, match=told):
+def test_configs_of_other_networks_are_refused(model, message):
+    with pytest.raises(FpnxError, match=message):
         read_config(f"model = dict({model})")
 
 
-# --- what does not fit ---
+# --- files and options that do not fit ---
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def detectron2_state():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda s: s.pop("backbone.bottom_up.res3.0.conv1.weight"), r"1 missing \(body\.layer2\.0\.conv1\.weight\)"),
         (lambda s: s.pop("backbone.fpn_output4.bias"), r"1 missing \(fpn\.layer_blocks\.2\.0\.bias\)"),
@@ -321,16 +321,16 @@ def detectron2_state():
     ],
     ids=["backbone", "pyramid", "shape", "unknown name", "lateral"],
 )
-def test_keys_that_are_missing_misshapen_or_unknown_are_named(change, told, detectron2_state, tmp_path):
+def test_keys_that_are_missing_misshapen_or_unknown_are_named(change, message, detectron2_state, tmp_path):
     state = dict(detectron2_state)
     change(state)
     torch.save({"model": state}, tmp_path / "bad.pth")
-    with pytest.raises(FpnxError, match=told):
+    with pytest.raises(FpnxError, match=message):
         fpnx.create_model(weights=str(tmp_path / "bad.pth"))
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"backbone": "resnet50"}, "it is for resnet18, not for resnet50"),
         ({"channels": 64}, "channels 64 contradicts .* which has 32"),
@@ -341,20 +341,20 @@ def test_keys_that_are_missing_misshapen_or_unknown_are_named(change, told, dete
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_options_that_contradict_a_file_are_refused(options, told, detectron2_state, tmp_path):
+def test_options_that_contradict_a_file_are_refused(options, message, detectron2_state, tmp_path):
     torch.save({"model": detectron2_state}, tmp_path / "r18.pth")
-    with pytest.raises(FpnxError, match=told):
+    with pytest.raises(FpnxError, match=message):
         fpnx.create_model(weights=str(tmp_path / "r18.pth"), **options)
 
 
-def test_other_networks_are_said_to_be_unknown(tmp_path):
+def test_unknown_networks_are_refused(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
     with pytest.raises(FpnxError, match=r"its names \(weight, bias\) are of no backbone that fpnx knows"):
         fpnx.create_model(weights=str(tmp_path / "linear.pth"))
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
-def test_prefixes_of_wrappers_are_taken_off(prefix, detectron2_state):
+def test_prefixes_of_wrappers_are_removed(prefix, detectron2_state):
     state = {f"{prefix}{name}": value for name, value in detectron2_state.items()} | {"loss.weight": torch.ones(1)}
     layout = recognize_layout(state)
     assert layout.framework == "detectron2"
@@ -363,11 +363,11 @@ def test_prefixes_of_wrappers_are_taken_off(prefix, detectron2_state):
     assert len(layout.state) == len(detectron2_state) - 2
 
 
-# --- files that are no plain state dict ---
+# --- files that are not a plain state dict ---
 
 
-class Hostile:
-    """Runs a command when it is unpickled freely."""
+class Malicious:
+    """Calls a function when it is unpickled without restrictions."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = function, arguments
@@ -383,10 +383,10 @@ def test_files_that_would_run_code_are_refused_and_nothing_runs(kind, function, 
     call = {
         os.system: (f"touch {canary}",),
         eval: (f"open({str(canary)!r}, 'w')",),
-        getattr: (Hostile(eval, f"open({str(canary)!r}, 'w')"), "x"),
+        getattr: (Malicious(eval, f"open({str(canary)!r}, 'w')"), "x"),
     }[function]
-    content = {"model": {"a": Hostile(function, *call)}}
-    file = tmp_path / "hostile.pth"
+    content = {"model": {"a": Malicious(function, *call)}}
+    file = tmp_path / "malicious.pth"
     if isinstance(kind, int):
         file.write_bytes(pickle.dumps(content, kind))
     else:
@@ -394,7 +394,7 @@ def test_files_that_would_run_code_are_refused_and_nothing_runs(kind, function, 
     with pytest.raises(FpnxError, match=r"it asks for \S*(posix\.system|eval|getattr)\S*, which could run code"):
         fpnx.create_model(weights=str(file))
     assert not canary.exists()
-    pickle.loads(pickle.dumps(Hostile(open, canary, "w"))).close()  # a free reader does run it
+    pickle.loads(pickle.dumps(Malicious(open, canary, "w"))).close()  # the plain unpickler does run it
     assert canary.exists()
 
 
@@ -406,11 +406,11 @@ def test_files_that_would_run_code_are_refused_and_nothing_runs(kind, function, 
         np.zeros(2, [("x", "f4")]),
         np.ma.masked_array([1.0]),
         torch.ones(2),
-        Hostile(codecs.encode, "a", "rot13"),
+        Malicious(codecs.encode, "a", "rot13"),
     ],
     ids=["object", "text", "structured", "masked", "tensor", "rot13"],
 )
-def test_pickles_of_other_things_than_numbers_are_refused(content, tmp_path):
+def test_pickles_with_values_other_than_numbers_are_refused(content, tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": {"a": content}}, 2))
     with pytest.raises(FpnxError, match="cannot read weights"):
         read_checkpoint(tmp_path / "x.pkl")
@@ -422,7 +422,7 @@ def test_arrays_in_pickles_keep_their_values(protocol, tmp_path):
         "plain": np.arange(6, dtype=np.float32).reshape(2, 3),
         "fortran": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
         "big endian": np.arange(3, dtype=">f8"),
-        "whole": np.array([-1, 2], np.int64),
+        "integers": np.array([-1, 2], np.int64),
         "scalar": np.float32(4.5),
         "no dimension": np.array(7.0, np.float16),
         "empty": np.zeros((0, 3), np.float32),
@@ -436,14 +436,14 @@ def test_arrays_in_pickles_keep_their_values(protocol, tmp_path):
 
 
 def test_a_pickle_of_python_2_is_read(tmp_path):
-    """Its arrays are str, which Python 3 reads as text."""
+    """Python 2 stored arrays as str, which Python 3 reads as text."""
     data = np.array([1.5, -2.0], "<f4").tobytes()
-    written = (
+    content = (
         b"\x80\x02}U\x01acnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
         b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
         + b"U" + bytes([len(data)]) + data + b"tbs."
     )  # fmt: skip
-    (tmp_path / "x.pkl").write_bytes(written)
+    (tmp_path / "x.pkl").write_bytes(content)
     assert read_checkpoint(tmp_path / "x.pkl").state["a"].tolist() == [1.5, -2.0]
 
 
@@ -457,7 +457,10 @@ def test_training_checkpoints_are_read(tmp_path, detectron2_state):
         "args": argparse.Namespace(lr=0.1, output=Path("/runs")),
         "best": np.float64(0.4),
         "losses": np.arange(3.0),
-        "message_hub": {"time": [np.float32(1.0)], "methods": {"mean": [].append}},  # a bound method asks for getattr
+        "message_hub": {
+            "time": [np.float32(1.0)],
+            "methods": {"mean": [].append},
+        },  # a bound method is pickled as a call of getattr
     }
     torch.save({"model": detectron2_state, **extras}, tmp_path / "last.pth")
     with pytest.raises(pickle.UnpicklingError):
@@ -470,7 +473,7 @@ def test_training_checkpoints_are_read(tmp_path, detectron2_state):
 
 
 @pytest.mark.parametrize("kind", ["pth", "pkl", "legacy", "safetensors", "empty", "text", "module"])
-def test_damaged_and_foreign_files_are_refused_in_a_line(kind, tmp_path):
+def test_damaged_and_other_files_are_refused_in_one_line(kind, tmp_path):
     file = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pth")
     state = {"a": torch.ones(100)}
     if kind == "pkl":
@@ -489,22 +492,22 @@ def test_damaged_and_foreign_files_are_refused_in_a_line(kind, tmp_path):
     assert len(str(caught.value)) < 400
 
 
-def test_what_is_no_file_of_weights_is_told_in_few_words(tmp_path):
+def test_files_that_hold_no_weights_are_refused_with_the_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
         archive.writestr("a.txt", "text")
-    told = {
+    messages = {
         "pipe.pth": "it is not a regular file",
         "zip.pth": "it is a zip archive, but no whole torch file",
         "none.pth": "No such file or directory",
     }
-    for name, why in told.items():
+    for name, message in messages.items():
         with pytest.raises(FpnxError) as caught:
             read_checkpoint(tmp_path / name)
-        assert str(caught.value) == f"cannot read weights from {tmp_path / name}: {why}"
+        assert str(caught.value) == f"cannot read weights from {tmp_path / name}: {message}"
 
 
-def test_parameters_that_are_no_fractions_are_refused(tmp_path):
+def test_integer_parameters_are_refused(tmp_path):
     model = fpnx.create_model("mobilenet_v2", weights="random", channels=8)
     fpnx.save_weights(model, tmp_path / "good.pth")
     content = torch.load(tmp_path / "good.pth", weights_only=True)

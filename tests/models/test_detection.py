@@ -1,4 +1,4 @@
-"""torchvision's detectors: what fpnx extracts is what their heads see."""
+"""torchvision's detectors: extracted levels equal the inputs of their heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fpnx.models.weights.torchvision import (
     COCO,
     DETECTOR_RECIPE,
     DETECTORS,
-    WITHOUT_EPS,
+    ZERO_EPS_FILES,
     find_published,
     published_weights,
 )
@@ -36,14 +36,16 @@ ENTRIES = [entry for name in DETECTORS for entry in models.get_model_weights(nam
 
 
 def detector_of(entry: models.WeightsEnum, **options: int) -> nn.Module:
-    """The detector of a published entry with the epsilon that torchvision gives it, and random parameters in its
-    backbone; its heads hold none."""
+    """The detector of published weights, with torchvision's epsilon for them and random parameters.
+
+    Its heads stay on the meta device, without data.
+    """
     name = next(name for name in DETECTORS if entry in models.get_model_weights(name))
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # torchvision's own
+        warnings.simplefilter("ignore")  # warnings of torchvision's own code
         network = models.get_model(name, weights=None, weights_backbone=None, **options)
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d) and Path(entry.url).name in WITHOUT_EPS:
+        if isinstance(module, nn.BatchNorm2d) and Path(entry.url).name in ZERO_EPS_FILES:
             module.eps = 0.0
     network.backbone.to_empty(device="cpu")
     randomise(network.backbone)
@@ -51,25 +53,25 @@ def detector_of(entry: models.WeightsEnum, **options: int) -> nn.Module:
 
 
 def state_of(network: nn.Module) -> dict[str, torch.Tensor]:
-    """What would be saved, with small tensors for those of heads."""
+    """The state dict to save, with small tensors in place of the parameters of heads."""
     return {name: torch.zeros(1) if value.is_meta else value for name, value in network.state_dict().items()}
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub cache of our own, where a network's parameters are put under their published name."""
+    """An empty hub cache, and a function that saves a network in it under the published file name."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     folder = tmp_path / "hub" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
 
-    def put(entry: models.WeightsEnum, network: nn.Module) -> Path:
+    def save(entry: models.WeightsEnum, network: nn.Module) -> Path:
         torch.save(state_of(network), folder / Path(entry.url).name)
         return folder / Path(entry.url).name
 
-    return put
+    return save
 
 
-def pictures(folder: Path, sizes: tuple[tuple[int, int], ...]) -> Path:
+def save_images(folder: Path, sizes: tuple[tuple[int, int], ...]) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i, (height, width) in enumerate(sizes):
@@ -78,7 +80,7 @@ def pictures(folder: Path, sizes: tuple[tuple[int, int], ...]) -> Path:
 
 
 def assert_equal_levels(network: nn.Module, images: Path, output: Path) -> None:
-    """Every stored level of every image against `detector.backbone(detector.transform(image))`."""
+    """Compare every stored level of every image with `detector.backbone(detector.transform(image))`."""
     with fpnx.open(output) as store:
         assert len(store) == len(list(images.iterdir()))
         for item in store:
@@ -95,10 +97,10 @@ def assert_equal_levels(network: nn.Module, images: Path, output: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: str(entry).replace("_Weights", ""))
-def test_levels_are_what_the_detectors_heads_see(entry, hub, tmp_path):
+def test_levels_equal_the_inputs_of_the_detectors_heads(entry, hub, tmp_path):
     network = detector_of(entry, min_size=64, max_size=110)
     hub(entry, network)
-    images, output = pictures(tmp_path / "images", SIZES), tmp_path / "out.h5"
+    images, output = save_images(tmp_path / "images", SIZES), tmp_path / "out.h5"
     fpnx.extract(images, output, weights=str(entry), short_side=64, long_side=110, offline=True)
     assert_equal_levels(network, images, output)
     with fpnx.open(output) as store:
@@ -116,20 +118,20 @@ def test_levels_are_what_the_detectors_heads_see(entry, hub, tmp_path):
     "name",
     ["FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1"],
 )
-def test_levels_are_what_the_detectors_heads_see_at_the_published_size(name, hub, tmp_path):
+def test_levels_equal_the_inputs_of_the_heads_at_the_published_size(name, hub, tmp_path):
     entry = find_published(name, None).entry
     network = detector_of(entry)
     hub(entry, network)
-    images, output = pictures(tmp_path / "images", ((300, 221),)), tmp_path / "out.h5"
+    images, output = save_images(tmp_path / "images", ((300, 221),)), tmp_path / "out.h5"
     fpnx.extract(images, output, weights=name, offline=True)
     assert_equal_levels(network, images, output)
 
 
-def test_images_batch_by_padded_size(hub, tmp_path):
+def test_images_are_batched_by_padded_size(hub, tmp_path):
     entry = find_published("FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1", None).entry
     network = detector_of(entry, min_size=64, max_size=110)
     hub(entry, network)
-    images = pictures(tmp_path / "images", ((64, 70), (64, 80), (64, 96), (64, 100)))  # three are 64×96 when padded
+    images = save_images(tmp_path / "images", ((64, 70), (64, 80), (64, 96), (64, 100)))  # three are 64×96 when padded
     fpnx.extract(images, tmp_path / "out.h5", weights=str(entry), short_side=64, long_side=110, batch_size=4)
     assert_equal_levels(network, images, tmp_path / "out.h5")
     with fpnx.open(tmp_path / "out.h5") as store:
@@ -137,7 +139,7 @@ def test_images_batch_by_padded_size(hub, tmp_path):
         assert store["0.png"].input_size == (64, 70)
 
 
-def test_recipe_has_the_detectors_sizes():
+def test_the_recipe_gives_the_detectors_sizes():
     rng = np.random.default_rng(0)
     transform = GeneralizedRCNNTransform(800, 1333, [0.0] * 3, [1.0] * 3).eval()
     for height, width in [(480, 640), (1080, 1920), (37, 3000), *rng.integers(30, 3000, (2000, 2)).tolist()]:
@@ -169,7 +171,7 @@ def test_default_is_a_trained_pyramid_only_where_levels_are_one_per_stride(hub):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"levels": "P2-P7"}, "has no level P7: it has C2, P2, C3, P3, C4, P4, C5, P5, P6|has no level P7"),
         ({"channels": 128}, "channels 128 contradicts .* which has 256"),
@@ -180,14 +182,14 @@ def test_default_is_a_trained_pyramid_only_where_levels_are_one_per_stride(hub):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
-def test_what_a_trained_pyramid_does_not_have_is_refused(options, told, hub):
+def test_options_that_contradict_a_trained_pyramid_are_refused(options, message, hub):
     entry = find_published("FasterRCNN_ResNet50_FPN_Weights.COCO_V1", None).entry
     hub(entry, detector_of(entry))
-    with pytest.raises(FpnxError, match=told):
+    with pytest.raises(FpnxError, match=message):
         fpnx.create_model(weights=str(entry), **options)
 
 
-def test_unstrided_levels_are_asked_for_by_torchvisions_names(hub):
+def test_unstrided_levels_have_torchvisions_names(hub):
     entry = find_published("FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1", None).entry
     hub(entry, detector_of(entry))
     model = fpnx.create_model(weights=str(entry), levels="pool,0")
@@ -198,12 +200,13 @@ def test_unstrided_levels_are_asked_for_by_torchvisions_names(hub):
             fpnx.create_model(weights=str(entry), levels=level)
 
 
-def test_a_missing_file_is_named_with_its_place_and_a_copy_there_works(hub, tmp_path):
+def test_a_missing_file_is_reported_with_its_path_and_a_copy_is_used(hub, tmp_path):
     published = find_published("RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1", None)
     with pytest.raises(FpnxError) as caught:
         fpnx.create_model(weights=published.name, offline=True)
-    for word in (published.url, published.file_name, str(tmp_path / "hub" / "hub" / "checkpoints"), "--weights random"):
-        assert word in str(caught.value)
+    folder = str(tmp_path / "hub" / "hub" / "checkpoints")
+    for text in (published.url, published.file_name, folder, "--weights random"):
+        assert text in str(caught.value)
     published.file.write_bytes(hub(published.entry, detector_of(published.entry)).read_bytes())
     assert fpnx.create_model(weights=published.name, offline=True).levels == ("P3", "P4", "P5", "P6", "P7")
 
@@ -235,8 +238,8 @@ def test_a_detectors_own_file_is_recognised(wrapped, tmp_path):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_EPS))
-def test_epsilon_is_zero_for_the_four_files_that_were_trained_so(name, hub):
+@pytest.mark.parametrize("name", sorted(ZERO_EPS_FILES))
+def test_epsilon_is_zero_for_the_four_files_trained_with_zero(name, hub):
     entry = next(entry for entry in ENTRIES if Path(entry.url).name == name)
     hub(entry, detector_of(entry))
     model = fpnx.create_model(weights=str(entry))

@@ -48,7 +48,7 @@ def test_two_levels_by_hand() -> None:
 @pytest.mark.parametrize("top_block", [None, "pool", "c5", "p5"], ids=str)
 def test_equals_torchvision(size: tuple[int, int], top_block: str | None) -> None:
     fpn = FPN(CHANNELS, 6, top_block)
-    fpn.draw(seed=3)
+    fpn.initialize(seed=3)
     source = 11 if top_block == "c5" else 6
     extra: ExtraFPNBlock | None = LastLevelMaxPool() if top_block == "pool" else None
     if top_block in ("c5", "p5"):
@@ -68,7 +68,7 @@ def test_equals_torchvision(size: tuple[int, int], top_block: str | None) -> Non
 @pytest.mark.parametrize("top_block", ["c5", "p5"])
 def test_what_nobody_asked_for_is_not_computed(levels: tuple[str, ...], top_block: str) -> None:
     fpn = FPN(CHANNELS, 4, top_block)
-    fpn.draw(seed=0)
+    fpn.initialize(seed=0)
     ran: list[str] = []
     for name, module in fpn.named_modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -101,14 +101,14 @@ def test_arguments_are_left_alone() -> None:
 def test_seeds_depend_on_the_absolute_level_alone() -> None:
     whole, upper = FPN(CHANNELS, 4, "c5"), FPN({4: 7, 5: 11}, 4)
     torch.rand(17)
-    whole.draw(seed=5)
+    whole.initialize(seed=5)
     state = torch.get_rng_state()
-    upper.draw(seed=5)
+    upper.initialize(seed=5)
     assert torch.equal(state, torch.get_rng_state()), "the caller's generator was used"
     assert torch.equal(whole.inner_blocks[2][0].weight, upper.inner_blocks[0][0].weight)
     assert torch.equal(whole.layer_blocks[3][0].weight, upper.layer_blocks[1][0].weight)
     other = FPN({4: 7, 5: 11}, 4)
-    other.draw(seed=6)
+    other.initialize(seed=6)
     assert not torch.equal(other.inner_blocks[0][0].weight, upper.inner_blocks[0][0].weight)
     bound = (3 / 7) ** 0.5  # Kaiming uniform with a = 1 over 7 inputs
     weight = upper.inner_blocks[0][0].weight

@@ -1,4 +1,4 @@
-"""Sizes, resampling, normalisation and padding, against torchvision and by hand."""
+"""Recipes: sizes, resampling, normalisation and padding, compared with torchvision and hand-worked numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_input_sizes(recipe: Recipe, source: tuple[int, int], size: tuple[int, i
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (37, 91), (120, 33), (50, 50)], ids=str)
-def test_a_detectors_recipe_is_torchvisions(size: tuple[int, int]) -> None:
+def test_a_detectors_recipe_equals_torchvisions(size: tuple[int, int]) -> None:
     recipe = Recipe(
         sizing="aspect", short_side=80, long_side=133, rounding="scaled-floor", backend="tensor", pad_multiple=32
     )
@@ -54,7 +54,7 @@ def test_a_detectors_recipe_is_torchvisions(size: tuple[int, int]) -> None:
     assert (ours - images.tensors[0]).abs().max() < 1e-5
 
 
-def test_sizes_of_detectors_at_every_aspect() -> None:
+def test_detector_sizes_at_many_aspect_ratios() -> None:
     theirs = GeneralizedRCNNTransform(800, 1333, [0.0] * 3, [1.0] * 3).eval()
     generator = np.random.default_rng(0)
     for height, width in generator.integers(20, 1200, (60, 2)).tolist():
@@ -63,7 +63,7 @@ def test_sizes_of_detectors_at_every_aspect() -> None:
 
 
 @pytest.mark.parametrize("side", [97, 131, 480, 1333])
-def test_aspect_keeping_sizes_are_torchvisions(side: int) -> None:
+def test_aspect_keeping_sizes_equal_torchvisions(side: int) -> None:
     recipe = Recipe(sizing="aspect", short_side=side)
     for width, height in [(640, 427), (300, 451), (1000, 872), (50, 51)]:
         resized = functional.resize(Image.new("L", (width, height)), side)
@@ -71,14 +71,14 @@ def test_aspect_keeping_sizes_are_torchvisions(side: int) -> None:
 
 
 @pytest.mark.parametrize("resampling", ["bilinear", "bicubic"])
-def test_pillow_resampling_is_torchvisions(resampling: str) -> None:
+def test_pillow_resampling_equals_torchvisions(resampling: str) -> None:
     picture = noise_image(2, (90, 61))
     recipe = Recipe(height=40, width=56, resampling=resampling)
     expected = functional.resize(picture, [40, 56], functional.InterpolationMode(resampling))
     assert np.array_equal(recipe.resize(picture, (40, 56)), np.asarray(expected))
 
 
-def test_normalisation_by_hand() -> None:
+def test_normalisation_equals_hand_worked_numbers() -> None:
     pixels = torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
     rgb = Recipe(height=1, width=1, mean=(0.5, 0.5, 0.1), std=(0.5, 0.25, 0.1))
     assert rgb.normalise(pixels)[0, :, 0, 0].tolist() == pytest.approx([-1.0, 2.0, 1.0])
@@ -86,10 +86,10 @@ def test_normalisation_by_hand() -> None:
     assert bgr.normalise(pixels)[0, :, 0, 0].tolist() == pytest.approx([5.0, 25.0, 0.0])
     floats = pixels.float()
     rgb.normalise(floats)
-    assert floats.flatten().tolist() == [0, 255, 51], "the argument was changed"
+    assert floats.flatten().tolist() == [0, 255, 51], "normalise changed its argument"
 
 
-def test_padding_is_zero_on_the_right_and_below() -> None:
+def test_padding_is_zero_at_the_right_and_bottom() -> None:
     recipe = Recipe(sizing="native", pad_multiple=32)
     picture = noise_image(0, (50, 40))
     prepared = recipe(picture)
@@ -99,7 +99,7 @@ def test_padding_is_zero_on_the_right_and_below() -> None:
     assert torch.equal(prepared[:, :40, :50], Recipe(sizing="native")(picture))
 
 
-def test_user_sizes_change_the_size_alone() -> None:
+def test_size_options_change_only_the_size() -> None:
     for config, size in [
         (InputConfig(size="480x640"), (480, 640)),
         (InputConfig(short_side=100), (100, 133)),
@@ -112,7 +112,7 @@ def test_user_sizes_change_the_size_alone() -> None:
         assert recipe.mean == DETECTOR.mean
 
 
-def test_slim_images_are_bounded() -> None:
+def test_narrow_images_are_limited_in_pixels() -> None:
     with pytest.raises(ImageError, match="over the limit"):
         Recipe(sizing="aspect", short_side=800).input_size((1, 60000), 178_956_970)
     assert DETECTOR.input_size((1, 60000), 178_956_970) == (1, 1333)

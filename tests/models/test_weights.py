@@ -1,4 +1,4 @@
-"""Where parameters come from: fpnx's own files, published names, and what contradicts them."""
+"""Weights: fpnx's own files, published names, and options that contradict them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def levels_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def network_file(folder: Path, layout: str) -> Path:
-    """A file of a foreign layout that exercises whatever own files must keep."""
+    """A file in another framework's layout, with the properties that fpnx's own files must keep."""
     if layout == "detectron2":  # stride in 1×1, norms in the pyramid, P6 from C5
         network, options = D2Detector(50, first=3, top="res5", norm=True), {}
     else:  # no ReLU before P7, P6 from the last lateral, epsilon
@@ -38,42 +38,42 @@ def network_file(folder: Path, layout: str) -> Path:
                 "cfg": "model = dict(backbone=dict(norm_cfg=dict(eps=1e-3)), neck=dict(add_extra_convs='on_lateral'))"
             }
         }
-    torch.save({"state_dict": randomise(network).state_dict(), **options}, folder / "foreign.pth")
-    return folder / "foreign.pth"
+    torch.save({"state_dict": randomise(network).state_dict(), **options}, folder / "other.pth")
+    return folder / "other.pth"
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
-def test_own_files_give_the_same_model_back(suffix, tmp_path):
+def test_own_files_restore_the_same_model(suffix, tmp_path):
     model = fpnx.create_model("resnet18", weights="random", levels="P3-P7", channels=64, seed=5, top_block="p5")
     file = tmp_path / f"own{suffix}"
     fpnx.save_weights(model, file)
-    again = fpnx.create_model(weights=str(file))
-    assert (again.backbone, again.levels, again.fpn.top_block) == ("resnet18", model.levels, "p5")
-    assert again.recipe == model.recipe
-    assert str(again.weights.body) == str(again.weights.fpn) == "untrained (random, seed 5)"
+    loaded = fpnx.create_model(weights=str(file))
+    assert (loaded.backbone, loaded.levels, loaded.fpn.top_block) == ("resnet18", model.levels, "p5")
+    assert loaded.recipe == model.recipe
+    assert str(loaded.weights.body) == str(loaded.weights.fpn) == "untrained (random, seed 5)"
     for level, value in levels_of(model).items():
-        assert torch.equal(levels_of(again)[level], value)
+        assert torch.equal(levels_of(loaded)[level], value)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["detectron2", "mmdetection"])
-def test_own_files_keep_what_foreign_files_were_found_to_be(layout, tmp_path):
+def test_own_files_keep_the_facts_of_other_layouts(layout, tmp_path):
     model = fpnx.create_model(weights=str(network_file(tmp_path, layout)))
     fpnx.save_weights(model, tmp_path / "own.safetensors")
-    again = fpnx.create_model(weights=str(tmp_path / "own.safetensors"))
+    loaded = fpnx.create_model(weights=str(tmp_path / "own.safetensors"))
     for name in ("norm", "top_block", "p7_relu", "first_level", "channels"):
-        assert getattr(again.fpn, name) == getattr(model.fpn, name)
-    assert again.recipe == model.recipe
-    assert again.weights.norm_eps == model.weights.norm_eps == (1e-3 if layout == "mmdetection" else 1e-5)
-    assert again.weights.stride_in_1x1 is (layout == "detectron2")
+        assert getattr(loaded.fpn, name) == getattr(model.fpn, name)
+    assert loaded.recipe == model.recipe
+    assert loaded.weights.norm_eps == model.weights.norm_eps == (1e-3 if layout == "mmdetection" else 1e-5)
+    assert loaded.weights.stride_in_1x1 is (layout == "detectron2")
     for level, value in levels_of(model).items():
-        assert torch.equal(levels_of(again)[level], value)
+        assert torch.equal(levels_of(loaded)[level], value)
     other = "RGB" if layout == "detectron2" else "BGR"
     with pytest.raises(FpnxError, match=f"--pixel-order {other} contradicts it"):
         fpnx.create_model(weights=str(tmp_path / "own.safetensors"), pixel_order=other)
 
 
-def test_unstrided_levels_survive_own_files(tmp_path, monkeypatch):
+def test_own_files_keep_unstrided_levels(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     published = find_published("FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1", None)
     network = models.get_model("fasterrcnn_mobilenet_v3_large_fpn", weights=None, weights_backbone=None)
@@ -81,24 +81,24 @@ def test_unstrided_levels_survive_own_files(tmp_path, monkeypatch):
     torch.save(randomise(network).state_dict(), published.file)
     model = fpnx.create_model(weights=published.name, offline=True)
     fpnx.save_weights(model, tmp_path / "own.pth")
-    again = fpnx.create_model(weights=str(tmp_path / "own.pth"))
-    assert again.levels == ("0", "1", "pool")
-    assert again.strides == {"0": 32, "1": 32, "pool": 64}
+    loaded = fpnx.create_model(weights=str(tmp_path / "own.pth"))
+    assert loaded.levels == ("0", "1", "pool")
+    assert loaded.strides == {"0": 32, "1": 32, "pool": 64}
     for level, value in levels_of(model).items():
-        assert torch.equal(levels_of(again)[level], value)
+        assert torch.equal(levels_of(loaded)[level], value)
 
 
-def test_the_first_level_stands_in_the_description(tmp_path):
+def test_the_description_states_the_first_level(tmp_path):
     """With equal channels everywhere, keys alone would load a P3 pyramid one level off."""
     model = fpnx.create_model("resnet18", weights="random", channels=32)
     fpnx.save_weights(model, tmp_path / "own.safetensors")
     with safetensors.safe_open(tmp_path / "own.safetensors", framework="pt") as handle:
-        about = json.loads(handle.metadata()["fpnx"])
-    assert (about["first_level"], about["levels"]) == (2, ["P2", "P3", "P4", "P5"])
+        description = json.loads(handle.metadata()["fpnx"])
+    assert (description["first_level"], description["levels"]) == (2, ["P2", "P3", "P4", "P5"])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"first_level": "P2"}, "description has first_level P2"),
         ({"levels": 5}, "description has levels 5"),
@@ -111,11 +111,11 @@ def test_the_first_level_stands_in_the_description(tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_descriptions_that_fpnx_never_wrote_are_refused(change, told, tmp_path):
-    about = {"format": "fpnx-weights", "version": 1, "backbone": "resnet18", **change}
+def test_invalid_descriptions_are_refused(change, message, tmp_path):
+    description = {"format": "fpnx-weights", "version": 1, "backbone": "resnet18", **change}
     state = {f"body.{name}": value for name, value in models.resnet18().state_dict().items()}
-    torch.save({"fpnx": json.dumps(about), "state_dict": state}, tmp_path / "own.pth")
-    with pytest.raises(FpnxError, match=told):
+    torch.save({"fpnx": json.dumps(description), "state_dict": state}, tmp_path / "own.pth")
+    with pytest.raises(FpnxError, match=message):
         fpnx.create_model(weights=str(tmp_path / "own.pth"))
 
 
@@ -130,9 +130,8 @@ def test_classifiers_own_files_are_recognised(name, wrapped, tmp_path):
     model = fpnx.create_model(weights=str(tmp_path / "mine.pth"), levels="C2-C5")
     assert (model.backbone, model.weights.framework, model.weights.ignored) == (name, "torchvision", 2)
     assert (model.weights.body.trained, model.weights.fpn.trained) == (None, False)
-    wanted = network.features(IMAGE) if name == "mobilenet_v2" else None
-    if wanted is not None:
-        assert torch.equal(levels_of(model)["C5"], wanted)
+    if name == "mobilenet_v2":
+        assert torch.equal(levels_of(model)["C5"], network.features(IMAGE))
 
 
 @pytest.mark.parametrize("name", ["vgg11", "squeezenet1_1", "shufflenet_v2_x0_5"])
@@ -141,7 +140,7 @@ def test_other_classifiers_files_are_recognised(name, tmp_path):
     assert fpnx.create_model(weights=str(tmp_path / "mine.pth"), levels="C3").backbone == name
 
 
-def test_a_plain_torchvision_pyramid_is_read_beside_its_backbone(tmp_path):
+def test_a_torchvision_backbone_with_fpn_is_read(tmp_path):
     """`BackboneWithFPN(...).state_dict()` has fpnx's own names."""
     body = {f"body.{k}": v for k, v in randomise(models.resnet18()).state_dict().items() if not k.startswith("fc")}
     pyramid = randomise(FeaturePyramidNetwork([128, 256, 512], 48))
@@ -155,7 +154,7 @@ def test_a_plain_torchvision_pyramid_is_read_beside_its_backbone(tmp_path):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_names_have_files_urls_and_recipes(monkeypatch, tmp_path):
+def test_published_weights_have_files_and_urls(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     entries = published_weights("resnet50")
     assert len(entries) == 11
@@ -169,15 +168,15 @@ def test_names_have_files_urls_and_recipes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("variable", [True, False], ids=["FPNX_OFFLINE", "--offline"])
-def test_offline_finds_what_was_copied_by_hand(variable, tmp_path, monkeypatch):
+def test_offline_uses_a_copied_file(variable, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     if variable:
         monkeypatch.setenv("FPNX_OFFLINE", "1")
     published = find_published("ResNet18_Weights.IMAGENET1K_V1", None)
     with pytest.raises(FpnxError) as caught:
         fpnx.create_model("resnet18", weights="imagenet", offline=not variable)
-    for word in ("downloads are forbidden", published.url, str(published.file.parent), "--weights random"):
-        assert word in str(caught.value)
+    for text in ("downloads are forbidden", published.url, str(published.file.parent), "--weights random"):
+        assert text in str(caught.value)
     published.file.parent.mkdir(parents=True)
     torch.save(randomise(models.resnet18()).state_dict(), published.file)
     model = fpnx.create_model("resnet18", weights="imagenet", offline=not variable)
@@ -186,7 +185,7 @@ def test_offline_finds_what_was_copied_by_hand(variable, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"weights": "ResNet50_Weights.IMAGENET1K_V3"}, r"neither a name nor a file \(did you mean ResNet50_Weights"),
         ({"weights": "gone.pth"}, "gone.pth"),
@@ -202,12 +201,12 @@ def test_offline_finds_what_was_copied_by_hand(variable, tmp_path, monkeypatch):
     ],
     ids=lambda value: "+".join(map(str, value)) if isinstance(value, dict) else "",
 )
-def test_requests_that_cannot_be_met_say_what_can(options, told):
-    with pytest.raises(FpnxError, match=told):
+def test_impossible_requests_name_the_alternatives(options, message):
+    with pytest.raises(FpnxError, match=message):
         fpnx.create_model(**options, offline=True)
 
 
-def test_the_command_line_takes_what_a_file_cannot_tell(tmp_path, capsys):
+def test_options_set_what_a_file_does_not_state(tmp_path, capsys):
     network = randomise(models.resnet18())
     torch.save(network.state_dict(), tmp_path / "mine.pth")
     Image.new("RGB", (40, 40), (200, 10, 90)).save(tmp_path / "a.png")
@@ -221,12 +220,24 @@ def test_the_command_line_takes_what_a_file_cannot_tell(tmp_path, capsys):
     ]
     options = ["--mean", "0,0,0", "--std", "1,1,1", "--pixel-order", "BGR", "--norm-eps", "1e-3", "--levels", "C5"]
     assert main([*arguments, *options, "--size", "64", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["weights"]["settled"]["pixel_order"] == {"value": "BGR", "by": "option"}
-    assert facts["weights"]["settled"]["norm_eps"] == {"value": 0.001, "by": "option"}
-    assert facts["recipe"]["mean"] == [0.0, 0.0, 0.0]
+    result = json.loads(capsys.readouterr().out)
+    assert result["weights"]["settled"]["pixel_order"] == {"value": "BGR", "by": "option"}
+    assert result["weights"]["settled"]["norm_eps"] == {"value": 0.001, "by": "option"}
+    assert result["recipe"]["mean"] == [0.0, 0.0, 0.0]
     assert main([*arguments, "--mean", "0,0", "--overwrite"]) == 2
     assert capsys.readouterr().err == "fpnx: mean '0,0': take three numbers such as 123.675,116.28,103.53\n"
-    first = facts["fingerprint"]
+    fingerprint = result["fingerprint"]
     assert main([*arguments, "--overwrite", "--size", "64", "--levels", "C5", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["fingerprint"] != first
+    assert json.loads(capsys.readouterr().out)["fingerprint"] != fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_failed_write_leaves_no_file(suffix, tmp_path):
+    model = fpnx.create_model("mobilenet_v2", weights="random", levels="C2")
+    target = tmp_path / f"own{suffix}"
+    target.mkdir()  # a folder cannot be replaced by a file
+    with pytest.raises(FpnxError, match=f"cannot write .*own{suffix}: Is a directory"):
+        fpnx.save_weights(model, target)
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(FpnxError, match=f"cannot write .*own{suffix}: "):
+        fpnx.save_weights(model, tmp_path / "missing" / f"own{suffix}")

@@ -1,4 +1,4 @@
-"""Images on web servers: good ones, slow ones, broken ones; and no secret of an address anywhere."""
+"""Images on web servers: metadata, errors, retries, timeouts, archives; and no secret of a URL in any output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fpnx.images.listing import find_images
 from fpnx.images.reading import locate, open_source
 from fpnx.remote import client as remote
 from fpnx.remote.backends import ObjectInfo
-from fpnx.visualization.scene import find_photo
+from fpnx.visualization.image_maps import find_photo
 from tests.helpers.files import ROOT, archive, noise_image
 from tests.helpers.object_stores import KEYS, Web, free_port, web_server
 from tests.helpers.process import document
@@ -41,7 +41,7 @@ WRITTEN = 1445412480 * 10**9  # Wed, 21 Oct 2015 07:28:00 GMT
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(remote, "RETRY_DELAYS", (0.01, 0.01))
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, KEYS[name])
     with web_server() as server:
@@ -49,19 +49,19 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 
 @pytest.fixture(autouse=True)
-def closed() -> Iterator[None]:
-    """Every test's connections are closed behind it."""
+def close_connections() -> Iterator[None]:
+    """Close the connections after every test."""
     with remote.connections():
         yield
 
 
 def jpeg(seed: int = 1, size: tuple[int, int] = (60, 40)) -> bytes:
-    held = io.BytesIO()
-    noise_image(seed, size).save(held, "JPEG")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    noise_image(seed, size).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
-def lists(folder: Path, *lines: str) -> str:
+def list_file(folder: Path, *lines: str) -> str:
     (folder / "list.txt").write_text("\n".join(lines))
     return f"@{folder / 'list.txt'}"
 
@@ -76,7 +76,7 @@ def test_one_image(web: Web) -> None:
     assert upright_size(source, LIMIT) == (40, 60)
 
 
-def test_a_named_address_is_tried_whatever_its_extension(web: Web) -> None:
+def test_a_named_url_needs_no_known_extension(web: Web) -> None:
     assert decode(find_images([web.put("/picture", jpeg())]).sources[0], LIMIT).size == (60, 40)
 
 
@@ -94,7 +94,7 @@ def test_a_named_address_is_tried_whatever_its_extension(web: Web) -> None:
     ],
     ids=["all", "no length", "no time", "odd time", "etag", "no head", "signed for get", "nothing"],
 )
-def test_what_a_server_tells(web: Web, manners: dict[str, Any], size: int | None, time_or_etag: int) -> None:
+def test_size_and_time_from_headers(web: Web, manners: dict[str, Any], size: int | None, time_or_etag: int) -> None:
     source = find_images([web.put("/a.jpg", jpeg(), **manners)]).sources[0]
     assert source.bytes == (len(jpeg()) if size is None else size)
     assert source.mtime_ns == time_or_etag
@@ -111,30 +111,30 @@ def test_what_a_server_tells(web: Web, manners: dict[str, Any], size: int | None
     ],
     ids=["404", "403", "500"],
 )
-def test_a_named_address_that_cannot_be_had(web: Web, manners: dict[str, Any], reason: str) -> None:
+def test_errors_of_a_named_url(web: Web, manners: dict[str, Any], reason: str) -> None:
     with pytest.raises(FpnxError, match=reason):
         find_images([web.put("/a.jpg", b"", **manners)])
 
 
-def test_no_server(web: Web) -> None:
+def test_unreachable_servers_and_folders(web: Web) -> None:
     with pytest.raises(FpnxError, match="cannot be reached: no network, no such host, or nothing"):
         find_images([f"http://127.0.0.1:{free_port()}/a.jpg"])
     with pytest.raises(FpnxError, match="web servers do not list folders"):
         find_images([f"{web.url}/folder/"])
 
 
-def test_a_list_keeps_its_order_and_its_failures(web: Web, tmp_path: Path) -> None:
+def test_a_list_keeps_its_order_and_failing_urls(web: Web, tmp_path: Path) -> None:
     good = [web.put(f"/{name}.jpg", jpeg(i)) for i, name in enumerate("cab")]
     missing, broken = f"{web.url}/missing.jpg", web.put("/broken.jpg", jpeg(), status=503)
-    listing = find_images([lists(tmp_path, good[0], missing, good[1], broken, good[2])])
+    listing = find_images([list_file(tmp_path, good[0], missing, good[1], broken, good[2])])
     assert [s.name for s in listing.sources] == [b"c.jpg", b"missing.jpg", b"a.jpg", b"broken.jpg", b"b.jpg"]
     assert [s.bytes for s in listing.sources if s.bytes < 0] == [-1, -1]
     with pytest.raises(ImageError, match=r"^not found \(404\)$"):
         decode(listing.sources[1], LIMIT)
     with pytest.raises(ImageError, match=r"^refused \(503\)$"):
         decode(listing.sources[3], LIMIT)
-    with pytest.raises(FpnxError, match=r"none of the images can be had, such as .*missing.jpg: not found"):
-        find_images([lists(tmp_path, missing)])
+    with pytest.raises(FpnxError, match=r"none of the images can be read, such as .*missing.jpg: not found"):
+        find_images([list_file(tmp_path, missing)])
 
 
 def test_lists_on_servers(web: Web) -> None:
@@ -153,7 +153,7 @@ def test_lists_on_servers(web: Web) -> None:
 def test_roots_of_several_hosts(web: Web, tmp_path: Path, photos: Path) -> None:
     first = web.put("/a/x.jpg", jpeg())
     other = first.replace("127.0.0.1", "localhost")
-    listing = find_images([lists(tmp_path, first, other)])
+    listing = find_images([list_file(tmp_path, first, other)])
     assert listing.root == b"http://"
     assert [source.name for source in listing.sources] == [u.removeprefix("http://").encode() for u in (first, other)]
     with pytest.raises(FpnxError, match="given twice"):
@@ -162,7 +162,7 @@ def test_roots_of_several_hosts(web: Web, tmp_path: Path, photos: Path) -> None:
         find_images([first, str(photos)])
 
 
-def test_no_secret_is_written_anywhere(
+def test_secrets_of_urls_are_never_written(
     web: Web, tmp_path: Path, fpnx: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b"):
@@ -200,7 +200,7 @@ def test_no_secret_is_written_anywhere(
         assert f"{web.url}/a.jpg?…" in json.loads(file.attrs["provenance"])["command"]
 
 
-def test_a_connection_that_breaks_is_made_again(web: Web) -> None:
+def test_broken_connections_are_retried(web: Web) -> None:
     source = find_images([web.put("/a.jpg", jpeg(), breaks=2)]).sources[0]
     assert decode(source, LIMIT).size == (60, 40)
     for manners in ({"breaks": 3}, {"breaks": 3, "length": False}):
@@ -209,15 +209,15 @@ def test_a_connection_that_breaks_is_made_again(web: Web) -> None:
             decode(source, LIMIT)
 
 
-def test_a_server_that_says_nothing_does_not_hold_for_ever(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_servers_time_out(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     source = find_images([web.put("/a.jpg", jpeg())]).sources[0]
     web.files["/a.jpg"].waits = 20
-    monkeypatch.setattr(remote, "SECONDS", 0.5)
+    monkeypatch.setattr(remote, "REQUEST_TIMEOUT", 0.5)
     with pytest.raises(ImageError, match=r"^no answer in time$"):
         decode(source, LIMIT)
 
 
-def test_what_changes_after_the_listing_fails(web: Web) -> None:
+def test_objects_that_change_after_listing_fail(web: Web) -> None:
     source = find_images([web.put("/a.jpg", jpeg(1))]).sources[0]
     web.put("/a.jpg", jpeg(2, (61, 40)))
     with pytest.raises(ImageError, match=r"^changed after it was listed$"):
@@ -231,14 +231,14 @@ def test_what_changes_after_the_listing_fails(web: Web) -> None:
         decode(tagged, LIMIT)
 
 
-@pytest.mark.parametrize("manners", [{}, {"length": False}], ids=["told", "endless"])
-def test_memory_is_bounded(web: Web, manners: dict[str, Any]) -> None:
+@pytest.mark.parametrize("manners", [{}, {"length": False}], ids=["with length", "without length"])
+def test_downloads_are_limited_in_size(web: Web, manners: dict[str, Any]) -> None:
     source = find_images([web.put("/a.jpg", bytes(200_000), **manners)]).sources[0]
     with pytest.raises(ImageError, match="more"), open_source(source, 100_000):
         pass
 
 
-def test_pages_instead_of_images(web: Web) -> None:
+def test_html_pages_and_redirects(web: Web) -> None:
     source = find_images([web.put("/a.jpg", b"<!DOCTYPE html><html>sign in</html>")]).sources[0]
     with pytest.raises(ImageError, match="an HTML page"):
         decode(source, LIMIT)
@@ -256,16 +256,16 @@ def test_an_archive_on_a_server_is_read_in_parts(web: Web) -> None:
     listing = find_images([url])
     assert [source.name for source in listing.sources] == sorted(name.encode() for name in contents if "jpg" in name)
     assert listing.root == url.encode()
-    got = {}
+    contents_read = {}
     for source in listing.sources:
         with open_source(source, LIMIT) as file:
-            got[source.name.decode()] = file.read()
+            contents_read[source.name.decode()] = file.read()
         assert upright_size(source, LIMIT) == (40, 60)
-    assert got == {name: content for name, content in contents.items() if "jpg" in name}
-    fetched = sum(
+    assert contents_read == {name: content for name, content in contents.items() if "jpg" in name}
+    downloaded = sum(
         int(r.split("-")[1]) + 1 - int(r.removeprefix("bytes=").split("-")[0]) for _, _, r in web.requests if r
     )
-    assert fetched < 1_000_000  # the large member was passed over
+    assert downloaded < 1_000_000  # the large member was skipped
     assert find_images([f"{url}/d/03.jpg"]).sources[0].name == b"03.jpg"
     assert decode(locate(f"{url}/d/03.jpg".encode()), LIMIT).size == (60, 40)
     web.files["/x.tar"].modified = "Wed, 21 Oct 2015 07:28:01 GMT"
@@ -273,19 +273,19 @@ def test_an_archive_on_a_server_is_read_in_parts(web: Web) -> None:
         decode(listing.sources[0], LIMIT)
 
 
-def test_archives_that_servers_do_not_give_in_parts(web: Web) -> None:
+def test_archives_on_servers_without_ranges_or_sizes(web: Web) -> None:
     with pytest.raises(FpnxError, match="gives whole files only"):
         find_images([web.put("/x.tar", archive({"a.jpg": jpeg()}), ranges=False)])
     with pytest.raises(FpnxError, match="does not tell its size"):
         find_images([web.put("/y.tar", archive({"a.jpg": jpeg()}), length=False)])
-    cut = find_images([web.put("/z.tar", archive({"a.jpg": jpeg(1), "b.jpg": jpeg(2)})[:2500])])
-    assert "ends early" in cut.lost[0]
+    truncated = find_images([web.put("/z.tar", archive({"a.jpg": jpeg(1), "b.jpg": jpeg(2)})[:2500])])
+    assert "ends early" in truncated.truncated[0]
 
 
-def test_reading_ahead_grows_and_shrinks(web: Web) -> None:
+def test_read_ahead_grows_with_sequential_reads(web: Web) -> None:
     content = os.urandom(2_000_000)
     url = web.put("/x.bin", content).encode()
-    ranges = remote.Ranges(url, ObjectInfo(len(content), WRITTEN))
+    ranges = remote.ReadAhead(url, ObjectInfo(len(content), WRITTEN))
     assert b"".join(ranges(start, 10_000) for start in range(0, 400_000, 10_000)) == content[:400_000]
     assert 2 <= len(web.requests) <= 4
     assert ranges(1_500_000, 600_000) == content[1_500_000:]
@@ -293,42 +293,42 @@ def test_reading_ahead_grows_and_shrinks(web: Web) -> None:
     assert ranges(2_000_000, 5) == b""
 
 
-def test_a_long_list_is_asked_for_in_crowds(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "CROWD", 3)
+def test_long_lists_are_requested_in_batches(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "REQUESTS_PER_BATCH", 3)
     urls = [web.put(f"/{i}.jpg", bytes(i + 1)) for i in range(10)]
-    assert [source.bytes for source in find_images([lists(tmp_path, *urls)]).sources] == list(range(1, 11))
+    assert [source.bytes for source in find_images([list_file(tmp_path, *urls)]).sources] == list(range(1, 11))
 
 
-def test_a_fork_makes_connections_of_its_own(web: Web) -> None:
+def test_a_forked_process_opens_its_own_connections(web: Web) -> None:
     url = web.put("/a.jpg", jpeg()).encode()
-    assert remote.about(url).bytes == len(jpeg())
+    assert remote.object_info(url).bytes == len(jpeg())
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that threads are running is the point
         child = os.fork()
     if child == 0:
         try:
-            os.write(writer, str(remote.about(url).bytes).encode())
+            os.write(writer, str(remote.object_info(url).bytes).encode())
         finally:
             os._exit(0)
     os.close(writer)
-    with os.fdopen(reader) as told:
-        assert told.read() == str(len(jpeg()))
+    with os.fdopen(reader) as pipe:
+        assert pipe.read() == str(len(jpeg()))
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_run_and_its_resume(web: Web, tmp_path: Path) -> None:
+def test_extract_and_resume(web: Web, tmp_path: Path) -> None:
     names = [f"{i}.jpg" for i in range(6)]
     urls = [web.put(f"/{name}", jpeg(i)) for i, name in enumerate(names)]
     web.files["/3.jpg"].status = 503
-    given, output = lists(tmp_path, *urls), tmp_path / "out.h5"
+    given, output = list_file(tmp_path, *urls), tmp_path / "out.h5"
     (tmp_path / "local").mkdir()
     for i, name in enumerate(names):
         (tmp_path / "local" / name).write_bytes(jpeg(i))
     local = package.extract(tmp_path / "local", tmp_path / "local.h5", **SMALL)
     result = package.extract(given, output, workers=3, **SMALL)
     assert (result.done, result.failed) == (5, (("3.jpg", "refused (503)"),))
-    web.files["/3.jpg"].status = 200  # known now, it is not another image than then
+    web.files["/3.jpg"].status = 200  # a size that was unknown before does not count as a change
     again = package.extract(given, output, resume=True, **SMALL)
     assert (again.done, again.computed) == (5, 0)
     with package.open(output) as store, package.open(local.output) as same:
@@ -356,7 +356,7 @@ def test_a_run_and_its_resume(web: Web, tmp_path: Path) -> None:
         ("s3fs", "@s3://bucket/list.txt", "s3:// needs s3fs"),
     ],
 )
-def test_without_the_extra(
+def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, fpnx: Callable[..., Any], missing: str, argument: str, way: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -369,11 +369,11 @@ def test_without_the_extra(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2])
-def test_ctrl_c_while_a_server_says_nothing(web: Web, tmp_path: Path, signals: int) -> None:
+def test_ctrl_c_while_a_server_is_silent(web: Web, tmp_path: Path, signals: int) -> None:
     urls = [web.put(f"/{i}.jpg", jpeg(i)) for i in range(40)]
     for path in list(web.files)[8:]:
         web.files[path].waits = 3 if signals == 1 else 600
-    given = lists(tmp_path, *urls)
+    given = list_file(tmp_path, *urls)
     process = subprocess.Popen(
         [sys.executable, "-m", "fpnx", "extract", given, "-o", "out.h5", "--batch-size=2", "--commit-every=0", *LINE],
         cwd=tmp_path,
@@ -396,7 +396,7 @@ def test_ctrl_c_while_a_server_says_nothing(web: Web, tmp_path: Path, signals: i
 
 
 @pytest.mark.slow
-def test_nothing_is_left_open(web: Web, tmp_path: Path) -> None:
+def test_all_connections_are_closed(web: Web, tmp_path: Path) -> None:
     url = web.put("/a.jpg", jpeg())
     code = f"""
 import fpnx

@@ -1,4 +1,4 @@
-"""Addresses: parts, roots and globs, and what of them is never shown."""
+"""URLs: parts, roots, glob patterns, and the secrets that are never shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fpnx.remote import urls
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("text", "expected"),
     [
         ("https://host/a/b.jpg", "https://host/a/b.jpg"),
         ("https://host/b.jpg?X-Amz-Signature=secret&token=secret", "https://host/b.jpg?…"),
@@ -26,9 +26,9 @@ from fpnx.remote import urls
         ("plain/what?.jpg", "plain/what?.jpg"),
     ],
 )
-def test_no_secret_is_shown(given: str, expected: str) -> None:
-    assert escape(given) == expected
-    assert "secret" not in escape(given)
+def test_no_secret_is_shown(text: str, expected: str) -> None:
+    assert escape(text) == expected
+    assert "secret" not in escape(text)
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_no_secret_is_shown(given: str, expected: str) -> None:
         ("s3://", "names no bucket"),
     ],
 )
-def test_addresses_that_are_refused(url: str, reason: str) -> None:
-    with pytest.raises(FpnxError, match=reason) as told:
+def test_refused_urls(url: str, reason: str) -> None:
+    with pytest.raises(FpnxError, match=reason) as raised:
         urls.checked(url.encode())
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(raised.value)
 
 
-def test_the_scheme_is_in_small_letters() -> None:
+def test_schemes_become_lower_case() -> None:
     assert urls.checked(b"HTTPS://Host/A.jpg") == b"https://Host/A.jpg"
     assert urls.is_url(b"S3://bucket")
     assert not urls.is_url(b"c://windows")
@@ -66,13 +66,11 @@ def test_the_scheme_is_in_small_letters() -> None:
         (["s3://b//p", "s3://b//q"], "s3://b/", "p/x.jpg"),
     ],
 )
-def test_roots_and_names(roots: list[str], root: str, name: str) -> None:
-    found = urls.common_root([r.encode() for r in roots])
-    assert found == root.encode()
-    assert (
-        urls.inside(roots[0].encode() + b"/x.jpg" if name != "p/x.jpg" or "p" in roots[0] else b"s3://b/p/x.jpg", found)
-        == name.encode()
-    )
+def test_common_root_and_names(roots: list[str], root: str, name: str) -> None:
+    common = urls.common_root([r.encode() for r in roots])
+    assert common == root.encode()
+    url = roots[0].encode() + b"/x.jpg" if name != "p/x.jpg" or "p" in roots[0] else b"s3://b/p/x.jpg"
+    assert urls.relative_to(url, common) == name.encode()
 
 
 @pytest.mark.parametrize(
@@ -91,22 +89,22 @@ def test_roots_and_names(roots: list[str], root: str, name: str) -> None:
     ],
 )
 def test_globs(pattern: str, matching: list[str], other: list[str]) -> None:
-    matches = urls.glob_pattern(pattern.encode())
+    regex = urls.glob_regex(pattern.encode())
     for key in matching:
-        assert matches.fullmatch(b"s3://b/" + key.encode()), key
+        assert regex.fullmatch(b"s3://b/" + key.encode()), key
     for key in other:
-        assert not matches.fullmatch(b"s3://b/" + key.encode()), key
+        assert not regex.fullmatch(b"s3://b/" + key.encode()), key
 
 
-def test_where_a_glob_begins() -> None:
+def test_root_and_prefix_of_a_glob() -> None:
     assert urls.glob_root(b"s3://b/p/2024-*/x.jpg") == b"s3://b/p"
-    assert urls.glob_start(urls.inside(b"s3://b/p/2024-*/x.jpg", b"s3://b/p")) == b"2024-"
+    assert urls.glob_prefix(urls.relative_to(b"s3://b/p/2024-*/x.jpg", b"s3://b/p")) == b"2024-"
     assert urls.glob_root(b"s3://b/*.jpg") == b"s3://b"
     assert urls.glob_root(b"s3://b/p/a.jpg") == b"s3://b/p/a.jpg"
 
 
 @pytest.mark.parametrize(
-    ("listed", "line", "expected"),
+    ("list_url", "line", "expected"),
     [
         ("https://h/lists/l.txt?sig=1", "a/b.jpg", "https://h/lists/a/b.jpg"),
         ("https://h/lists/l.txt", "/b.jpg", "https://h/b.jpg"),
@@ -114,15 +112,15 @@ def test_where_a_glob_begins() -> None:
         ("s3://b/lists/l.txt", "a b?.jpg", "s3://b/lists/a b?.jpg"),
     ],
 )
-def test_lines_of_a_list(listed: str, line: str, expected: str) -> None:
-    assert urls.joined(listed.encode(), line.encode()) == expected.encode()
+def test_lines_of_a_list(list_url: str, line: str, expected: str) -> None:
+    assert urls.resolve_line(list_url.encode(), line.encode()) == expected.encode()
 
 
-def test_parts() -> None:
+def test_parts_of_urls() -> None:
     assert urls.bucket_and_key(b"s3://bucket/a//b.jpg") == ("bucket", "a//b.jpg")
     assert urls.bucket_and_key(b"s3://bucket") == ("bucket", "")
     assert urls.folder_of(b"https://host/a/b.jpg?c=/d/e") == b"https://host/a"
     assert urls.folder_of(b"https://host") == b"https://host"
-    assert urls.plain(b"https://host/b.jpg?x#y") == b"https://host/b.jpg"
-    assert urls.plain(b"s3://bucket/b?.jpg") == b"s3://bucket/b?.jpg"
+    assert urls.without_query(b"https://host/b.jpg?x#y") == b"https://host/b.jpg"
+    assert urls.without_query(b"s3://bucket/b?.jpg") == b"s3://bucket/b?.jpg"
     assert urls.with_name("s3://bucket/a/out.h5", "x.h5") == "s3://bucket/a/x.h5"

@@ -1,4 +1,4 @@
-"""The file format and its reader."""
+"""The HDF5 file: its datasets and attributes, and the reader."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store(made: Path) -> Iterator[Store]:
         yield opened
 
 
-def test_the_layout(made: Path, photos: Path) -> None:
+def test_datasets_and_attributes_of_a_file(made: Path, photos: Path) -> None:
     with h5py.File(made) as file:
         assert (file.attrs["format"], file.attrs["format_version"]) == ("fpnx", 1)
         assert fingerprint(json.loads(file.attrs["config"])) == file.attrs["fingerprint"]
@@ -100,7 +100,7 @@ def test_boxes(store: Store) -> None:
         item.box("P3", 8, 0)
 
 
-def test_what_is_no_name_and_no_cell_is_refused(store: Store) -> None:
+def test_invalid_image_keys_and_cells_are_refused(store: Store) -> None:
     for key in (True, 1.0, None):
         with pytest.raises(TypeError, match=f"image {key!r}: take a stored name or an index"):
             store[key]  # type: ignore[index]
@@ -121,7 +121,7 @@ def test_boxes_tile_the_image(photos: Path, tmp_path: Path) -> None:
                         assert item.box("P3", 0, x).right == pytest.approx(item.box("P3", 0, x + 1).left)
 
 
-def test_closed_stores_say_so(made: Path) -> None:
+def test_reading_from_a_closed_store_is_refused(made: Path) -> None:
     with fpnx.open(made) as store:
         item = store[0]
     with pytest.raises(StoreError, match="has been closed"):
@@ -152,7 +152,7 @@ def test_truncated_files(made: Path, keep: float) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_names_of_any_bytes_come_back(photos: Path, tmp_path: Path) -> None:
+def test_names_with_any_bytes_are_kept(photos: Path, tmp_path: Path) -> None:
     import os
 
     names = [b"bad\xff\xfe.jpg", b"new\nline.jpg", "caf\u00e9.jpg".encode(), b"cafe\xcc\x81.jpg", b"[b]x.jpg"]
@@ -183,5 +183,10 @@ def test_valid_extent(size: tuple[int, int], stride: int, shape: tuple[int, int]
 def test_different_fields() -> None:
     old = {"seed": 0, "recipe": {"height": 224, "mean": [1]}, "weights": "a" * 64}
     new = {"seed": 1, "recipe": {"height": 225, "mean": [1]}, "weights": "b" * 64, "pool": "avg"}
-    told = different_fields(old, new)
-    assert told == ["pool None → avg", "recipe.height 224 → 225", "seed 0 → 1", f"weights {'a' * 12}… → {'b' * 12}…"]
+    differences = different_fields(old, new)
+    assert differences == [
+        "pool None → avg",
+        "recipe.height 224 → 225",
+        "seed 0 → 1",
+        f"weights {'a' * 12}… → {'b' * 12}…",
+    ]

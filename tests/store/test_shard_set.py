@@ -1,4 +1,4 @@
-"""Sets of shards, read as one and merged: the same as a whole run, or refused with the reason."""
+"""Sets of shards, read as one store and merged: equal to a run without shards, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ from fpnx.core.events import Listener
 from fpnx.core.files import lock
 from fpnx.core.image_list import ImageList, list_fingerprint
 from fpnx.core.sharding import Shard, ShardSlice, shard_path
+from fpnx.store.file_layout import FileLayout
 from fpnx.store.reader import DONE, FAILED
 from fpnx.store.shard_set import ShardSet, open_shard_set
-from fpnx.store.writer import FileLayout, Writer, part_path
+from fpnx.store.writer import Writer, part_path
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 from tests.helpers.process import document
@@ -40,23 +41,23 @@ TABLES = ("bytes", "mtime_ns", "source_size", "input_size", "status", "error", "
 
 
 def part(layout: FileLayout, index: int, count: int) -> FileLayout:
-    """What a shard lays out: a slice of the list, rows numbered anew, and where it was cut."""
+    """The layout of a shard: a slice of the images, with rows numbered from 0."""
     records = layout.images.records
-    cut = ShardSlice.of(Shard(index, count), len(records), list_fingerprint(records))
-    padded = [layout.padded_sizes[i] for i in cut.slice]
+    shard_slice = ShardSlice.of(Shard(index, count), len(records), list_fingerprint(records))
+    padded = [layout.padded_sizes[i] for i in shard_slice.slice]
     return replace(
         layout,
-        images=ImageList(layout.images.root, tuple(records[i] for i in cut.slice), cut),
-        input_sizes=layout.input_sizes[cut.first : cut.slice.stop],
+        images=ImageList(layout.images.root, tuple(records[i] for i in shard_slice.slice), shard_slice),
+        input_sizes=layout.input_sizes[shard_slice.first : shard_slice.slice.stop],
         padded_sizes=padded,
         rows=np.array([padded[:i].count(size) if size else -1 for i, size in enumerate(padded)], np.int64),
         shapes={size: layout.shapes[size] for size in dict.fromkeys(padded) if size},
-        errors={i - cut.first: why for i, why in layout.errors.items() if i in cut.slice},
+        errors={i - shard_slice.first: why for i, why in layout.errors.items() if i in shard_slice.slice},
     )
 
 
 def fill(output: Path, layout: FileLayout, failed: Sequence[int] = ()) -> Path:
-    """Write what an extraction would: features that tell which image they are of, the names `failed` without any."""
+    """Write a file with features that identify their image; the images `failed` have none."""
     first = layout.images.shard.first if layout.images.shard else 0
     writer = Writer.create(output, layout, PROVENANCE)
     for i in np.flatnonzero(layout.rows >= 0).tolist():
@@ -70,7 +71,7 @@ def fill(output: Path, layout: FileLayout, failed: Sequence[int] = ()) -> Path:
 
 
 def fill_set(folder: Path, layout: FileLayout, count: int, failed: Sequence[int] = ()) -> list[Path]:
-    """All shards of a run, and the whole run beside them."""
+    """All shards of a run, and `whole.h5`, the same run without shards."""
     fill(folder / "whole.h5", layout, failed)
     return [
         fill(shard_path(folder / "out.h5", Shard(index, count)), part(layout, index, count), failed)
@@ -110,7 +111,7 @@ def assert_same_tables(one: Path, other: Path) -> None:
 
 
 def raw(path: Path, row: int, level: str) -> bytes:
-    """The stored bytes of image `row`, whatever its status."""
+    """The stored bytes of image `row`, with any status."""
     with h5py.File(path) as file:
         group = file["images/group"].asstr()[row]
         return file["pyramids"][group][level][int(file["images/row"][row])].tobytes()
@@ -150,7 +151,7 @@ def assert_same_reading(one: fpnx.Store, other: fpnx.Store) -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["in order", "backwards"])
-def test_a_set_reads_as_the_whole_run(made: list[Path], tmp_path: Path, order: int) -> None:
+def test_a_set_is_read_like_a_run_without_shards(made: list[Path], tmp_path: Path, order: int) -> None:
     with fpnx.open(made[::order]) as store, fpnx.open(tmp_path / "whole.h5") as whole:
         assert_same_reading(store, whole)
         assert isinstance(store, ShardSet)
@@ -227,7 +228,7 @@ def no_shard(made: list[Path]) -> list[Path]:
     return [*made, made[0].with_name("whole.h5")]
 
 
-def mistold(made: list[Path]) -> list[Path]:
+def wrong_first(made: list[Path]) -> list[Path]:
     with h5py.File(made[2], "r+") as file:
         file.attrs["shard"] = json.dumps({**json.loads(file.attrs["shard"]), "first": 1})
     return made
@@ -235,13 +236,13 @@ def mistold(made: list[Path]) -> list[Path]:
 
 def too_short(made: list[Path]) -> list[Path]:
     with h5py.File(made[2], "r+") as file:
-        told = json.loads(file.attrs["shard"])
-        file.attrs["shard"] = json.dumps(ShardSlice.of(Shard(2, 4), 16, told["list"]).to_json())
+        values = json.loads(file.attrs["shard"])
+        file.attrs["shard"] = json.dumps(ShardSlice.of(Shard(2, 4), 16, values["list"]).to_json())
     return made
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (other_run, r"00000-of-00004\.h5 and .*00002-of-00004\.h5 are shards of different runs \(seed None → 1\)"),
         (other_list, r"00002-of-00004\.h5 are shards of different runs \(their lists of images differ\)"),
@@ -252,22 +253,22 @@ def too_short(made: list[Path]) -> list[Path]:
         (lambda made: [*unfinished(made), part_path(made[2])], r"00002-of-00004\.h5\.part \(shard 2/4\) is unfinished"),
         (pending, r"00002-of-00004\.h5 \(shard 2/4\) is unfinished: 1 images are pending"),
         (no_shard, r"whole\.h5 is no shard: it was made without --shard"),
-        (mistold, r"00002-of-00004\.h5 is not a whole fpnx file \(there is no shard 2/4 from 1 on of 11 images\)"),
+        (wrong_first, r"00002-of-00004\.h5 is not a whole fpnx file \(there is no shard 2/4 from 1 on of 11 images\)"),
         (too_short, r"00002-of-00004\.h5 is not a whole fpnx file: it has 3 images, and shard 2/4 of 16 has 4"),
         (lambda made: [*made[:3], made[3].with_name("gone.h5")], r"gone\.h5 does not exist"),
     ],
-    ids=["run", "list", "count", "missing", "twice", "part", "a part", "pending", "whole", "told", "short", "no file"],
+    ids=["run", "list", "count", "missing", "twice", "part", "a part", "pending", "whole", "first", "short", "no file"],
 )
-def test_sets_that_are_none(
-    made: list[Path], tmp_path: Path, spoil: Callable[[list[Path]], list[Path]], told: str
+def test_invalid_sets_are_refused(
+    made: list[Path], tmp_path: Path, spoil: Callable[[list[Path]], list[Path]], message: str
 ) -> None:
     paths = spoil(made)
-    with pytest.raises(StoreError, match=told) as raised:
+    with pytest.raises(StoreError, match=message) as raised:
         fpnx.open(paths)
     assert "\n" not in str(raised.value)
-    with pytest.raises(StoreError, match=told):
+    with pytest.raises(StoreError, match=message):
         fpnx.merge(tmp_path / "out.h5", paths)
-    with pytest.raises(StoreError, match=told):
+    with pytest.raises(StoreError, match=message):
         verify(paths)
     assert not (tmp_path / "out.h5").exists()
 
@@ -283,8 +284,8 @@ def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
 def test_merged(tmp_path: Path, groups: list[str], dtype: str) -> None:
     errors = {i: f"no header {i}" for i, name in enumerate(groups) if not name}
     made = fill_set(tmp_path, layout_of(groups, errors, dtype), 5, failed=[2, 4])
-    heard = Messages()
-    merged = fpnx.merge(tmp_path / "out.h5", made[::-1], listener=heard)
+    listener = Progress()
+    merged = fpnx.merge(tmp_path / "out.h5", made[::-1], listener=listener)
     failed = sum(i in (2, 4) or not name for i, name in enumerate(groups))
     assert (merged.shards, merged.images, merged.done, merged.failed) == (5, len(groups), len(groups) - failed, failed)
     assert merged.bytes == (tmp_path / "out.h5").stat().st_size
@@ -301,18 +302,18 @@ def test_merged(tmp_path: Path, groups: list[str], dtype: str) -> None:
     assert verify(tmp_path / "out.h5").problems == ()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out.h5.")]
     if any(groups):
-        assert heard.told[-1] == "MB"
+        assert listener.units[-1] == "MB"
 
 
-class Messages(Listener):
+class Progress(Listener):
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.units: list[str] = []
 
     def progress(self, what: str, done: int, total: int) -> None:
-        self.told.append(what)
+        self.units.append(what)
 
 
-def test_features_are_copied_as_they_are(made: list[Path], tmp_path: Path) -> None:
+def test_merging_copies_features_bit_by_bit(made: list[Path], tmp_path: Path) -> None:
     odd = np.array([0x7FC12345, 0xFF800000, 0x80000000, 0x00000001], np.uint32).view(np.float32)
     with h5py.File(made[0], "r+") as file:
         file["pyramids/64x64/P4"][1].reshape(-1)[:4] = 0  # reading copies
@@ -322,7 +323,7 @@ def test_features_are_copied_as_they_are(made: list[Path], tmp_path: Path) -> No
     assert odd.tobytes() in raw(tmp_path / "out.h5", 1, "P4")
 
 
-def test_what_has_the_outputs_name_stays_until_the_merge_is_whole(made: list[Path], tmp_path: Path) -> None:
+def test_an_existing_output_is_kept_until_the_merge_is_complete(made: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     output.write_bytes(b"before")
     with pytest.raises(FpnxError, match=r"out\.h5 exists: replace it with --overwrite"):
@@ -350,7 +351,7 @@ def test_what_has_the_outputs_name_stays_until_the_merge_is_whole(made: list[Pat
         fpnx.merge(output, made)
 
 
-def test_a_shard_that_cannot_be_read_ends_the_merge(made: list[Path], tmp_path: Path) -> None:
+def test_a_merge_stops_at_a_shard_that_cannot_be_read(made: list[Path], tmp_path: Path) -> None:
     with h5py.File(made[2], "r+") as file:
         del file["pyramids/32x96/P5"]
     with pytest.raises(StoreError, match=r"00002-of-00004\.h5 .*P5 is missing"):
@@ -358,7 +359,7 @@ def test_a_shard_that_cannot_be_read_ends_the_merge(made: list[Path], tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(path.name for path in made), "whole.h5"])
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_not_mixed_in(made: list[Path], tmp_path: Path) -> None:
+def test_a_shard_that_is_replaced_during_reading_is_refused(made: list[Path], tmp_path: Path) -> None:
     with open_shard_set(made) as store:
         before = store[0]["P4"]
         store.release()
@@ -380,7 +381,7 @@ def test_verify_of_a_set_names_the_shard(made: list[Path], tmp_path: Path) -> No
     found = verify(made)
     assert found.exit_code == 1
     assert found.problems == (
-        "their images are not those of the list they tell of",
+        "their images are not those of the list that they were cut from",
         "out.shard-00001-of-00004.h5: 2.png: not as finite in P4 as the file says",
     )
 
@@ -421,10 +422,10 @@ def test_info_verify_and_merge_on_the_command_line(made: list[Path], fpnx: Calla
     assert subprocess.run(
         [sys.executable, "-c", snippet], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     ).stdout.strip() == "0.png (2, 4, 4)"  # fmt: skip
-    told = document(fpnx("info", "out.shard-*.h5", "--json")[1])
-    assert (told["images"]["total"], told["shards"], told["shard"]) == (11, 4, None)
-    told = document(fpnx("info", made[1], "--json")[1])
-    assert (told["shards"], told["shard"]["index"]) == (0, 1)
+    info = document(fpnx("info", "out.shard-*.h5", "--json")[1])
+    assert (info["images"]["total"], info["shards"], info["shard"]) == (11, 4, None)
+    info = document(fpnx("info", made[1], "--json")[1])
+    assert (info["shards"], info["shard"]["index"]) == (0, 1)
     code, out, _ = fpnx("verify", *made)
     assert (code, "in 4 shards" in out, out.splitlines()[-1][:9]) == (0, True, "verified:")
     code, out, _ = fpnx("merge", "out.h5", "out.shard-*.h5")
@@ -434,7 +435,7 @@ def test_info_verify_and_merge_on_the_command_line(made: list[Path], fpnx: Calla
     assert error.count("\n") == 1
 
 
-def test_a_set_is_drawn_as_one_file(made: list[Path], fpnx: Callable[..., Any]) -> None:
+def test_a_set_is_visualized_like_one_file(made: list[Path], fpnx: Callable[..., Any]) -> None:
     code, _, error = fpnx("visualize", "out.shard-*.h5", "-o", "set", "--images", "0:6", "--overwrite")
     assert code == 0, error
     assert fpnx("visualize", "whole.h5", "-o", "whole", "--images", "0:6")[0] == 0
@@ -479,10 +480,12 @@ def test_shards_of_a_real_run(tmp_path: Path, size: str | int, count: int, image
             for level in shard.levels if shard.padded_sizes[row] else ():
                 assert raw(tmp_path / "out.h5", first + row, level) == raw(Path(shard.path), row, level)
     assert verify(shards, against=photos, sample=2).problems == ()
-    assert fpnx.extract(photos, tmp_path / "out.h5", resume=True, **options).computed == 0  # it is a whole run's
+    assert (
+        fpnx.extract(photos, tmp_path / "out.h5", resume=True, **options).computed == 0
+    )  # the merged file counts as a run without shards
 
 
-LARGE = ["3200x3200"] * 12  # 0.4 MB an image: progress is told for each MB
+LARGE = ["3200x3200"] * 12  # 0.4 MB per image; progress is reported for each MB
 MERGE = """
 import sys
 import fpnx.commands.merge
@@ -502,7 +505,7 @@ except Interrupted as error:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
-def test_an_interrupted_merge_leaves_nothing_that_passes_for_done(tmp_path: Path, signum: signal.Signals) -> None:
+def test_an_interrupted_merge_leaves_no_file_that_looks_complete(tmp_path: Path, signum: signal.Signals) -> None:
     made = fill_set(tmp_path, layout_of(LARGE), 4)
     merging = subprocess.Popen(
         [sys.executable, "-c", MERGE],
@@ -519,8 +522,8 @@ def test_an_interrupted_merge_leaves_nothing_that_passes_for_done(tmp_path: Path
         merging.stdin.write("\n")
         merging.stdin.flush()
     assert merging.stdout.readline() == "copying\n"
-    fresh = tmp_path / "out.h5.part.new"
-    with fpnx.open(fresh) as store:
+    temporary = tmp_path / "out.h5.part.new"
+    with fpnx.open(temporary) as store:
         assert not store.complete
         assert list(store) == []
     merging.send_signal(signum)
@@ -529,13 +532,13 @@ def test_an_interrupted_merge_leaves_nothing_that_passes_for_done(tmp_path: Path
     rest, _ = merging.communicate("\n" * 100)
     assert not (tmp_path / "out.h5").exists()
     if signum == signal.SIGKILL:
-        assert (merging.returncode, fresh.exists()) == (-signum, True)
+        assert (merging.returncode, temporary.exists()) == (-signum, True)
     else:
-        assert (merging.returncode, fresh.exists()) == (128 + signum, False)
+        assert (merging.returncode, temporary.exists()) == (128 + signum, False)
         assert "nothing was merged, and the shards are as they were" in rest
     fpnx.merge(tmp_path / "out.h5", made)
     assert_same_tables(tmp_path / "out.h5", tmp_path / "whole.h5")
-    assert not fresh.exists()
+    assert not temporary.exists()
 
 
 BOUNDED = """
@@ -580,7 +583,7 @@ fpnx.commands.merge.merge("out.h5", "out.shard-*.h5", listener=Fills())
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs ulimit")
 @pytest.mark.parametrize("when", ["at first", "on the way"])
-def test_a_disk_that_refuses_leaves_nothing(tmp_path: Path, when: str) -> None:
+def test_a_merge_that_cannot_write_leaves_no_file(tmp_path: Path, when: str) -> None:
     fill_set(tmp_path, layout_of(LARGE), 2)
     before = sorted(path.name for path in tmp_path.iterdir())
     done = subprocess.run(
@@ -594,7 +597,7 @@ def test_a_disk_that_refuses_leaves_nothing(tmp_path: Path, when: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_interrupted_is_what_callers_can_catch(tmp_path: Path) -> None:
+def test_an_interrupted_merge_raises_interrupted(tmp_path: Path) -> None:
     made = fill_set(tmp_path, layout_of(LARGE), 2)
 
     class Signals(Listener):

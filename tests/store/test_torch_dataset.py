@@ -1,4 +1,4 @@
-"""Stored pyramids through a real DataLoader."""
+"""`PyramidDataset` and its batch sampler, with a real DataLoader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ragged(photos: Path, tmp_path: Path) -> Path:
     return tmp_path / "ragged.h5"
 
 
-def test_what_it_is_given_is_checked(ragged: Path) -> None:
+def test_arguments_are_checked(ragged: Path) -> None:
     assert fpnx.PyramidDataset(ragged, levels="P3").levels == ("P3",)
     for levels in ([], 5, "P9", ["P5"]):
         with pytest.raises(FpnxError, match="level"):
@@ -41,7 +41,7 @@ def test_what_it_is_given_is_checked(ragged: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shuffled_batches_of_one_shape(ragged: Path, workers: int) -> None:
-    data = fpnx.PyramidDataset(ragged, levels=("P3", "P4"), target=lambda_target)
+    data = fpnx.PyramidDataset(ragged, levels=("P3", "P4"), target=length_of_path)
     assert len(data) == 6
     data[0]  # opened before the workers fork
     loader = DataLoader(data, batch_sampler=data.batch_sampler(2, shuffle=True, seed=0), num_workers=workers)
@@ -56,7 +56,7 @@ def test_shuffled_batches_of_one_shape(ragged: Path, workers: int) -> None:
     assert sorted(seen) == sorted(data[i]["path"] for i in range(6))
 
 
-def lambda_target(path: str) -> int:
+def length_of_path(path: str) -> int:
     return len(path)
 
 

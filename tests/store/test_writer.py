@@ -1,4 +1,4 @@
-"""The writer alone: what it lays out, in which order it commits, and what is there after a crash at any write."""
+"""The writer: the file that it creates, the order of commits, and the state of the file after a crash at any write."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def put(writer: Writer, indices: list[int], group: str) -> None:
 
 
 def check_done_rows(path: Path) -> int:
-    """Every row that is marked done equals what was put; how many there are."""
+    """Check that every image marked as done has the features that were put; returns their number."""
     with open_store_file(path) as store:
         done = np.flatnonzero(store.status == DONE).tolist()
         for index in done:
@@ -51,15 +51,15 @@ def check_done_rows(path: Path) -> int:
         return len(done)
 
 
-def states(output: Path) -> list[int]:
-    """Statuses in the `.part` as it is on disk now: HDF5 shares what one process opens twice, so of a copy."""
+def stored_status(output: Path) -> list[int]:
+    """Status of each image in the `.part` on disk, read from a copy: HDF5 shares a file that is open twice."""
     copy = output.with_name("copy.h5.part")
     shutil.copyfile(part_path(output), copy)
     with open_store_file(copy) as store:
         return list(store.status)
 
 
-def test_a_new_part_is_whole_pending_and_as_the_format_says(tmp_path: Path) -> None:
+def test_a_new_part_has_all_datasets_and_pending_images(tmp_path: Path) -> None:
     writer = Writer.create(
         tmp_path / "out.h5", layout_of(["64x64", "64x96", "", "64x64"], {2: "no header"}), PROVENANCE
     )
@@ -74,20 +74,20 @@ def test_a_new_part_is_whole_pending_and_as_the_format_says(tmp_path: Path) -> N
         assert file["pyramids/64x64/P4"].shape == (2, 2, 4, 4)
         assert file["pyramids/64x96/P5"].shape == (1, 2, 2, 3)
         assert dict(file["pyramids/64x96/P5"].attrs)["stride"] == 32
-        assert "P4" not in file  # two sizes: no shortcut
+        assert "P4" not in file  # two sizes: no soft links
         for name in ("images/status", "images/error", "stats/nonfinite", "pyramids/64x64/P4"):
             plist = file[name].id.get_create_plist()
             assert plist.get_layout() == h5py.h5d.CONTIGUOUS
             assert plist.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
 
 
-def test_the_space_of_a_new_part_is_claimed(tmp_path: Path) -> None:
+def test_the_space_of_a_new_part_is_reserved(tmp_path: Path) -> None:
     writer = Writer.create(tmp_path / "out.h5", layout_of(["960x960"] * 40), PROVENANCE)
     writer.close()
-    about = part_path(tmp_path / "out.h5").stat()
-    if not writer.space_is_claimed:
-        pytest.skip("this file system cannot set space aside")
-    assert 512 * about.st_blocks >= about.st_size > 40 * 2 * 60 * 60 * 4
+    info = part_path(tmp_path / "out.h5").stat()
+    if not writer.space_is_reserved:
+        pytest.skip("this file system cannot reserve space")
+    assert 512 * info.st_blocks >= info.st_size > 40 * 2 * 60 * 60 * 4
 
 
 def test_a_part_that_lacks_one_byte_is_refused(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_part_that_lacks_one_byte_is_refused(tmp_path: Path) -> None:
         open_store_file(part)
 
 
-def test_a_finished_file_verifies_and_its_shortcuts_lead_to_the_rows(tmp_path: Path) -> None:
+def test_a_finished_file_verifies_and_its_soft_links_lead_to_the_rows(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     writer = Writer.create(output, layout_of(["64x64"] * 5), PROVENANCE)
     put(writer, [0, 1, 3], "64x64")
@@ -115,19 +115,19 @@ def test_a_finished_file_verifies_and_its_shortcuts_lead_to_the_rows(tmp_path: P
     assert verify(output).problems == ()
 
 
-def test_nothing_is_marked_before_a_commit(tmp_path: Path) -> None:
+def test_images_are_marked_as_done_only_by_a_commit(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     writer = Writer.create(output, layout_of(["64x64"] * 3), PROVENANCE)
     put(writer, [0, 1], "64x64")
-    assert states(output) == [PENDING] * 3
+    assert stored_status(output) == [PENDING] * 3
     writer.commit()
-    assert states(output) == [DONE, DONE, PENDING]
+    assert stored_status(output) == [DONE, DONE, PENDING]
     put(writer, [2], "64x64")
     writer.close()
     assert check_done_rows(part_path(output)) == 2
 
 
-def test_a_failed_image_is_pending_while_it_is_tried_again_and_clean_once_it_succeeds(tmp_path: Path) -> None:
+def test_a_failed_image_is_pending_on_reopening_and_without_reason_once_it_is_done(tmp_path: Path) -> None:
     output, layout = tmp_path / "out.h5", layout_of(["64x64", "64x64", ""], {2: "no header"})
     writer = Writer.create(output, layout, PROVENANCE)
     writer.put([0], features_of([0], "64x64"), np.array([[9, 9]]), {"P4": [3], "P5": [0]})
@@ -138,7 +138,7 @@ def test_a_failed_image_is_pending_while_it_is_tried_again_and_clean_once_it_suc
         assert store.status.tolist() == [DONE, FAILED, FAILED]
         assert store.nonfinite_by_level() == {"P4": 3, "P5": 0}
     writer = Writer.reopen(output)
-    assert states(output) == [DONE, PENDING, FAILED]  # the last has no row to be filled
+    assert stored_status(output) == [DONE, PENDING, FAILED]  # the last has no row
     put(writer, [0, 1], "64x64")
     writer.finish()
     with h5py.File(output) as file:
@@ -156,7 +156,7 @@ def test_a_reason_is_cut_between_characters(tmp_path: Path) -> None:
         assert store.error(0) == "x" + "é" * 119
 
 
-def test_a_part_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_part_that_is_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"mine")
     output = tmp_path / "out.h5"
     os.symlink(tmp_path / "precious", part_path(output))
@@ -168,7 +168,7 @@ def test_a_part_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 class Recorder(OpenFile):
-    """A file that keeps a log of what is done to it: ("write", offset, bytes) and ("sync",)."""
+    """A file that logs its writes and syncs: ("write", offset, bytes) and ("sync",)."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -190,7 +190,7 @@ def apply(content: bytearray, entry: tuple[Any, ...]) -> None:
 
 
 def recorded_run(tmp_path: Path) -> tuple[bytes, list[tuple[Any, ...]]]:
-    """A run over two sizes, a failure and a retried failure → the file at its start, and the log of its writes."""
+    """A run with two sizes, a failure and a retried failure → the file at its start, and the log of its writes."""
     output = tmp_path / "recorded.h5"
     writer = Writer.create(
         output, layout_of(["64x64", "64x96", "64x64", "", "64x96", "64x64"], {3: "gone"}), PROVENANCE
@@ -201,7 +201,7 @@ def recorded_run(tmp_path: Path) -> tuple[bytes, list[tuple[Any, ...]]]:
     start = part_path(output).read_bytes()
     disk = Recorder(part_path(output))
     writer = Writer(output, disk)
-    writer.retry()
+    writer.reset_failed()
     put(writer, [0, 2], "64x64")
     writer.commit()
     put(writer, [1], "64x96")
@@ -213,7 +213,7 @@ def recorded_run(tmp_path: Path) -> tuple[bytes, list[tuple[Any, ...]]]:
     return start, disk.log
 
 
-def test_the_file_is_right_at_every_write_boundary_and_in_the_middle_of_every_write(tmp_path: Path) -> None:
+def test_done_rows_are_correct_after_and_in_the_middle_of_every_write(tmp_path: Path) -> None:
     start, log = recorded_run(tmp_path)
     crashed, seen = tmp_path / "crashed.h5.part", []
     content = bytearray(start)
@@ -232,8 +232,8 @@ def test_the_file_is_right_at_every_write_boundary_and_in_the_middle_of_every_wr
     assert len([entry for entry in log if entry[0] == "write"]) > 20
 
 
-def test_the_file_is_right_after_a_power_loss_at_any_moment(tmp_path: Path) -> None:
-    """What was written since the last sync reaches the disk or not, in any selection."""
+def test_done_rows_are_correct_after_a_power_loss_at_any_moment(tmp_path: Path) -> None:
+    """Any subset of the writes since the last sync may have reached the disk."""
     start, log = recorded_run(tmp_path)
     chance, crashed = random.Random(0), tmp_path / "crashed.h5.part"
     for moment in range(1, len(log) + 1):
@@ -246,8 +246,8 @@ def test_the_file_is_right_after_a_power_loss_at_any_moment(tmp_path: Path) -> N
         check_done_rows(crashed)
 
 
-def test_replay_finds_a_wrong_order(tmp_path: Path) -> None:
-    """The two tests above can fail: without syncs in between, a mark can reach the disk before its features."""
+def test_the_crash_tests_detect_a_wrong_order(tmp_path: Path) -> None:
+    """The two tests above can fail: without a sync before it, a status can reach the disk before its features."""
     start, log = recorded_run(tmp_path)
     marks = [e for e in log if e[0] == "write" and e[2].count(b"\x01") and len(e[2]) <= 6]
     content = bytearray(start)
@@ -259,7 +259,7 @@ def test_replay_finds_a_wrong_order(tmp_path: Path) -> None:
 
 
 class Failing(OpenFile):
-    """A file on a disk that goes wrong at one sync, and then pretends that all is well, as Linux does."""
+    """A file whose third sync fails and whose later syncs succeed, as on Linux."""
 
     syncs = 0
 
@@ -269,7 +269,7 @@ class Failing(OpenFile):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def test_after_a_refused_sync_nothing_is_marked_any_more(tmp_path: Path) -> None:
+def test_after_a_failed_sync_no_image_is_marked_as_done(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     Writer.create(output, layout_of(["64x64"] * 4), PROVENANCE).close()
     disk = Failing(part_path(output))
@@ -282,7 +282,7 @@ def test_after_a_refused_sync_nothing_is_marked_any_more(tmp_path: Path) -> None
             again()
     assert disk.syncs == 3
     writer.close()
-    assert states(output) == [DONE, PENDING, PENDING, PENDING]
+    assert stored_status(output) == [DONE, PENDING, PENDING, PENDING]
 
 
 def test_config_and_fingerprint_are_in_the_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures of stored pyramids: where cells lie, what is said, what a file shares."""
+"""Figures of stored pyramids: geometry of cells, texts, missing sources, shared colour scales."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fpnx.core.provenance import ModelPart
 from fpnx.store.reader import Item, Store
 from fpnx.visualization.color_scale import measure_scales, sample_rows
 from fpnx.visualization.figure import figure, rendered
-from fpnx.visualization.panels import assembled, colour_table, map_of, painted, placed
-from fpnx.visualization.scene import scene_of
+from fpnx.visualization.image_maps import item_maps
+from fpnx.visualization.panels import apply_colormap, colour_table, compute_map, render_panel, resample
 from fpnx.visualization.text_layout import fit_text, printable, text_width
 from tests.helpers.files import noise_image
 
@@ -49,40 +49,40 @@ def store(stored: Path) -> Iterator[Store]:
 
 
 def texts(drawn: Figure) -> str:
-    """All that a figure says."""
+    """All texts of a figure."""
     return "\n".join(text.get_text() for text in drawn.texts)
 
 
-# Where cells lie ---------------------------------------------------------------------------------------------
+# Geometry of cells ---------------------------------------------------------------------------------------------
 
 
-def test_placed_by_hand() -> None:
+def test_resample_by_hand() -> None:
     cells = np.array([[1, 2, 3], [4, 5, 6]])
-    pixels, inside = placed(cells, (8, 12), (8, 12), (4, 6))  # two pixels a cell
+    pixels, inside = resample(cells, (8, 12), (8, 12), (4, 6))  # two pixels a cell
     assert pixels.tolist() == [[1, 1, 2, 2, 3, 3]] * 2 + [[4, 4, 5, 5, 6, 6]] * 2
     assert inside.all()
     # the last column overhangs the source by half a cell, which is cut off
-    pixels, _ = placed(cells, (8, 12), (8, 10), (2, 5))
+    pixels, _ = resample(cells, (8, 12), (8, 10), (2, 5))
     assert pixels.tolist() == [[1, 1, 2, 2, 3], [4, 4, 5, 5, 6]]
-    # what no cell covers is told
-    _, inside = placed(cells, (8, 12), (8, 24), (2, 4))
+    # pixels that no cell covers are masked
+    _, inside = resample(cells, (8, 12), (8, 24), (2, 4))
     assert inside.tolist() == [[True, True, False, False]] * 2
 
 
-def test_painted_by_hand() -> None:
+def test_apply_colormap_by_hand() -> None:
     table = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
     values = np.array([[0.0, 0.5, 1.0, 2.0, -1.0, np.nan, np.inf]])
-    assert painted(values, 0, 1, table)[0, :, 0].tolist() == [0, 128, 255, 255, 0, 150, 150]
-    assert painted(np.array([[3.0]]), 3, 3, table)[0, 0, 0] == 0
+    assert apply_colormap(values, 0, 1, table)[0, :, 0].tolist() == [0, 128, 255, 255, 0, 150, 150]
+    assert apply_colormap(np.array([[3.0]]), 3, 3, table)[0, 0, 0] == 0
 
 
-MEAN = (124, 116, 104)  # what normalisation makes 0: nothing there, and nothing in padding, excites a network
+MEAN = (124, 116, 104)  # normalisation maps this colour to 0, the value of padding
 
 
-def square(path: Path, size: tuple[int, int], box: tuple[int, int, int, int], turn: int = 1) -> None:
+def save_square(path: Path, size: tuple[int, int], box: tuple[int, int, int, int], turn: int = 1) -> None:
     """A picture of `size` (width, height) with one square of noise at `box` (left, top, right, bottom), as displayed.
 
-    With `turn` 6 or 8 it is stored lying on a side, as cameras do, and says so.
+    With `turn` 6 or 8 it is stored rotated, with that EXIF orientation.
     """
     pixels = np.full((size[1], size[0], 3), MEAN, np.uint8)
     left, top, right, bottom = box
@@ -116,7 +116,7 @@ def test_the_brightest_cells_lie_over_the_bright_square(
 ) -> None:
     boxes = {"a.png": (230, 40, 330, 140), "b.png": (20, 130, 120, 230)}
     for name, box in boxes.items():
-        square(tmp_path / name, (370, 250), box, turn)
+        save_square(tmp_path / name, (370, 250), box, turn)
     options = {
         "stretched": {"size": "192x256", "weights": "random", "backbone": "mobilenet_v2"},
         "aspect": {"short_side": 200, "weights": "random", "backbone": "mobilenet_v2"},
@@ -128,53 +128,53 @@ def test_the_brightest_cells_lie_over_the_bright_square(
         for name, (left, top, right, bottom) in boxes.items():
             item = store[name]
             assert item.source_size == (250, 370)
-            scene = scene_of(item)
+            maps = item_maps(item)
             for level in store.levels:
-                found = map_of(scene, level, PictureConfig(), None)
-                y, x = np.unravel_index(found.tiles[0].argmax(), found.shape)
+                level_map = compute_map(maps, level, PictureConfig(), None)
+                y, x = np.unravel_index(level_map.tiles[0].argmax(), level_map.shape)
                 cell = item.box(level, int(y), int(x))
                 assert left <= (cell.left + cell.right) / 2 <= right, level
                 assert top <= (cell.top + cell.bottom) / 2 <= bottom, level
-                # the same in the drawn panel, one pixel a source pixel
-                panel = assembled(scene, found, (250, 370), 1, PictureConfig(), colour_table("gray"))[..., 0]
+                # the same in the rendered panel, with one pixel for each source pixel
+                panel = render_panel(maps, level_map, (250, 370), 1, PictureConfig(), colour_table("gray"))[..., 0]
                 bright = np.argwhere(panel == panel.max())
                 middle = bright.mean(axis=0)
                 assert top <= middle[0] <= bottom, level
                 assert left <= middle[1] <= right, level
 
 
-def test_a_panel_s_pixels_reach_the_picture_one_to_one(store: Store) -> None:
-    config, scene = PictureConfig(per_image=True, panel=96), scene_of(store[1])
+def test_panel_pixels_are_drawn_unscaled(store: Store) -> None:
+    config, maps = PictureConfig(per_image=True, panel=96), item_maps(store[1])
     pixels = np.asarray(rendered(figure(store[1], per_image=True, panel=96)))
-    found = map_of(scene, "P3", config, None)
+    level_map = compute_map(maps, "P3", config, None)
     tile = (64, 96)
-    panel = assembled(scene, found, tile, 1, config, colour_table("viridis"))
+    panel = render_panel(maps, level_map, tile, 1, config, colour_table("viridis"))
     windows = np.lib.stride_tricks.sliding_window_view(pixels, (*tile, 3))[:, :, 0]
     corners = np.argwhere((windows[:, :, 0, 0] == panel[0, 0]).all(axis=2))
     hits = [(y, x) for y, x in corners if (windows[y, x] == panel).all()]
     assert len(hits) == 1
 
 
-def test_a_panel_has_a_pixel_for_each_cell_and_the_source_s_aspect() -> None:
+def test_a_panel_has_a_pixel_for_each_cell_and_the_aspect_of_the_source() -> None:
     from fpnx.visualization.color_scale import ColorScale
-    from fpnx.visualization.panels import Map, tile_size
+    from fpnx.visualization.panels import LevelMap, tile_size
 
-    def of(shape: tuple[int, int]) -> Map:
-        return Map("P2", 4, shape, (np.zeros(shape),), ColorScale())
+    def level_map(shape: tuple[int, int]) -> LevelMap:
+        return LevelMap("P2", 4, shape, (np.zeros(shape),), ColorScale())
 
-    assert tile_size((800, 1216), [of((7, 7))], PictureConfig()) == (168, 256)
-    assert tile_size((800, 1216), [of((200, 304))], PictureConfig()) == (200, 304)
-    assert tile_size((1216, 800), [of((304, 200)), of((7, 7))], PictureConfig(panel=64)) == (304, 200)
-    height, width = tile_size((10, 60000), [of((1, 512))], PictureConfig())
+    assert tile_size((800, 1216), [level_map((7, 7))], PictureConfig()) == (168, 256)
+    assert tile_size((800, 1216), [level_map((200, 304))], PictureConfig()) == (200, 304)
+    assert tile_size((1216, 800), [level_map((304, 200)), level_map((7, 7))], PictureConfig(panel=64)) == (304, 200)
+    height, width = tile_size((10, 60000), [level_map((1, 512))], PictureConfig())
     assert (height >= 8, width >= 512) == (True, True)
 
 
-# What a picture says -------------------------------------------------------------------------------------------
+# Texts of a figure -------------------------------------------------------------------------------------------
 
 
-def test_a_picture_says_what_it_shows(store: Store) -> None:
-    said = texts(figure(store["1.png"]))
-    for wanted in (
+def test_a_figure_names_its_content(store: Store) -> None:
+    text = texts(figure(store["1.png"]))
+    for expected in (
         "1.png",
         "energy: L2 norm over channels",
         "from all images",
@@ -186,7 +186,7 @@ def test_a_picture_says_what_it_shows(store: Store) -> None:
         "8×8",
         "stride 8",
     ):
-        assert wanted in said
+        assert expected in text
     assert "for each image and level" in texts(figure(store["1.png"], per_image=True))
 
 
@@ -198,7 +198,7 @@ def test_trained_parts_are_named(store: Store) -> None:
     assert "pyramid: trained (FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1)" in texts(figure(store[0]))
 
 
-def test_c_stands_above_p_in_the_column_of_its_stride(store: Store) -> None:
+def test_c_levels_are_above_p_levels_of_the_same_stride(store: Store) -> None:
     drawn = figure(store[1])
     at = {axes.get_label(): axes.get_position() for axes in drawn.axes if axes.get_label()}
     assert at["C3"].x0 == at["P3"].x0 < at["P4"].x0 < at["C5"].x0 == at["P5"].x0 < at["P6"].x0
@@ -208,7 +208,7 @@ def test_c_stands_above_p_in_the_column_of_its_stride(store: Store) -> None:
 
 @pytest.mark.parametrize("mode", ["energy", "mean", "max", "std", "pca", "channels", "similarity"])
 @pytest.mark.parametrize("overlay", [False, True], ids=["plain", "overlay"])
-def test_no_text_is_cut_off_or_runs_into_another(store: Store, mode: str, overlay: bool) -> None:
+def test_no_text_is_cut_off_or_overlaps_another(store: Store, mode: str, overlay: bool) -> None:
     point = (10, 90) if mode == "similarity" else None
     drawn = figure(store["0.png"], mode=mode, overlay=overlay, point=point, panel=64)
     drawn.canvas.draw()
@@ -224,7 +224,7 @@ def test_no_text_is_cut_off_or_runs_into_another(store: Store, mode: str, overla
             assert apart, (text, other)
 
 
-def test_long_and_odd_names_fit(stored: Path, tmp_path: Path) -> None:
+def test_long_and_unusual_names_fit(stored: Path, tmp_path: Path) -> None:
     name = "a_very_long_name " * 12 + "$x^2$\n猫\u202eé.png"
     noise_image(0, (64, 64)).save(tmp_path / "x.png")
     shutil.move(tmp_path / "x.png", tmp_path / name)
@@ -234,10 +234,10 @@ def test_long_and_odd_names_fit(stored: Path, tmp_path: Path) -> None:
         drawn.canvas.draw()
         lines = [text for text in drawn.texts if text.get_fontweight() == "bold"][:3]
         assert all(text.get_window_extent().x1 <= drawn.bbox.x1 - 8 for text in lines)
-        said = "".join(text.get_text() for text in lines)
-        assert said.startswith("a_very_long")
-        assert "…" in said
-        assert "é.png" in said
+        text = "".join(text.get_text() for text in lines)
+        assert text.startswith("a_very_long")
+        assert "…" in text
+        assert "é.png" in text
 
 
 @pytest.mark.parametrize(
@@ -254,19 +254,19 @@ def test_letters_without_a_font_are_escaped() -> None:
     assert printable("\x1b\udc80") == "\\x1b\\udc80"
 
 
-# Where the source is not as it was ------------------------------------------------------------------------------
+# Missing and changed source images ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def own(stored: Path, tmp_path: Path) -> Path:
-    """A file of its own, whose photographs may be changed."""
+    """A folder with a separate feature file and photographs that a test may change."""
     shutil.copytree(stored.parent / "photos", tmp_path / "photos")
     fpnx.extract(tmp_path / "photos", tmp_path / "out.h5", size=64, levels="P4", **SMALL)
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda path: path.unlink(), "source not found (No such file or directory)"),
         (lambda path: path.write_bytes(b"no image"), "source cannot be read"),
@@ -275,18 +275,18 @@ def own(stored: Path, tmp_path: Path) -> Path:
     ],
     ids=["gone", "broken", "other size", "changed"],
 )
-def test_a_source_that_is_not_as_it_was(own: Path, change: object, told: str) -> None:
+def test_missing_and_changed_sources_are_named(own: Path, change: object, message: str) -> None:
     change(own / "photos" / "1.png")  # type: ignore[operator]
     with fpnx.open(own / "out.h5") as store:
         for overlay in (False, True):
-            said = texts(figure(store["1.png"], overlay=overlay, panel=256)).replace("\n", " ")
-            assert told in said.replace("directory ) ", "directory) ")
+            text = texts(figure(store["1.png"], overlay=overlay, panel=256)).replace("\n", " ")
+            assert message in text.replace("directory ) ", "directory) ")
 
 
-# What a file shares ---------------------------------------------------------------------------------------------
+# Scales that the pictures of a file share -----------------------------------------------------------------------
 
 
-def test_the_scale_is_the_file_s(store: Store) -> None:
+def test_the_scale_is_that_of_the_file(store: Store) -> None:
     energies = [np.sqrt((item["P3"].astype(np.float64) ** 2).sum(axis=0)) for item in store]
     scale = measure_scales(store, PictureConfig()).levels["P3"]
     assert scale.low == pytest.approx(min(e.min() for e in energies))
@@ -322,17 +322,17 @@ def test_pca_shares_a_basis_unless_per_image(store: Store) -> None:
     assert np.abs(basis.components @ rows[:3].T) == pytest.approx(np.eye(3), abs=1e-5)
     coordinates = (cells - cells.mean(axis=0)) @ basis.components.T
     assert basis.low == pytest.approx(np.percentile(coordinates, 1, axis=0), rel=1e-6)
-    own = map_of(scene_of(store[2]), "P3", dataclasses.replace(config, per_image=True), None)
+    own = compute_map(item_maps(store[2]), "P3", dataclasses.replace(config, per_image=True), None)
     assert not np.allclose(own.tiles[0], basis.colours(store[2]["P3"]))
 
 
-def test_values_beyond_the_scale_are_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_outside_the_scale_are_marked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpnx.visualization.color_scale.SAMPLE_IMAGES", 1)
     assert any("≥" in texts(figure(store[i])) or "≤" in texts(figure(store[i])) for i in range(1, 6))
     assert "≥" not in texts(figure(store[0]))
 
 
-def test_nan_is_counted_and_spoils_no_scale(own: Path) -> None:
+def test_nan_is_counted_and_ignored_by_the_scale(own: Path) -> None:
     with h5py.File(own / "out.h5", "r+") as file:
         file["P4"][2, :, 1, 1] = np.nan
     with fpnx.open(own / "out.h5") as store:
@@ -343,7 +343,7 @@ def test_nan_is_counted_and_spoils_no_scale(own: Path) -> None:
 # In Python --------------------------------------------------------------------------------------------------------
 
 
-def test_figure_leaves_matplotlib_as_it_was(store: Store) -> None:
+def test_figure_does_not_change_matplotlib_settings(store: Store) -> None:
     before = dict(matplotlib.rcParams)
     drawn = figure(store[0], mode="channels", top=4, overlay=True)
     assert isinstance(drawn, Figure)
@@ -356,14 +356,14 @@ def test_figure_leaves_matplotlib_as_it_was(store: Store) -> None:
     assert drawn._repr_png_().startswith(b"\x89PNG")
 
 
-def test_a_user_s_settings_change_no_picture(store: Store) -> None:
+def test_rcparams_do_not_change_pictures(store: Store) -> None:
     plain = rendered(figure(store[0])).tobytes()
     settings = {"figure.autolayout": True, "image.interpolation": "bicubic", "image.origin": "lower", "font.size": 30}
     with matplotlib.rc_context({**settings, "figure.facecolor": "red", "image.aspect": "equal", "text.color": "red"}):
         assert rendered(figure(store[0])).tobytes() == plain
 
 
-def test_several_items_make_a_row_each(store: Store, stored: Path) -> None:
+def test_each_item_gets_a_row(store: Store, stored: Path) -> None:
     with fpnx.open(stored) as other:
         drawn = figure([store[0], other[0]], levels="P3,P4")
     assert [axes.get_label() for axes in drawn.axes if axes.get_label()] == ["source", "P3", "P4"] * 2
@@ -372,14 +372,14 @@ def test_several_items_make_a_row_each(store: Store, stored: Path) -> None:
 def test_pooled_maps_cover_the_whole_image(own: Path) -> None:
     fpnx.extract(own / "photos", own / "pooled.h5", size=80, levels="P4", pool="2x3", **SMALL)
     with fpnx.open(own / "pooled.h5") as store:
-        scene = scene_of(store["1.png"])
-        assert scene.reach("P4", (2, 3)) == (64, 96)  # 5×5 cells of 16 are 80 input pixels, the whole source
-        assert scene.cell_at("P4", (2, 3), (95, 63)) == (1, 2)
-        assert scene.cell_at("P4", (2, 3), (0, 31)) == (0, 0)
+        maps = item_maps(store["1.png"])
+        assert maps.covered_size("P4", (2, 3)) == (64, 96)  # 5×5 cells of 16 are 80 input pixels, the whole source
+        assert maps.cell_at("P4", (2, 3), (95, 63)) == (1, 2)
+        assert maps.cell_at("P4", (2, 3), (0, 31)) == (0, 0)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"mode": "heat"}, "take one of energy"),
         ({"levels": "P7"}, "no level P7 here: there are C3, P3"),
@@ -395,8 +395,8 @@ def test_pooled_maps_cover_the_whole_image(own: Path) -> None:
     ],
     ids=lambda value: str(value)[:36],
 )
-def test_mistakes(store: Store, options: dict[str, object], told: str) -> None:
-    with pytest.raises(FpnxError, match=told):
+def test_mistakes(store: Store, options: dict[str, object], message: str) -> None:
+    with pytest.raises(FpnxError, match=message):
         figure(store["1.png"], **options)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""What a cell of a heatmap shows, by hand-worked numbers."""
+"""Values of heatmaps, against hand-worked numbers and a singular value decomposition."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fpnx.core.errors import FpnxError
-from fpnx.visualization.heatmaps import Basis, Moments, heatmap, strongest
+from fpnx.visualization.heatmaps import Basis, Moments, heatmap, strongest_channels
 
 SMALL = np.array([[[3.0, 0.0], [1.0, -2.0]], [[4.0, 0.0], [1.0, 2.0]]])  # (2, 2, 2)
 
 
 @pytest.mark.parametrize(
-    ("mode", "wanted"),
+    ("mode", "expected"),
     [
         ("energy", [[5, 0], [2**0.5, 8**0.5]]),
         ("mean", [[3.5, 0], [1, 0]]),
@@ -22,10 +22,10 @@ SMALL = np.array([[[3.0, 0.0], [1.0, -2.0]], [[4.0, 0.0], [1.0, 2.0]]])  # (2, 2
     ],
     ids=str,
 )
-def test_one_number_a_cell(mode: str, wanted: list[list[float]]) -> None:
+def test_one_number_a_cell(mode: str, expected: list[list[float]]) -> None:
     shown = heatmap(SMALL, mode)
     assert shown.dtype == np.float32
-    assert shown == pytest.approx(np.array(wanted), rel=1e-6)
+    assert shown == pytest.approx(np.array(expected), rel=1e-6)
 
 
 def test_energy_of_tiny_and_of_large_values() -> None:
@@ -51,8 +51,8 @@ def test_similarity_of_a_cell_with_itself_is_one_and_symmetric() -> None:
     array = np.random.default_rng(0).normal(size=(33, 4, 5))
     for y, x in [(0, 0), (3, 4), (1, 2)]:
         assert heatmap(array, "similarity", cell=(y, x))[y, x] == 1.0
-    there, back = heatmap(array, "similarity", cell=(1, 2))[3, 0], heatmap(array, "similarity", cell=(3, 0))[1, 2]
-    assert there == pytest.approx(back)
+    forward, back = heatmap(array, "similarity", cell=(1, 2))[3, 0], heatmap(array, "similarity", cell=(3, 0))[1, 2]
+    assert forward == pytest.approx(back)
     assert heatmap(-array, "similarity", cell=(1, 2)) == pytest.approx(heatmap(array, "similarity", cell=(1, 2)))
 
 
@@ -69,7 +69,7 @@ def test_two_components_by_hand() -> None:
     array = cells.T.reshape(2, 2, 2)
     assert basis.project(array)[:2].reshape(2, 4) == pytest.approx((cells - [10, 20]).T)
     # at 1 and 99 % of (-2, 0, 0, 2): 3 % of the way from an end to its neighbour
-    ranged = basis.ranged(basis.project(array).reshape(3, -1))
+    ranged = basis.with_range(basis.project(array).reshape(3, -1))
     assert ranged.high[:2] == pytest.approx([2 - 0.03 * 2, 1 - 0.03])
     colours = ranged.colours(array).reshape(4, 3)
     assert colours[:, 0] == pytest.approx([1, 0, 0.5, 0.5])
@@ -81,7 +81,7 @@ def test_components_agree_with_a_singular_value_decomposition() -> None:
     array = np.random.default_rng(1).normal(size=(6, 9, 7)) * np.arange(1, 7)[:, None, None]
     cells = array.reshape(6, -1).T
     _, values, rows = np.linalg.svd(cells - cells.mean(axis=0), full_matrices=False)
-    basis = Basis.of(array)
+    basis = Basis.fit(array)
     for own, other in zip(basis.components, rows[:3], strict=True):
         assert abs(float(own @ other)) == pytest.approx(1)
         assert own[np.abs(own).argmax()] > 0
@@ -97,7 +97,7 @@ def test_pca_of_few_channels_and_of_a_constant(channels: int) -> None:
     assert (heatmap(np.ones((channels, 5, 4)), "pca") == 0.5).all()
 
 
-def test_what_is_not_finite_stays_visible_and_spoils_nothing() -> None:
+def test_nonfinite_cells_are_nan_and_do_not_affect_others() -> None:
     array = np.random.default_rng(3).normal(size=(4, 6, 6))
     broken = array.copy()
     broken[2, 1, 1] = np.nan
@@ -113,14 +113,14 @@ def test_what_is_not_finite_stays_visible_and_spoils_nothing() -> None:
 def test_channels_the_strongest_first() -> None:
     array = np.zeros((5, 2, 2), np.float32)
     array[1], array[3, 0, 0], array[4] = -2, 100, 2
-    assert strongest(array, 3) == (3, 1, 4)  # means of |x|: 25, 2, 2, of which the lower number comes first
+    assert strongest_channels(array, 3) == (3, 1, 4)  # means of |x|: 25, 2, 2, of which the lower number comes first
     assert heatmap(array, "channels", top=2) == pytest.approx(array[[3, 1]])
     assert heatmap(array, "channels", pick="4,0-1") == pytest.approx(array[[4, 0, 1]])
     assert len(heatmap(array, "channels")) == 5  # no more than there are
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"mode": "enrgy"}, r"did you mean energy\?"),
         ({"mode": "similarity"}, "give cell"),
@@ -130,8 +130,8 @@ def test_channels_the_strongest_first() -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_mistakes(arguments: dict[str, object], told: str) -> None:
-    with pytest.raises(FpnxError, match=told):
+def test_mistakes(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(FpnxError, match=message):
         heatmap(SMALL, **arguments)  # type: ignore[arg-type]
 
 

@@ -1,1 +1,1 @@
-"""Backbones: a named network or a caller's module, cut where its stages end, gives the taps C2 to C5."""
+"""Backbone construction, stage detection and extraction of the taps C2 to C5."""

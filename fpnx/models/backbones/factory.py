@@ -1,4 +1,4 @@
-"""Backbones: from a name or a module to a body whose forward gives the taps C2…C5, with strides and channels."""
+"""Builds backbones from names or modules, and detects their stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fpnx.core.cache import load_entry, save_entry
 from fpnx.core.errors import FpnxError
-from fpnx.models.backbones.feature_extractor import tapped
+from fpnx.models.backbones.feature_extractor import create_feature_extractor
 from fpnx.models.backbones.registry import (
     TIMM,
     build_network,
@@ -24,7 +24,7 @@ from fpnx.models.backbones.registry import (
     no_warnings,
     torchvision_names,
 )
-from fpnx.models.backbones.stage_search import PROBES, NoStagesError, Stages, TapPoint, find_stages
+from fpnx.models.backbones.stage_search import PROBE_SIZES, NoStagesError, Stages, TapPoint, find_stages
 from fpnx.models.backbones.tracing import on_meta, run_on_meta
 from fpnx.models.necks.base import seeded_generator
 
@@ -42,17 +42,22 @@ __all__ = [
     "tap_shapes",
 ]
 
-SCHEME = 1  # of finding and keeping stages; a change makes what is kept on disk void
-SIZE_KEYWORDS = ("input_size", "image_size", "img_size")  # how builders call the one size that they build for
+CACHE_VERSION = 1  # of stage detection and its cache entries; another version makes entries on disk void
+# Builders' arguments for the input size. timm's name is first: timm before 1.0.31 takes the others and ignores them.
+SIZE_KEYWORDS = ("img_size", "input_size", "image_size")
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A body and where it is read.
+    """A network without its head, whose forward returns the taps.
 
-    `body(images)` gives `{"C2": (B, C, H, W), ...}`; its parameters keep the network's own names, without the head.
-    `nodes` and `channels` are by level number. `size` is the one (height, width) that it takes, a square in multiples
-    of `side`; None: any that works.
+    Attributes:
+        name: the registry's name, or the module's class.
+        body: `body(images)` gives `{"C2": (B, C, H, W), ...}`; its parameters keep the network's own names.
+        nodes: level number → the node that is tapped.
+        channels: level number → channels of the tap.
+        size: the only (height, width) that it takes; None: any size.
+        side: with `size`, which is a square: its side is a multiple of this one.
     """
 
     name: str
@@ -64,36 +69,39 @@ class Backbone:
 
     @property
     def pyramid_channels(self) -> dict[int, int]:
-        """Channels of the taps that a pyramid can merge: those up to the coarsest without a gap between them."""
+        """Level number → channels of the taps that a pyramid can merge: consecutive strides up to the coarsest."""
         first = max(self.channels)
         while first - 1 in self.channels:
             first -= 1
         return {level: channels for level, channels in sorted(self.channels.items()) if level >= first}
 
     def check_levels(self, levels: Collection[str], top_block: str | None) -> None:
-        """See that there are maps at the strides that these levels, and this top block, are made from.
+        """Check that the backbone has the taps that these levels and this top block are computed from.
 
         Raises:
-            FpnxError: naming what there is instead, and why.
+            FpnxError: a tap is missing; names the levels that are available.
         """
         merged = self.pyramid_channels
         for name in [*levels, *(["P6"] if top_block else [])]:
             kind, level = name[0], min(int(name[1:]), 5)
             if level in (merged if kind == "P" else self.channels):
                 continue
-            there = [f"C{k}" for k in sorted(self.channels)] + [f"P{k}" for k in merged]
-            why = (
+            available = [f"C{k}" for k in sorted(self.channels)] + [f"P{k}" for k in merged]
+            reason = (
                 f"the network has no map at stride {2**level}" if level not in self.channels else "a stride is missing"
             )
-            what = f"level {name}" if name in levels else f"top block {top_block}"
-            raise FpnxError(f"{self.name} has no {what}: {why}: it gives {', '.join(there)}")
+            missing = f"level {name}" if name in levels else f"top block {top_block}"
+            raise FpnxError(f"{self.name} has no {missing}: {reason}: it gives {', '.join(available)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageDetection:
-    """What was found of a named network: its stages, or why it has none.
+    """The result of stage detection on a named network.
 
-    `keyword` is the builder's name for the input size, where it builds for one size only.
+    Attributes:
+        stages: the stages; None where it has none for a pyramid.
+        refused: the reason why it has none.
+        keyword: the builder's argument for the input size, where a network is built for one size only.
     """
 
     stages: Stages | None
@@ -102,42 +110,42 @@ class StageDetection:
 
 
 def backbone_names() -> list[str]:
-    """Torchvision's classifiers that have stages. Measures those that were not met before."""
+    """The names of torchvision's classifiers that have stages. Runs stage detection where the cache has no result."""
     return [name for name in torchvision_names() if detect_stages(name).stages is not None]
 
 
 def check_backbone_name(name: str) -> str:
-    """`name`, if there is such a network, with stages or without.
+    """Return `name` if there is a network of that name, with stages or without.
 
     Raises:
-        FpnxError: naming the nearest.
+        FpnxError: unknown name, with the nearest known one.
     """
     return check_name(name)
 
 
 def detect_stages(name: str) -> StageDetection:
-    """The stages of the network `name`, measured once for each version of torch and torchvision, and then kept."""
-    found = cached_detection(name)
-    if found is None:
-        found = _surveys[name] = _measure(name)
-        save_entry(_key(name), asdict(found))
-    return found
+    """Detect the stages of the network `name`; results are cached on disk for each version of torch and torchvision."""
+    detection = cached_detection(name)
+    if detection is None:
+        detection = _detections[name] = _detect(name)
+        save_entry(_cache_key(name), asdict(detection))
+    return detection
 
 
 def cached_detection(name: str) -> StageDetection | None:
-    """What `detect_stages` gives, where nothing needs to be measured for it."""
-    if name not in _surveys:
-        kept = _survey_from(load_entry(_key(name)))
-        if kept is not None:
-            _surveys[name] = kept
-    return _surveys.get(name)
+    """The result of `detect_stages` if it is in memory or on disk, else None."""
+    if name not in _detections:
+        detection = _detection_from_entry(load_entry(_cache_key(name)))
+        if detection is not None:
+            _detections[name] = detection
+    return _detections.get(name)
 
 
-_surveys: dict[str, StageDetection] = {}
+_detections: dict[str, StageDetection] = {}
 
 
-def _key(name: str) -> str:
-    return f"stages {SCHEME}, {builder_versions(name)}, {name}"
+def _cache_key(name: str) -> str:
+    return f"stages {CACHE_VERSION}, {builder_versions(name)}, {name}"
 
 
 def create_backbone(
@@ -148,111 +156,111 @@ def create_backbone(
     size: tuple[int, int] | None = None,
     meta: bool = False,
 ) -> Backbone:
-    """The body of `name` in eval mode on the CPU, its parameters drawn as its own code does, from `seed`.
+    """The backbone `name` in eval mode on the CPU, with parameters initialised by its own code from `seed`.
 
     Args:
-        nodes: taps it here instead of where its stages end.
-        size: (height, width) of the inputs to come, for networks that are built for one size.
-        meta: on the meta device, without data and undrawn.
+        nodes: level number → node to tap, instead of the ends of its stages.
+        size: (height, width) of the inputs; only networks that are built for one size need it.
+        meta: build it on the meta device, without data.
 
     Raises:
-        FpnxError: a network without stages, or a size that it cannot be built for.
+        FpnxError: unknown name, a network without stages, or a size that it cannot be built for.
     """
-    found = detect_stages(check_backbone_name(name))
-    if found.stages is None:
-        raise FpnxError(f"{name} {found.refused}: take another backbone (fpnx models lists them)")
-    side = native_side(name) if found.keyword else None
+    detection = detect_stages(check_backbone_name(name))
+    if detection.stages is None:
+        raise FpnxError(f"{name} {detection.refused}: take another backbone (fpnx models lists them)")
+    side = native_side(name) if detection.keyword else None
     built_for = None
     if side is not None:
         built_for = size or (side, side)
         if built_for[0] != built_for[1] or built_for[0] % side:
             raise FpnxError(one_size(name, built_for, side))
     with torch.random.fork_rng(devices=[]):
-        # A generator of its own: neither the caller's draws before nor those after are touched.
+        # Parameters depend on `seed` alone, and fork_rng restores the caller's random state.
         torch.manual_seed(seeded_generator(seed, f"body.{name}").initial_seed())
-        network = build_network(name, built_for and built_for[0], found.keyword, meta=meta)
-    stages = (
-        found.stages if nodes is None else Stages(taps={k: TapPoint(node=n) for k, n in nodes.items()}, traced=True)
-    )
-    return _backbone(name, network, stages, built_for, side)
+        network = build_network(name, built_for and built_for[0], detection.keyword, meta=meta)
+    stages = detection.stages
+    if nodes is not None:
+        stages = Stages(taps={level: TapPoint(node=node) for level, node in nodes.items()}, traced=True)
+    return _create(name, network, stages, built_for, side)
 
 
 @functools.lru_cache(maxsize=128)
 def parameter_shapes(name: str) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of all parameters and buffers of the whole network, head included; nothing is drawn."""
+    """Name → shape of all parameters and buffers of the network `name`, head included, without initialising it."""
     network = build_network(check_backbone_name(name), meta=True)
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
 def backbone_from_module(module: nn.Module) -> Backbone:
-    """Anybody's network as a backbone: a copy of it, in eval mode on the CPU, with its parameters as they are.
+    """A backbone from any module: a copy in eval mode on the CPU, with the module's parameters.
 
     Raises:
-        FpnxError: where it does not run at any size, or has no stages.
+        FpnxError: it does not take images of any size, or has no stages.
     """
     name = type(module).__name__
     try:
         network = copy.deepcopy(module).eval().cpu()
-        twin = on_meta(network)
+        meta_network = on_meta(network)
         with no_warnings():
-            stages = find_stages(lambda _: twin)
+            stages = find_stages(lambda _: meta_network)
     except NoStagesError as error:
         raise FpnxError(f"the module {name} {error}") from error
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise FpnxError(
-            f"the module {name} cannot be measured ({why}): a backbone takes images (B, 3, H, W) of any size, such as "
-            "448×672, and computes only with its parameters, buffers and inputs"
+            f"the module {name} cannot be measured ({reason}): a backbone takes images (B, 3, H, W) of any size, such "
+            "as 448×672, and computes only with its parameters, buffers and inputs"
         ) from error
-    return _backbone(name, network, stages)
+    return _create(name, network, stages)
 
 
 def tap_shapes(body: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
-    """(channels, height, width) of every tap for an input of `size` (height, width), without computing it.
+    """(channels, height, width) of every tap for an input of `size` (height, width), computed on the meta device.
 
     Raises:
-        RuntimeError: where the network cannot take that size.
+        RuntimeError: the network cannot take that size.
     """
-    twin = _twins.get(body)
-    if twin is None:
-        twin = _twins[body] = on_meta(body)
+    meta_body = _meta_bodies.get(body)
+    if meta_body is None:
+        meta_body = _meta_bodies[body] = on_meta(body)
     try:
-        taps: dict[str, Tensor] = run_on_meta(twin, size)
-    except Exception as error:  # a network may object in any way
+        taps: dict[str, Tensor] = run_on_meta(meta_body, size)
+    except Exception as error:  # networks raise errors of any type for sizes that they cannot take
         raise RuntimeError(f"the network cannot take {size[0]}×{size[1]}: {error}") from error
     if not all(all(tap.shape) for tap in taps.values()):
-        raise RuntimeError(f"at {size[0]}×{size[1]} nothing is left of a level")
+        raise RuntimeError(f"a tap has no pixels at {size[0]}×{size[1]}")
     return {name: (tap.shape[1], tap.shape[2], tap.shape[3]) for name, tap in taps.items()}
 
 
-_twins: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+_meta_bodies: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
-def _backbone(
+def _create(
     name: str, network: nn.Module, stages: Stages, size: tuple[int, int] | None = None, side: int | None = None
 ) -> Backbone:
     with no_warnings():
-        body = tapped(network, stages)
+        body = create_feature_extractor(network, stages)
     return Backbone(
         name=name,
         body=body,
         nodes={level: tap.node for level, tap in stages.taps.items()},
-        channels={int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, size or PROBES[0]).items()},
+        channels={int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, size or PROBE_SIZES[0]).items()},
         size=size,
         side=side,
     )
 
 
 def one_size(name: str, size: tuple[int, int], side: int) -> str:
-    """Why a network that is built for one size does not take `size` (height, width), and what it takes."""
+    """The message for a network that is built for one size and does not take `size` (height, width)."""
     return (
         f"{name} takes inputs of one size, for which it is built: squares in multiples of {side}, and not "
         f"{size[0]}×{size[1]}: take size {side} or {2 * side}"
     )
 
 
-def _shapes_alone(name: str, side: int | None = None, keyword: str | None = None) -> nn.Module:
-    """The network on the meta device, with norms that only pass shapes on: a third of the time goes into them."""
+def _network_for_shapes(name: str, side: int | None = None, keyword: str | None = None) -> nn.Module:
+    """The network on the meta device, with norms that only compute shapes: norms take a third of the time."""
     network = build_network(name, side, keyword, meta=True)
     for module in network.modules():
         if type(module) in (nn.BatchNorm2d, nn.LayerNorm):
@@ -260,47 +268,52 @@ def _shapes_alone(name: str, side: int | None = None, keyword: str | None = None
     return network
 
 
-def _measure(name: str) -> StageDetection:
+def _detect(name: str) -> StageDetection:
     try:
         with no_warnings():
-            network = _shapes_alone(name)
+            network = _network_for_shapes(name)
             try:
                 return StageDetection(stages=find_stages(lambda _: network))
             except NoStagesError:
                 raise
-            except Exception as error:  # it may be built for one size only
-                return _measure_built(name, error)
+            except Exception as error:  # the network may be built for one size only
+                return _detect_at_one_size(name, error)
     except NoStagesError as error:
         return StageDetection(stages=None, refused=str(error))
     except (RuntimeError, NotImplementedError, AssertionError, AttributeError, TypeError, ValueError) as error:
         if not name.startswith(TIMM):
             raise
-        why = " ".join(str(error).split())[:160]
-        return StageDetection(stages=None, refused=f"offers no features_only that can be read ({why})")
+        reason = " ".join(str(error).split())[:160]
+        return StageDetection(stages=None, refused=f"offers no features_only that can be read ({reason})")
 
 
-def _measure_built(name: str, objection: Exception) -> StageDetection:
-    """The stages of a network that takes one size, from two builds of it."""
+def _detect_at_one_size(name: str, error: Exception) -> StageDetection:
+    """Detect the stages of a network that takes one input size only, by building it for two sizes.
+
+    Raises:
+        Exception: `error`, if its builder has no argument for the size.
+    """
     side = native_side(name)
     for keyword in SIZE_KEYWORDS:
         try:
             build_network(name, side, keyword, meta=True)
-        except TypeError:  # its builder knows no such keyword
+        except TypeError:  # the builder has no such argument
             continue
         stages = find_stages(
-            lambda size, keyword=keyword: _shapes_alone(name, size[0], keyword),  # type: ignore[misc]
+            lambda size, keyword=keyword: _network_for_shapes(name, size[0], keyword),  # type: ignore[misc]
             [(side, side), (2 * side, 2 * side)],
         )
         return StageDetection(stages=stages, keyword=keyword)
-    raise objection
+    raise error
 
 
-def _survey_from(kept: Any) -> StageDetection | None:
-    """The survey whose plain values were kept; None where they are not such."""
+def _detection_from_entry(entry: Any) -> StageDetection | None:
+    """The detection result in a cache entry; None if the entry is missing or broken."""
     try:
-        if kept["stages"] is None:
-            return StageDetection(stages=None, refused=str(kept["refused"]))
-        taps = {int(level): TapPoint(**tap) for level, tap in kept["stages"]["taps"].items()}
-        return StageDetection(stages=Stages(taps=taps, traced=bool(kept["stages"]["traced"])), keyword=kept["keyword"])
+        if entry["stages"] is None:
+            return StageDetection(stages=None, refused=str(entry["refused"]))
+        taps = {int(level): TapPoint(**tap) for level, tap in entry["stages"]["taps"].items()}
+        stages = Stages(taps=taps, traced=bool(entry["stages"]["traced"]))
+        return StageDetection(stages=stages, keyword=entry["keyword"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

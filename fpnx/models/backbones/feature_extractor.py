@@ -1,4 +1,4 @@
-"""The part of a network that its taps need, read where the stages end."""
+"""Cuts a network down to the part that its taps need."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from torch import Tensor, fx, nn
 from fpnx.models.backbones.stage_search import Stages, TapPoint
 from fpnx.models.backbones.tracing import Trace, leaves
 
-__all__ = ["tapped"]
+__all__ = ["create_feature_extractor"]
 
 
-def tapped(network: nn.Module, stages: Stages) -> nn.Module:
+def create_feature_extractor(network: nn.Module, stages: Stages) -> nn.Module:
     """The part of `network` that its taps need, in eval mode; forward gives `{"C2": (B, C, H, W), ...}`.
 
-    It shares the network's parameters and keeps their names. Traced: an `fx.GraphModule`, without what lies behind
-    the last tap. A network that several threads run at once must be one that could be traced.
+    It shares the network's parameters and keeps their names. Traced networks become an `fx.GraphModule` that ends at
+    the last tap. Others are read by forward hooks, and only one thread at a time may run them.
     """
     if not stages.traced:
-        return _Hooked(network, stages.taps).eval()
+        return _HookedNetwork(network, stages.taps).eval()
     trace = Trace(network)
     graph, outputs = trace.graph, dict[str, fx.Node]()
-    named = {name: node for node, names in trace.names.items() for name in names}
+    node_of_name = {name: node for node, names in trace.names.items() for name in names}
     output = next(node for node in graph.nodes if node.op == "output")
-    named |= {f"output[{i}]": node for i, node in enumerate(leaves(output.args[0])) if isinstance(node, fx.Node)}
+    returned = enumerate(leaves(output.args[0]))
+    node_of_name |= {f"output[{i}]": node for i, node in returned if isinstance(node, fx.Node)}
     for level, tap in sorted(stages.taps.items()):
-        node = named[tap.node]
+        node = node_of_name[tap.node]
         with graph.inserting_after(node):
             if tap.channels_last:
                 node = graph.call_method("permute", (node, 0, 3, 1, 2))
@@ -43,64 +44,64 @@ def tapped(network: nn.Module, stages: Stages) -> nn.Module:
         if order[node] > last:
             graph.erase_node(node)
     graph.output(outputs)
-    # What changes a tensor in place is used though nothing reads its result.
-    graph.eliminate_dead_code(lambda node: _acts(network, node))
+    # In-place operations must stay although no node reads their result.
+    graph.eliminate_dead_code(lambda node: _has_side_effects(network, node))
     body = fx.GraphModule(network, graph)
-    # Tensors that the network's code made as it was traced are no parameters of it.
+    # Constants that the network's code created during tracing do not belong in the state dict.
     body._non_persistent_buffers_set |= set(body._buffers) - set(network.state_dict())
     return body.eval()
 
 
-class _Hooked(nn.Module):
-    """A network as it is, under its own parameter names, read at the outputs of its modules or at its own."""
+class _HookedNetwork(nn.Module):
+    """A network read by forward hooks on its modules, or at its own outputs. It keeps its own parameter names."""
 
     def __init__(self, network: nn.Module, taps: Mapping[int, TapPoint]) -> None:
         super().__init__()
-        # The network's registries are ours: names, devices and training mode are those of one module.
+        # The registries are shared with the network, so that both have the same names, devices and parameters.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = network.__dict__[registry]
         self.__dict__["_network"] = network
         self.__dict__["_taps"] = dict(taps)
 
-    def train(self, mode: bool = True) -> _Hooked:
+    def train(self, mode: bool = True) -> _HookedNetwork:
         self.__dict__["_network"].training = mode
         return super().train(mode)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         network, taps = self.__dict__["_network"], self.__dict__["_taps"]
-        held: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         hooked = {tap.node: tap for tap in taps.values() if not tap.node.startswith("output[")}
-        stops = len(hooked) == len(taps)
+        stop_early = len(hooked) == len(taps)
 
-        def keep(name: str) -> Callable[..., None]:
+        def save_output(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                held[name] = output.clone() if hooked[name].overwritten else output
-                if stops and len(held) == len(taps):
-                    raise _Enough
+                outputs[name] = output.clone() if hooked[name].overwritten else output
+                if stop_early and len(outputs) == len(taps):
+                    raise _AllTapsRead
 
             return hook
 
-        handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in hooked]
+        handles = [network.get_submodule(name).register_forward_hook(save_output(name)) for name in hooked]
         try:
-            outputs = network(images)
-            held |= {f"output[{i}]": value for i, value in enumerate(leaves(outputs))}
-        except _Enough:
+            returned = network(images)
+            outputs |= {f"output[{i}]": value for i, value in enumerate(leaves(returned))}
+        except _AllTapsRead:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        maps = {f"C{level}": (held[tap.node], tap.channels_last) for level, tap in sorted(taps.items())}
+        maps = {f"C{level}": (outputs[tap.node], tap.channels_last) for level, tap in sorted(taps.items())}
         return {name: value.permute(0, 3, 1, 2) if last else value for name, (value, last) in maps.items()}
 
 
-class _Enough(BaseException):
-    """All taps are there: the rest of the network need not run."""
+class _AllTapsRead(BaseException):
+    """Ends a forward pass once all taps have been read."""
 
 
-def _acts(network: nn.Module, node: fx.Node) -> bool:
-    """Whether a node does something though nothing reads its result: checks a size, or changes a tensor in place."""
+def _has_side_effects(network: nn.Module, node: fx.Node) -> bool:
+    """Whether a node does more than return a value: it checks a size, or changes a tensor in place."""
     if node.op == "call_module":
         return bool(getattr(network.get_submodule(str(node.target)), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    writes = node.op.startswith("call_") and (re.search(r"[a-z]_$", name) or name == "setitem")
-    return bool(writes) or node.is_impure() or bool(node.kwargs.get("inplace"))
+    in_place = node.op.startswith("call_") and (re.search(r"[a-z]_$", name) or name == "setitem")
+    return bool(in_place) or node.is_impure() or bool(node.kwargs.get("inplace"))

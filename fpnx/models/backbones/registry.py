@@ -1,4 +1,4 @@
-"""The networks that have names: torchvision's classifiers, and timm's under `timm/`."""
+"""Registry of named networks: torchvision's classifiers, and timm's models as `timm/NAME`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -31,21 +31,21 @@ __all__ = [
 ]
 
 TIMM = "timm/"
-SIDE = 224  # of the images that torchvision's builders have in mind
-FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+DEFAULT_SIDE = 224  # input side in pixels of torchvision's classifiers
+TENSOR_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
 
 @functools.cache
 def torchvision_names() -> tuple[str, ...]:
-    """All classification models that torchvision registers, in its order, with and without stages."""
+    """The names of all classification models in torchvision's registry, in its order, with and without stages."""
     return tuple(models.list_models(module=models))
 
 
 def check_name(name: str) -> str:
-    """`name`, if torchvision or timm has such a network.
+    """Return `name` if torchvision or timm has a network of that name.
 
     Raises:
-        FpnxError: naming the nearest, or how to install timm.
+        FpnxError: unknown name, with the nearest known one; or timm is not installed.
     """
     if name.startswith(TIMM):
         timm = timm_library()
@@ -67,18 +67,20 @@ def build_network(
     meta: bool = False,
     loaded: dict[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """The network `name` in eval mode, its parameters drawn by its own code; `meta` ones hold no data.
+    """The network `name` in eval mode, with parameters initialised by its own code.
 
-    A timm network is a `features_only` one. GoogLeNet and Inception get ImageNet's normalisation undone inside, as
-    their published weights need it.
+    A timm network is built with `features_only=True`. GoogLeNet and Inception undo ImageNet's normalisation inside,
+    as their published weights need it.
 
     Args:
-        side: with `keyword`, the builder's name for it: the side of the only square images that it will take.
-        loaded: what a file that timm published for this network holds.
+        side: side in pixels of the square images that the network is built for; only with `keyword`.
+        keyword: the name of the builder's argument for the input size.
+        meta: build it on the meta device, without data.
+        loaded: the state dict in a file that timm published for this network.
     """
     options = {keyword: (side, side) if keyword == "input_size" else side} if keyword else {}
     network: Any
-    with no_warnings(), _ParametersOnMeta() if meta else _plain():
+    with no_warnings(), _ParametersOnMeta() if meta else nullcontext():
         if name.startswith(TIMM):
             network = _timm_network(name, options, loaded)
         else:
@@ -90,25 +92,25 @@ def build_network(
 
 
 def native_side(name: str) -> int:
-    """The side of the square images that `name` is made for, in pixels."""
+    """Side in pixels of the square images that the network `name` was designed for."""
     if name.startswith(TIMM):
         config = timm_library().get_pretrained_cfg(name[len(TIMM) :])
-        return int(config.input_size[1]) if config is not None else SIDE
-    return SIDE
+        return int(config.input_size[1]) if config is not None else DEFAULT_SIDE
+    return DEFAULT_SIDE
 
 
 def builder_versions(name: str) -> str:
-    """The versions that decide what `build_network(name)` gives, as one line."""
+    """The versions of the libraries that `build_network(name)` depends on, as one line."""
     return f"torch {torch.__version__}, " + (
         f"timm {version('timm')}" if name.startswith(TIMM) else f"torchvision {version('torchvision')}"
     )
 
 
 def timm_library() -> Any:
-    """The module timm.
+    """Import timm.
 
     Raises:
-        FpnxError: where it is not installed.
+        FpnxError: timm is not installed.
     """
     if importlib.util.find_spec("timm") is None:
         raise FpnxError("backbones timm/… need timm: pip install 'fpnx[timm]'")
@@ -118,40 +120,38 @@ def timm_library() -> Any:
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """No warnings of torchvision's and timm's own code about itself."""
+    """Suppress warnings that come from the code of torchvision, timm, torch and huggingface_hub."""
     with warnings.catch_warnings():
         for category in (FutureWarning, UserWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torchvision|timm|torch|huggingface_hub)\b")
         yield
 
 
-@contextmanager
-def _plain() -> Iterator[None]:
-    yield
-
-
 class _ParametersOnMeta(TorchFunctionMode):
-    """Puts what parameters are made of on the meta device; code that computes with numbers as it builds still can."""
+    """Makes `TENSOR_FACTORIES`, of which parameters are made, create meta tensors.
+
+    Other functions still return data, since some networks compute with it while they are built.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in FACTORIES and kwargs.get("device") is None:
+        if func in TENSOR_FACTORIES and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
 
 def _timm_network(name: str, options: dict[str, Any], loaded: dict[str, torch.Tensor] | None) -> nn.Module:
-    timm, plain = timm_library(), name[len(TIMM) :]
-    options = {**options, "features_only": True, "out_indices": _timm_indices(plain)}
+    timm, timm_name = timm_library(), name[len(TIMM) :]
+    options = {**options, "features_only": True, "out_indices": _timm_indices(timm_name)}
     if loaded is not None:
-        # timm renames and reshapes what its files hold as it loads them.
+        # timm renames and reshapes published parameters when it loads them.
         options["pretrained_cfg_overlay"] = {"state_dict": loaded, "custom_load": False}
-    return timm.create_model(plain, pretrained=loaded is not None, **options)
+    return timm.create_model(timm_name, pretrained=loaded is not None, **options)
 
 
 @functools.cache
 def _timm_indices(name: str) -> tuple[int, ...]:
-    """Which of its maps a timm network is asked for: the last at each stride from 4 to 32."""
+    """Indices of the feature maps that a timm network is to return: the last at each stride from 4 to 32."""
     with _ParametersOnMeta():
         network = timm_library().create_model(name, pretrained=False, features_only=True)
     last = {entry["reduction"]: i for i, entry in enumerate(network.feature_info.info)}

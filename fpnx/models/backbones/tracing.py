@@ -1,4 +1,4 @@
-"""The graph of a network, with a name for every step, and runs of it on tensors without data."""
+"""Traces networks into torch.fx graphs with named nodes, and runs networks on the meta device."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ from torch import Tensor, fx, nn
 
 __all__ = ["Trace", "leaves", "on_meta", "run_on_meta"]
 
-# Kept whole when tracing: torchvision's own blocks, as `torchvision.models.feature_extraction` does.
-LEAVES = tuple(
+# Traced as single nodes: torchvision's own blocks, as in `torchvision.models.feature_extraction`.
+LEAF_MODULES = tuple(
     block for block in vars(torchvision.ops).values() if isinstance(block, type) and issubclass(block, nn.Module)
 )
 
 
 class Trace:
-    """The graph of a network, and for every node the names that it goes by, innermost first."""
+    """The torch.fx graph of a network, and the names of every node, innermost module first.
+
+    Attributes:
+        graph: the traced graph.
+        names: node → its names: its own, then those of the modules that it ends.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         tracer = _Tracer()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of shapes that become constants: they belong to the network's own code
+            warnings.simplefilter("ignore")  # the network's own code warns that shapes become constants
             self.graph = tracer.trace(network)
         self.network, self.names = network, tracer.names
 
 
 class _Tracer(fx.Tracer):
-    """Notes names as it traces: a node that ends a module bears that module's name too.
+    """Records a name for every node; the last node of a module also gets the name of that module.
 
-    Other operations are named for their module and themselves (`features.relu`), numbered from the second on
+    Operations are named after their module and function (`features.relu`), with a number from the second call on
     (`features.relu_1`).
     """
 
@@ -44,59 +49,63 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_modules=(math, torchvision.ops))
         self.names: dict[fx.Node, list[str]] = {}
         self._module = ""
-        self._times: dict[str, int] = {}
-        self._made: dict[fx.Node, int] = {}
+        self._call_counts: dict[str, int] = {}
+        self._creation_order: dict[fx.Node, int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, LEAF_MODULES) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         outer, self._module = self._module, self.path_of_module(m)
-        before = len(self._made)
+        nodes_before = len(self._creation_order)
         try:
             if self.is_leaf_module(m, self._module):
                 return self.create_proxy("call_module", self._module, args, kwargs)
             out = forward(*args, **kwargs)
-            if isinstance(out, fx.Proxy) and self._made[out.node] >= before:  # else: its input, untouched
-                self.names[out.node].append(self._counted(self._module))
+            # A module that returns its input unchanged made no node that could take its name.
+            if isinstance(out, fx.Proxy) and self._creation_order[out.node] >= nodes_before:
+                self.names[out.node].append(self._numbered(self._module))
             return out
         finally:
             self._module = outer
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, *args, **kwargs)
-        self._made[proxy.node] = len(self._made)
-        own = [] if kind == "call_module" else [re.sub(r"_\d+$", "", str(proxy.node))]
-        self.names[proxy.node] = [self._counted(".".join([*([self._module] if self._module else []), *own]))]
+        if isinstance(proxy.node.type, str):  # under `from __future__ import annotations`; torch 2.6 cannot pickle it
+            proxy.node.type = None
+        self._creation_order[proxy.node] = len(self._creation_order)
+        operation = [] if kind == "call_module" else [re.sub(r"_\d+$", "", str(proxy.node))]
+        module = [self._module] if self._module else []
+        self.names[proxy.node] = [self._numbered(".".join([*module, *operation]))]
         return proxy
 
-    def _counted(self, name: str) -> str:
-        times = self._times[name] = self._times.get(name, 0) + 1
-        return name if times == 1 else f"{name}_{times - 1}"
+    def _numbered(self, name: str) -> str:
+        count = self._call_counts[name] = self._call_counts.get(name, 0) + 1
+        return name if count == 1 else f"{name}_{count - 1}"
 
 
 def on_meta(network: nn.Module) -> nn.Module:
-    """A copy of `network` on the meta device, which holds no data; nothing real is copied on the way."""
+    """A copy of `network` on the meta device: shapes and dtypes without data. No data is copied."""
     tensors = chain(
         network.parameters(),
         network.buffers(),
         (value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)),
     )
-    twins: dict[int, Any] = {}
+    memo: dict[int, Any] = {}
     for tensor in tensors:
-        twin = tensor.detach().to("meta")
-        twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(network, twins)
+        meta = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(network, memo)
 
 
 def run_on_meta(network: Callable[[Tensor], Any], size: tuple[int, int]) -> Any:
-    """What `network`, on the meta device, gives for one image of `size` (height, width)."""
+    """Run `network`, which is on the meta device, on one image (1, 3, H, W) of `size` (height, width)."""
     with torch.no_grad(), torch.device("meta"):
         return network(torch.empty(1, 3, *size))
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What nested lists, tuples and dicts hold, in order."""
+    """The items of nested lists, tuples and dicts, in order; any other value is its own leaf."""
     if isinstance(value, (Mapping, list, tuple)) and not isinstance(value, torch.Size):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from leaves(item)

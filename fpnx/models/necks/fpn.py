@@ -74,7 +74,7 @@ class FPN(Neck):
     def forward(self, taps: Mapping[str, Tensor], levels: Collection[str] | None = None) -> dict[str, Tensor]:
         """Taps `{"C2": (B, C, H, W), ...}` → the asked levels, fine to coarse; what no level needs is not computed."""
         wanted, outputs = self._wanted(levels)
-        merged = self._merged(taps, min(outputs, default=self._last + (self.top_block != "m5" or not wanted)))
+        merged = self._merged(taps, min(outputs, default=self._lowest_without_outputs(wanted)))
         pyramid = {i: self.layer_blocks[i](merged[i]) for i in sorted(outputs, reverse=True)}
         pyramid |= self._above(taps, merged, pyramid, wanted)
         return {name: pyramid[i] for i, name in enumerate(self.levels) if i in wanted}
@@ -120,6 +120,10 @@ class FPN(Neck):
         if wanted != outputs and self.top_block in ("pool", "p5"):
             outputs.add(self._last)
         return wanted, outputs
+
+    def _lowest_without_outputs(self, wanted: set[int]) -> int:
+        """The lowest M_k that is needed where none of the taps' levels is: M_last for `"m5"`, else none."""
+        return self._last if wanted and self.top_block == "m5" else self._last + 1
 
     def _merged(self, taps: Mapping[str, Tensor], lowest: int) -> dict[int, Tensor]:
         """M_k = lateral(C_k) + nearest(M_{k+1}), by index, from the last tap down to `lowest`."""

@@ -46,7 +46,7 @@ class PAFPN(FPN):
         """Taps `{"C2": (B, C, H, W), ...}` → the asked levels, fine to coarse; what no level needs is not computed."""
         wanted, outputs = self._wanted(levels)
         # The bottom-up path begins at the finest level, whichever levels are asked for.
-        merged = self._merged(taps, 0 if outputs else self._last)
+        merged = self._merged(taps, 0 if outputs else self._lowest_without_outputs(wanted))
         pyramid: dict[int, Tensor] = {}
         sums: Tensor | None = None
         for i in range(max(outputs, default=-1) + 1):

@@ -1,1 +1,1 @@
-"""Where parameters come from: names, files and other frameworks' checkpoints."""
+"""Published weights, weight files of fpnx and other frameworks, and the recipes that belong to them."""

@@ -1,4 +1,4 @@
-"""What a file of parameters cannot tell of itself: its framework's conventions, and who settles each of them."""
+"""Resolves facts that parameters do not show, such as the pixel order: from the file, options or framework defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fpnx.models.weights.torchvision import DETECTOR_RECIPE, native_recipe
 __all__ = [
     "DETECTRON2_RECIPE",
     "MMDETECTION_RECIPE",
-    "OPENCV",
+    "OPENCV_NOTE",
     "option_of",
     "resolve_facts",
     "resolve_top_block",
@@ -27,7 +27,7 @@ DETECTRON2_RECIPE = Recipe(
     sizing="aspect", short_side=800, long_side=1333, rounding="stepwise-half-up", pad_multiple=32,
     value_range=255.0, order="BGR", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0),
 )  # fmt: skip
-OPENCV = "mmdetection resizes with OpenCV; plain is nearest to it, which rounds pixels to whole numbers besides"
+OPENCV_NOTE = "mmdetection resizes with OpenCV, which rounds pixels to whole numbers; plain is nearest to it"
 MMDETECTION_RECIPE = replace(
     DETECTRON2_RECIPE,
     rounding="scaled-half-up",
@@ -40,44 +40,56 @@ RESNEXT_STD = (57.375, 57.12, 58.395)  # of detectron2's X-101-32x8d
 BACKENDS = {"antialiased": "pillow", "plain": "tensor"}
 
 
-def facts_in_file(layout: StateDictLayout, about: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
-    """What the file itself says: its own description, a config inside, or the recipe that it was published with."""
-    told = {**layout.told, **{name: about[name] for name in ("norm_eps", "stride_in_1x1", "p7_relu") if name in about}}
-    if "top_block" in about:
-        told["top_block"] = about["top_block"] or "none"
+def facts_in_file(layout: StateDictLayout, description: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
+    """The facts that the file states: in fpnx's description, in a config, or by the recipe of published weights."""
+    facts = dict(layout.facts)
+    facts |= {name: description[name] for name in ("norm_eps", "stride_in_1x1", "p7_relu") if name in description}
+    if "top_block" in description:
+        facts["top_block"] = description["top_block"] or "none"
     if recipe is not None:
-        told |= _facts_of(recipe)
-    return told
+        facts |= _facts_of(recipe)
+    return facts
 
 
 def resolve_facts(
     layout: StateDictLayout,
-    told: Mapping[str, Any],
+    facts: Mapping[str, Any],
     recipe: Recipe | None,
     config: ModelConfig,
     backbone: str,
     eps: float,
 ) -> tuple[Recipe, dict[str, Any], dict[str, Setting]]:
-    """Who says what the parameters cannot: the file, else an option, else the framework's default."""
-    usual, defaults = _defaults(layout, backbone, eps)
+    """Resolve each field of `FileFacts`: from the file's `facts`, else from an option, else the framework's default.
+
+    Args:
+        recipe: the recipe that the file states; None takes the framework's default, with the facts.
+        eps: epsilon of the batch norms in files of torchvision's detectors.
+
+    Returns:
+        The recipe; name → value; name → value and its source.
+
+    Raises:
+        FpnxError: an option contradicts the file, or has no effect on this network.
+    """
+    default_recipe, defaults = _defaults(layout, backbone, eps)
     settings: dict[str, Setting] = {}
     for each in fields(FileFacts):
-        asked = getattr(config, each.name)
+        option = getattr(config, each.name)
         if each.name not in defaults:
-            if asked is not None:
+            if option is not None:
                 raise FpnxError(f"{option_of(each.name)} does not matter for {backbone} as this file has it: drop it")
-        elif each.name in told:
-            if asked not in (None, told[each.name]):
-                raise FpnxError(f"{option_of(each.name)} {asked} contradicts it, it says {told[each.name]}: drop it")
-            settings[each.name] = Setting(told[each.name], "file")
-        elif asked is not None:
-            settings[each.name] = Setting(asked, "option")
+        elif each.name in facts:
+            if option not in (None, facts[each.name]):
+                raise FpnxError(f"{option_of(each.name)} {option} contradicts it, it says {facts[each.name]}: drop it")
+            settings[each.name] = Setting(facts[each.name], "file")
+        elif option is not None:
+            settings[each.name] = Setting(option, "option")
         else:
             settings[each.name] = Setting(defaults[each.name], "default")
     values = {name: value for name, (value, _) in settings.items()}
-    sides = {name: told[name] for name in ("short_side", "long_side", "pad_multiple") if name in told}
+    sizes = {name: facts[name] for name in ("short_side", "long_side", "pad_multiple") if name in facts}
     recipe = replace(
-        recipe or replace(usual, **sides),
+        recipe or replace(default_recipe, **sizes),
         order=values["pixel_order"],
         backend=BACKENDS[values["resampling"]],
         mean=tuple(values["mean"]),
@@ -114,7 +126,7 @@ def resolve_top_block(
 
 
 def option_of(fact: str) -> str:
-    """What a field of `FileFacts` is called on the command line."""
+    """The command-line option for a field of `FileFacts`."""
     return "--" + fact.replace("_", "-")
 
 
@@ -124,15 +136,15 @@ def _facts_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _defaults(layout: StateDictLayout, backbone: str, detection_eps: float) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe, and the facts that matter for this file's network, as its framework has them by default."""
+    """The framework's default recipe, and its defaults of the facts that matter for this network."""
     state, framework = layout.state, layout.framework
-    middle = state.get("body.layer1.0.conv2.weight")
+    conv2 = state.get("body.layer1.0.conv2.weight")
     is_bottleneck = "body.layer1.0.conv3.weight" in state
-    grouped = middle is not None and middle.shape[0] != middle.shape[1]
+    is_grouped = conv2 is not None and conv2.shape[0] != conv2.shape[1]
     if framework in ("detectron2", "caffe2"):
-        recipe, eps, relu, in_1x1 = DETECTRON2_RECIPE, 1e-5, True, not grouped
-        recipe = replace(recipe, std=RESNEXT_STD) if grouped else recipe
-    elif framework == "detectron2 backbone":  # its converter for torchvision's networks keeps their preprocessing
+        recipe, eps, relu, in_1x1 = DETECTRON2_RECIPE, 1e-5, True, not is_grouped
+        recipe = replace(recipe, std=RESNEXT_STD) if is_grouped else recipe
+    elif framework == "detectron2 backbone":  # converted from torchvision, with torchvision's preprocessing
         recipe, eps, relu, in_1x1 = (
             replace(MMDETECTION_RECIPE, backend="pillow", rounding=DETECTRON2_RECIPE.rounding),
             1e-5,

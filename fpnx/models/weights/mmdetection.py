@@ -1,4 +1,4 @@
-"""What the config inside an mmdetection checkpoint says, read as text: nothing in it is run."""
+"""Reads the config text in an mmdetection checkpoint without running it."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from fpnx.core.text import escape
 
 __all__ = ["read_config"]
 
-LONGEST = 1_000_000  # characters; real configs have some thousands
+MAX_LENGTH = 1_000_000  # characters; real configs have some thousands
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """The facts in an mmdetection 2 or 3 config that its weights do not show.
+    """Read from an mmdetection 2 or 3 config what the parameters alone do not show.
 
     Returns:
-        Those of these that the config tells: stride_in_1x1, p7_relu, top_block, pixel_order, mean, std (0..255),
-        short_side, long_side, pad_multiple, norm_eps. Empty where the text is no Python config.
+        Those of these facts that the config states: stride_in_1x1, p7_relu, top_block, pixel_order, mean, std (0..255),
+        short_side, long_side, pad_multiple, norm_eps. Empty if the text is not a Python config.
 
     Raises:
-        FpnxError: a network that is no plain ResNet with a plain FPN.
+        FpnxError: the network is not a plain ResNet with a plain FPN.
     """
     try:
-        return {name: value for name, value in _told(_evaluated(text)).items() if value is not None}
+        return {name: value for name, value in _facts(_evaluate(text)).items() if value is not None}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return {}
 
 
-def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     model = _dict(config.get("model"))
     backbone, neck = _dict(model.get("backbone")), _dict(model.get("neck"))
     _refuse_variants(backbone, neck)
-    told: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if backbone:
-        told["stride_in_1x1"] = backbone.get("style", "pytorch") == "caffe"
-        told["norm_eps"] = _dict(backbone.get("norm_cfg")).get("eps", 1e-5)
+        facts["stride_in_1x1"] = backbone.get("style", "pytorch") == "caffe"
+        facts["norm_eps"] = _dict(backbone.get("norm_cfg")).get("eps", 1e-5)
     if neck:
-        told["p7_relu"] = bool(neck.get("relu_before_extra_convs", False))
-        told["top_block"] = _top_block(neck)
-    return told | _preprocessing(config, model)
+        facts["p7_relu"] = bool(neck.get("relu_before_extra_convs", False))
+        facts["top_block"] = _top_block(neck)
+    return facts | _preprocessing(config, model)
 
 
 def _refuse_variants(backbone: Mapping[str, Any], neck: Mapping[str, Any]) -> None:
-    plain = {
+    supported = {
         "neck.type": neck.get("type", "FPN") == "FPN",
         "neck.act_cfg": neck.get("act_cfg") is None,
         "neck.upsample_cfg": _dict(neck.get("upsample_cfg")).get("mode", "nearest") == "nearest",
@@ -53,8 +53,8 @@ def _refuse_variants(backbone: Mapping[str, Any], neck: Mapping[str, Any]) -> No
         "backbone.strides": tuple(backbone.get("strides") or (1, 2, 2, 2)) == (1, 2, 2, 2),
         "backbone.dilations": set(backbone.get("dilations") or (1,)) == {1},
     }
-    for name, is_plain in plain.items():
-        if not is_plain:
+    for name, is_supported in supported.items():
+        if not is_supported:
             part = {"neck": neck, "backbone": backbone}[name.partition(".")[0]]
             value = part.get(name.partition(".")[2])
             value = escape(value)[:40] if isinstance(value, str) else "something else"
@@ -62,7 +62,7 @@ def _refuse_variants(backbone: Mapping[str, Any], neck: Mapping[str, Any]) -> No
 
 
 def _top_block(neck: Mapping[str, Any]) -> str | None:
-    """Where P6 comes from; `"none"` where there is none."""
+    """The source of P6; `"none"` if there is no P6, None if the config does not state it."""
     extra = neck.get("add_extra_convs", False)
     if extra:
         return {"on_input": "c5", "on_output": "p5", "on_lateral": "m5", True: "c5"}.get(extra)
@@ -76,19 +76,19 @@ def _top_block(neck: Mapping[str, Any]) -> str | None:
 
 
 def _preprocessing(config: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    told: dict[str, Any] = {}
-    for values, in_rgb in (
+    facts: dict[str, Any] = {}
+    for values, rgb_key in (
         (_dict(model.get("data_preprocessor")), "bgr_to_rgb"),
         (_dict(config.get("img_norm_cfg")), "to_rgb"),
         *((step, "to_rgb") for step in _steps(config) if step.get("type") == "Normalize"),
     ):
         mean, std = _numbers(values.get("mean")), _numbers(values.get("std"))
         if mean and std:
-            told |= {"mean": mean, "std": std, "pixel_order": "RGB" if values.get(in_rgb) else "BGR"}
+            facts |= {"mean": mean, "std": std, "pixel_order": "RGB" if values.get(rgb_key) else "BGR"}
             break
-    pads = [values.get("pad_size_divisor") for values in (_dict(model.get("data_preprocessor")),)]
+    pads = [_dict(model.get("data_preprocessor")).get("pad_size_divisor")]
     pads += [step.get("size_divisor") for step in _steps(config) if step.get("type") == "Pad"]
-    told["pad_multiple"] = next((pad for pad in pads if isinstance(pad, int) and 0 < pad <= 1024), None)
+    facts["pad_multiple"] = next((pad for pad in pads if isinstance(pad, int) and 0 < pad <= 1024), None)
     scales = [
         step.get("scale", step.get("img_scale"))
         for step in _steps(config)
@@ -97,27 +97,27 @@ def _preprocessing(config: Mapping[str, Any], model: Mapping[str, Any]) -> dict[
     for scale in scales:
         sides = _numbers(scale, 2)
         if sides:
-            told["short_side"], told["long_side"] = int(min(sides)), int(max(sides))
+            facts["short_side"], facts["long_side"] = int(min(sides)), int(max(sides))
             break
-    return told
+    return facts
 
 
 def _steps(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Steps of the pipeline that images go through at test time."""
+    """The steps of the test-time image pipeline."""
     pipelines: list[Any] = [config.get("test_pipeline"), config.get("val_pipeline")]
     for split in ("test", "val"):
         pipelines.append(_dict(_dict(config.get("data")).get(split)).get("pipeline"))
         pipelines.append(_dict(_dict(config.get(f"{split}_dataloader")).get("dataset")).get("pipeline"))
-    waiting = [step for pipeline in pipelines if isinstance(pipeline, (list, tuple)) for step in pipeline]
-    for step in waiting:
+    steps = [step for pipeline in pipelines if isinstance(pipeline, (list, tuple)) for step in pipeline]
+    for step in steps:
         if isinstance(step, dict):
             yield step
             yield from (inner for inner in step.get("transforms") or () if isinstance(inner, dict))
 
 
-def _evaluated(text: str) -> dict[str, Any]:
-    """Top-level assignments of literals, `dict(...)` and earlier names; whatever else stands there is None."""
-    if len(text) > LONGEST:
+def _evaluate(text: str) -> dict[str, Any]:
+    """Evaluate top-level assignments of literals, `dict(...)` and earlier names; any other value becomes None."""
+    if len(text) > MAX_LENGTH:
         return {}
     names: dict[str, Any] = {}
     for statement in ast.parse(text).body:

@@ -1,4 +1,4 @@
-"""Which parameters a model gets: drawn from a seed, published under a name, or in a file; and the recipe they carry."""
+"""Resolves `--weights`: random, published or from a file, with the recipe and the facts that belong to them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,18 @@ from fpnx.models.backbones.factory import check_backbone_name
 from fpnx.models.backbones.registry import TIMM
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.checkpoints import SUFFIXES, read_checkpoint
-from fpnx.models.weights.framework_defaults import OPENCV, facts_in_file, option_of, resolve_facts, resolve_top_block
+from fpnx.models.weights.framework_defaults import (
+    OPENCV_NOTE,
+    facts_in_file,
+    option_of,
+    resolve_facts,
+    resolve_top_block,
+)
 from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout, backbone_of, recognize_layout
-from fpnx.models.weights.timm import adapted, fetched, timm_recipe, timm_weights
+from fpnx.models.weights.timm import cached_timm_file, features_only_state, timm_recipe, timm_weights
 from fpnx.models.weights.torchvision import (
     COCO,
-    Published,
+    PublishedWeights,
     best_weights,
     cached_file,
     find_published,
@@ -67,18 +73,23 @@ class CheckpointNeck:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Parameters on the CPU and what they say of themselves.
+    """The parameters for a model, on the CPU, with the facts that belong to them.
 
     Attributes:
-        state: in fpnx's layout (`body.*`, `fpn.*`), without the parts that are drawn from the seed: a body or a
-            pyramid that it does not hold is random.
-        pyramid: the pyramid in the file, where there is one.
-        norm_eps: of the body's batch norms; None leaves the network's own.
-        stride_in_1x1: whether bottlenecks stride in their first convolution and not in the 3×3 one.
-        nodes: where the body is tapped, if not at its last node of each stride.
-        framework: whose layout the file has; `ignored` counts the tensors of heads in it.
-        settings: what parameters alone do not tell, by name: the value, and what decided it.
-        note: where the recipe is not exactly what the network was trained with.
+        name: the full name of published weights, the file's name, or `"random"`.
+        backbone: the network that they are for.
+        recipe: their preprocessing.
+        body, fpn: whether these parts are trained, and where their parameters come from.
+        state: the parameters in fpnx's layout (`body.*`, `fpn.*`). Parts that are missing are drawn from the seed.
+        pyramid: the pyramid in the file; None where there is none.
+        norm_eps: epsilon of the body's batch norms; None keeps the network's own.
+        stride_in_1x1: whether bottlenecks stride in their first 1×1 convolution instead of the 3×3 one.
+        nodes: level number → node to tap, instead of the ends of the stages.
+        framework: the file's state-dict layout.
+        ignored: number of tensors in the file that belong to heads.
+        settings: the facts that parameters alone do not show, by name: the value, and its source.
+        note: how the recipe differs from the one that the network was trained with.
+        file, sha256: the file and its hash; a module has a hash only.
     """
 
     name: str
@@ -100,7 +111,7 @@ class Weights:
 
     @property
     def info(self) -> WeightsInfo:
-        """What tables, JSON and files say of these weights."""
+        """The record of these weights for tables, JSON and stored files."""
         return WeightsInfo(
             name=self.name,
             body=self.body,
@@ -115,15 +126,17 @@ class Weights:
 
 
 def resolve_weights(config: ModelConfig) -> Weights:
-    """Find, fetch and read what `config.weights` names. Cache first; never another choice than the one asked for.
+    """Find the weights that `config.weights` names, download their file if it is not in the cache, and read it.
+
+    A choice that fails is never replaced by another one.
 
     Raises:
-        FpnxError: an unknown name, a contradiction with `config.backbone`, a file that cannot be had or read.
+        FpnxError: an unknown name, a contradiction with `config.backbone`, or a file that cannot be downloaded or read.
     """
     backbone = None if config.backbone is None else check_backbone_name(config.backbone)
     if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and not _is_file(config.weights):
-        return _timm(config)
-    choice = _meant(config.weights, backbone or DEFAULT_BACKBONE)
+        return _from_timm(config)
+    choice = _resolve_alias(config.weights, backbone or DEFAULT_BACKBONE)
     if choice == "random":
         _refuse_facts(config, "random weights")
         name = backbone or DEFAULT_BACKBONE
@@ -141,16 +154,19 @@ def resolve_weights(config: ModelConfig) -> Weights:
 
 
 def weights_from_module(module: nn.Module, name: str, config: ModelConfig) -> Weights:
-    """A module's own parameters, which stay as they are, and a pyramid drawn from `config.seed`.
+    """A module's own parameters, unchanged, and a pyramid drawn from `config.seed`.
 
-    The recipe is the module's `recipe` where it has one (a `Recipe`), else what timm noted in its `pretrained_cfg`,
-    else ImageNet's mean and standard deviation on images stretched to 224×224.
+    The recipe is the module's attribute `recipe` if it is a `Recipe`, else that of timm's `pretrained_cfg`, else
+    ImageNet's mean and standard deviation on images stretched to 224×224.
+
+    Raises:
+        FpnxError: `config` sets an option that is for files.
     """
     _refuse_facts(config, "modules")
-    recipe, told = getattr(module, "recipe", None), getattr(module, "pretrained_cfg", None)
+    recipe, timm_config = getattr(module, "recipe", None), getattr(module, "pretrained_cfg", None)
     if not isinstance(recipe, Recipe):
-        timm_told = isinstance(told, dict) and {"input_size", "mean", "std"} <= set(told)
-        recipe = timm_recipe(told) if timm_told else Recipe(height=224, width=224)
+        is_complete = isinstance(timm_config, dict) and {"input_size", "mean", "std"} <= set(timm_config)
+        recipe = timm_recipe(timm_config) if is_complete else Recipe(height=224, width=224)
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
@@ -166,10 +182,10 @@ def weights_from_module(module: nn.Module, name: str, config: ModelConfig) -> We
     )
 
 
-def _meant(choice: str, backbone: str) -> str:
-    """The name that `default`, `imagenet` and `coco` stand for beside `backbone`."""
+def _resolve_alias(choice: str, backbone: str) -> str:
+    """The full name that `default`, `imagenet` or `coco` stands for with `backbone`; other choices unchanged."""
     if choice == "default":
-        # Never a detector whose levels are not one per stride.
+        # The default never is a detector whose levels are not one per stride.
         choice = "coco" if backbone in COCO and backbone not in {name for name, _ in UNSTRIDED} else "imagenet"
     if choice == "imagenet":
         return str(best_weights(backbone))
@@ -178,49 +194,49 @@ def _meant(choice: str, backbone: str) -> str:
     return COCO[backbone] if choice == "coco" else choice
 
 
-def _from_published(published: Published, config: ModelConfig) -> Weights:
+def _from_published(published: PublishedWeights, config: ModelConfig) -> Weights:
     if config.backbone not in (None, published.backbone):
         raise FpnxError(
             f"weights {published.name} are for {published.backbone}, not for {config.backbone}: drop one of the two"
         )
     _refuse_facts(config, published.name)
     file = cached_file(published, config.offline)
-    found = _from_file(file, published.backbone, config, published.recipe)
+    weights = _from_file(file, published.backbone, config, published.recipe)
     trained = ModelPart(True, published.name)
     return replace(
-        found,
+        weights,
         name=published.name,
         body=trained,
-        fpn=trained if "pyramid" in published.trains else found.fpn,
-        settings={name: Setting(value, "name") for name, (value, _) in found.settings.items()},
+        fpn=trained if "pyramid" in published.trains else weights.fpn,
+        settings={name: Setting(value, "name") for name, (value, _) in weights.settings.items()},
     )
 
 
-def _timm(config: ModelConfig) -> Weights:
-    """timm's weights: by the tag, by the full name (which names the backbone too), or the default ones."""
+def _from_timm(config: ModelConfig) -> Weights:
+    """timm's weights by tag, by full name (which names the backbone too), or its default ones."""
     backbone, choice = config.backbone or config.weights, config.weights
-    known = timm_weights(check_backbone_name(backbone))
+    available = timm_weights(check_backbone_name(backbone))
     tag = backbone.partition(".")[2]
     if choice in ("default", "imagenet"):
-        wanted = [each for each in known if each.tag == tag] or known
+        matches = [each for each in available if each.tag == tag] or available
     else:
-        wanted = [each for each in known if choice in (each.name, each.name[len(TIMM) :], each.tag)]
-    found = wanted[0] if wanted else None
-    if found is None:
-        there = ", ".join(each.tag for each in known) or "none"
-        raise FpnxError(f"timm has no weights {escape(choice)!r} for {backbone}, only {there}: take random, or a file")
-    if tag and found.tag != tag:
-        raise FpnxError(f"weights {found.name} are not those of {backbone}: drop one of the two")
-    _refuse_facts(config, found.name)
-    file = fetched(found, config.offline)
+        matches = [each for each in available if choice in (each.name, each.name[len(TIMM) :], each.tag)]
+    if not matches:
+        tags = ", ".join(each.tag for each in available) or "none"
+        raise FpnxError(f"timm has no weights {escape(choice)!r} for {backbone}, only {tags}: take random, or a file")
+    published = matches[0]
+    if tag and published.tag != tag:
+        raise FpnxError(f"weights {published.name} are not those of {backbone}: drop one of the two")
+    _refuse_facts(config, published.name)
+    file = cached_timm_file(published, config.offline)
     state = dict(read_checkpoint(file).state)
     return Weights(
-        name=found.name,
-        backbone=config.backbone or found.backbone,
-        recipe=found.recipe,
-        body=ModelPart(True, found.name),
+        name=published.name,
+        backbone=config.backbone or published.backbone,
+        recipe=published.recipe,
+        body=ModelPart(True, published.name),
         fpn=ModelPart.drawn(config.seed),
-        state={f"body.{name}": value for name, value in adapted(found, state).items()},
+        state={f"body.{name}": value for name, value in features_only_state(published, state).items()},
         file=str(file),
         sha256=_sha256(file),
     )
@@ -231,42 +247,43 @@ def _is_file(choice: str) -> bool:
 
 
 def _refuse_facts(config: ModelConfig, owner: str) -> None:
-    given = next((each.name for each in fields(FileFacts) if getattr(config, each.name) is not None), None)
-    if given is not None:
-        raise FpnxError(
-            f"{option_of(given)} is for files that cannot tell it; {owner} need no such word: drop the option"
-        )
+    """Raise FpnxError if `config` sets an option that is for files only."""
+    name = next((each.name for each in fields(FileFacts) if getattr(config, each.name) is not None), None)
+    if name is not None:
+        raise FpnxError(f"{option_of(name)} is for files that do not state it; {owner} do not need it: drop the option")
 
 
 def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Recipe | None = None) -> Weights:
-    """What `file` holds; `recipe` is known where the file was published."""
+    """Read `file`; `recipe` is that of published weights."""
     checkpoint = read_checkpoint(file)
     sha256 = _sha256(file)
     try:
         layout = recognize_layout(checkpoint.state, checkpoint.config)
-        about = _checked(checkpoint.about or {})
-        name = _backbone_in(layout, about, backbone)
-        if "recipe" in about:
-            recipe = Recipe.from_json(about["recipe"])
-        told = facts_in_file(layout, about, recipe)
+        description = _check_description(checkpoint.description or {})
+        name = _backbone_in(layout, description, backbone)
+        if "recipe" in description:
+            recipe = Recipe.from_json(description["recipe"])
+        facts = facts_in_file(layout, description, recipe)
         eps = norm_eps_of(file, sha256)
-        recipe, values, settings = resolve_facts(layout, told, recipe, config, name, eps)
+        recipe, values, settings = resolve_facts(layout, facts, recipe, config, name, eps)
         unstrided = UNSTRIDED.get((name, layout.pyramid.in_channels)) if layout.pyramid else None
         pyramid = None
         if layout.pyramid is not None:
-            top_block, who = resolve_top_block(layout, layout.pyramid, told, config.top_block, unstrided is not None)
-            settings["top_block"] = Setting(top_block or "none", who)
+            top_block, source = resolve_top_block(
+                layout, layout.pyramid, facts, config.top_block, unstrided is not None
+            )
+            settings["top_block"] = Setting(top_block or "none", source)
             pyramid = CheckpointNeck(
                 keys=layout.pyramid,
-                first_level=about.get("first_level", layout.pyramid.first_level),
+                first_level=description.get("first_level", layout.pyramid.first_level),
                 top_block=top_block,
                 p7_relu=values.get("p7_relu", True),
-                levels=parse_levels(about["levels"]) if "levels" in about else None,
+                levels=parse_levels(description["levels"]) if "levels" in description else None,
                 strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
             )
     except FpnxError as error:
         raise FpnxError(f"{escape(file)}: {error}") from error
-    parts = about.get("parts", {})
+    parts = description.get("parts", {})
     body, fpn = (
         ModelPart(*parts[part]) if part in parts else ModelPart(None, file.name)
         if any(key.startswith(f"{part}.") for key in layout.state) else ModelPart.drawn(config.seed)
@@ -286,43 +303,45 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         framework=layout.framework,
         ignored=layout.ignored,
         settings=settings,
-        note=OPENCV if layout.framework == "mmdetection" and recipe.backend == "tensor" else None,
+        note=OPENCV_NOTE if layout.framework == "mmdetection" and recipe.backend == "tensor" else None,
         file=str(file),
         sha256=sha256,
     )
 
 
-def _checked(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The description in a file of fpnx's own, whose values may be anything."""
-    parts = about.get("parts", {})
-    eps = about.get("norm_eps")
-    fits = {
-        "first_level": about.get("first_level", 2) in range(8),
-        "levels": isinstance(about.get("levels", []), list),
+def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the description in one of fpnx's own files, or raise FpnxError if it has an invalid value."""
+    parts = description.get("parts", {})
+    eps = description.get("norm_eps")
+    valid = {
+        "first_level": description.get("first_level", 2) in range(8),
+        "levels": isinstance(description.get("levels", []), list),
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
-        "top_block": about.get("top_block") in (None, *TOP_BLOCKS),
+        "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
         and all(p[0] in (True, False, None) for p in parts.values()),
     }
-    for name, is_fitting in fits.items():
-        if not is_fitting:
-            raise FpnxError(f"its description has {name} {escape(str(about[name]))[:60]}, which fpnx never wrote")
-    return about
+    for name, is_valid in valid.items():
+        if not is_valid:
+            value = escape(str(description[name]))[:60]
+            raise FpnxError(f"its description has {name} {value}, which fpnx never wrote")
+    return description
 
 
-def _backbone_in(layout: StateDictLayout, about: Mapping[str, Any], asked: str | None) -> str:
-    named = about.get("backbone")
-    if named is not None:
-        if asked not in (None, named):
-            raise FpnxError(f"it is for {named}, not for {asked}: drop --backbone or take another file")
-        return check_backbone_name(named)
+def _backbone_in(layout: StateDictLayout, description: Mapping[str, Any], requested: str | None) -> str:
+    """The backbone that a file is for: by its description, by its parameters, or the requested one."""
+    name = description.get("backbone")
+    if name is not None:
+        if requested not in (None, name):
+            raise FpnxError(f"it is for {name}, not for {requested}: drop --backbone or take another file")
+        return check_backbone_name(name)
     body = {name[5:]: value for name, value in layout.state.items() if name.startswith("body.")}
     if body:
-        return backbone_of(body, asked)
-    if asked is None:
+        return backbone_of(body, requested)
+    if requested is None:
         raise FpnxError("it does not say for which backbone it is: name it with --backbone")
-    return asked
+    return requested
 
 
 def _sha256(file: Path) -> str:

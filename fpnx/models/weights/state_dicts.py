@@ -1,4 +1,4 @@
-"""State dicts of other frameworks, recognised by their keys and renamed to fpnx's own; dictionaries in and out."""
+"""Recognises the state-dict layouts of other frameworks and renames their keys to fpnx's."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torchvision import models
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import escape
 from fpnx.models.backbones.factory import parameter_shapes
-from fpnx.models.backbones.registry import torchvision_names as torchvision_names
+from fpnx.models.backbones.registry import torchvision_names
 from fpnx.models.weights.mmdetection import read_config
 
 __all__ = ["StateDictLayout", "FpnKeys", "backbone_of", "fpn_keys", "recognize_layout", "without_head"]
 
-PREFIXES = ("module.", "model.", "_orig_mod.")  # what DistributedDataParallel, Lightning and torch.compile put before
+PREFIXES = ("module.", "model.", "_orig_mod.")  # added by DistributedDataParallel, Lightning and torch.compile
 HEADS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")  # of torchvision's classifiers
-MOSTLY_HEAD = ("alexnet", "vgg")  # whose number of parameters says little about their bodies
-CANDIDATES = 16  # backbones, nearest in parameters, that a file is compared with
+LARGE_HEADS = ("alexnet", "vgg")  # networks with most of their parameters in the head
+CANDIDATES = 16  # number of backbones that a file is compared with: the nearest in number of parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class FpnKeys:
     """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
 
-    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level. `kind` is
-    the neck's, as `--pyramid` takes it.
+    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
+    `kind` is the neck's, as `--pyramid` takes it.
     """
 
     in_channels: tuple[int, ...]
@@ -43,21 +43,22 @@ class FpnKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class StateDictLayout:
-    """A state dict in fpnx's layout.
+    """A state dict renamed to fpnx's layout, and the layout that its file has.
 
     Attributes:
-        framework: `"fpnx"`, `"torchvision"`, `"torchvision detection"`, `"detectron2"`, `"detectron2 backbone"` (what
-            its converter makes of torchvision's), `"caffe2"` (Detectron's) or `"mmdetection"`.
-        state: `body.*` with torchvision's names, `fpn.*`.
-        ignored: how many tensors belong to heads.
-        told: what the file tells beside its parameters, by the names of `fpnx.core.config.FileFacts` and of recipes.
-        pyramid: None where there is none.
+        framework: the file's layout: `"fpnx"`, `"torchvision"`, `"torchvision detection"`, `"detectron2"`,
+            `"detectron2 backbone"` (converted from torchvision's by its script), `"caffe2"` (Detectron's) or
+            `"mmdetection"`.
+        state: the parameters: `body.*` with torchvision's names, and `fpn.*`.
+        ignored: number of tensors that belong to heads.
+        facts: what the file states beside its parameters, by the field names of `FileFacts` and `Recipe`.
+        pyramid: the pyramid in the file; None where there is none.
     """
 
     framework: str
     state: Mapping[str, Tensor]
     ignored: int
-    told: Mapping[str, Any]
+    facts: Mapping[str, Any]
     pyramid: FpnKeys | None
 
 
@@ -65,43 +66,46 @@ Rename = Callable[[str], "str | None"]
 
 
 def recognize_layout(state: Mapping[str, Tensor], config: str | None = None) -> StateDictLayout:
-    """Say whose layout `state` has, and rename what belongs to the backbone and the pyramid.
+    """Recognise the layout of `state` by its keys, and rename the parameters of the backbone and the pyramid.
 
     Args:
-        state: names → tensors, as they stand in a file.
+        state: names → tensors, as in the file.
         config: the text of an mmdetection config.
 
     Raises:
-        FpnxError: names in the backbone or the pyramid that no layout has.
+        FpnxError: the backbone or the pyramid has keys that its layout does not have.
     """
-    framework, state, stripped = _framework(state)
-    namespace, rename = _renaming(framework, state)
+    framework, state, without_prefix = _framework(state)
+    pattern, rename = _rename_rules(framework, state)
     renamed: dict[str, Tensor] = {}
-    strange: list[str] = []
+    unknown: list[str] = []
     ignored = 0
     for name, value in state.items():
         new = rename(name)
         if new is not None and not new.endswith("num_batches_tracked"):
             renamed[new] = value
-        elif new is None and re.match(namespace, name):
-            strange.append(name)
+        elif new is None and re.match(pattern, name):
+            unknown.append(name)
         elif new is None:
             ignored += 1
-    if strange:
-        raise FpnxError(f"the layout is {framework}'s, but it has names that fpnx does not know: {_few(strange)}")
-    told = _told(framework, state, config)
+    if unknown:
+        raise FpnxError(
+            f"the layout is {framework}'s, but it has names that fpnx does not know: {_first_names(unknown)}"
+        )
+    facts = _stated_facts(framework, state, config)
     if framework == "caffe2":
-        renamed, told = _unfused(renamed, told)
+        renamed, facts = _add_norm_statistics(renamed, facts)
     if framework in ("torchvision", "fpnx"):
-        bodies = {name: value for name, value in renamed.items() if not _in_head(name, "body.")}
-        ignored, renamed = ignored + len(renamed) - len(bodies), bodies
+        without_heads = {name: value for name, value in renamed.items() if not _in_head(name, "body.")}
+        ignored, renamed = ignored + len(renamed) - len(without_heads), without_heads
     pyramid = fpn_keys(renamed, _first_level(framework, state))
-    return StateDictLayout(framework=framework, state=renamed, ignored=ignored + stripped, told=told, pyramid=pyramid)
+    ignored += without_prefix
+    return StateDictLayout(framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid)
 
 
-def without_head(torchvision_names: Iterable[str]) -> list[str]:
-    """Those of a torchvision network's names that are not its classifier's."""
-    return [name for name in torchvision_names if not _in_head(name) and not name.endswith("num_batches_tracked")]
+def without_head(names: Iterable[str]) -> list[str]:
+    """The parameter names of a torchvision network without those of its classification head."""
+    return [name for name in names if not _in_head(name) and not name.endswith("num_batches_tracked")]
 
 
 def _in_head(name: str, prefix: str = "") -> bool:
@@ -126,46 +130,47 @@ def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> Fpn
     )
 
 
-def backbone_of(body: Mapping[str, Tensor], asked: str | None) -> str:
-    """The backbone whose names and shapes `body` (torchvision's names) has, or the nearest to it.
+def backbone_of(body: Mapping[str, Tensor], requested: str | None) -> str:
+    """Find the backbone with the names (torchvision's) and shapes of `body`, or else the most similar one.
 
     Raises:
-        FpnxError: where `asked` is another one, or none is near.
+        FpnxError: `requested` is another backbone, or none is similar.
     """
-    given = {name: tuple(body[name].shape) for name in without_head(body)}
-    likeness = {name: _likeness(given, name) for name in [asked] if name is not None}
-    if likeness and max(likeness.values()) == 1.0:
-        return str(asked)
+    shapes = {name: tuple(body[name].shape) for name in without_head(body)}
+    similarity = {name: _similarity(shapes, name) for name in [requested] if name is not None}
+    if similarity and max(similarity.values()) == 1.0:
+        return str(requested)
     parameters = sum(value.numel() for name, value in body.items() if "running_" not in name)
     near = sorted(torchvision_names(), key=lambda name: abs(_parameters(name) - parameters))[:CANDIDATES]
-    for name in [*near, *(name for name in torchvision_names() if name.startswith(MOSTLY_HEAD) and name not in near)]:
-        likeness[name] = _likeness(given, name)
-        if likeness[name] == 1.0:
-            if asked is not None:
-                raise FpnxError(f"it is for {name}, not for {asked}: drop --backbone or take another file")
+    near += [name for name in torchvision_names() if name.startswith(LARGE_HEADS) and name not in near]
+    for name in near:
+        similarity[name] = _similarity(shapes, name)
+        if similarity[name] == 1.0:
+            if requested is not None:
+                raise FpnxError(f"it is for {name}, not for {requested}: drop --backbone or take another file")
             return name
-    best = asked or max(likeness, key=lambda name: likeness[name])
-    if likeness[best] < 0.5:
+    best = requested or max(similarity, key=lambda name: similarity[name])
+    if similarity[best] < 0.5:
         raise FpnxError(
-            f"its names ({_few(list(body))}) are of no backbone that fpnx knows"
-            if asked is None
-            else f"its names ({_few(list(body))}) are not those of {asked}"
+            f"its names ({_first_names(list(body))}) are of no backbone that fpnx knows"
+            if requested is None
+            else f"its names ({_first_names(list(body))}) are not those of {requested}"
         )
     return best
 
 
-def _likeness(given: Mapping[str, tuple[int, ...]], backbone: str) -> float:
-    """The share of names and shapes that a file and a backbone have in common."""
-    shapes = parameter_shapes(backbone)
-    wanted = {name: shapes[name] for name in without_head(shapes)}
-    return len(given.items() & wanted.items()) / len(given.items() | wanted.items())
+def _similarity(shapes: Mapping[str, tuple[int, ...]], backbone: str) -> float:
+    """The intersection over union of the (name, shape) pairs of a file and of a backbone."""
+    all_shapes = parameter_shapes(backbone)
+    expected = {name: all_shapes[name] for name in without_head(all_shapes)}
+    return len(shapes.items() & expected.items()) / len(shapes.items() | expected.items())
 
 
 def _parameters(backbone: str) -> int:
     return int(models.get_model_weights(backbone).DEFAULT.meta["num_params"])
 
 
-MARKS = {
+LAYOUT_PATTERNS = {  # layout → start of a key that only this layout has
     "torchvision detection": r"backbone\.body\.",
     "fpnx": r"(body|fpn)\.",
     "detectron2": r"backbone\.bottom_up\.",
@@ -176,11 +181,11 @@ MARKS = {
 
 
 def _framework(state: Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor], int]:
-    """The layout's name, the state without what wrappers put before names, and how many tensors had no such prefix."""
+    """The layout's name, the state without prefixes of wrappers, and how many tensors were left out for lack of one."""
     left_out = 0
     for _ in range(4):
-        for framework, mark in MARKS.items():
-            if any(re.match(mark, name) for name in state):
+        for framework, pattern in LAYOUT_PATTERNS.items():
+            if any(re.match(pattern, name) for name in state):
                 return framework, state, left_out
         prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None)
         if prefix is None:
@@ -191,8 +196,8 @@ def _framework(state: Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor], 
     return "torchvision", state, left_out
 
 
-def _renaming(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Rename]:
-    """Names that must be known (a pattern), and how they are renamed; None for what belongs to heads."""
+def _rename_rules(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Rename]:
+    """The pattern of the keys that must be known, and the function that renames keys (None: not known)."""
     if framework == "fpnx":
         return r"(body|fpn)\.", _from_own
     if framework == "torchvision detection":
@@ -208,12 +213,12 @@ def _renaming(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Rename]
 
 
 def _from_torchvision(name: str) -> str:
-    """The name that a parameter has today: published DenseNet files say `norm.1` for `norm1`."""
+    """torchvision's current names: published DenseNet files have `norm.1` for `norm1`."""
     return "body." + re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def _from_own(name: str) -> str | None:
-    """fpnx's own names; torchvision's detectors leave out `features.`, and once left out the `.0` of convolutions."""
+    """fpnx's own names. torchvision's detectors omit `features.`, and old ones the `.0` of convolutions."""
     name = re.sub(r"^body\.(?=\d)", "body.features.", name)
     name = re.sub(r"^(fpn\.(?:inner|layer)_blocks\.\d+)\.(?=weight|bias)", r"\1.0.", name)
     blocks = r"(inner|layer|downsample|pafpn)_blocks\.\d+\.[01]\.\w+"
@@ -281,29 +286,29 @@ def _first_level(framework: str, state: Mapping[str, Tensor]) -> int | None:
     return min(found, default=None) if framework == "detectron2" else None
 
 
-def _told(framework: str, state: Mapping[str, Tensor], config: str | None) -> dict[str, Any]:
+def _stated_facts(framework: str, state: Mapping[str, Tensor], config: str | None) -> dict[str, Any]:
     if framework == "mmdetection":
         return read_config(config or "")
     if framework == "detectron2":  # old versions kept these as buffers
-        found = {"mean": state.get("pixel_mean"), "std": state.get("pixel_std")}
+        buffers = {"mean": state.get("pixel_mean"), "std": state.get("pixel_std")}
         return {
             name: tuple(value.flatten().tolist())
-            for name, value in found.items()
+            for name, value in buffers.items()
             if value is not None and value.numel() == 3
         }
     return {}
 
 
-def _unfused(state: dict[str, Tensor], told: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Detectron folded the statistics of its norms into weight and bias: put the neutral ones in their place."""
+def _add_norm_statistics(state: dict[str, Tensor], facts: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Add mean 0 and variance 1: Detectron's files have the statistics folded into weight and bias of the norms."""
     for name in [name for name in state if re.search(r"(bn\d|downsample\.1)\.weight$", name)]:
         mean = name.replace("weight", "running_mean")
         if mean not in state:
             state[mean] = torch.zeros_like(state[name])
             state[name.replace("weight", "running_var")] = torch.ones_like(state[name])
-            told = {**told, "norm_eps": 0.0}
-    return state, told
+            facts = {**facts, "norm_eps": 0.0}
+    return state, facts
 
 
-def _few(torchvision_names: list[str]) -> str:
-    return escape(", ".join(torchvision_names[:3]) + (", …" if len(torchvision_names) > 3 else ""))
+def _first_names(names: list[str]) -> str:
+    return escape(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))

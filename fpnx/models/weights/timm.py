@@ -1,4 +1,4 @@
-"""timm's weights: their names, recipes, addresses, and the caches that hold their files."""
+"""timm's published weights: names, recipes, URLs, and download through Hugging Face's cache."""
 
 from __future__ import annotations
 
@@ -18,20 +18,30 @@ from fpnx.core.text import escape
 from fpnx.models.backbones.registry import TIMM, build_network, no_warnings, timm_library
 from fpnx.models.preprocessing import Recipe
 
-__all__ = ["TimmWeights", "adapted", "fetched", "forbidden", "timm_recipe", "timm_weights"]
+__all__ = [
+    "TimmWeights",
+    "cached_timm_file",
+    "downloads_forbidden",
+    "features_only_state",
+    "timm_recipe",
+    "timm_weights",
+]
 
 RESAMPLINGS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmWeights:
-    """Weights of a timm network that can be asked for by name; nothing has been fetched or read.
+    """A set of weights that timm publishes for a network; nothing has been downloaded or read.
 
     Attributes:
-        name: `"timm/convnext_tiny.fb_in22k"`, which is a backbone's name too; `tag` is what stands after the dot.
-        backbone: what they are for, `"timm/convnext_tiny"`.
-        recipe: timm's own, the whole image stretched to its input size.
-        hub_id: the repository at Hugging Face; url, file: where they are published, and where a copy is looked for.
+        name: `"timm/convnext_tiny.fb_in22k"`, which is also a backbone's name.
+        tag: the part of the name after the dot, `"fb_in22k"`.
+        backbone: the network that they are for, `"timm/convnext_tiny"`.
+        recipe: timm's preprocessing, but with the whole image stretched to the input size.
+        hub_id: the repository at Hugging Face; empty if they are published elsewhere.
+        url: where they are published.
+        trains: the parts of a pyramid model that they hold.
     """
 
     name: str
@@ -45,29 +55,30 @@ class TimmWeights:
 
     @property
     def file(self) -> Path:
+        """Where a copy of the file is looked for first, in torch's hub folder."""
         suffix = Path(self.file_name).suffix or ".safetensors"
         return Path(torch.hub.get_dir()) / "checkpoints" / f"timm-{self.name[len(TIMM) :]}{suffix}"
 
 
 def timm_weights(backbone: str) -> list[TimmWeights]:
-    """All weights for `backbone`, `timm/NAME` or `timm/NAME.TAG`, that can be asked for by name, its default first."""
+    """All published weights for `backbone` (`timm/NAME` or `timm/NAME.TAG`), its default first."""
     timm = timm_library()
-    plain = backbone[len(TIMM) :]
-    architecture = plain.partition(".")[0]
-    default = timm.get_pretrained_cfg(plain)
-    found = []
-    for full in timm.list_pretrained(f"{architecture}*"):
-        name, _, tag = full.partition(".")
-        config = timm.get_pretrained_cfg(full) if name == architecture else None
+    timm_name = backbone[len(TIMM) :]
+    architecture = timm_name.partition(".")[0]
+    default = timm.get_pretrained_cfg(timm_name)
+    weights = []
+    for full_name in timm.list_pretrained(f"{architecture}*"):
+        name, _, tag = full_name.partition(".")
+        config = timm.get_pretrained_cfg(full_name) if name == architecture else None
         if config is None or not (config.hf_hub_id or config.url):
             continue
         file_name = config.hf_hub_filename or "model.safetensors"
         url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file_name}"
         if not config.hf_hub_id:
             file_name, url = os.path.basename(config.url), config.url
-        found.append(
+        weights.append(
             TimmWeights(
-                name=f"{TIMM}{full}",
+                name=f"{TIMM}{full_name}",
                 tag=tag,
                 backbone=f"{TIMM}{architecture}",
                 recipe=timm_recipe(config),
@@ -76,83 +87,83 @@ def timm_weights(backbone: str) -> list[TimmWeights]:
                 url=url,
             )
         )
-    return sorted(found, key=lambda each: default is None or each.tag != (default.tag or ""))
+    return sorted(weights, key=lambda each: default is None or each.tag != (default.tag or ""))
 
 
 def timm_recipe(config: Any) -> Recipe:
-    """The recipe in a timm `pretrained_cfg`, with the whole image stretched to the input size: nothing is cut off."""
-    told = timm_library().data.resolve_data_config(
+    """The recipe of a timm `pretrained_cfg`, with the whole image stretched to the input size instead of cropped."""
+    data_config = timm_library().data.resolve_data_config(
         {}, pretrained_cfg=config if isinstance(config, dict) else config.to_dict()
     )
     return Recipe(
         sizing="stretch",
-        height=int(told["input_size"][1]),
-        width=int(told["input_size"][2]),
-        resampling=told["interpolation"] if told["interpolation"] in RESAMPLINGS else "bicubic",
-        mean=tuple(told["mean"]),
-        std=tuple(told["std"]),
+        height=int(data_config["input_size"][1]),
+        width=int(data_config["input_size"][2]),
+        resampling=data_config["interpolation"] if data_config["interpolation"] in RESAMPLINGS else "bicubic",
+        mean=tuple(data_config["mean"]),
+        std=tuple(data_config["std"]),
     )
 
 
-def fetched(weights: TimmWeights, offline: bool) -> Path:
-    """The file of `weights`: a copy put where `weights.file` says, or in Hugging Face's cache, or downloaded to there.
+def cached_timm_file(weights: TimmWeights, offline: bool) -> Path:
+    """The file of `weights`: at `weights.file`, or in Hugging Face's cache, downloaded if it is in neither.
 
     Raises:
-        FpnxError: where it cannot be had; names the file, its URL and the place for a copy.
+        FpnxError: it cannot be downloaded; names the file, its URL and the path for a copy.
     """
     if weights.file.exists():
         return weights.file
-    offline = offline or forbidden()
+    offline = offline or downloads_forbidden()
     try:
         if not weights.hub_id:
             raise FileNotFoundError("it is not at Hugging Face")
-        with no_warnings(), _silent("huggingface_hub"):
+        with no_warnings(), _logging_disabled("huggingface_hub"):
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(weights.hub_id, weights.file_name, local_files_only=offline))
-    except Exception as error:  # every layer below has its own: HTTP, TLS, file locks, the hub's
-        first: BaseException = error
-        while not offline and (deeper := first.__cause__ or first.__context__):
-            first = deeper
-        why = "downloads are forbidden" if offline else " ".join(str(first).split())[:160]
+    except Exception as error:  # HTTP, TLS, file locks and the hub each raise their own types
+        root: BaseException = error
+        while not offline and (cause := root.__cause__ or root.__context__):
+            root = cause
+        reason = "downloads are forbidden" if offline else " ".join(str(root).split())[:160]
         raise FpnxError(
-            f"weights {weights.name} cannot be had ({why}): put {weights.file_name} from {weights.url} at "
+            f"weights {weights.name} cannot be had ({reason}): put {weights.file_name} from {weights.url} at "
             f"{weights.file}, or take --weights random or --weights FILE"
         ) from error
 
 
 @contextmanager
-def _silent(name: str) -> Iterator[None]:
-    """Nothing from the logger `name` below a fault: what went wrong is told in one line, by us."""
+def _logging_disabled(name: str) -> Iterator[None]:
+    """Suppress messages of the logger `name` below CRITICAL: fpnx reports errors itself, in one line."""
     logger = logging.getLogger(name)
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
-def adapted(weights: TimmWeights, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a published file holds, under the names that timm's `features_only` network gives it.
+def features_only_state(weights: TimmWeights, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the state dict of a published file to that of timm's `features_only` network.
 
     Raises:
-        FpnxError: where timm cannot load it.
+        FpnxError: timm cannot load it.
     """
     try:
         return build_network(weights.name, loaded=state).state_dict()
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise FpnxError(f"timm cannot load the file of {weights.name}: {why}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise FpnxError(f"timm cannot load the file of {weights.name}: {reason}") from error
 
 
-def forbidden() -> bool:
-    """Whether `FPNX_OFFLINE` forbids downloads.
+def downloads_forbidden() -> bool:
+    """Whether the environment variable `FPNX_OFFLINE` forbids downloads.
 
     Raises:
-        FpnxError: for a word that says neither.
+        FpnxError: its value is neither true nor false.
     """
-    word = os.environ.get("FPNX_OFFLINE", "")
-    if word.lower() not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
-        raise FpnxError(f"FPNX_OFFLINE={escape(word)}: take 1, which forbids downloads, or 0")
-    return word.lower() in ("1", "true", "yes", "on")
+    value = os.environ.get("FPNX_OFFLINE", "")
+    if value.lower() not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
+        raise FpnxError(f"FPNX_OFFLINE={escape(value)}: take 1, which forbids downloads, or 0")
+    return value.lower() in ("1", "true", "yes", "on")

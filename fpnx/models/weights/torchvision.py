@@ -1,4 +1,4 @@
-"""The weights that torchvision publishes: their names, recipes, addresses, and the cache that holds their files."""
+"""torchvision's published weights: names, recipes, URLs, and download through torch's hub cache."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torchvision.models import WeightsEnum
 from fpnx.core.errors import FpnxError
 from fpnx.models.backbones.registry import TIMM, timm_library, torchvision_names
 from fpnx.models.preprocessing import Recipe
-from fpnx.models.weights.timm import forbidden, timm_recipe
+from fpnx.models.weights.timm import downloads_forbidden, timm_recipe
 
 __all__ = [
     "COCO",
     "DETECTORS",
     "DETECTOR_RECIPE",
-    "Published",
+    "PublishedWeights",
     "best_weights",
     "cached_file",
     "classification_recipe",
@@ -36,7 +36,7 @@ __all__ = [
     "published_weights",
 ]
 
-STALLED_AFTER = 30.0  # seconds without a byte before a download is given up
+SOCKET_TIMEOUT = 30.0  # seconds without data before a download is aborted
 
 # torchvision's detectors with a feature pyramid → backbone, shorter side, longest side.
 DETECTORS: dict[str, tuple[str, int, int]] = {
@@ -52,37 +52,37 @@ DETECTORS: dict[str, tuple[str, int, int]] = {
     "retinanet_resnet50_fpn_v2": ("resnet50", 800, 1333),
 }
 
-# What `coco` stands for: the highest published box mAP on all 80 COCO classes (keypoint detectors know one) among
-# detectors whose levels begin at the backbone's finest tap, where it has any such; else the highest of all.
+# The weights that `coco` selects: the highest published box mAP on all 80 COCO classes (keypoint detectors have one)
+# among detectors whose levels begin at the backbone's finest tap, or among all if there are no such detectors.
 COCO = {
     "mobilenet_v3_large": "FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1",
     "resnet50": "MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1",
 }
 
-# torchvision's `overwrite_eps`: these four were trained without an epsilon in their frozen batch norms.
-WITHOUT_EPS = {
+# torchvision's `overwrite_eps`: these four were trained with epsilon 0 in their frozen batch norms.
+ZERO_EPS_FILES = {
     "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
     "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
     "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
     "retinanet_resnet50_fpn_coco-eeacb38b.pth",
 }
 
-# What torchvision.models.detection does to an image (GeneralizedRCNNTransform).
+# The preprocessing of torchvision.models.detection (GeneralizedRCNNTransform).
 DETECTOR_RECIPE = Recipe(
     sizing="aspect", short_side=800, long_side=1333, rounding="scaled-floor", backend="tensor", pad_multiple=32
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
-    """Weights that can be asked for by name; nothing has been fetched or read.
+class PublishedWeights:
+    """A set of weights that torchvision publishes; nothing has been downloaded or read.
 
     Attributes:
-        name: the full name, `"ResNet50_Weights.IMAGENET1K_V2"`; `entry` is torchvision's own object.
-        backbone: what they are for.
-        trains: `("backbone",)` or `("backbone", "pyramid")`.
-        recipe: the preprocessing that they carry.
-        url, file: where they are published, and where the cache holds them (torch's hub folder).
+        name: the full name, `"ResNet50_Weights.IMAGENET1K_V2"`.
+        entry: torchvision's enum member.
+        backbone: the network that they are for.
+        trains: the parts that they hold: `("backbone",)` or `("backbone", "pyramid")`.
+        recipe: their preprocessing.
     """
 
     name: str
@@ -93,21 +93,24 @@ class Published:
 
     @property
     def url(self) -> str:
+        """Where they are published."""
         return str(self.entry.url)
 
     @property
     def file_name(self) -> str:
+        """The last part of the URL."""
         return os.path.basename(self.url)
 
     @property
     def file(self) -> Path:
+        """Their path in torch's hub cache, whether the file exists or not."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file_name
 
 
-def published_weights(backbone: str) -> list[Published]:
-    """All weights for `backbone` that can be asked for by name: classification first, then detection."""
-    found = [
-        Published(
+def published_weights(backbone: str) -> list[PublishedWeights]:
+    """All published weights for `backbone`: classification first, then detection."""
+    weights = [
+        PublishedWeights(
             name=str(entry),
             entry=entry,
             backbone=backbone,
@@ -119,47 +122,47 @@ def published_weights(backbone: str) -> list[Published]:
     for detector, (body, short_side, long_side) in DETECTORS.items():
         if body == backbone:
             recipe = replace(DETECTOR_RECIPE, short_side=short_side, long_side=long_side)
-            found += [
-                Published(
+            weights += [
+                PublishedWeights(
                     name=str(entry), entry=entry, backbone=body, trains=("backbone", "pyramid"), recipe=recipe
                 )
                 for entry in models.get_model_weights(detector)
             ]  # fmt: skip
-    return found
+    return weights
 
 
-def find_published(name: str, backbone: str | None) -> Published | None:
-    """The weights called `name`: a full name, or a short one such as `IMAGENET1K_V2` beside a backbone."""
-    owner = _owners().get(name, backbone)
+def find_published(name: str, backbone: str | None) -> PublishedWeights | None:
+    """Find weights by full name, or by a short name such as `IMAGENET1K_V2` together with `backbone`."""
+    owner = _backbone_of_weights().get(name, backbone)
     if owner is None:
         return None
-    entries = published_weights(owner)
+    candidates = published_weights(owner)
     return next(
-        (each for each in entries if name == each.name or (name == each.entry.name and len(each.trains) == 1)), None
+        (each for each in candidates if name == each.name or (name == each.entry.name and len(each.trains) == 1)), None
     )
 
 
 def known_names(backbone: str | None) -> list[str]:
-    """Every name that `find_published` finds beside `backbone`."""
-    short = [entry.name for entry in models.get_model_weights(backbone)] if backbone else []
-    return [*_owners(), *short]
+    """All names that `find_published` accepts together with `backbone`."""
+    short_names = [entry.name for entry in models.get_model_weights(backbone)] if backbone else []
+    return [*_backbone_of_weights(), *short_names]
 
 
 @lru_cache(maxsize=1)
-def _owners() -> dict[str, str]:
-    """Full name → backbone, without building a recipe."""
+def _backbone_of_weights() -> dict[str, str]:
+    """Full name of weights → backbone."""
     return {str(entry): name for name in torchvision_names() for entry in models.get_model_weights(name)} | {
         str(entry): body for name, (body, *_) in DETECTORS.items() for entry in models.get_model_weights(name)
     }
 
 
 def best_weights(backbone: str) -> WeightsEnum:
-    """Torchvision's best classification weights of `backbone`."""
+    """torchvision's default classification weights for `backbone`."""
     return models.get_model_weights(backbone).DEFAULT
 
 
 def classification_recipe(weights: WeightsEnum) -> Recipe:
-    """The recipe of classification weights, with the whole image stretched to the crop size: nothing is cut off."""
+    """The recipe of classification weights, with the whole image stretched to the crop size instead of cropped."""
     preset = weights.transforms()
     return Recipe(
         sizing="stretch",
@@ -172,7 +175,7 @@ def classification_recipe(weights: WeightsEnum) -> Recipe:
 
 
 def native_recipe(backbone: str) -> Recipe:
-    """The recipe of the backbone's best weights, which random ones take too."""
+    """The recipe of the backbone's default weights; random weights use it too."""
     if backbone.startswith(TIMM):
         config = timm_library().get_pretrained_cfg(backbone[len(TIMM) :])
         return timm_recipe(config if config is not None else {})
@@ -180,44 +183,48 @@ def native_recipe(backbone: str) -> Recipe:
 
 
 def norm_eps_of(file: Path, sha256: str) -> float:
-    """The epsilon of the norm layers in a torchvision detector's file; a published one is known by name or content."""
-    digests = {name.rsplit("-", 1)[1][:8] for name in WITHOUT_EPS}
-    return 0.0 if file.name in WITHOUT_EPS or sha256[:8] in digests else 1e-5
+    """The epsilon of the batch norms in a torchvision detector's file; published files are known by name or hash."""
+    digests = {name.rsplit("-", 1)[1][:8] for name in ZERO_EPS_FILES}
+    return 0.0 if file.name in ZERO_EPS_FILES or sha256[:8] in digests else 1e-5
 
 
-def cached_file(published: Published, offline: bool) -> Path:
-    """The file of `published` in torch's hub cache, downloaded (and checked) if it is not there.
+def cached_file(published: PublishedWeights, offline: bool) -> Path:
+    """The file of `published` in torch's hub cache; downloaded, with a check of its hash, if it is missing.
 
     Raises:
-        FpnxError: where it cannot be had; names the file, its URL and the folder for a copy.
+        FpnxError: it cannot be downloaded; names the file, its URL and the folder for a copy.
     """
     file = published.file
     if file.exists():
         return file
-    offline = offline or forbidden()
+    offline = offline or downloads_forbidden()
     try:
         if offline:
             raise FpnxError("downloads are forbidden")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _impatient_sockets():
+        with _socket_timeout():
             torch.hub.download_url_to_file(
                 published.url, str(file), hash_prefix=file.stem.rsplit("-", 1)[-1], progress=sys.stderr.isatty()
             )
-    except (FpnxError, OSError, RuntimeError) as error:  # URLError and timeouts are OSErrors; a bad hash is not
-        why = error.reason if isinstance(error, urllib.error.URLError) else error
+    except (
+        FpnxError,
+        OSError,
+        RuntimeError,
+    ) as error:  # URLError and timeouts are OSErrors; a wrong hash is a RuntimeError
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise FpnxError(
-            f"weights {published.name} cannot be had ({why}): put {file.name} from {published.url} into "
+            f"weights {published.name} cannot be had ({reason}): put {file.name} from {published.url} into "
             f"{file.parent}, or take --weights random or --weights FILE"
         ) from error
     return file
 
 
 @contextmanager
-def _impatient_sockets() -> Iterator[None]:
-    """torch.hub waits for ever on a silent server; sockets opened in here do not."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALLED_AFTER)
+def _socket_timeout() -> Iterator[None]:
+    """Set a timeout for new sockets, because torch.hub sets none and would wait without end."""
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SOCKET_TIMEOUT)
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous)

@@ -1,1 +1,1 @@
-"""The HTML page: one file that shows images, maps and similarities without a server."""
+"""A self-contained HTML page that shows images, heatmaps and similarities without a server."""

@@ -1,4 +1,4 @@
-"""One image as it is drawn: where its maps lie over the source picture, and what is known of both."""
+"""What is drawn of one image: its feature maps, where they lie on the source image, and the source image itself."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from fpnx.images.decoding import decode
 from fpnx.images.reading import locate
 from fpnx.store.reader import Item
 
-__all__ = ["Photo", "Scene", "about_model", "find_photo", "scene_of"]
+__all__ = ["ImageMaps", "Photo", "describe_model", "find_photo", "item_maps"]
 
 
 @dataclass(frozen=True)
 class Photo:
-    """The upright source picture, or None and a `remark` that says why; also a remark where it is not as it was."""
+    """The upright source image, or None where it is missing; `note` says why, or that the file has changed."""
 
     picture: Image.Image | None
-    remark: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """One image's maps and where they lie.
+class ImageMaps:
+    """The feature maps of one image and their geometry.
 
     Attributes:
         path: stored path of the image.
-        about: which backbone and pyramid made the maps, in words.
-        source_size, input_size: (height, width) of the upright source, and of what the model saw without padding.
+        model: backbone and pyramid that computed the maps, and which of them are trained.
+        source_size, input_size: (height, width) of the upright source, and of the model input without padding.
         levels: names, fine to coarse.
         strides: by level, in input pixels.
-        pooled: whether a map's cells are bins over the whole input instead of strides.
+        pooled: whether a map's cells are pooling bins over the whole input.
         read: level → (C, H, W) features without padding.
-        photo: the source picture.
-        file: name of the file that the maps are from.
-        missing: why there is nothing to draw, where there is nothing.
+        photo: the source image.
+        file: name of the file that holds the maps.
+        missing: why there is nothing to draw; empty otherwise.
     """
 
     path: str
-    about: str
+    model: str
     source_size: tuple[int, int]
     input_size: tuple[int, int]
     levels: tuple[str, ...]
@@ -58,15 +58,15 @@ class Scene:
     file: str = ""
     missing: str = ""
 
-    def reach(self, level: str, shape: tuple[int, int]) -> tuple[float, float]:
-        """(height, width) in source pixels that a map of `shape` cells covers; the last cells may overhang."""
+    def covered_size(self, level: str, shape: tuple[int, int]) -> tuple[float, float]:
+        """(height, width) in source pixels that a map of `shape` cells covers; it may exceed the source."""
         stride = self.strides[level]
         cells = [math.ceil(side / stride) if self.pooled else n for side, n in zip(self.input_size, shape, strict=True)]
-        pixels = [source / seen for source, seen in zip(self.source_size, self.input_size, strict=True)]
-        return cells[0] * stride * pixels[0], cells[1] * stride * pixels[1]
+        scale = [source / side for source, side in zip(self.source_size, self.input_size, strict=True)]
+        return cells[0] * stride * scale[0], cells[1] * stride * scale[1]
 
     def cell_at(self, level: str, shape: tuple[int, int], point: tuple[float, float]) -> tuple[int, int]:
-        """(y, x) of the cell below `point`, (x, y) in source pixels.
+        """(y, x) of the cell that contains `point`, (x, y) in source pixels.
 
         Raises:
             FpnxError: for a point outside the image.
@@ -74,13 +74,13 @@ class Scene:
         height, width = self.source_size
         if not (0 <= point[0] <= width and 0 <= point[1] <= height):
             raise FpnxError(f"point {point[0]:g},{point[1]:g} is outside {escape(self.path)}, {width}×{height} pixels")
-        tall, wide = self.reach(level, shape)
-        y, x = int(point[1] / tall * shape[0]), int(point[0] / wide * shape[1])
+        covered_height, covered_width = self.covered_size(level, shape)
+        y, x = int(point[1] / covered_height * shape[0]), int(point[0] / covered_width * shape[1])
         return min(y, shape[0] - 1), min(x, shape[1] - 1)
 
 
-def scene_of(item: Item, photo: Photo | None = None) -> Scene:
-    """The scene of a stored image; its picture is looked for where the file says it was.
+def item_maps(item: Item, photo: Photo | None = None) -> ImageMaps:
+    """The maps of a stored image; without `photo`, its source image is read from the path in the file.
 
     Raises:
         StoreError: for sizes that no image has.
@@ -98,9 +98,9 @@ def scene_of(item: Item, photo: Photo | None = None) -> Scene:
                 f"{escape(item.path)}: {level} cannot be read from {escape(store.path)}: {error}"
             ) from error
 
-    return Scene(
+    return ImageMaps(
         path=item.path,
-        about=about_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights),
+        model=describe_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights),
         source_size=item.source_size,
         input_size=item.input_size,
         levels=item.levels,
@@ -113,7 +113,7 @@ def scene_of(item: Item, photo: Photo | None = None) -> Scene:
 
 
 def find_photo(item: Item) -> Photo:
-    """The source picture of a stored image, where it still is and still fits."""
+    """Read the source image of a stored image, if it is still there and has the stored size."""
     store, row = item.store, item.index
     path = os.fsencode(os.path.join(store.root, item.path))
     try:
@@ -130,7 +130,7 @@ def find_photo(item: Item) -> Photo:
     return Photo(picture, "file changed since extraction" if changed else "")
 
 
-def about_model(backbone: str, levels: tuple[str, ...], weights: WeightsInfo) -> str:
+def describe_model(backbone: str, levels: tuple[str, ...], weights: WeightsInfo) -> str:
     """`"resnet50: trained (…) · pyramid: untrained (random, seed 0)"`: which parts of a model are trained."""
     pyramid = "none in this file" if all(level.startswith("C") for level in levels) else str(weights.pyramid)
     return f"{escape(backbone)}: {weights.body} · pyramid: {pyramid}"

@@ -1,0 +1,248 @@
+"""PAFPN and the interface of necks: an independent reference, hand-worked numbers, files and a run from end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fpnx import FpnxError, create_model, save_weights
+from fpnx.core.config import PYRAMIDS, ExtractConfig
+from fpnx.inference.graph_fusion import fuse_model
+from fpnx.models.factory import build_model
+from fpnx.models.necks.base import neck_shapes
+from fpnx.models.necks.pafpn import PAFPN
+from fpnx.models.necks.registry import NECKS
+from tests.helpers.process import document
+from tests.helpers.reference_networks import ConvModule, randomise
+
+CHANNELS = {2: 3, 3: 5, 4: 7, 5: 11}
+TINY = ["--weights", "random", "--backbone", "mobilenet_v2", "--size", "64", "--channels", "8"]
+
+
+class ReferencePAFPN(nn.Module):
+    """mmdetection's PAFPN (arXiv 1803.01534) in its own terms: `num_outs`, `add_extra_convs`, names of modules."""
+
+    def __init__(self, inputs: list[int], channels: int, num_outs: int, add_extra_convs: str, relu: bool) -> None:
+        super().__init__()
+        self.num_outs, self.extra, self.relu = num_outs, add_extra_convs, relu
+        count = len(inputs)
+        self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1) for n in inputs)
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in inputs)
+        self.downsample_convs = nn.ModuleList(ConvModule(channels, channels, 3, 2) for _ in range(count - 1))
+        self.pafpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in range(count - 1))
+        for i in range(num_outs - count if add_extra_convs else 0):
+            first = inputs[-1] if add_extra_convs == "on_input" and i == 0 else channels
+            self.fpn_convs.append(ConvModule(first, channels, 3, 2))
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
+        for i in range(len(laterals) - 1, 0, -1):
+            size = laterals[i - 1].shape[2:]
+            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=size, mode="nearest")
+        inter = [self.fpn_convs[i](x) for i, x in enumerate(laterals)]
+        for i in range(len(inter) - 1):
+            inter[i + 1] = inter[i + 1] + self.downsample_convs[i](inter[i])
+        outs = [inter[0], *(self.pafpn_convs[i - 1](inter[i]) for i in range(1, len(inter)))]
+        for i in range(len(outs), self.num_outs):
+            if not self.extra:
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+            elif i == len(laterals):
+                source = {"on_input": inputs[-1], "on_lateral": laterals[-1], "on_output": outs[-1]}[self.extra]
+                outs.append(self.fpn_convs[i](source))
+            else:
+                outs.append(self.fpn_convs[i](F.relu(outs[-1]) if self.relu else outs[-1]))
+        return outs
+
+
+def in_reference_names(state: dict[str, Tensor], laterals: int) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        kind, place, *rest = name.split(".")
+        if kind == "extra_blocks":
+            renamed[f"fpn_convs.{laterals + int(place[1]) - 6}.conv.{rest[0]}"] = value
+        else:
+            names = {"inner_blocks": "lateral", "layer_blocks": "fpn", "downsample_blocks": "downsample"}
+            renamed[f"{names.get(kind, 'pafpn')}_convs.{place}.conv.{rest[1]}"] = value
+    return renamed
+
+
+def taps_of(height: int, width: int) -> dict[str, Tensor]:
+    generator, taps = torch.Generator().manual_seed(0), {}
+    for k, channels in CHANNELS.items():
+        taps[f"C{k}"] = torch.randn(2, channels, height, width, generator=generator)
+        height, width = -(-height // 2), -(-width // 2)
+    return taps
+
+
+EXTRA = {None: (4, ""), "pool": (5, ""), "c5": (6, "on_input"), "p5": (6, "on_output"), "m5": (6, "on_lateral")}
+
+
+@pytest.mark.parametrize("size", [(56, 56), (57, 76), (25, 33), (9, 8)], ids=str)
+@pytest.mark.parametrize("p7_relu", [True, False])
+@pytest.mark.parametrize("top_block", EXTRA, ids=str)
+def test_equals_an_independent_reference(size: tuple[int, int], top_block: str | None, p7_relu: bool) -> None:
+    neck = randomise(PAFPN(CHANNELS, 6, top_block, p7_relu=p7_relu))
+    outs, extra = EXTRA[top_block]
+    reference = ReferencePAFPN(list(CHANNELS.values()), 6, outs, extra, p7_relu)
+    reference.load_state_dict(in_reference_names(neck.state_dict(), 4))
+    taps = taps_of(*size)
+    with torch.no_grad():
+        levels, expected = neck(taps), reference(list(taps.values()))
+    assert list(levels) == [f"P{k}" for k in range(2, 2 + outs)]
+    for level, wanted in zip(levels.values(), expected, strict=True):
+        assert level.shape == wanted.shape
+        assert (level - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_two_levels_by_hand() -> None:
+    neck = PAFPN({4: 1, 5: 1}, channels=1)
+    with torch.no_grad():
+        for convolution in (module for module in neck.modules() if isinstance(module, nn.Conv2d)):
+            convolution.weight.zero_()
+            convolution.bias.zero_()
+        # Every 3×3 takes its middle cell: laterals 1 and 2, outputs 3 and 5, downsampling 10, last convolution 7.
+        for block, factor in (
+            (neck.inner_blocks[0], 1), (neck.inner_blocks[1], 2), (neck.layer_blocks[0], 3), (neck.layer_blocks[1], 5),
+            (neck.downsample_blocks[0], 10), (neck.pafpn_blocks[0], 7),
+        ):  # fmt: skip
+            middle = block[0].kernel_size[0] // 2
+            block[0].weight[0, 0, middle, middle] = factor
+    levels = neck({"C4": torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), "C5": torch.tensor([[[[1.0]]]])})
+    # M5 = 2, M4 = C4 + 2 = [[3 4] [5 6]]; P4 = S4 = 3 M4; N5 = 5 M5 + 10 S4[0, 0] = 10 + 90; P5 = 7 N5
+    assert levels["P4"].tolist() == [[[[9.0, 12.0], [15.0, 18.0]]]]
+    assert levels["P5"].tolist() == [[[[700.0]]]]
+
+
+# Convolutions that have to run: laterals, outputs, downsampling, last convolutions, top block.
+NEEDED = [
+    (("P2",), {"c5": 4 + 1, "p5": 4 + 1, "m5": 4 + 1}),
+    (("P5",), dict.fromkeys(("c5", "p5", "m5"), 4 + 4 + 3 + 1)),
+    (("P3", "P5"), dict.fromkeys(("c5", "p5", "m5"), 4 + 4 + 3 + 2)),
+    (("P6",), {"c5": 1, "p5": 4 + 4 + 3 + 1 + 1, "m5": 1 + 1}),
+    (("P7",), {"c5": 2, "p5": 4 + 4 + 3 + 1 + 2, "m5": 1 + 2}),
+    (("P4", "P6"), {"c5": 4 + 3 + 2 + 1 + 1, "p5": 4 + 4 + 3 + 2 + 1, "m5": 4 + 3 + 2 + 1 + 1}),
+]
+
+
+@pytest.mark.parametrize(("levels", "convolutions"), NEEDED, ids=str)
+@pytest.mark.parametrize("top_block", ["c5", "p5", "m5"])
+def test_what_no_level_needs_is_not_computed(
+    levels: tuple[str, ...], convolutions: dict[str, int], top_block: str
+) -> None:
+    neck = PAFPN(CHANNELS, 4, top_block)
+    neck.initialize(seed=0)
+    ran: list[str] = []
+    for name, module in neck.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    with torch.no_grad():
+        some = neck(taps_of(32, 40), levels)
+        assert len(ran) == convolutions[top_block], ran
+        every = neck(taps_of(32, 40))
+    assert list(some) == list(levels)
+    assert all(torch.equal(some[level], every[level]) for level in levels)
+
+
+def test_the_registry_has_the_kinds_that_the_option_takes() -> None:
+    assert tuple(NECKS) == PYRAMIDS
+    assert all(neck.kind == name for name, neck in NECKS.items())
+
+
+@pytest.mark.parametrize("kind", NECKS)
+def test_every_neck_keeps_the_interface(kind: str) -> None:
+    neck = NECKS[kind].for_levels(CHANNELS, 4, ("P3", "P7"), None)
+    assert dict(neck.in_channels) == CHANNELS
+    assert {"P3", "P7"} <= set(neck.levels)
+    taps = taps_of(25, 33)
+    with torch.no_grad():
+        levels = neck(taps)
+    shapes = {name: tuple(tap.shape[1:]) for name, tap in taps.items()}
+    assert neck_shapes(neck, shapes, neck.levels) == {name: tuple(level.shape[1:]) for name, level in levels.items()}
+    counted = [id(p) for modules in neck.parts().values() for module in modules for p in module.parameters()]
+    assert sorted(counted) == sorted(map(id, neck.parameters())), "each parameter belongs to one part"
+    first, again, other = (NECKS[kind].for_levels(CHANNELS, 4, ("P3", "P7"), None) for _ in range(3))
+    torch.rand(5)
+    state = torch.get_rng_state()
+    first.initialize(3)
+    again.initialize(3)
+    other.initialize(4)
+    assert torch.equal(state, torch.get_rng_state()), "the caller's generator was used"
+    pairs = zip(first.parameters(), again.parameters(), other.parameters(), strict=True)
+    for one, two, three in pairs:
+        assert torch.equal(one, two)
+        assert not one.any() or not torch.equal(one, three)
+    weights = [p for p in first.parameters() if p.ndim == 4 and p.shape[2] == 3]
+    assert len({p.flatten()[0].item() for p in weights}) == len(weights), "two blocks have the same parameters"
+
+
+@pytest.mark.parametrize("levels", ["P2-P5", "P3-P7", "C4,P4", "P2-P6"])
+def test_the_executed_form_gives_the_same(levels: str) -> None:
+    model = create_model("mobilenet_v2", weights="random", levels=levels, channels=32, pyramid="pafpn")
+    randomise(model.fpn)
+    fused = fuse_model(model)
+    for size in ((64, 96), (97, 131)):
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            expected = model(images)
+            for found in (fused(images), fused.pack(images)):
+                assert list(found) == list(expected)
+                for name, level in expected.items():
+                    assert (found[name] - level).abs().max() <= 1e-5 * level.abs().max(), name
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_saved_weights_are_read_back(tmp_path: Path, suffix: str) -> None:
+    model = create_model("mobilenet_v2", weights="random", levels="P3-P7", channels=16, pyramid="pafpn")
+    randomise(model)
+    save_weights(model, tmp_path / f"pafpn{suffix}")
+    again = create_model(weights=str(tmp_path / f"pafpn{suffix}"))
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    assert again.fpn.kind == "pafpn"
+    with torch.no_grad():
+        found, expected = again(images), model(images)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(FpnxError, match=r"pyramid fpn contradicts pafpn.* which has pafpn"):
+        create_model(weights=str(tmp_path / f"pafpn{suffix}"), pyramid="fpn")
+
+
+def test_an_fpn_s_fingerprint_does_not_name_the_kind() -> None:
+    options: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "channels": 8}
+    plain, named, other = (build_model(ExtractConfig(**options, pyramid=kind)) for kind in (None, "fpn", "pafpn"))
+    assert plain.identity() == named.identity()
+    assert "pyramid" not in plain.identity()
+    assert other.identity() == {**plain.identity(), "pyramid": "pafpn"}
+
+
+def test_from_images_to_a_file(fpnx: Callable[..., tuple[int, str, str]], photos: Path) -> None:
+    assert fpnx("extract", photos, *TINY, "--pyramid", "pafpn", "-o", "pafpn.h5")[0] == 0
+    assert fpnx("extract", photos, *TINY, "-o", "fpn.h5")[0] == 0
+    code, _, err = fpnx("extract", photos, *TINY, "--pyramid", "pafpn", "-o", "fpn.h5", "--resume")
+    assert code == 2
+    assert "was made with another config" in err
+    assert "pyramid None → pafpn" in err
+    code, _, err = fpnx("extract", photos, *TINY, "-o", "pafpn.h5", "--resume")
+    assert code == 2
+    assert "pyramid pafpn → None" in err
+    assert fpnx("verify", "pafpn.h5", "--against", photos)[0] == 0
+    told = document(fpnx("info", "pafpn.h5", "--json")[1])
+    assert told["config"]["pyramid"] == "pafpn"
+    model = create_model("mobilenet_v2", weights="random", channels=8, size=64, pyramid="pafpn")
+    from PIL import Image
+
+    with h5py.File("pafpn.h5") as file, torch.no_grad():
+        name = file["images/path"].asstr()[0]
+        expected = model(model.transform(Image.open(photos / name).convert("RGB"))[None])
+        for level, values in expected.items():
+            stored = file[level][0]
+            assert np.abs(stored - values[0].numpy()).max() <= 1e-5 * np.abs(stored).max()
+        with h5py.File("fpn.h5") as plain:
+            assert file["P5"].shape == plain["P5"].shape
+            assert not np.allclose(file["P5"][0], plain["P5"][0])
