@@ -213,7 +213,7 @@ def test_top_level_holds_only_what_belongs_there() -> None:
     if listed.returncode:
         pytest.skip("not a git checkout")
     tops = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    allowed = {"pyproject.toml", "fpnx", "tests", "sample_images", "README.md", "LICENSE", "CHANGELOG.md"}
+    allowed = {"pyproject.toml", "fpnx", "tests", "docs", "sample_images", "README.md", "LICENSE", "CHANGELOG.md"}
     assert {top for top in tops if not top.startswith(".")} == allowed
 
 

@@ -1,7 +1,12 @@
-"""Every command line and every piece of Python in the README runs."""
+"""README and docs/: every command and snippet runs, every link and name leads somewhere.
+
+Commands that take a cluster or another machine are parsed: their options and commands must exist. Those with addresses
+run in tests/extraction/test_upload.py, where there is an object store.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -9,36 +14,38 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
+import typer
+from PIL import Image
 
+import fpnx as package
+from fpnx.cli.main import app
+from fpnx.core.config import ExtractConfig
+from fpnx.core.provenance import Provenance
+from fpnx.models.preprocessing import Recipe
+from tests.helpers.documentation import PAGES, blocks, command_lines, lines_of, text_of, without_blocks
 from tests.helpers.files import ROOT, copied
+from tests.test_architecture import LAYERS
 
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [text for spoken, text in found if spoken == language]
-
-
-def command_lines() -> list[str]:
-    """Lines that call fpnx itself, without comments and the virtual environment's path.
-
-    Those that speak of stores are run in tests/test_uploads.py, where there is one.
-    """
-    lines = [line.split(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    calls = [re.sub(r".*\.venv/bin/fpnx", "fpnx", line) for line in lines if re.search(r"(^|/)fpnx ", line)]
-    return sorted({line for line in calls if "://" not in line})
+LANGUAGES = {"sh", "bash", "python", ""}
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+OTHER_TOOLS = {"--index-url", "--array"}  # options in running text that are not fpnx's: of pip, of sbatch
+RUN_ELSEWHERE = ".ci/run"  # runs the README's two commands for a fresh machine
+README = "README.md"
+TRAINED = "fpnx extract sample_images/ -o trained.h5"
 
 
 @pytest.fixture
 def place(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the README's commands speak of."""
+    """A folder with the files that the commands name."""
     shutil.copytree(samples, tmp_path / "sample_images")
     copied(samples, tmp_path / "photos", 3)
     shutil.copy(samples / "animals" / "chelsea.jpg", tmp_path / "cat.jpg")
@@ -49,57 +56,176 @@ def place(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
-def small(arguments: list[str]) -> list[str]:
-    """A command line as it stands, with options that make it quick and keep it off the network."""
-    verb = arguments[0]
-    if verb == "extract" and "--weights" not in arguments:
+def value_of(option: str, arguments: list[str]) -> str:
+    """What a command gives for an option; empty where it does not give it."""
+    return arguments[arguments.index(option) + 1] if option in arguments else ""
+
+
+def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
+    """Make the files that a command reads."""
+    small = ("--weights", "random", "--size", "64", "--channels", "8", "--backbone", "mobilenet_v2")
+    reads = [argument for argument in arguments[1:] if argument.endswith(".h5")] if arguments[0] != "extract" else []
+    if any("out.shard-" in name for name in reads):
+        assert fpnx("extract", "photos", "--shard", "0/1", *small)[0] == 0
+    elif "out.h5" in reads:
+        # Full size, with the default levels: what `verify --against` computes again.
+        assert fpnx("extract", "sample_images", "--weights", "random", "--size", "64", "--channels", "8")[0] == 0
+    elif "lite2.h5" in reads:
+        assert fpnx("extract", "sample_images", "-o", "lite2.h5", "--levels", "C2-C5,P2-P5", *small)[0] == 0
+    weights = value_of("--weights", arguments)
+    if weights == "model.safetensors":
+        package.save_weights(package.create_model("mobilenet_v2", weights="random", channels=8), weights)
+    if weights == "checkpoint.pth":  # as training code writes it
+        model = package.create_model("resnet18", weights="random", levels="C2-C5")
+        state = {f"module.{name}": value for name, value in model.body.state_dict().items()}
+        torch.save({"model": state, "epoch": 3}, weights)
+
+
+def quick(arguments: list[str]) -> list[str]:
+    """A command as it stands, with options that make it quick and keep it off the network."""
+    command = arguments[0]
+    if command == "extract" and "--weights" not in arguments:
         arguments = [*arguments, "--weights", "random"]
-    if verb == "benchmark":
+    if command == "benchmark":
         named = [] if "--backbone" in arguments else ["--backbone", "mobilenet_v2"]
         arguments = [*arguments, *named, "--size", "64", "--channels", "8", "--repeats", "1"]
-    return [{"800": "80", "1333": "133"}.get(argument, argument) for argument in arguments]
+    return [{"800": "80", "1333": "133", "384": "64"}.get(argument, argument) for argument in arguments]
+
+
+def names_weights(arguments: list[str]) -> bool:
+    """Whether a command asks for published weights, which no test can download."""
+    weights = value_of("--weights", arguments)
+    return weights not in ("", "random") and "." not in weights.replace("_Weights.", "")
 
 
 @pytest.mark.parametrize(
     "line",
-    # The whole table of backbones measures all of them where none was met before.
-    [pytest.param(line, marks=pytest.mark.slow if line in ("fpnx models",) else ()) for line in command_lines()],
+    # The table of all backbones measures each of them where the cache is empty.
+    [pytest.param(line, marks=pytest.mark.slow if line == "fpnx models" else ()) for line in command_lines()],
 )
 def test_command_lines(line: str, place: Path, fpnx: Callable[..., Any]) -> None:
     arguments = shlex.split(line)[1:]
-    if arguments == ["extract", "sample_images/", "-o", "trained.h5"]:  # trained weights cannot be fetched in a test
+    if line == TRAINED or names_weights(arguments):
         code, _, error = fpnx(*arguments, "--offline")
         assert code == 2
-        assert "put maskrcnn_resnet50_fpn_v2" in error
+        # All else about it is right: it ends where it would download.
+        assert re.search(r"cannot be had \(downloads are forbidden\): put \S+\.(pth|safetensors) from https://", error)
+        assert line != TRAINED or "put maskrcnn_resnet50_fpn_v2" in error
         return
     if ">" in arguments:  # the shell's
         arguments = arguments[: arguments.index(">")]
-    if any("out.shard-" in argument for argument in arguments):
-        assert fpnx("extract", "photos", "--shard", "0/1", "--weights", "random", "--size", "64")[0] == 0
-    elif "out.h5" in arguments and arguments[0] != "extract":
-        assert fpnx("extract", "sample_images", "--weights", "random", "--size", "64", "--channels", "8")[0] == 0
-    code, _, error = fpnx(*small(arguments))
+    prepare(arguments, fpnx)
+    code, _, error = fpnx(*quick(arguments))
     assert code == 0, error
 
 
-def test_python(place: Path, fpnx: Callable[..., Any]) -> None:
+def test_the_trained_command_is_that_of_the_readme() -> None:
+    assert TRAINED in command_lines([ROOT / README])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=lambda page: page.name)
+def test_python(page: Path, place: Path, fpnx: Callable[..., Any]) -> None:
     assert fpnx("extract", "sample_images", "--weights", "random")[0] == 0
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "snippet"}
     torch.manual_seed(0)  # of the head's first parameters
-    for block in blocks("python"):
+    for block in blocks(page, "python"):
         exec(block, names)
-    assert names["item"].path == "animals/chelsea.jpg"
-    assert names["loss"].item() < 10
-    assert names["pyramid"]["P2"].shape == (1, 256, 57, 76)
-    assert names["result"].done == 5
+    for name, check in EXPECTED.get(page.name, {}).items():
+        assert check(names[name]), name
+
+
+# What the variables of a page's snippets must hold in the end.
+EXPECTED: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "README.md": {"item": lambda item: item.path == "animals/chelsea.jpg"},
+    "python.md": {
+        "item": lambda item: item.path == "animals/chelsea.jpg",
+        "loss": lambda loss: loss.item() < 10,
+        "pyramid": lambda pyramid: pyramid["P2"].shape == (1, 256, 57, 76),
+        "coffee": lambda pyramid: pyramid["P2"].shape == (1, 256, 56, 56),
+        "own": lambda model: model.channels["C2"] == 16 and not model.training,
+        "result": lambda result: result.done == 5,
+        "checked": lambda checked: checked.problems == (),
+    },
+    "format.md": {
+        "features": lambda array: array.shape == (256, 56, 56),
+        "several": lambda array: array.shape[0] == 256 and array.ndim == 3,
+    },
+    "visualization.md": {"heatmap": lambda array: array.shape == (28, 28)},
+}
+
+
+def test_every_block_has_a_language_that_is_checked() -> None:
+    for page in PAGES:
+        assert len(re.findall(r"^```", page.read_text(), re.MULTILINE)) % 2 == 0, f"{page.name}: a block is open"
+        assert {language for language, _ in text_of(page)} <= LANGUAGES, page.name
 
 
 def test_the_two_commands_for_a_fresh_machine() -> None:
-    first, second = (line for line in README.splitlines() if line.startswith("python3 -m venv"))
+    first, second = (line for line in lines_of(ROOT / README) if line.startswith("python3 -m venv"))
     assert "fpnx extract sample_images/ --weights random" in first
     assert second.endswith("-m pytest")
-    script = (ROOT / ".ci" / "run").read_text()
+    script = (ROOT / RUN_ELSEWHERE).read_text()
     assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    assert "--weights random" in script  # by which it finds them
+    assert "'pytest'" in script
+
+
+def shell_commands(*languages: str) -> list[list[str]]:
+    """Every command of the shell blocks, `&&` and assignments before it taken apart."""
+    commands = []
+    for page in PAGES:
+        for language in languages:
+            for block in blocks(page, language):
+                for line in block.splitlines():
+                    for part in re.split(r"\s&&\s", line):
+                        words = shlex.split(part, comments=True)
+                        while words and re.match(r"[A-Z_]+=", words[0]):
+                            words.pop(0)
+                        if words and words not in commands:
+                            commands.append(words)
+    return commands
+
+
+def test_other_commands_are_such_as_exist() -> None:
+    """Of the commands that are not fpnx's: extras, scripts and modules that they name are there."""
+    project = (ROOT / "pyproject.toml").read_text()
+    for words in shell_commands("sh", "bash"):
+        tool = words[0].rpartition("/")[2]
+        if tool == "fpnx" or tool in ("ray", "export", "ruff", "mypy"):  # fpnx and Ray: below
+            continue
+        if tool == "pip":
+            assert words[1] == "install"
+            extras = re.findall(r"(?:fpnx|\.)\[(\w+)\]", " ".join(words))
+            for extra in extras:
+                assert re.search(rf"^{extra} = \[", project, re.MULTILINE), f"there is no extra {extra}"
+            continue
+        assert tool in ("python", "python3"), f"{' '.join(words)}: a command that no test knows"
+        if words[1] == "-m":
+            assert words[2] in ("venv", "pytest")
+        else:
+            assert (ROOT / words[1]).is_file()
+
+
+@pytest.mark.parametrize("words", [words for words in shell_commands("bash") if words[0] == "fpnx"], ids=" ".join)
+def test_commands_for_a_cluster_can_be_parsed(words: list[str]) -> None:
+    command = COMMANDS[words[1]]
+    context = command.make_context("fpnx", words[2:])
+    if words[1] == "extract":
+        given = {
+            field.name: context.params[field.name] for field in fields(ExtractConfig) if field.name in context.params
+        }
+        assert ExtractConfig(**given).engine == "ray"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not __import__("importlib.util").util.find_spec("ray"), reason="Ray is not installed")
+@pytest.mark.parametrize("words", [words for words in shell_commands("bash") if words[0] == "ray"], ids=" ".join)
+def test_commands_of_ray_have_these_options(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", words[1], "--help"], capture_output=True, text=True, check=True
+    )
+    for option in words[2:]:
+        assert option.split("=")[0] in done.stdout
 
 
 def test_the_example_output_is_what_comes_out(
@@ -108,7 +234,7 @@ def test_the_example_output_is_what_comes_out(
     monkeypatch.setenv("COLUMNS", "400")  # however long the folder's own name is
     code, out, _ = fpnx("extract", "sample_images/", "--weights", "random")
     assert code == 0
-    example = next(block for block in blocks("") if block.startswith("$ fpnx extract"))
+    example = next(block for block in blocks(ROOT / README, "") if block.startswith("$ fpnx extract"))
     numbers = re.compile(r"\d+(\.\d+)?( [GMT]B)?")
 
     def skeleton(text: str) -> list[str]:
@@ -125,7 +251,7 @@ def test_the_example_output_is_what_comes_out(
 
 @pytest.mark.slow
 def test_the_slurm_script(place: Path) -> None:
-    script = next(block for block in blocks("") if block.startswith("#!/bin/bash"))
+    script = next(block for page in PAGES for block in blocks(page, "") if block.startswith("#!/bin/bash"))
     (place / "run.sbatch").write_text(script.replace("fpnx extract", "fpnx extract --weights random --size 64"))
     (place / "fpnx").write_text(f'#!/bin/sh\nexec {sys.executable} -m fpnx "$@"\n')
     (place / "fpnx").chmod(0o755)
@@ -136,3 +262,182 @@ def test_the_slurm_script(place: Path) -> None:
         environment["PATH"] = f"{place}{os.pathsep}{os.environ['PATH']}"
         assert subprocess.run(["bash", "run.sbatch"], cwd=place, env=environment).returncode == 0
     assert len(list(place.glob("out.shard-*.h5"))) == 2
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[str]:
+    """Targets of the links and pictures of a page."""
+    return re.findall(r"\]\(([^)\s]+)\)", without_blocks(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert links(page), "a page without links"
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_file(), f"{page.name}: {link}"
+        assert target.is_relative_to(ROOT), f"{page.name}: {link} leads out of the project"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(lines_of(ROOT / README)) <= 150
+    linked = {(ROOT / link).resolve() for link in links(ROOT / README) if not link.startswith("https://")}
+    assert linked >= {page.resolve() for page in PAGES if page.name != README}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_contents_list_names_every_section(page: Path) -> None:
+    listed = [link[1:] for link in re.findall(r"^- \[[^\]]+\]\((#[^)]+)\)$", without_blocks(page), re.MULTILINE)]
+    headings = re.findall(r"^## (.+)$", without_blocks(page), re.MULTILINE)
+    if listed:
+        assert listed == [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_pictures_are_small_and_whole() -> None:
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page) if link.endswith(".png")}
+    assert shown == set((ROOT / "docs" / "images").iterdir())
+    for path in shown:
+        assert path.stat().st_size < 200_000
+        with Image.open(path) as picture:
+            picture.load()
+
+
+def code_words(page: Path) -> Iterator[str]:
+    """What stands between backticks in running text and tables."""
+    yield from re.findall(r"`([^`\n]+)`", without_blocks(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_in_the_text_exist(page: Path) -> None:
+    known = {
+        name for command in COMMANDS.values() for each in command.params for name in (*each.opts, *each.secondary_opts)
+    }
+    for word in code_words(page):
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", word):
+            assert option in known | OTHER_TOOLS | {"--help"}, f"{page.name}: {word}"
+        if match := re.fullmatch(r"((?:fpnx|tests|docs)/[\w./-]*|\.ci/\w+|pyproject\.toml)", word):
+            assert (ROOT / match[1]).exists(), f"{page.name}: {word}"
+        if match := re.match(r"fpnx\.([A-Za-z]\w*)", word):
+            assert match[1] in package.__all__, f"{page.name}: {word}"
+        if match := re.match(r"fpnx ([a-z]+)(?: |$)", word):
+            assert match[1] in COMMANDS, f"{page.name}: {word}"
+
+
+def test_every_command_is_described() -> None:
+    described = {arguments[1] for line in command_lines(every=True) if len(arguments := shlex.split(line)) > 1}
+    assert described >= set(COMMANDS)
+
+
+def test_the_layers_are_those_that_are_held() -> None:
+    page = ROOT / "docs" / "architecture.md"
+    assert LAYERS.strip() + "\n" in blocks(page, "")
+    packages = re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE)
+    assert sorted(packages) == sorted(LAYERS.split())
+
+
+# The page on the file format is a contract: it is compared to real files.
+FORMAT = ROOT / "docs" / "format.md"
+
+
+def rows_of(heading: str, text: str) -> list[list[str]]:
+    """The rows of the table whose first column has this heading, cell by cell."""
+    table = re.search(rf"^\| {re.escape(heading)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table is not None, f"there is no table of {heading}"
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table[1].splitlines()]
+
+
+def keys_of(heading: str, text: str) -> set[str]:
+    """The names in the first column of a table."""
+    return {name for row in rows_of(heading, text) for name in re.findall(r"`([^`]+)`", row[0])}
+
+
+@pytest.fixture(scope="module")
+def files(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of one size, one of several, a shard and a merged file."""
+    folder = tmp_path_factory.mktemp("files")
+    options: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "levels": "C3,P3", "channels": 8}
+    package.extract(samples, folder / "one.h5", size=64, **options)
+    package.extract(samples, folder / "several.h5", short_side=64, dtype="float16", pyramid="pafpn", **options)
+    for index in range(2):
+        package.extract(samples, folder / "out.h5", size=64, shard=f"{index}/2", **options)
+    package.merge(folder / "merged.h5", str(folder / "out.shard-*.h5"))
+    return {path.stem: path for path in folder.iterdir()}
+
+
+def test_datasets_are_those_of_the_format_page(files: dict[str, Path]) -> None:
+    rows = {cells[0].strip("`"): cells[1:] for cells in rows_of("path", FORMAT.read_text())}
+    types = {"UTF-8 string": "O", "fixed string, 240 bytes, UTF-8": "|S240"}
+    for path in files.values():
+        seen: set[str] = set()
+        with h5py.File(path, "r") as file:
+            count = len(file["images/path"])
+
+            def look(name: str, held: Any, count: int = count, seen: set[str] = seen) -> None:
+                if not isinstance(held, h5py.Dataset):
+                    return
+                stated = (
+                    f"/{name}"
+                    if f"/{name}" in rows
+                    else re.sub(r"^pyramids/\d+x\d+/\w+$", "/pyramids/<H>x<W>/<level>", name)
+                )
+                seen.add(stated)
+                type_, shape = rows[stated][:2]
+                assert str(held.dtype) in [types.get(one, one) for one in type_.split(" or ")] or (
+                    types.get(type_) == held.dtype.str
+                ), name
+                assert held.ndim == len(shape.strip("()").split(",")), name
+                assert "n" in shape or held.shape[0] == count
+                assert (held.chunks, held.compression) == (None, None), name
+
+            file.visititems(look)
+            linked = [name for name in file if isinstance(file.get(name, getlink=True), h5py.SoftLink)]
+            assert len(linked) == (2 if len(file["pyramids"]) == 1 else 0)
+        assert seen == set(rows) - {"/<level>"}
+
+
+def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]) -> None:
+    text = FORMAT.read_text()
+    with h5py.File(files["one"], "r") as file:
+        attributes, config = set(file.attrs), json.loads(file.attrs["config"])
+        assert set(file["pyramids/64x64/P3"].attrs) == keys_of("attribute", text[text.index("## Features") :])
+    assert keys_of("attribute", text) == attributes | {"shard"}
+    with h5py.File(files["several"], "r") as file:
+        assert keys_of("key", text) == set(config) | set(json.loads(file.attrs["config"]))
+        assert config["recipe"].keys() == {field.name for field in fields(Recipe)}
+    assert keys_of("key of `recipe`", text) == set(config["recipe"])
+    with h5py.File(files["out.shard-00001-of-00002"], "r") as file:
+        assert keys_of("key of `shard`", text) == set(json.loads(file.attrs["shard"]))
+    with h5py.File(files["merged"], "r") as file:
+        assert "shard" not in file.attrs
+        provenance = json.loads(file.attrs["provenance"])
+    provenance_text = text[text.index("**`provenance`** is") :]
+    rows = {next(iter(re.findall(r"`(\w+)`", row[0]))): row[1] for row in rows_of("key", provenance_text)}
+    assert set(rows) == set(provenance) == {field.name for field in fields(Provenance)} - {"others"}
+    assert set(re.findall(r"`(\w+)`", rows["versions"])) == set(provenance["versions"])
+    assert set(re.findall(r"`(\w+)`", rows["merged"])) == set(provenance["merged"])
+    assert keys_of("key of `weights`", provenance_text) == set(provenance["weights"])
+
+
+def test_a_reader_that_knows_only_the_format_page(files: dict[str, Path]) -> None:
+    """Status, rows, groups, valid cells and counts mean what the page says."""
+    for name in ("one", "several", "merged"):
+        with h5py.File(files[name], "r") as file, package.open(files[name]) as store:
+            levels = json.loads(file.attrs["config"])["levels"]
+            assert file["stats/nonfinite"].shape == (len(store), len(levels))
+            for i, path in enumerate(file["images/path"].asstr(errors="surrogateescape")[:]):
+                assert file["images/status"][i] == 1
+                group, row = file["images/group"].asstr()[i], file["images/row"][i]
+                for level in levels:
+                    data = file["pyramids"][group][level]
+                    np.testing.assert_array_equal(data[row], store[path][level])
+                    height, width = -(-file["images/input_size"][i] // data.attrs["stride"])
+                    assert store[path].valid(level) == (height, width)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from fpnx.images.listing import find_images
 from fpnx.images.reading import open_source
 from fpnx.remote import backends as services
 from fpnx.remote import client as remote
+from tests.helpers.documentation import command_lines
 from tests.helpers.files import ROOT, archive, noise_image
 from tests.helpers.object_stores import KEYS, Line, free_port, s3_server, web_server
 from tests.helpers.process import document
@@ -522,15 +522,8 @@ def test_shards_into_a_bucket_and_out_of_it(
         package.open(f"{bucket.url}/nothing.shard-*.h5")
 
 
-def command_lines() -> list[str]:
-    """The command lines of the README with object stores."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("fpnx ") and "s3://" in line]
-
-
-@pytest.mark.parametrize("line", command_lines())
-def test_command_lines_of_the_readme(bucket: Bucket, fpnx: Callable[..., Any], line: str) -> None:
+@pytest.mark.parametrize("line", command_lines(addresses=True))
+def test_command_lines_of_the_documentation(bucket: Bucket, fpnx: Callable[..., Any], line: str) -> None:
     for key in ("photos/a.jpg", "photos/b/c.jpg"):
         bucket.put(key, jpeg())
     bucket.put("shards/0.tar", archive({"a.jpg": jpeg()}))
