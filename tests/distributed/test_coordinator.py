@@ -367,7 +367,8 @@ def test_without_ray_the_error_says_what_to_install(fpnx: Any, images: Path, mon
     import importlib.util
 
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "ray" else find_spec(name))
+    hide_ray = lambda name, *rest: None if name == "ray" else find_spec(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hide_ray)
     code, out, err = fpnx("extract", images, "--engine", "ray")
     assert (code, out) == (2, "")
     assert err == 'fpnx: engine ray: Ray is not installed: pip install "fpnx[ray]"\n'
