@@ -259,7 +259,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         FpnxError: where writing fails.
     """
-    part = path.with_name(f".{os.getpid()}.fpnx-part")
+    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.fpnx-part")  # two threads may write in one folder
     try:
         try:
             yield part

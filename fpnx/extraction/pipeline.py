@@ -29,7 +29,7 @@ from fpnx.extraction.plan import Plan
 from fpnx.extraction.sink import Sink
 from fpnx.images.decoding import PixelBudget, decode
 from fpnx.inference.devices import arithmetic, slow_precision
-from fpnx.inference.engine import Engine, Features, Fitting
+from fpnx.inference.engine import Engine, Features, SplittingEngine
 from fpnx.store.reader import DONE
 
 __all__ = ["STAGES", "StageTimer", "run_pipeline"]
@@ -276,7 +276,7 @@ class _ComputeThread(threading.Thread):
     ) -> None:
         super().__init__(name="fpnx-compute", daemon=True)
         self._plan, self._loader, self._writer, self._timer = plan, loader, writer, timer
-        self._engine, self._fitting = engine, Fitting(engine, loader.events.put)
+        self._engine, self._splitting_engine = engine, SplittingEngine(engine, loader.events.put)
         self._torch_threads = torch_threads
         self._writes: deque[Future[None]] = deque()
 
@@ -306,7 +306,7 @@ class _ComputeThread(threading.Thread):
         if batches.counts[size] >= MIN_IMAGES_TO_PREPARE:
             self._engine.prepare(size)
         started = time.perf_counter()
-        results = self._fitting([image.pixels for _, image in decoded])
+        results = self._splitting_engine([image.pixels for _, image in decoded])
         for piece, features in self._timer.measure_each("forward", results):
             piece_indices = [index for index, _ in decoded[piece]]
             if features is not None:
@@ -352,7 +352,7 @@ class _WriterThread:
         with self._timer.measure("forward"):
             features.ready()
         self._write(lambda: self._sink.put(indices, features.arrays, source_sizes, features.nonfinite))
-        features.give_back()
+        features.recycle()
 
     def _write(self, action: Callable[[], None]) -> None:
         with self._timer.measure("write"):

@@ -1,4 +1,4 @@
-"""Devices and precisions: what a name stands for on this machine, and the torch settings for it."""
+"""Devices and precisions by name, and the torch settings that a precision needs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from fpnx.inference.packed_conv import native_on_cpu
 
 __all__ = ["arithmetic", "compute_dtype", "resolve_device", "resolve_precision", "slow_precision"]
 
-AMPERE = (8, 0)  # compute capability from which on CUDA devices have TF32
+AMPERE = (8, 0)  # lowest compute capability with TF32
 
 
 @contextmanager
 def arithmetic(device: torch.device, precision: str, *, steady: bool = True) -> Iterator[None]:
-    """On CUDA: float32 without TF32, which keeps 10 bits of the mantissa, unless that is the precision; and, where
-    shapes are `steady`, convolutions chosen by measuring.
+    """Torch settings for `precision` on CUDA: no TF32 (10 bits of mantissa) unless `precision` is `"tf32"`.
 
-    These are settings of the whole process, so one holder stands around all threads that compute.
+    The settings are those of the whole process, so one context stands around all threads that compute. They are
+    restored at the end.
+
+    Args:
+        steady: whether shapes stay the same, so that cuDNN may choose algorithms by timing them.
     """
     if device.type != "cuda":
         yield
@@ -38,7 +41,7 @@ def arithmetic(device: torch.device, precision: str, *, steady: bool = True) -> 
 
 
 def _tf32_settings(tf32: bool) -> list[tuple[Any, str, Any]]:
-    """In the words of this torch: 2.9 has new ones, and refuses to read the old where somebody used the new."""
+    """TF32 settings as this torch names them: 2.9 has new names, and refuses the old ones once a new one was used."""
     cudnn: Any = torch.backends.cudnn
     products: Any = torch.backends.cuda.matmul
     if hasattr(products, "fp32_precision"):
@@ -53,7 +56,7 @@ def _tf32_settings(tf32: bool) -> list[tuple[Any, str, Any]]:
 
 
 def slow_precision(device: torch.device, precision: str) -> str | None:
-    """What to say of a precision that this processor computes only in steps of another; None where it is its own."""
+    """A remark on a precision that this CPU emulates; None where it has instructions for it."""
     if device.type != "cpu" or precision == "float32" or native_on_cpu(getattr(torch, precision)):
         return None
     return f"this processor has no {precision} arithmetic: float32 is several times as fast on it"
@@ -79,7 +82,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device | None = None) -> str:
-    """The compute precision that `auto` stands for: float32.
+    """The compute precision that `name` stands for; `"auto"` is float32.
 
     Raises:
         FpnxError: where `device` does not have it.
@@ -87,12 +90,12 @@ def resolve_precision(name: str, device: torch.device | None = None) -> str:
     if name == "tf32" and device is not None:
         if device.type != "cuda":
             raise FpnxError("precision tf32 is of CUDA devices: take float32, or bfloat16 where the processor has it")
-        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < AMPERE:  # a cluster's may be
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < AMPERE:
             raise FpnxError(f"precision tf32: {torch.cuda.get_device_name(device)} does not have it: take float32")
     return "float32" if name == "auto" else name
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The type of what is computed in `precision`: TF32 is a way to multiply float32."""
+    """The dtype of tensors in `precision`; for `"tf32"` float32."""
     dtype: torch.dtype = getattr(torch, "float32" if precision == "tf32" else precision)
     return dtype

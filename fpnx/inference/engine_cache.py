@@ -1,4 +1,4 @@
-"""A model and its engines, kept from one run to the next."""
+"""Cache of a model and its engines, shared by runs with the same options."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ __all__ = ["EngineCache"]
 
 
 class EngineCache:
-    """What runs that differ in their images alone can share: it is built when it is first asked for, and kept.
+    """Holds one model and its engines for runs that differ in their images only.
 
-    A run of another config gets, and leaves behind, equipment of its own.
+    They are built at first use. A run with another config replaces them.
     """
 
     def __init__(self) -> None:
         self._model: PyramidModel | None = None
         self._options: dict[str, Any] = {}
         self._engines: dict[torch.device, Engine] = {}
-        self._emptied = False
+        self._model_is_empty = False
 
     def model(self, config: ExtractConfig) -> PyramidModel:
         """The model that `config` asks for; see `build_model`."""
         options = config.repeatable()
         if self._model is None or options != self._options:
             self._engines.clear()
-            self._model, self._options, self._emptied = build_model(config), options, False
+            self._model, self._options, self._model_is_empty = build_model(config), options, False
         return self._model
 
     def engine(self, recipe: Recipe, config: ExtractConfig, device: torch.device) -> Engine:
-        """What runs that model on `device`."""
+        """The engine that runs that model on `device`."""
         model = self.model(config)
         if device not in self._engines:
-            if self._emptied:
+            if self._model_is_empty:
                 model = self._model = build_model(config)
-                self._emptied = False
+                self._model_is_empty = False
             self._engines[device] = make_engine(model, recipe, config, device)
         return self._engines[device]
 
     def empty(self) -> None:
-        """Drop the model's parameters, of which the engines have copies of their own; shapes can still be asked for."""
-        if self._model is not None and not self._emptied:
+        """Free the model's parameters, of which the engines have copies. Shapes can still be computed."""
+        if self._model is not None and not self._model_is_empty:
             self._model.to("meta")
-            self._emptied = True
+            self._model_is_empty = True
             release_freed_memory()

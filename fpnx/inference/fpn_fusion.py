@@ -1,4 +1,4 @@
-"""The pyramid as it is executed: linear in its taps, so each level is computed in the order that costs least."""
+"""The FPN for inference: linear in its taps, so each level is computed in the order with fewest operations."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fpnx.models.necks.fpn import FPN
 
 __all__ = ["FusedFpn"]
 
-WORTH = 0.8  # share of the multiply-adds below which another order is also faster, memory traffic included
-AT_TWO, BEYOND_TWO = 16, 25  # kernel cells that all phases of an upsampling by 2, or by 4, 8, …, have together
+MAX_COST_RATIO = 0.8  # of the multiply-adds; below it another order is also faster, memory traffic included
+KERNEL_CELLS_2, KERNEL_CELLS_4 = 16, 25  # of all phases of an upsampling by 2, or by 4, 8, …
 
 
 class FusedFpn(nn.Module):
-    """Computes what `FPN` defines; taps and maps in channels-last layout.
+    """Computes what `FPN` does, on channels-last maps.
 
     P_k = output_k(lateral_k(C_k) + up(lateral_{k+1}(C_{k+1}) + up(…))) is a sum over its taps. Where taps have few
-    channels, `output_k` is better merged with their laterals than applied to their sum; see `_Recombined`. That
-    needs maps which double exactly from tap to tap; others take the order of the definition.
+    channels, it is cheaper to merge `output_k` with their laterals than to apply it to their sum; see `_Recombined`.
+    That needs maps whose sizes double exactly from tap to tap; other sizes take the order of the definition.
 
     Attributes:
         taps: names of the taps that it reads.
@@ -84,7 +84,7 @@ class FusedFpn(nn.Module):
         return blocks + [("top block", block) for block in self.extra.values()]
 
     def _way(self, k: int, taps: Mapping[str, Tensor]) -> _Recombined | None:
-        """The other order for P_k, where there is a better one and these maps allow it."""
+        """The recombined form of P_k, where there is one and the sizes of these maps allow it."""
         if str(k) not in self.recombined:
             return None
         way = self.recombined[str(k)]
@@ -113,14 +113,14 @@ class FusedFpn(nn.Module):
         return level
 
     def _best(self, k: int, channels: Mapping[int, int], width: int) -> int | None:
-        """The level whose merged map, with the taps before it, gives P_k for the fewest multiply-adds.
+        """The level whose merged map, together with the finer taps, gives P_k with the fewest multiply-adds.
 
-        None: that is k itself, the definition's order. Counted for each cell of P_k and each of its channels.
+        None: level k itself, as in the definition. Counted for each cell and channel of P_k.
         """
         if self._plain_output(k) is None:
             return None
         plain, cost, best = 9.0 * width, 0.0, None
-        least = WORTH * plain
+        least = MAX_COST_RATIO * plain
         for n in range(k, self.last):
             if self._plain_lateral(n) is None:
                 break
@@ -202,7 +202,7 @@ _ROWS = {"ends": ("first", "last"), "middle": ("middle",)}
 
 
 def _summed(kernel: Tensor, axis: int, kind: str) -> Tensor:
-    """What three cells of a kernel become along one axis where the map under them is upsampled."""
+    """A kernel of three cells along one axis, summed where the upsampled map repeats its cells."""
     a, b, c = kernel.split(1, dim=axis)
     return {
         "first": lambda: torch.cat([a, b + c], axis),
@@ -212,7 +212,7 @@ def _summed(kernel: Tensor, axis: int, kind: str) -> Tensor:
 
 
 def _begin(kind: str) -> int:
-    """Where the results for the first or last rows begin in those of a 2-cell kernel over a padded map."""
+    """First row of the results for the first or last rows, in those of a 2-cell kernel over a padded map."""
     return 1 if kind == "last" else 0
 
 
@@ -222,7 +222,7 @@ def _place(kind: str, scale: int) -> slice:
 
 def _cells(steps: int) -> float:
     """Multiply-adds for each output cell and input channel, for a map that is `steps` levels coarser."""
-    return 9.0 if steps == 0 else (AT_TWO if steps == 1 else BEYOND_TWO) / 4**steps
+    return 9.0 if steps == 0 else (KERNEL_CELLS_2 if steps == 1 else KERNEL_CELLS_4) / 4**steps
 
 
 def _doubles(taps: list[Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""The executable form of a model: the same numbers as its readable definition, put in order for the machine."""
+"""The fused form of a model: same results as its definition, with norms, activations and additions fused."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from fpnx.models.pyramid_model import PyramidModel
 
 __all__ = ["FusedModel", "fuse_model"]
 
-COMPOSITE = (nn.Sequential, SqueezeExcitation)  # looked into; every other module of a body is one step
-IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)  # nothing to do in eval mode
+COMPOSITE = (nn.Sequential, SqueezeExcitation)  # traced into; any other module of a body is one node
+IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)  # do nothing in eval mode
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 FUNCTIONS = {F.relu: nn.ReLU, torch.relu: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.hardswish: nn.Hardswish}
-SIDE = 256  # of the image for which shapes are followed through a body, where it takes any size
+SIDE = 256  # of the image with which shapes are propagated through a body that takes any size
 
 
 class FusedModel(nn.Module):
-    """`executable(images)` is `model(images)` for inference: (B, 3, H, W) → `{"P2": (B, C, H/4, W/4), ...}`.
+    """Computes what `model(images)` does: (B, 3, H, W) → `{"P2": (B, C, H/4, W/4), ...}`.
 
-    Maps come in channels-last layout and in the type it was made for. Only what `levels` need is computed. It holds
-    copies: the model that it was made from neither changes nor has to stay.
+    Maps are channels last, in the dtype that it was made for. What `levels` do not need is not computed. It holds
+    copies of the parameters: the model is not changed, and may be deleted.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class FusedModel(nn.Module):
 
     @property
     def packed(self) -> tuple[tuple[int, int], ...]:
-        """Sizes (height, width) of images for which the weights are laid out; other sizes take the plain weights."""
+        """Sizes (height, width) of images for which weights are packed; other sizes use the plain weights."""
         return tuple(self._sizes)
 
     def pack(self, images: Tensor) -> dict[str, Tensor]:
-        """What calling it gives; on the way the weights are laid out as oneDNN wants them for such images.
+        """Compute the levels, and pack the weights for images of this size on the way.
 
         Worth it where several batches of that size follow, of about as many images, in as many threads: others take up
-        to a sixth longer. The last sizes are kept. Threads may call at the same time, of which one lays out. Where
-        oneDNN's operators do not work, nothing is laid out.
+        to a sixth longer. Weights for the last sizes are kept. Several threads may call this; one of them packs. Where
+        oneDNN's operators do not work, nothing is packed.
         """
         size = (images.shape[2], images.shape[3])
         packable = self.device.type == "cpu" and can_pack(self.dtype) and size not in self._sizes
@@ -91,7 +91,7 @@ def fuse_model(
     *,
     recombined: bool = True,
 ) -> FusedModel:
-    """The executable form of `model`; takes a second or so.
+    """The fused form of `model`; takes about a second.
 
     Args:
         model: in eval mode; read, never changed.
@@ -99,30 +99,30 @@ def fuse_model(
         recombined: let an FPN be computed in another order where that takes clearly fewer operations.
     """
     device = torch.device(device)
-    assert not model.training, "an executable form is for inference"
+    assert not model.training, "a fused model is for inference"
     p_levels = tuple(name for name in model.levels if name in model.fpn.levels)
     neck = fuse_neck(model.fpn, p_levels, model.channels, recombined) if p_levels else None
     needed = set(model.levels).difference(p_levels) | set(neck.taps if neck is not None else ())
     body: nn.Module
     if isinstance(model.body, fx.GraphModule):
-        body = _fused(_inlined(model.body, needed), model.size or (SIDE, SIDE))
+        body = _fuse(_inline(model.body, needed), model.size or (SIDE, SIDE))
     else:
-        body = _OneAtATime(copy.deepcopy(model.body))
+        body = _Serialized(copy.deepcopy(model.body))
     for module in (body, neck):
         if module is not None:
             _prepare(module, device, dtype)
     return FusedModel(body, neck, model.levels, device, dtype).eval().requires_grad_(False)
 
 
-class _OneAtATime(nn.Module):
-    """A body that could not be traced, as it is. Its taps are read by hooks, which all threads would share."""
+class _Serialized(nn.Module):
+    """A body that could not be traced. Its taps are read by hooks, so one thread runs it at a time."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        self.body, self._turn = body, threading.Lock()
+        self.body, self._lock = body, threading.Lock()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        with self._turn:
+        with self._lock:
             taps: dict[str, Tensor] = self.body(images)
         return taps
 
@@ -134,14 +134,14 @@ def _prepare(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
             part.prepare(device, dtype)
 
 
-def _inlined(body: fx.GraphModule, taps: set[str]) -> fx.GraphModule:
-    """A copy of `body` that gives `taps` only, every step of its own down to single layers."""
+def _inline(body: fx.GraphModule, taps: set[str]) -> fx.GraphModule:
+    """A copy of `body` that returns `taps` only, with composite modules replaced by the nodes of their layers."""
     graph, modules, copied = fx.Graph(), dict(body.named_modules()), dict[fx.Node, Any]()
     for node in body.graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if node.op == "output":
             graph.output({name: copied[value] for name, value in node.args[0].items() if name in taps})
-        elif isinstance(module, IDLE):
+        elif isinstance(module, IDENTITIES):
             copied[node] = copied[node.args[0]]
         elif isinstance(module, COMPOSITE):
             copied[node] = _splice(graph, module, node.target, copied[node.args[0]])
@@ -154,14 +154,14 @@ def _inlined(body: fx.GraphModule, taps: set[str]) -> fx.GraphModule:
 
 
 def _splice(graph: fx.Graph, module: nn.Module, path: str, x: fx.Node) -> Any:
-    """Put the steps of a composite module, applied to `x`, into `graph`."""
+    """Insert the nodes of a composite module, applied to `x`, into `graph`."""
     copied: dict[fx.Node, Any] = {}
     for node in _Tracer().trace(module).nodes:
         if node.op == "placeholder":
             copied[node] = x
         elif node.op == "output":
             return copied[node.args[0]]
-        elif node.op == "call_module" and isinstance(module.get_submodule(node.target), IDLE):
+        elif node.op == "call_module" and isinstance(module.get_submodule(node.target), IDENTITIES):
             copied[node] = copied[node.args[0]]
         else:
             copied[node] = graph.node_copy(node, copied.__getitem__)
@@ -188,7 +188,7 @@ def _held(body: nn.Module, graph: fx.Graph) -> dict[str, Any]:
     return held
 
 
-def _fused(body: fx.GraphModule, size: tuple[int, int]) -> fx.GraphModule:
+def _fuse(body: fx.GraphModule, size: tuple[int, int]) -> fx.GraphModule:
     """Fold norms, then additions, then activations into the convolutions before them."""
     graph, uses = body.graph, dict[Any, int]()
     for node in graph.nodes:
@@ -223,12 +223,12 @@ def _fuse_addition(
     shapes: Mapping[str, Any],
     order: Mapping[Any, int],
 ) -> None:
-    """convolution(x) + other → one step, where other is there in time and of the same shape."""
+    """convolution(x) + other → one node, where `other` is computed before and has the same shape."""
     terms = addition.args
     if not all(isinstance(term, fx.Node) for term in terms) or terms[0] is terms[1]:
         return
     if addition.target is operator.iadd and _only_user(terms[0]) is not addition:
-        return  # somebody else counts on the first term having changed
+        return  # another node reads the first term after it was changed in place
     last, other = sorted(terms, key=order.__getitem__, reverse=True)
     assert isinstance(last, fx.Node)
     assert isinstance(other, fx.Node)
@@ -240,7 +240,7 @@ def _fuse_addition(
         return
     last.args = (*last.args, other)
     _replace(addition, last)
-    # The sum may take the place of `other` where that is a convolution's own result and this is its last use.
+    # The sum may overwrite `other` where that is the result of a convolution and this is its last use.
     last_use = all(user is last or (order[user] < order[last] and _convolution(body, user)) for user in other.users)
     convolution.accumulates = _convolution(body, other) is not None and last_use and last.args[0] is not other
     after = _only_user(last)
@@ -250,7 +250,7 @@ def _fuse_addition(
 
 
 def _shapes(body: fx.GraphModule, size: tuple[int, int]) -> dict[str, Any]:
-    """Shape of every step's result for an image of `size`, by the step's name; None where it has none."""
+    """Shape of each node's result for an image of `size`, by the node's name; None where it is no tensor."""
     meta: Any = on_meta(body)
     with torch.no_grad():
         ShapeProp(meta).propagate(torch.empty(1, 3, *size, device="meta"))
@@ -276,7 +276,7 @@ def _convolution(body: fx.GraphModule, node: fx.Node) -> PackedConv2d | None:
 
 
 def _activation(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The activation that a step is, as a module."""
+    """The activation that `node` applies, as a module; None for any other node."""
     if node.op == "call_function" and node.target in FUNCTIONS:
         made: nn.Module = FUNCTIONS[node.target]()
         return made

@@ -1,4 +1,4 @@
-"""Convolutions as they are executed: norm folded in, activation and addition fused, weights packed for oneDNN."""
+"""Convolutions for inference: norm folded in, activation and addition fused, weights packed for oneDNN."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "packing",
 ]
 
-# Activations that oneDNN applies to a convolution's result while it is still in registers: (name, scalars, algorithm).
+# Activations that oneDNN fuses into a convolution: (name, scalars, algorithm).
 FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {
     nn.ReLU: lambda _: ("relu", [], ""),
     nn.ReLU6: lambda _: ("hardtanh", [0.0, 6.0], ""),
@@ -37,7 +37,7 @@ FUSED: dict[type[nn.Module], Callable[[Any], tuple[str, list[float], str]]] = {
 }
 
 
-SIZES_PACKED = 2  # by convolution; a layout is for one size of map, and with another takes up to ten times as long
+SIZES_PACKED = 2  # by convolution; a packed weight is for one map size, and up to ten times slower with another
 
 _PACKING = threading.local()
 
@@ -45,8 +45,8 @@ _PACKING = threading.local()
 class PackedConv2d(nn.Module):
     """activation(convolution(x) [+ other]) for inference; float32 parameters until `prepare`.
 
-    `convolution` is read, never changed. Not for training, and without a useful `state_dict`. Once its weight is laid
-    out for one size of map, only that layout is held, until another size comes.
+    `convolution` is read, never changed. Not for training, and without a useful `state_dict`. Once its weight is packed
+    for one map size, only the packed weight is held, until a map of another size comes.
 
     Attributes:
         activation: a module applied at the end, or None.
@@ -80,14 +80,14 @@ class PackedConv2d(nn.Module):
     def weight(self) -> Tensor:
         """(out, in / groups, height, width), in channels-last layout once prepared."""
         weight = self._plain
-        if weight is None:  # two threads may both bring it back: it is the same
+        if weight is None:  # two threads may both unpack it: the result is the same
             packed = next(iter(self._packed.values()))
             weight = packed.to_dense().contiguous(memory_format=torch.channels_last)
             self._plain = weight
         return weight
 
     def fold(self, norm: Any) -> None:
-        """Take over a norm that follows, from its statistics: y = (x - mean) / sqrt(variance + eps) · scale + shift."""
+        """Fold in the norm that follows, by its statistics: y = (x - mean) / sqrt(variance + eps) · scale + shift."""
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight.detach().double()
@@ -99,14 +99,14 @@ class PackedConv2d(nn.Module):
         self.bias = bias.float()
 
     def activate(self, module: nn.Module) -> None:
-        """Apply `module`, which `is_activation` has let pass, at the end; a copy of it, in place where it can."""
+        """Apply a copy of `module` at the end, in place where it can; `is_activation(module)` must hold."""
         copied: Any = copy.deepcopy(module)
         if hasattr(copied, "inplace"):
             copied.inplace = True
         self.activation, self._fused = copied, FUSED[type(module)](module)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Bring the parameters to where, and to the type in which, they are used."""
+        """Move the parameters to a device and dtype."""
         self._plain = self.weight.to(device, dtype, memory_format=torch.channels_last)
         self.bias = None if self.bias is None else self.bias.to(device, dtype)
 
@@ -137,20 +137,20 @@ class PackedConv2d(nn.Module):
     def _pack(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
-        # A new dictionary, not a changed one: other threads may be computing with this one.
+        # A new dictionary: other threads may be reading the old one.
         before = self._packed
         kept = list(before.items())[1 - SIZES_PACKED :] if len(before) >= SIZES_PACKED else before
         self._packed = {**dict(kept), size: packed}
-        if not before:  # a single size is the rule, and once is enough where it is not
+        if not before:  # most runs have a single size
             self._plain = None
         return packed
 
 
 @contextmanager
 def packing() -> Iterator[None]:
-    """Convolutions that run in here, in this thread, lay their weights out for the size of the map they are given.
+    """Inside this context, in this thread, convolutions pack their weights for the map sizes that they are given.
 
-    From then on they use them for maps of that size, in any thread; for other sizes they use the plain weights.
+    From then on they use the packed weights for maps of that size, in any thread; other sizes use the plain weights.
     """
     _PACKING.on = True
     try:
@@ -160,7 +160,7 @@ def packing() -> Iterator[None]:
 
 
 def is_norm(module: nn.Module | None) -> bool:
-    """Whether `module` is a norm that `PackedConv2d.fold` takes: one with statistics of its own, in eval mode."""
+    """Whether `PackedConv2d.fold` takes `module`: a batch norm with running statistics, in eval mode."""
     if isinstance(module, FrozenBatchNorm2d):
         return True
     if module is None or type(module) is not nn.BatchNorm2d:
@@ -174,7 +174,7 @@ def is_activation(module: nn.Module | None) -> bool:
 
 
 def native_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes in this type here without the detour of another."""
+    """Whether this CPU has instructions for `dtype`, so that oneDNN does not convert to another."""
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     if name is None:
         return dtype is torch.float32
@@ -184,8 +184,8 @@ def native_on_cpu(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed and fused convolutions work here: the operators are PyTorch's private ones, so
-    nothing is taken for granted; they are tried on a small convolution of every kind and compared."""
+    """Whether oneDNN's packed and fused convolutions work here. The operators are private to PyTorch, so they are
+    tried on small convolutions and compared with plain ones."""
     if not torch.backends.mkldnn.is_available() or not native_on_cpu(dtype):
         return False
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Backbone + pyramid + recipe, put together from a config."""
+"""Building models from a config: backbone, neck and weights; and saving their parameters."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def create_model(
         offline: never download.
         size: of the recipe's output, as `InputConfig` has it: `"recipe"`, 448, (480, 640). A backbone that is built
             for one size is built for this one.
-        stride_in_1x1, p7_relu, norm_eps, pixel_order, resampling, mean, std: what a file may not tell of itself;
-            see `fpnx.core.config.FileFacts`.
+        stride_in_1x1, p7_relu, norm_eps, pixel_order, resampling, mean, std: facts that a file of parameters may
+            lack; see `fpnx.core.config.FileFacts`.
 
     Raises:
         FpnxError: for names, levels, channels or files that do not exist or contradict each other.
     """
     module = backbone if isinstance(backbone, nn.Module) else None
     if isinstance(backbone, type):
-        raise FpnxError(f"backbone {backbone.__name__} is a class: give a module that is made of it")
+        raise FpnxError(f"backbone {backbone.__name__} is a class: give an instance of it")
     config = ExtractConfig(
         backbone=None if isinstance(backbone, nn.Module) else backbone,
         weights=weights,
@@ -111,7 +111,7 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
     if weights.pyramid is None:
         asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
         backbone.check_levels(asked, config.top_block)
-    with torch.random.fork_rng(devices=[]):  # modules draw when they are made, only to be filled below
+    with torch.random.fork_rng(devices=[]):  # modules draw parameters when they are made; these are replaced below
         held = weights.pyramid
         neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(backbone, config)
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
@@ -170,7 +170,7 @@ def _neck_of_weights(held: CheckpointNeck, backbone: Backbone, config: ModelConf
 
 
 def _adjust(body: nn.Module, weights: Weights) -> None:
-    """Give the body the norms' epsilon and the bottlenecks' stride that the weights were trained with."""
+    """Set the norms' epsilon and the bottlenecks' stride to those that the weights were trained with."""
     for name, module in body.named_modules():
         if isinstance(module, nn.BatchNorm2d) and weights.norm_eps is not None:
             module.eps = weights.norm_eps
@@ -179,10 +179,10 @@ def _adjust(body: nn.Module, weights: Weights) -> None:
 
 
 def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
-    """Write the model's parameters, with what they are, to `.safetensors`, `.pt` or `.pth`.
+    """Write the model's parameters and their description to `.safetensors`, `.pt` or `.pth`.
 
-    `--weights FILE` and `create_model(weights=FILE)` read it back: backbone, pyramid, levels, recipe and the
-    statement of what is trained come from the file.
+    `--weights FILE` and `create_model(weights=FILE)` read it back. Backbone, pyramid, levels, recipe and which parts
+    are trained come from the file.
 
     Raises:
         FpnxError: where the file cannot be written.
@@ -221,7 +221,7 @@ def _listed(items: Iterable[Any]) -> str:
 
 
 def _fill(model: PyramidModel, weights: Weights) -> None:
-    """Load `weights.state`, strictly for each part that it holds. What the network has beyond its taps is ignored."""
+    """Load `weights.state`, strictly for each part that it holds. Parameters behind the last tap are ignored."""
     own = model.state_dict()
     parts = {key.split(".", 1)[0] for key in weights.state}
     beyond = {f"body.{key}" for key in parameter_shapes(model.backbone)} - set(own) if "body" in parts else set()
@@ -241,10 +241,10 @@ def _fill(model: PyramidModel, weights: Weights) -> None:
             if own[key].is_floating_point() and not given[key].is_floating_point()
         ),
     }
-    told = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+    reasons = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
             for what, keys in problems.items() if keys]  # fmt: skip
-    if told:
+    if reasons:
         raise FpnxError(
-            f"{escape(weights.name)} does not fit {model.backbone}: {'; '.join(told)}: take matching weights"
+            f"{escape(weights.name)} does not fit {model.backbone}: {'; '.join(reasons)}: take matching weights"
         )
     model.load_state_dict(given, strict=False)

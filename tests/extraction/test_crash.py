@@ -26,7 +26,7 @@ from fpnx.commands.verify import verify
 from fpnx.core.errors import FpnxError, Interrupted, StoreError
 from fpnx.core.events import Listener
 from fpnx.core.files import lock
-from fpnx.inference.engine import Features, Fitting
+from fpnx.inference.engine import Features, SplittingEngine
 from fpnx.store.reader import DONE, FAILED
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.process import SMALL
@@ -572,7 +572,7 @@ class LimitedEngine:
 )
 def test_batches_that_do_not_fit_are_halved_with_one_message(error: Exception) -> None:
     engine, messages = LimitedEngine(3, 5, error), list[str]()
-    fitting = Fitting(engine, messages.append)  # type: ignore[arg-type]
+    fitting = SplittingEngine(engine, messages.append)  # type: ignore[arg-type]
     images = [np.full((2, 2), i) for i in range(8)]
     pieces = [(piece.start, piece.stop) for piece, features in fitting(images) if features]
     assert pieces == [(0, 2), (2, 4), (4, 6), (6, 8)]
@@ -582,7 +582,7 @@ def test_batches_that_do_not_fit_are_halved_with_one_message(error: Exception) -
     assert results == [(0, 1, False), (1, 2, True), (2, 3, False)]
     assert messages == ["out of memory with 8 images at once: going on with fewer"]
     with pytest.raises(RuntimeError, match="broken"):
-        list(Fitting(LimitedEngine(0, 0, RuntimeError("broken")), messages.append)(images))  # type: ignore[arg-type]
+        list(SplittingEngine(LimitedEngine(0, 0, RuntimeError("broken")), messages.append)(images))  # type: ignore[arg-type]
 
 
 def broken_weights(path: Path, scale: float) -> Path:

@@ -75,7 +75,7 @@ def test_without_cuda_graphs_each_batch_is_computed_directly():
         images = torch.full((1, 3, 2 + k % 2, 2), float(k))
         assert torch.equal(graphs(images)["P2"], images * 2)
     assert len(passes) == 8
-    graphs.forget()
+    graphs.clear()
     assert torch.equal(graphs(images)["P2"], images * 2)
 
 
@@ -100,8 +100,8 @@ def test_returned_memory_is_used_again():
     images = [[np.asarray(noise_image(k, (64, 64)))] * 2 for k in range(3)]
     alone = [{name: values.copy() for name, values in engine(batch).arrays.items()} for batch in images]
     first, second = engine(images[0]), engine(images[1])  # both in use: neither may be touched
-    first.give_back()
-    first.give_back()  # twice must not lend it to two batches
+    first.recycle()
+    first.recycle()  # twice must not lend it to two batches
     third, fourth = engine(images[2]), engine(images[0])
     for features, wanted in ((second, alone[1]), (third, alone[2]), (fourth, alone[0])):
         for name, values in features.arrays.items():
