@@ -335,7 +335,7 @@ def test_extract_png_mistakes(arguments: list[str], message: str, here: Path, fp
 
 def test_drawing_a_file_loads_no_torch(here: Path) -> None:
     code = (
-        "import sys; from fpnx.cli import main; assert main(['visualize', 'a.h5', '--html', 'a.html']) == 0; "
+        "import sys; from fpnx.cli.main import main; assert main(['visualize', 'a.h5', '--html', 'a.html']) == 0; "
         "assert main(['visualize', 'a.h5']) == 0; "
         "assert not {'torch', 'matplotlib.pyplot'} & set(sys.modules)"
     )
