@@ -68,7 +68,7 @@ def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
     if any("out.shard-" in name for name in reads):
         assert fpnx("extract", "photos", "--shard", "0/1", *small)[0] == 0
     elif "out.h5" in reads:
-        # Full size, with the default levels: what `verify --against` computes again.
+        # The default backbone and levels, as for `verify --against`, which computes them again.
         assert fpnx("extract", "sample_images", "--weights", "random", "--size", "64", "--channels", "8")[0] == 0
     elif "lite2.h5" in reads:
         assert fpnx("extract", "sample_images", "-o", "lite2.h5", "--levels", "C2-C5,P2-P5", *small)[0] == 0
@@ -86,6 +86,8 @@ def quick(arguments: list[str]) -> list[str]:
     command = arguments[0]
     if command == "extract" and "--weights" not in arguments:
         arguments = [*arguments, "--weights", "random"]
+    if command == "extract" and not {"--size", "--short-side"} & set(arguments):
+        arguments = [*arguments, "--size", "64"]
     if command == "benchmark":
         named = [] if "--backbone" in arguments else ["--backbone", "mobilenet_v2"]
         arguments = [*arguments, *named, "--size", "64", "--channels", "8", "--repeats", "1"]
@@ -103,8 +105,11 @@ def names_weights(arguments: list[str]) -> bool:
     # The table of all backbones measures each of them where the cache is empty.
     [pytest.param(line, marks=pytest.mark.slow if line == "fpnx models" else ()) for line in command_lines()],
 )
-def test_command_lines(line: str, place: Path, fpnx: Callable[..., Any]) -> None:
+def test_command_lines(
+    line: str, place: Path, fpnx: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     arguments = shlex.split(line)[1:]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # without weights that were downloaded before
     if line == TRAINED or names_weights(arguments):
         code, _, error = fpnx(*arguments, "--offline")
         assert code == 2
@@ -373,35 +378,37 @@ def files(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {path.stem: path for path in folder.iterdir()}
 
 
+TYPES = {"UTF-8 string": np.dtype(object), "fixed string, 240 bytes, UTF-8": np.dtype("S240")}
+
+
+def datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Every dataset of a file, under the path that the format page has for it."""
+    for table in ("images", "stats"):
+        yield from ((f"/{table}/{name}", held) for name, held in file[table].items())
+    for size, levels in file["pyramids"].items():
+        assert re.fullmatch(r"[1-9]\d*x[1-9]\d*", size)
+        yield from (("/pyramids/<H>x<W>/<level>", held) for held in levels.values())
+
+
 def test_datasets_are_those_of_the_format_page(files: dict[str, Path]) -> None:
-    rows = {cells[0].strip("`"): cells[1:] for cells in rows_of("path", FORMAT.read_text())}
-    types = {"UTF-8 string": "O", "fixed string, 240 bytes, UTF-8": "|S240"}
+    rows = {row[0].strip("`"): row[1:] for row in rows_of("path", FORMAT.read_text())}
     for path in files.values():
-        seen: set[str] = set()
         with h5py.File(path, "r") as file:
+            found = list(datasets(file))
             count = len(file["images/path"])
-
-            def look(name: str, held: Any, count: int = count, seen: set[str] = seen) -> None:
-                if not isinstance(held, h5py.Dataset):
-                    return
-                stated = (
-                    f"/{name}"
-                    if f"/{name}" in rows
-                    else re.sub(r"^pyramids/\d+x\d+/\w+$", "/pyramids/<H>x<W>/<level>", name)
-                )
-                seen.add(stated)
-                type_, shape = rows[stated][:2]
-                assert str(held.dtype) in [types.get(one, one) for one in type_.split(" or ")] or (
-                    types.get(type_) == held.dtype.str
-                ), name
-                assert held.ndim == len(shape.strip("()").split(",")), name
-                assert "n" in shape or held.shape[0] == count
+            for name, held in found:
+                types = [TYPES[each] if each in TYPES else np.dtype(each) for each in rows[name][0].split(" or ")]
+                axes = rows[name][1].strip("()").split(", ")
+                assert held.dtype in types, name
+                assert held.ndim == len(axes), name
+                assert axes[0] == "n" or (axes[0] == "N" and held.shape[0] == count), name
                 assert (held.chunks, held.compression) == (None, None), name
-
-            file.visititems(look)
-            linked = [name for name in file if isinstance(file.get(name, getlink=True), h5py.SoftLink)]
-            assert len(linked) == (2 if len(file["pyramids"]) == 1 else 0)
-        assert seen == set(rows) - {"/<level>"}
+                strings = h5py.check_string_dtype(held.dtype)
+                assert strings is None or strings.encoding == "utf-8", name
+            assert {name for name, _ in found} == set(rows) - {"/<level>"}
+            links = {name for name in file if isinstance(file.get(name, getlink=True), h5py.SoftLink)}
+            assert links == ({"C3", "P3"} if len(file["pyramids"]) == 1 else set())
+            assert set(file) - links == {"images", "pyramids", "stats"}
 
 
 def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]) -> None:
@@ -430,7 +437,7 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
 def test_a_reader_that_knows_only_the_format_page(files: dict[str, Path]) -> None:
     """Status, rows, groups, valid cells and counts mean what the page says."""
     for name in ("one", "several", "merged"):
-        with h5py.File(files[name], "r") as file, package.open(files[name]) as store:
+        with h5py.File(files[name], "r", locking=False) as file, package.open(files[name]) as store:
             levels = json.loads(file.attrs["config"])["levels"]
             assert file["stats/nonfinite"].shape == (len(store), len(levels))
             for i, path in enumerate(file["images/path"].asstr(errors="surrogateescape")[:]):
