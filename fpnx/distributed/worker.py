@@ -106,7 +106,7 @@ class Worker:
 
     def __init__(self, job: ShardJob, on_progress: ProgressCallback) -> None:
         self._job, self._on_progress = job, on_progress
-        self._equipment = EngineCache()
+        self._engine_cache = EngineCache()
 
     def __call__(self, index: int) -> ShardReport:
         started, listener = time.monotonic(), _ShardListener(index, self._on_progress)
@@ -172,7 +172,12 @@ class Worker:
         while True:
             try:
                 return run_extraction(
-                    self._images, destination, config, listener=listener, equipment=self._equipment, blocked=blocked
+                    self._images,
+                    destination,
+                    config,
+                    listener=listener,
+                    engine_cache=self._engine_cache,
+                    blocked=blocked,
                 )
             except BusyError:  # a worker that was declared dead may still run for a while
                 if time.monotonic() > deadline:

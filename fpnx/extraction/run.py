@@ -121,7 +121,7 @@ def run_extraction(
     config: ExtractConfig,
     *,
     listener: Listener | None = None,
-    equipment: EngineCache | None = None,
+    engine_cache: EngineCache | None = None,
     blocked: Mapping[bytes, str] | None = None,
 ) -> Result:
     """Extract the features of `images` to `destination`, in this process.
@@ -131,7 +131,7 @@ def run_extraction(
         destination: of the output, as `resolve_destination` gives it.
         config: the options.
         listener: receives the progress.
-        equipment: holds the model and its engines, to share them between runs.
+        engine_cache: holds the model and its engines, to share them between runs.
         blocked: by name, images that must not be opened, and why; they fail.
 
     Raises:
@@ -161,7 +161,7 @@ def run_extraction(
                 else:
                     check_output(output, config)  # again: another run may have ended in the meantime
                 plan = make_plan(
-                    output, config, listing, listener, equipment, destination=destination.url, finished=finished_url
+                    output, config, listing, listener, engine_cache, destination=destination.url, finished=finished_url
                 )
                 if png:
                     config.check_channels({shape.level: shape.channels for shape in plan.shapes})

@@ -120,7 +120,7 @@ def test_the_environment_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     monkeypatch.setenv("RANK", "2")
     config = ExtractConfig(shard="auto/4")
-    assert config.shard == "2/4"
+    assert config.shard == Shard(2, 4)
     assert "shard" not in config.repeatable()
 
 
