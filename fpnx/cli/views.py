@@ -140,7 +140,9 @@ def show_verification(result: Verification) -> None:
     elif result.compared:
         console.print("verified: complete, finite as counted, and the same when computed again")
     else:
-        console.print("verified: complete, finite as counted; values not compared (--against IMAGES does)")
+        console.print(
+            "verified: complete, finite as counted; values not compared (--against IMAGES does)", soft_wrap=True
+        )
 
 
 def show_plan(plan: PlanSummary) -> None:
