@@ -49,7 +49,7 @@ def _show_head(console: Console, result: BenchmarkResult) -> None:
         ("versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())),
         ("images", f"{facts['images']}; {facts['recipe']}"),
         ("weights", f"backbone {weights['backbone']}, pyramid {weights['pyramid']}"),
-        ("files", f"in {facts['folder']} (TMPDIR), until they are on the disk"),
+        ("files", f"in {facts['folder']} (TMPDIR), synced to the disk"),
         ("measured", f"{chosen}{per['stages']} times stages and forward pass, once end to end"),
     ):
         table.add_row(Text(name, style="dim"), Text(value))
@@ -150,15 +150,15 @@ def _throughput_rows(result: BenchmarkResult) -> Rows:
         ("files to file, images/s", lambda c: _range(percentiles(c.end_to_end))),
         ("achieved, GFLOP/s", lambda c: _range(_over(c.achieved(), 1e9))),
         ("matrix product, GFLOP/s", lambda c: _range(_over(w, 1e9)) if (w := ceiling(c)) else NOTHING),
-        ("achieved of its best, %", lambda c: share(c.achieved(), ceiling(c))),
+        ("achieved of product, %", lambda c: share(c.achieved(), ceiling(c))),
         ("core time, ms", lambda c: _range(percentiles(c.core)) if c.core else NOTHING),
-        ("it allows, images/s", lambda c: _range(c.allowed(cpus)) if c.core else NOTHING),
-        ("reached of that, %", lambda c: reached(c) if c.core else NOTHING),
+        ("core limit, images/s", lambda c: _range(c.allowed(cpus)) if c.core else NOTHING),
+        ("reached of limit, %", lambda c: reached(c) if c.core else NOTHING),
         ("written, MB/s", lambda c: _range(_over(written(c), 1e6))),
         ("disk, MB/s", lambda _: _range(_over(disk, 1e6)) if disk else NOTHING),
-        ("written of its best, %", lambda c: share(written(c), disk)),
+        ("written of disk, %", lambda c: share(written(c), disk)),
         ("peak RSS, MB", lambda c: f"{c.rss / 1e6:.0f}" if c.rss else NOTHING),
-        ("of it for this run, MB", lambda c: f"{c.added / 1e6:.0f}" if c.added is not None else NOTHING),
+        ("added by this run, MB", lambda c: f"{c.added / 1e6:.0f}" if c.added is not None else NOTHING),
     ]
     if any(case.cuda is not None for case in result.cases):
         rows.append(("peak on CUDA, MB", lambda c: f"{c.cuda / 1e6:.0f}" if c.cuda is not None else NOTHING))
@@ -224,7 +224,7 @@ def _show_lines(console: Console, result: BenchmarkResult) -> None:
         if case.stages and case.forward and abs(case.accounted().median - 1) > MAX_STAGE_DEVIATION:
             lines.append(
                 f"{case.name}: the stages add up to {100 * case.accounted().median:.0f} % of the forward pass; "
-                f"the rest is what the marks cost and how the machine drifted between the two, which run in turn"
+                f"the difference is the overhead of the timers and drift of the machine between the two measurements"
             )
     if any(case.errors for case in result.cases):
         lines.append("error: ‖a − b‖ / ‖b‖ against float32, over one batch")

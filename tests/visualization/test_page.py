@@ -137,7 +137,7 @@ def test_a_missing_photograph_is_named_in_the_page(made: Path, tmp_path: Path) -
     visualize([tmp_path / "out.h5", made / "out.h5"], html=tmp_path / "page.html")
     data = blocks(tmp_path / "page.html")["image-0"]
     assert data["photo"] == ""
-    assert "source not matches" in data["remark"]
+    assert "source not found" in data["remark"]
     assert data["files"][1]["missing"] == "this image is not in this file"
 
 
