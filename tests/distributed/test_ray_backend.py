@@ -33,6 +33,16 @@ pytestmark = [
 COUNT = 480
 OPTIONS = ["--backbone", "mobilenet_v2", "--weights", "random", "--size", "64", "--pool", "avg", "--batch-size", "1"]
 OPTIONS += ["--commit-every", "0.2"]
+BLOCK_FPNX = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fpnx":
+            raise ModuleNotFoundError("No module named 'fpnx'", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -239,9 +249,12 @@ def test_an_error_on_every_machine_is_reported_for_each_shard(images: Path, outp
     assert not list(output.parent.glob("*.attempts"))
 
 
-def test_a_machine_without_fpnx(images: Path, output: Path) -> None:
-    with ray_cluster(1, pythonpath="", folder=output.parent) as cluster:
-        result = result_of(start(images, output, cluster.environment), code=2)
+def test_a_machine_without_fpnx(images: Path, output: Path, tmp_path: Path) -> None:
+    """The import is blocked on the cluster, since fpnx may be installed for the Python that runs the tests."""
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom" / "sitecustomize.py").write_text(BLOCK_FPNX)
+    with ray_cluster(1, pythonpath=str(tmp_path / "custom"), folder=output.parent) as cluster:
+        result = result_of(start(images, output, {**cluster.environment, "PYTHONPATH": ""}), code=2)
     assert "No module named 'fpnx'" in result["error"]
     assert "fpnx[ray] is installed on every machine" in result["error"]
 
