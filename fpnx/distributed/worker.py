@@ -123,7 +123,7 @@ class Worker:
         except Exception as error:  # a bug that shows in one shard must not end the others
             where = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
-            fields |= {"state": "failed", "reason": f"a fault of fpnx, please report it: {what}"}
+            fields |= {"state": "failed", "reason": f"internal error of fpnx, please report it: {what}"}
         culprits = Quarantine(self._file(index)).culprits(self._job.run)
         return ShardReport(
             **fields,

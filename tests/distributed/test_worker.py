@@ -135,7 +135,7 @@ def test_a_bug_does_not_end_the_worker(job: ShardJob, monkeypatch: pytest.Monkey
         worker = Worker(job, no_stop)
         report = worker(0)
     assert report.state == "failed"
-    assert "a fault of fpnx, please report it: ZeroDivisionError: by nought (test_worker.py" in report.reason
+    assert "internal error of fpnx, please report it: ZeroDivisionError: by nought (test_worker.py" in report.reason
     assert not AttemptLog(file_of(job, 0)).attempts()
     assert worker(0).state == "complete"
 
