@@ -36,7 +36,8 @@ from tests.helpers.files import ROOT, copied
 from tests.test_architecture import LAYERS
 
 LANGUAGES = {"sh", "bash", "python", ""}
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMAND_LINE = typer.main.get_command(app)
+COMMANDS = COMMAND_LINE.commands  # type: ignore[attr-defined]
 OTHER_TOOLS = {"--index-url", "--array"}  # options in running text that are not fpnx's: of pip, of sbatch
 RUN_ELSEWHERE = ".ci/run"  # runs the README's two commands for a fresh machine
 README = "README.md"
@@ -324,7 +325,10 @@ def code_words(page: Path) -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_in_the_text_exist(page: Path) -> None:
     known = {
-        name for command in COMMANDS.values() for each in command.params for name in (*each.opts, *each.secondary_opts)
+        name
+        for command in (COMMAND_LINE, *COMMANDS.values())
+        for each in command.params
+        for name in (*each.opts, *each.secondary_opts)
     }
     for word in code_words(page):
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", word):
