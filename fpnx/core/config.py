@@ -19,8 +19,8 @@ from fpnx.core.option_groups import (
     PRECISIONS,
     PYRAMIDS,
     TOP_BLOCKS,
-    EngineConfig,
-    FileFacts,
+    CheckpointConfig,
+    DistributedConfig,
     InputConfig,
     ModelConfig,
     OutputConfig,
@@ -34,9 +34,9 @@ from fpnx.core.validation import check_fields, check_whole, freeze, several
 __all__ = [
     "BenchmarkConfig",
     "DTYPES",
-    "EngineConfig",
+    "DistributedConfig",
     "ExtractConfig",
-    "FileFacts",
+    "CheckpointConfig",
     "InputConfig",
     "MODES",
     "ModelConfig",
@@ -55,7 +55,7 @@ SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(EngineConfig, PictureConfig, RunConfig, OutputConfig, InputConfig, ModelConfig):
+class ExtractConfig(DistributedConfig, PictureConfig, RunConfig, OutputConfig, InputConfig, ModelConfig):
     """All options of `fpnx extract`.
 
     `shard`: `"3/16"` works on the fourth of sixteen slices of the images (after `limit`); `"auto/16"` reads the
@@ -69,7 +69,7 @@ class ExtractConfig(EngineConfig, PictureConfig, RunConfig, OutputConfig, InputC
     dry_run: bool = option(False, "Show what would be done, and stop.", "Output")
 
     def __post_init__(self) -> None:
-        for part in (ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig, EngineConfig):
+        for part in (ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig, DistributedConfig):
             part.__post_init__(self)
         self._check_engine()
         if self.limit is not None:

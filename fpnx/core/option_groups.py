@@ -1,4 +1,4 @@
-"""Groups of options that commands share: model, input, output, run, engine, pictures. Each is declared here once."""
+"""Groups of options that commands share: model, checkpoint, input, output, run, pictures, distributed runs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from fpnx.core.validation import (
 
 __all__ = [
     "DTYPES",
-    "EngineConfig",
-    "FileFacts",
+    "DistributedConfig",
+    "CheckpointConfig",
     "InputConfig",
     "MODES",
     "ModelConfig",
@@ -51,8 +51,8 @@ MODES = ("energy", "mean", "max", "std", "pca", "channels", "similarity")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileFacts:
-    """Properties of a model that its file of parameters may lack. `None`: the file's, else its framework's default.
+class CheckpointConfig:
+    """What a checkpoint may not say about its model. None takes it from the file, else the framework's default.
 
     `mean` and `std` take three numbers, or text such as `"103.53,116.28,123.675"`, in the channel order and the
     value range of the file's framework (0..1 torchvision, 0..255 detectron2 and mmdetection). `stride_in_1x1` and
@@ -60,7 +60,10 @@ class FileFacts:
     """
 
     stride_in_1x1: bool | None = option(
-        None, "Where the bottlenecks of a ResNet stride.", "Checkpoint", flag="--stride-in-1x1/--stride-in-3x3"
+        None,
+        "Which convolution of a ResNet bottleneck has the stride.",
+        "Checkpoint",
+        flag="--stride-in-1x1/--stride-in-3x3",
     )
     p7_relu: bool | None = option(None, "Whether a ReLU comes before P7.", "Checkpoint", flag="--p7-relu/--no-p7-relu")
     norm_eps: float | None = option(None, "Epsilon of its batch norms.", "Checkpoint", metavar="X")
@@ -88,7 +91,7 @@ class FileFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(FileFacts):
+class ModelConfig(CheckpointConfig):
     """Backbone, pyramid and parameters. `None`: the default of the weights or of the backbone.
 
     `levels` takes `"P2-P5"`, `"C3,P3"` or a sequence of names, and is kept as a tuple, fine to coarse.
@@ -118,7 +121,7 @@ class ModelConfig(FileFacts):
     offline: bool = option(False, "Never download (also FPNX_OFFLINE=1).", "Model")
 
     def __post_init__(self) -> None:
-        FileFacts.__post_init__(self)
+        CheckpointConfig.__post_init__(self)
         if self.levels is not None:
             freeze(self, "levels", parse_levels(self.levels))
         check_whole("seed", self.seed, 0, 2**63 - 1)
@@ -144,7 +147,7 @@ class InputConfig:
     )
     short_side: int | None = option(None, "Keep the aspect ratio: shorter side to N.", "Input", metavar="N")
     long_side: int | None = option(None, "With --short-side: longer side at most N.", "Input", metavar="N")
-    # The default is where Pillow, too, refuses: 2 × 1 GiB of 24-bit pixels / 4 / 3.
+    # The default is the size from which Pillow raises an error: 2 × Image.MAX_IMAGE_PIXELS.
     max_pixels: int = option(178_956_970, "Refuse larger images and inputs.", "Input", metavar="N")
 
     def __post_init__(self) -> None:
@@ -245,7 +248,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class DistributedConfig:
     """Whether this process computes, or the workers of a Ray cluster, shard by shard.
 
     `shards`: into how many shards the images are cut; `actors`: how many workers compute them.

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from fpnx._version import __version__
-from fpnx.core.config import EngineConfig, ExtractConfig
+from fpnx.core.config import DistributedConfig, ExtractConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.files import check_space, lock
@@ -50,7 +50,7 @@ __all__ = ["Backend", "RunningWork", "extract_distributed"]
 POLL_INTERVAL = 0.5  # seconds between two checks for a signal
 STOP_TIMEOUT = 30.0  # seconds that workers have to report after they were asked to stop
 # Options of the whole run, which are not passed on to the extraction of a shard.
-RUN_OPTIONS = {"limit", "shard", "dry_run", "resume", "overwrite", *(field.name for field in fields(EngineConfig))}
+RUN_OPTIONS = {"limit", "shard", "dry_run", "resume", "overwrite", *(field.name for field in fields(DistributedConfig))}
 
 
 class RunningWork(Protocol):
@@ -242,7 +242,7 @@ class _DistributedRun:
             complete=complete and not dry_run,
             dry_run=dry_run,
             plan=self.plan.summary,
-            engine=self._engine_json(),
+            shard_results=self._engine_json(),
         )
 
     def _job(self) -> ShardJob:

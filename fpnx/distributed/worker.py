@@ -31,7 +31,7 @@ from fpnx.store.writer import part_path
 
 __all__ = ["ProgressCallback", "ShardJob", "ShardReport", "Worker"]
 
-# After so many worker deaths the images that cause them are searched; after so many more in the search it is given up.
+# After this many worker deaths on a shard its images are tried one by one; after this many more it is given up.
 MAX_DEATHS = 3
 PROGRESS_INTERVAL = 1.0  # seconds
 LOCK_TIMEOUT = 120.0  # seconds to wait for a shard's lock: a file server may keep a dead client's lock for that long

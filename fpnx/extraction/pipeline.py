@@ -133,7 +133,7 @@ def run_pipeline(plan: Plan, sink: Sink, timer: StageTimer, stop: StopRequest, l
                 elif isinstance(event, _Failure) and plan.config.strict:
                     return _strict_stop_reason(plan, event.index, event.reason)
             return None
-        except Interrupted:  # stop at once: queued writes are dropped, and the write in progress is not committed
+        except Interrupted:  # stop at once: queued writes are dropped
             writer.drop()
             raise
         finally:
@@ -337,7 +337,7 @@ class _WriterThread:
         self._thread.shutdown()
 
     def drop(self) -> None:
-        """Cancel queued writes, and do not wait for the one in progress."""
+        """Cancel queued writes."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def put(self, indices: Sequence[int], features: Features, source_sizes: np.ndarray) -> Future[None]:

@@ -54,14 +54,14 @@ class Result:
         timings: milliseconds per computed image, by stage.
         nonfinite: number of NaN and infinite values by level; in a strict run they are errors.
         allowed_failures: number of failed images up to which the run counts as successful.
-        strict: whether the first failure stops the run.
+        strict: whether the first failed image, or one with NaN or infinite values, stops the run.
         too_small: levels stored as float16 whose values, in a sample of images, are all too small for it.
         stopped: why the run ended early; None where it did not.
         complete: whether `output` has its final name.
         dry_run: whether the run was only planned.
         lost: truncated archives, which may have had more images, one line each; each counts as a failed image.
         plan: summary of the plan.
-        engine: of a distributed run, the result of each shard; else None.
+        shard_results: of a distributed run, the engine and the result of each shard, as JSON has them; else None.
     """
 
     output: Path | str
@@ -80,7 +80,7 @@ class Result:
     dry_run: bool = False
     lost: tuple[str, ...] = ()
     plan: PlanSummary | None = field(default=None, repr=False)
-    engine: Mapping[str, Any] | None = field(default=None, repr=False)
+    shard_results: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def images_per_second(self) -> float:
@@ -98,7 +98,7 @@ class Result:
         """Values for JSON."""
         return {
             **(self.plan.to_json() if self.plan is not None else {}),
-            **({"engine": dict(self.engine)} if self.engine is not None else {}),
+            **({"engine": dict(self.shard_results)} if self.shard_results is not None else {}),
             "dry_run": self.dry_run,
             "complete": self.complete,
             "done": self.done,

@@ -22,7 +22,6 @@ from fpnx.models.backbones.factory import (
 )
 from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
-from fpnx.models.necks.pafpn import PAFPN
 from fpnx.models.necks.registry import NECKS
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.weights.checkpoints import write_checkpoint
@@ -32,7 +31,6 @@ __all__ = ["build_model", "create_model", "save_weights"]
 
 DEFAULT_CHANNELS = 256
 DEFAULT_PYRAMID = "fpn"
-NECKS_OF_CHECKPOINTS = {"fpn": FPN, "pafpn": PAFPN}  # those whose parameters can be read from a file
 UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
 
 
@@ -73,7 +71,7 @@ def create_model(
         size: of the recipe's output, as `InputConfig` has it: `"recipe"`, 448, (480, 640). A backbone that is built
             for one size is built for this one.
         stride_in_1x1, p7_relu, norm_eps, pixel_order, resampling, mean, std: facts that a file of parameters may
-            lack; see `fpnx.core.config.FileFacts`.
+            lack; see `fpnx.core.config.CheckpointConfig`.
 
     Raises:
         FpnxError: for names, levels, channels or files that do not exist or contradict each other.
@@ -165,7 +163,8 @@ def _neck_of_weights(held: CheckpointNeck, backbone: Backbone, config: ModelConf
             f"they must be its last taps"
         )
     top_block = held.top_block or ("pool" if "P6" in (config.levels or ()) else None)
-    kind = NECKS_OF_CHECKPOINTS[held.kind]
+    kind = NECKS[held.kind]
+    assert issubclass(kind, FPN), "files hold FPNs, and necks derived from them"
     return kind(inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides))
 
 

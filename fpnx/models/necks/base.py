@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -40,27 +39,27 @@ class Neck(nn.Module):
     levels: tuple[str, ...]
 
     @classmethod
-    @abstractmethod
     def for_levels(
         cls, in_channels: Mapping[int, int], channels: int, levels: Sequence[str], top_block: str | None
     ) -> Neck:
         """A neck that gives `levels`; `top_block` None chooses what they need."""
+        raise NotImplementedError
 
-    @abstractmethod
     def forward(self, taps: Mapping[str, Tensor], levels: Collection[str] | None = None) -> dict[str, Tensor]:
         """The asked levels, fine to coarse; None gives all. What no level needs is not computed."""
+        raise NotImplementedError
 
-    @abstractmethod
     def initialize(self, seed: int) -> None:
         """Draw all parameters from `seed`, the same on every machine."""
+        raise NotImplementedError
 
-    @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What of this neck changes numbers, as plain values for the fingerprint and for files of parameters."""
+        """Settings that change the output values, as plain values: part of the fingerprint and of saved weights."""
+        raise NotImplementedError
 
-    @abstractmethod
     def parts(self) -> dict[str, tuple[nn.Module, ...]]:
         """The modules that are called, by the name of the part that they belong to in tables of costs."""
+        raise NotImplementedError
 
     def taps_for(self, levels: Collection[str]) -> tuple[str, ...]:
         """Names of the taps that `levels` are made from, fine to coarse."""

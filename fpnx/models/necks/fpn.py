@@ -12,7 +12,7 @@ from fpnx.models.necks.base import Neck, draw_convolutions
 
 __all__ = ["FPN"]
 
-CONVOLVED = ("c5", "p5", "m5")  # top blocks that are convolutions, by what they start from
+CONV_TOP_BLOCKS = ("c5", "p5", "m5")  # named after their input: C_last, P_last or M_last
 
 
 class FPN(Neck):
@@ -58,7 +58,7 @@ class FPN(Neck):
         self.inner_blocks = nn.ModuleList(self._block(in_channels[k], 1) for k in taps)
         self.layer_blocks = nn.ModuleList(self._block(channels, 3) for _ in taps)
         self.extra_blocks = nn.ModuleDict()
-        if top_block in CONVOLVED:
+        if top_block in CONV_TOP_BLOCKS:
             source = in_channels[self.last_level] if top_block == "c5" else channels
             self.extra_blocks[f"p{self.last_level + 1}"] = nn.Conv2d(source, channels, 3, 2, 1)
             self.extra_blocks[f"p{self.last_level + 2}"] = nn.Conv2d(channels, channels, 3, 2, 1)
@@ -73,15 +73,15 @@ class FPN(Neck):
 
     def forward(self, taps: Mapping[str, Tensor], levels: Collection[str] | None = None) -> dict[str, Tensor]:
         """Taps `{"C2": (B, C, H, W), ...}` → the asked levels, fine to coarse; what no level needs is not computed."""
-        wanted, outputs = self._wanted(levels)
+        wanted, outputs = self._levels_to_compute(levels)
         merged = self._merged(taps, min(outputs, default=self._lowest_without_outputs(wanted)))
         pyramid = {i: self.layer_blocks[i](merged[i]) for i in sorted(outputs, reverse=True)}
-        pyramid |= self._above(taps, merged, pyramid, wanted)
+        pyramid |= self._coarser_levels(taps, merged, pyramid, wanted)
         return {name: pyramid[i] for i, name in enumerate(self.levels) if i in wanted}
 
     def initialize(self, seed: int) -> None:
         """Draw all parameters as torchvision does (Kaiming uniform, a=1, zero bias), each from a generator of its
-        own for (seed, kind, level): the lateral of C3 is the same whichever other levels there are."""
+        own for (seed, lateral or output, level): the lateral of C3 is the same whichever other levels there are."""
         for i, k in enumerate(range(self.first_level, self.last_level + 1)):
             draw_convolutions(self.inner_blocks[i], seed, f"lateral{k}")
             draw_convolutions(self.layer_blocks[i], seed, f"output{k}")
@@ -89,7 +89,7 @@ class FPN(Neck):
             draw_convolutions(block, seed, f"{self.top_block}.{name}")
 
     def identity(self) -> dict[str, Any]:
-        """Channels, first level, top block and its ReLU."""
+        """Channels, first level, top block and its ReLU; a norm comes only from files, whose hash is recorded too."""
         return {
             "channels": self.channels,
             "first_level": self.levels[0],
@@ -113,7 +113,7 @@ class FPN(Neck):
         """Index of the level of the last tap."""
         return self.last_level - self.first_level
 
-    def _wanted(self, levels: Collection[str] | None) -> tuple[set[int], set[int]]:
+    def _levels_to_compute(self, levels: Collection[str] | None) -> tuple[set[int], set[int]]:
         """Indices of the asked levels, and of those among the taps' levels that have to be computed for them."""
         wanted = {i for i, name in enumerate(self.levels) if levels is None or name in levels}
         outputs = {i for i in wanted if i <= self._last}
@@ -135,7 +135,7 @@ class FPN(Neck):
             merged[i] = lateral
         return merged
 
-    def _above(
+    def _coarser_levels(
         self, taps: Mapping[str, Tensor], merged: Mapping[int, Tensor], pyramid: Mapping[int, Tensor], wanted: set[int]
     ) -> dict[int, Tensor]:
         """The asked levels above the last tap, by index."""

@@ -18,8 +18,8 @@ class PAFPN(FPN):
 
     With the FPN's sums M_k and 3×3 convolutions: S_k = output(M_k); N_first = S_first;
     N_{k+1} = S_{k+1} + downsample_k(N_k), of stride 2; P_first = N_first, P_k = pafpn_k(N_k) for coarser k. The
-    bottom-up path uses the sums N_k, before the last convolutions. Top blocks are those of `FPN`. There is no norm
-    and no activation, as in mmdetection's default. Keys are those of `FPN`, and `downsample_blocks.{i}.0`,
+    bottom-up path uses the sums N_k, before the last convolutions. Top blocks are those of `FPN`. By default
+    there is no norm; there is no activation, as in mmdetection. Keys are those of `FPN`, and `downsample_blocks.{i}.0`,
     `pafpn_blocks.{i}.0`.
 
     Args:
@@ -44,7 +44,7 @@ class PAFPN(FPN):
 
     def forward(self, taps: Mapping[str, Tensor], levels: Collection[str] | None = None) -> dict[str, Tensor]:
         """Taps `{"C2": (B, C, H, W), ...}` → the asked levels, fine to coarse; what no level needs is not computed."""
-        wanted, outputs = self._wanted(levels)
+        wanted, outputs = self._levels_to_compute(levels)
         # The bottom-up path begins at the finest level, whichever levels are asked for.
         merged = self._merged(taps, 0 if outputs else self._lowest_without_outputs(wanted))
         pyramid: dict[int, Tensor] = {}
@@ -54,11 +54,11 @@ class PAFPN(FPN):
             sums = output if sums is None else output + self.downsample_blocks[i - 1](sums)
             if i in outputs:
                 pyramid[i] = sums if i == 0 else self.pafpn_blocks[i - 1](sums)
-        pyramid |= self._above(taps, merged, pyramid, wanted)
+        pyramid |= self._coarser_levels(taps, merged, pyramid, wanted)
         return {name: pyramid[i] for i, name in enumerate(self.levels) if i in wanted}
 
     def initialize(self, seed: int) -> None:
-        """Draw all parameters as `FPN` does, each from a generator of its own for (seed, kind, level)."""
+        """Draw all parameters as `FPN` does, each from a generator of its own for (seed, kind of block, level)."""
         super().initialize(seed)
         for i, k in enumerate(range(self.first_level, self.last_level)):
             draw_convolutions(self.downsample_blocks[i], seed, f"pafpn.downsample{k}")

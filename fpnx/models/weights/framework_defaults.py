@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from fpnx.core.config import FileFacts, ModelConfig
+from fpnx.core.config import CheckpointConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.provenance import Setting
 from fpnx.models.preprocessing import Recipe
@@ -59,7 +59,7 @@ def resolve_facts(
     backbone: str,
     eps: float,
 ) -> tuple[Recipe, dict[str, Any], dict[str, Setting]]:
-    """Resolve each field of `FileFacts`: from the file's `facts`, else from an option, else the framework's default.
+    """Resolve each field of `CheckpointConfig`: the file's `facts`, else an option, else the framework's default.
 
     Args:
         recipe: the recipe that the file states; None takes the framework's default, with the facts.
@@ -73,7 +73,7 @@ def resolve_facts(
     """
     default_recipe, defaults = _defaults(layout, backbone, eps)
     settings: dict[str, Setting] = {}
-    for each in fields(FileFacts):
+    for each in fields(CheckpointConfig):
         option = getattr(config, each.name)
         if each.name not in defaults:
             if option is not None:
@@ -126,7 +126,7 @@ def resolve_top_block(
 
 
 def option_of(fact: str) -> str:
-    """The command-line option for a field of `FileFacts`."""
+    """The command-line option for a field of `CheckpointConfig`."""
     return "--" + fact.replace("_", "-")
 
 

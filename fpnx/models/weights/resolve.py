@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpnx.core.config import TOP_BLOCKS, FileFacts, ModelConfig
+from fpnx.core.config import TOP_BLOCKS, CheckpointConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, parse_levels
 from fpnx.core.provenance import AS_GIVEN, ModelPart, Setting, WeightsInfo
@@ -248,7 +248,7 @@ def _is_file(choice: str) -> bool:
 
 def _refuse_facts(config: ModelConfig, owner: str) -> None:
     """Raise FpnxError if `config` sets an option that is for files only."""
-    name = next((each.name for each in fields(FileFacts) if getattr(config, each.name) is not None), None)
+    name = next((each.name for each in fields(CheckpointConfig) if getattr(config, each.name) is not None), None)
     if name is not None:
         raise FpnxError(f"{option_of(name)} is for files that do not state it; {owner} do not need it: drop the option")
 

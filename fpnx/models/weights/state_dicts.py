@@ -51,7 +51,7 @@ class StateDictLayout:
             `"mmdetection"`.
         state: the parameters: `body.*` with torchvision's names, and `fpn.*`.
         ignored: number of tensors that belong to heads.
-        facts: what the file states beside its parameters, by the field names of `FileFacts` and `Recipe`.
+        facts: what the file states beside its parameters, by the field names of `CheckpointConfig` and `Recipe`.
         pyramid: the pyramid in the file; None where there is none.
     """
 
