@@ -396,6 +396,6 @@ def test_sizes_from_headers_in_an_archive(tmp_path: Path, photos: Path) -> None:
     with package.open(tmp_path / "out.h5") as store:
         assert store["a.jpg"].source_size == (64, 96)
         photo = find_photo(store["a.jpg"])
-        assert photo.remark == ""
+        assert photo.note == ""
         assert photo.picture is not None
         assert photo.picture.size == (96, 64)

@@ -337,7 +337,7 @@ def test_extract_and_resume(web: Web, tmp_path: Path) -> None:
         for item in store:
             assert np.abs(item["P4"] - same[item.path]["P4"]).max() < 1e-5
         photo = find_photo(store["0.jpg"])
-        assert photo.remark == ""
+        assert photo.note == ""
         assert photo.picture is not None
         assert photo.picture.size == (60, 40)
     assert package.verify(output, against=given, device="cpu").compared == 5
