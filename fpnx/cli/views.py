@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fpnx.core.plan_summary import LevelShape, PlanSummary
+from fpnx.core.provenance import WeightsInfo, describe_pyramid
 from fpnx.core.text import escape, format_bytes, plural
 
 if TYPE_CHECKING:
     from fpnx.commands.merge import Merged
     from fpnx.commands.visualize import VisualizeResult
-    from fpnx.core.provenance import WeightsInfo
     from fpnx.extraction.run import Result
     from fpnx.store.reader import Store
     from fpnx.store.verify import Verification
@@ -105,7 +105,7 @@ def show_info(store: Store) -> None:
         *([("shards", str(facts["shards"]))] if facts["shards"] else []),
         ("root", escape(store.root)),
         ("backbone", f"{store.config['backbone']}, {provenance.weights.body}"),
-        ("pyramid", f"{', '.join(store.levels)}, {provenance.weights.pyramid}"),
+        ("pyramid", f"{', '.join(store.levels)}, {describe_pyramid(store.pyramid, provenance.weights.pyramid)}"),
         *_checkpoint(provenance.weights),
         ("recipe", provenance.recipe),
         ("stored as", f"{store.config['dtype']}, pool {store.config['pool']}"),
@@ -152,7 +152,9 @@ def show_plan(plan: PlanSummary) -> None:
     before = f", {plan.done_before} done before" if plan.done_before else ""
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
     engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
-    pyramid = f"{', '.join(plan.level_names)}, {weights.pyramid}" if plan.has_pyramid else "none asked for"
+    pyramid = "none asked for"
+    if plan.has_pyramid:
+        pyramid = f"{', '.join(plan.level_names)}, {describe_pyramid(plan.pyramid, weights.pyramid)}"
     rows = [
         ("images", f"{plan.images} in {escape(plan.root)}{skipped}{before}"),
         *([("shard", str(plan.shard))] if plan.shard else []),

@@ -288,7 +288,7 @@ def _full_path(item: Item) -> str:
 
 
 def _model_of(store: Store) -> str:
-    return describe_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights)
+    return describe_model(store.backbone, store.pyramid, store.levels, store.provenance.weights)
 
 
 def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:

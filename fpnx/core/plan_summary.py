@@ -52,6 +52,7 @@ class PlanSummary:
         done_before: number of images that an earlier run finished.
         root: the folder, archive or URL that names are relative to.
         weights: which parts are trained.
+        pyramid: the kind of neck.
         level_names: fine to coarse.
         levels: every level at every network-input size; empty while sizes are unknown.
         recipe, recipe_text: the preprocessing, as plain values and in words.
@@ -69,6 +70,7 @@ class PlanSummary:
     root: str
     backbone: str
     weights: WeightsInfo
+    pyramid: str
     level_names: tuple[str, ...]
     levels: tuple[LevelShape, ...]
     recipe: Mapping[str, Any]
@@ -103,6 +105,7 @@ class PlanSummary:
             "root": self.root,
             "backbone": self.backbone,
             "weights": self.weights.to_json(),
+            "pyramid": self.pyramid,
             "recipe": {"text": self.recipe_text, **self.recipe},
             "levels": [shape.to_json() for shape in self.levels],
             "dtype": self.config.dtype,

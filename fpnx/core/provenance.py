@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fpnx.core.text import escape
 
-__all__ = ["AS_GIVEN", "ModelPart", "Provenance", "Setting", "WeightsInfo"]
+__all__ = ["AS_GIVEN", "ModelPart", "Provenance", "Setting", "WeightsInfo", "describe_pyramid"]
 
 AS_GIVEN = "as given"  # the source of parameters in a caller's own module
 
@@ -58,6 +58,11 @@ class ModelPart:
         if trained not in (True, False, None) or not isinstance(source, str):
             raise ValueError("not the description of a model's part")
         return cls(trained, source)
+
+
+def describe_pyramid(kind: str, part: ModelPart) -> str:
+    """`"untrained (random, seed 0)"`, or `"pafpn, untrained (random, seed 0)"` for a pyramid that is no FPN."""
+    return str(part) if kind == "fpn" else f"{escape(kind)}, {part}"
 
 
 class Setting(NamedTuple):

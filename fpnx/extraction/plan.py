@@ -101,6 +101,7 @@ class Plan:
             root=os.fsdecode(self.listing.root),
             backbone=self.model.backbone,
             weights=self.model.weights.info,
+            pyramid=self.model.fpn.kind,
             level_names=self.model.levels,
             levels=self.shapes,
             recipe=self.recipe.to_json(),

@@ -35,7 +35,9 @@ class PngSink:
 
     def __init__(self, plan: Plan, provenance: Provenance) -> None:
         self._layout, self._config, self._sources = plan.layout, plan.config, plan.listing.sources
-        self._model_description = describe_model(plan.model.backbone, plan.layout.levels, provenance.weights)
+        self._model_description = describe_model(
+            plan.model.backbone, plan.model.fpn.kind, plan.layout.levels, provenance.weights
+        )
         self._png_paths = _png_paths(plan.output, plan.listing)
         self._errors = dict(plan.layout.errors)
         self._nonfinite = dict.fromkeys(plan.layout.levels, 0)

@@ -51,6 +51,7 @@ __all__ = [
 FORMAT = "fpnx"
 FORMAT_VERSION = 1
 PENDING, DONE, FAILED = 0, 1, 2  # status of an image
+IMPLIED = {"pyramid": "fpn"}  # values that a config leaves out
 ERROR_BYTES = 240  # of a failed image's reason, UTF-8
 
 AnyStore = TypeVar("AnyStore", bound="Store")
@@ -264,6 +265,16 @@ class Store:
         statistics = get_member(self._file, "stats", h5py.Group)
         self.nonfinite: np.ndarray = read_table(statistics, "nonfinite", np.int64, (count, len(self.levels)))
 
+    @property
+    def backbone(self) -> str:
+        """Name of the backbone."""
+        return str(self.config["backbone"])
+
+    @property
+    def pyramid(self) -> str:
+        """Kind of the pyramid, as `--pyramid` takes it."""
+        return str(self.config.get("pyramid", IMPLIED["pyramid"]))
+
     def nonfinite_by_level(self) -> dict[str, int]:
         """Number of NaN and infinite values in the images that are done, by level."""
         counts = self.nonfinite[self.status == DONE].sum(axis=0)
@@ -436,7 +447,7 @@ def different_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     """One text for each field that differs between two configs: `"seed 0 → 1"`, nested fields as `recipe.mean`."""
     differences = []
     for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
+        before, after = (config.get(name, IMPLIED.get(name)) for config in (old, new))
         if isinstance(before, dict) and isinstance(after, dict):
             differences += [f"{name}.{field}" for field in different_fields(before, after)]
         elif before != after:

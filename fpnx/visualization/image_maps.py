@@ -12,7 +12,7 @@ from PIL import Image
 
 from fpnx.core.config import InputConfig
 from fpnx.core.errors import FpnxError, ImageError, StoreError
-from fpnx.core.provenance import WeightsInfo
+from fpnx.core.provenance import WeightsInfo, describe_pyramid
 from fpnx.core.text import escape
 from fpnx.images.decoding import decode
 from fpnx.images.reading import locate
@@ -100,7 +100,7 @@ def item_maps(item: Item, photo: Photo | None = None) -> ImageMaps:
 
     return ImageMaps(
         path=item.path,
-        model=describe_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights),
+        model=describe_model(store.backbone, store.pyramid, store.levels, store.provenance.weights),
         source_size=item.source_size,
         input_size=item.input_size,
         levels=item.levels,
@@ -130,7 +130,9 @@ def find_photo(item: Item) -> Photo:
     return Photo(picture, "file changed since extraction" if changed else "")
 
 
-def describe_model(backbone: str, levels: tuple[str, ...], weights: WeightsInfo) -> str:
+def describe_model(backbone: str, pyramid: str, levels: tuple[str, ...], weights: WeightsInfo) -> str:
     """`"resnet50: trained (…) · pyramid: untrained (random, seed 0)"`: which parts of a model are trained."""
-    pyramid = "none in this file" if all(level.startswith("C") for level in levels) else str(weights.pyramid)
-    return f"{escape(backbone)}: {weights.body} · pyramid: {pyramid}"
+    text = describe_pyramid(pyramid, weights.pyramid)
+    if all(level.startswith("C") for level in levels):
+        text = "none in this file"
+    return f"{escape(backbone)}: {weights.body} · pyramid: {text}"

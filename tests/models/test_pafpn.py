@@ -213,6 +213,21 @@ def test_saved_weights_are_read_back(tmp_path: Path, suffix: str) -> None:
         create_model(weights=str(tmp_path / f"pafpn{suffix}"), pyramid="fpn")
 
 
+def test_a_damaged_pafpn_file_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "pafpn.pth"
+    save_weights(create_model("mobilenet_v2", weights="random", channels=8, pyramid="pafpn"), path)
+    content = torch.load(path, weights_only=True)
+    state = dict(content["state_dict"])
+    del content["state_dict"]["fpn.pafpn_blocks.0.0.weight"]
+    torch.save(content, path)
+    with pytest.raises(FpnxError, match=r"1 missing \(fpn.pafpn_blocks.0.0.weight\)"):
+        create_model(weights=str(path))
+    content = {"fpnx": content["fpnx"].replace('"pafpn"', '"bifpn"'), "state_dict": state}
+    torch.save(content, path)
+    with pytest.raises(FpnxError, match="its description has pyramid bifpn"):
+        create_model(weights=str(path))
+
+
 def test_an_fpn_s_fingerprint_does_not_name_the_kind() -> None:
     options: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "channels": 8}
     plain, named, other = (build_model(ExtractConfig(**options, pyramid=kind)) for kind in (None, "fpn", "pafpn"))
@@ -227,11 +242,13 @@ def test_from_images_to_a_file(fpnx: Callable[..., tuple[int, str, str]], photos
     code, _, err = fpnx("extract", photos, *TINY, "--pyramid", "pafpn", "-o", "fpn.h5", "--resume")
     assert code == 2
     assert "was made with another config" in err
-    assert "pyramid None → pafpn" in err
+    assert "pyramid fpn → pafpn" in err
     code, _, err = fpnx("extract", photos, *TINY, "-o", "pafpn.h5", "--resume")
     assert code == 2
-    assert "pyramid pafpn → None" in err
+    assert "pyramid pafpn → fpn" in err
     assert fpnx("verify", "pafpn.h5", "--against", photos)[0] == 0
+    assert "P5, pafpn, untrained (random, seed 0)" in fpnx("info", "pafpn.h5")[1]
+    assert "pafpn" not in fpnx("info", "fpn.h5")[1]
     told = document(fpnx("info", "pafpn.h5", "--json")[1])
     assert told["config"]["pyramid"] == "pafpn"
     model = create_model("mobilenet_v2", weights="random", channels=8, size=64, pyramid="pafpn")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpnx.core.config import TOP_BLOCKS, CheckpointConfig, ModelConfig
+from fpnx.core.config import PYRAMIDS, TOP_BLOCKS, CheckpointConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, parse_levels
 from fpnx.core.provenance import AS_GIVEN, ModelPart, Setting, WeightsInfo
@@ -64,11 +64,7 @@ class CheckpointNeck:
     p7_relu: bool = True
     levels: tuple[str, ...] | None = None
     strides: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        """The kind of the neck, as `--pyramid` takes it."""
-        return self.keys.kind
+    kind: str = "fpn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +271,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
             settings["top_block"] = Setting(top_block or "none", source)
             pyramid = CheckpointNeck(
                 keys=layout.pyramid,
+                kind=description.get("pyramid", layout.pyramid.kind),
                 first_level=description.get("first_level", layout.pyramid.first_level),
                 top_block=top_block,
                 p7_relu=values.get("p7_relu", True),
@@ -318,6 +315,7 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "levels": isinstance(description.get("levels", []), list),
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
         "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
+        "pyramid": description.get("pyramid", "fpn") in PYRAMIDS,
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
         and all(p[0] in (True, False, None) for p in parts.values()),

@@ -150,7 +150,7 @@ def _file_index(
 ) -> dict[str, Any]:
     return {
         "name": escape(name),
-        "about": describe_model(str(store.config.get("backbone", "unknown")), store.levels, store.provenance.weights),
+        "about": describe_model(store.backbone, store.pyramid, store.levels, store.provenance.weights),
         "levels": {
             level: {
                 "stride": store.stride(level),
