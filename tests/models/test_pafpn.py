@@ -249,8 +249,8 @@ def test_from_images_to_a_file(fpnx: Callable[..., tuple[int, str, str]], photos
     assert fpnx("verify", "pafpn.h5", "--against", photos)[0] == 0
     assert "P5, pafpn, untrained (random, seed 0)" in fpnx("info", "pafpn.h5")[1]
     assert "pafpn" not in fpnx("info", "fpn.h5")[1]
-    told = document(fpnx("info", "pafpn.h5", "--json")[1])
-    assert told["config"]["pyramid"] == "pafpn"
+    info = document(fpnx("info", "pafpn.h5", "--json")[1])
+    assert info["config"]["pyramid"] == "pafpn"
     model = create_model("mobilenet_v2", weights="random", channels=8, size=64, pyramid="pafpn")
     from PIL import Image
 

@@ -99,27 +99,27 @@ def resolve_facts(
 
 
 def resolve_top_block(
-    layout: StateDictLayout, keys: FpnKeys, told: Mapping[str, Any], asked: str | None, unstrided: bool
+    layout: StateDictLayout, keys: FpnKeys, facts: Mapping[str, Any], asked: str | None, unstrided: bool
 ) -> tuple[str | None, str]:
     """Where the levels above the last come from, and who says so: shapes, the file, an option, the framework."""
-    said = told.get("top_block")
+    stated = facts.get("top_block")
     if keys.top_in is None:
         if asked not in (None, "pool"):
             raise FpnxError(f"it has no top block {asked}: its P6 can come by pool only")
-        if asked or said:
-            value, who = (asked, "option") if asked else (said, "file")
+        if asked or stated:
+            value, who = (asked, "option") if asked else (stated, "file")
         else:
             own = layout.framework == "fpnx" and not unstrided
             value, who = "none" if own else "pool", "default"
         return (None if value == "none" else value), who
     fitting = ["c5"] * (keys.top_in == keys.in_channels[-1]) + ["p5", "m5"] * (keys.top_in == keys.channels)
-    for value in (said, asked):
+    for value in (stated, asked):
         if value is not None and value not in fitting:
             raise FpnxError(f"top block {value} contradicts it: by its shapes it has {' or '.join(fitting) or 'none'}")
-    if said is not None and asked not in (None, said):
-        raise FpnxError(f"top block {asked} contradicts it, it says {said}: drop the option")
-    if said is not None or len(fitting) == 1:
-        return said or fitting[0], "file"
+    if stated is not None and asked not in (None, stated):
+        raise FpnxError(f"top block {asked} contradicts it, it says {stated}: drop the option")
+    if stated is not None or len(fitting) == 1:
+        return stated or fitting[0], "file"
     if not fitting:
         raise FpnxError(f"its P6 takes {keys.top_in} channels, but C5 has {keys.in_channels[-1]}, P5 {keys.channels}")
     return (asked, "option") if asked else (fitting[0], "default")
