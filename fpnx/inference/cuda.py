@@ -69,8 +69,9 @@ class CudaEngine(Engine):
 
     def _upload(self, images: Sequence[np.ndarray]) -> Tensor:
         """Images of one size on the device, (B, H, W, 3), copied through pinned memory."""
-        first = torch.from_numpy(images[0])
-        pinned = torch.empty((len(images), *first.shape), dtype=first.dtype, pin_memory=True)
+        # An array over the memory of a Pillow image is read-only, so it is not made a tensor.
+        dtype = torch.from_numpy(np.empty(0, images[0].dtype)).dtype
+        pinned = torch.empty((len(images), *images[0].shape), dtype=dtype, pin_memory=True)
         np.stack(images, out=pinned.numpy())
         return pinned.to(self.device, non_blocking=True)
 

@@ -211,7 +211,7 @@ def test_an_error_in_a_compute_thread_reaches_the_caller(tmp_path, many, monkeyp
     def breaks(*_: object) -> None:
         raise BrokenError
 
-    monkeypatch.setattr("fpnx.inference.engine.Engine.batch", breaks)
+    monkeypatch.setattr("fpnx.models.preprocessing.Recipe.normalise", breaks)  # used on every device
     with pytest.raises(BrokenError):
         fpnx.extract(many, tmp_path / "o.h5", **TINY)
     assert own_threads() == []
