@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fpnx.core.config import SAMPLE, ExtractConfig
 from fpnx.core.errors import FpnxError
@@ -12,6 +13,9 @@ from fpnx.core.events import Listener
 from fpnx.remote.client import connections
 from fpnx.store.shard_set import open_store
 from fpnx.store.verify import Verification, verify_structure
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["verify"]
 
@@ -21,6 +25,7 @@ def verify(
     *,
     against: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     sample: int = SAMPLE,
+    backbone: nn.Module | None = None,
     weights: str | None = None,
     device: str = ExtractConfig.device,
     offline: bool = ExtractConfig.offline,
@@ -33,6 +38,7 @@ def verify(
             order. Every stored value is read.
         against: the images that it was made from: files, folders, or `"@list.txt"`.
         sample: how many images are recomputed, evenly spread over those that are done.
+        backbone: the module or model that was given to `fpnx.extract`, where it was one.
         weights: path of the weights file, if it is not where it was.
         device: device that recomputes them.
         offline: never download weights.
@@ -50,7 +56,8 @@ def verify(
         from fpnx.extraction.recompute import Recomputation, recompute_options
 
         # Images or weights that are missing are reported before the whole file is read.
-        recomputation = Recomputation(store, against, recompute_options(store, weights, device, offline), sample)
+        options = recompute_options(store, backbone, weights, device, offline)
+        recomputation = Recomputation(store, against, options, sample, backbone)
         structure = verify_structure(store, listener)
         largest, problems = recomputation.compare()
         return replace(

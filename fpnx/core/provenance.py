@@ -11,7 +11,7 @@ from fpnx.core.text import escape
 
 __all__ = ["AS_GIVEN", "ModelPart", "Provenance", "Setting", "WeightsInfo", "describe_pyramid"]
 
-AS_GIVEN = "as given"  # the source of parameters in a caller's own module
+AS_GIVEN = "as given"  # the source of parameters in a caller's own module, and the backbone in the options of its run
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ModelPart:
         return int(match[1]) if match else None
 
     def __str__(self) -> str:
-        if self.source == AS_GIVEN:
+        if self.source == AS_GIVEN and self.trained is None:
             return AS_GIVEN
         state = {True: "trained", False: "untrained", None: "from file"}[self.trained]
         return f"{state} ({escape(self.source)})"

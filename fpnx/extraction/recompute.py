@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
+from fpnx.core.provenance import AS_GIVEN
 from fpnx.core.text import escape
 from fpnx.extraction.plan import fingerprint_fields
 from fpnx.images.decoding import decode, pillow_limits
@@ -27,17 +29,29 @@ __all__ = ["Recomputation", "recompute_options"]
 TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "reduced": 5e-2}
 
 
-def recompute_options(store: Store, weights: str | None, device: str, offline: bool) -> dict[str, Any]:
+def recompute_options(
+    store: Store, module: nn.Module | None, weights: str | None, device: str, offline: bool
+) -> dict[str, Any]:
     """The options that `store` was computed with, with this machine's weights file and device.
 
     Raises:
-        FpnxError: where the file does not hold them.
+        FpnxError: where the file does not hold them, or was computed with a module and `module` is None.
     """
     options = store.provenance.options
     if options is None:
         raise FpnxError(
             f"{escape(store.path)} does not say with which options it was made: it cannot be computed again"
         )
+    if options.get("backbone") == AS_GIVEN:
+        if module is None:
+            name = escape(store.path)
+            raise FpnxError(
+                f"{name} was computed with a module ({escape(store.backbone)}), which is not in the file: give it in "
+                "Python, fpnx.verify(..., backbone=module)"
+            )
+        options = {**options, "backbone": None}
+    elif module is not None:
+        raise FpnxError(f"{escape(store.path)} was computed with a backbone by name: leave out the module")
     changed = {"weights": weights} if weights is not None else {}
     return {**options, **changed, "device": device, "offline": offline}
 
@@ -50,13 +64,16 @@ class Recomputation:
         against: the images that it was made from: files, folders, or `"@list.txt"`.
         options: of `fpnx.extract`, as `recompute_options` gives them.
         sample: how many images to compute, evenly spread over those that are done.
+        module: the network that the store was computed with, where it was none of a name.
 
     Raises:
         FpnxError: where none of the images is found, or the model cannot be built.
     """
 
-    def __init__(self, store: Store, against: Any, options: dict[str, Any], sample: int) -> None:
-        self._store = store
+    def __init__(
+        self, store: Store, against: Any, options: dict[str, Any], sample: int, module: nn.Module | None = None
+    ) -> None:
+        self._store, self._module = store, module
         listing = find_images([against] if isinstance(against, (str, os.PathLike)) else list(against))
         sources = {os.fsdecode(source.name): source for source in listing.sources}
         missing = [i for i, path in enumerate(store.paths) if path not in sources]
@@ -86,7 +103,7 @@ class Recomputation:
         Raises:
             FpnxError: where the weights or options are not those of the store.
         """
-        model = build_model(self._config)
+        model = build_model(self._config, self._module)
         recipe = model.recipe.sized(self._config)
         fields = different_fields(self._store.config, fingerprint_fields(model, recipe, self._config))
         if fields:

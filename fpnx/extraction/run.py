@@ -24,7 +24,7 @@ from fpnx.core.events import Listener
 from fpnx.core.files import lock
 from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.plan_summary import PlanSummary
-from fpnx.core.provenance import Provenance
+from fpnx.core.provenance import AS_GIVEN, Provenance
 from fpnx.core.text import escape
 from fpnx.extraction.pipeline import STAGES, StageTimer, run_pipeline
 from fpnx.extraction.plan import Plan, make_plan
@@ -187,7 +187,7 @@ def provenance_of(plan: Plan) -> Provenance:
             "pillow": PIL.__version__,
             "h5py": h5py.__version__,
         },
-        options=plan.config.repeatable(),
+        options=plan.config.repeatable() | ({} if plan.engine_cache.module is None else {"backbone": AS_GIVEN}),
         command=tuple(escape(argument) for argument in sys.argv[:64]),
         weights=plan.model.weights.info,
         recipe=str(plan.recipe),

@@ -16,7 +16,7 @@ from fpnx.core.errors import ImageError
 from fpnx.core.text import escape
 from fpnx.images.reading import ImageSource, open_source
 
-__all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_size"]
+__all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_rgb", "upright_size"]
 
 # Magic bytes of formats that Pillow checks further: a file that begins so, and is not recognised, is damaged.
 DAMAGED = (
@@ -104,10 +104,15 @@ def decode(source: ImageSource, max_pixels: int, claim: Callable[[int], None] | 
     with _opened(source, max_pixels) as image:
         if claim is not None:
             claim(image.width * image.height)
-        image.load()
-        transpose = TRANSPOSE.get(_orientation(image))
-        rgb = to_rgb(image)
-        return rgb.transpose(transpose) if transpose is not None else rgb
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A Pillow image turned upright by its EXIF orientation, as 8-bit RGB; see `to_rgb`."""
+    image.load()
+    transpose = TRANSPOSE.get(_orientation(image))
+    rgb = to_rgb(image)
+    return rgb.transpose(transpose) if transpose is not None else rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from fpnx.core.config import ExtractConfig
 from fpnx.core.system import release_freed_memory
@@ -21,9 +22,13 @@ class EngineCache:
     """Holds one model and its engines for runs that differ in their images only.
 
     They are built at first use. A run with another config replaces them.
+
+    Args:
+        module: a network of the caller's own, or a model, instead of the config's backbone; see `build_model`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.module = module
         self._model: PyramidModel | None = None
         self._options: dict[str, Any] = {}
         self._engines: dict[torch.device, Engine] = {}
@@ -34,7 +39,7 @@ class EngineCache:
         options = config.repeatable()
         if self._model is None or options != self._options:
             self._engines.clear()
-            self._model, self._options, self._model_is_empty = build_model(config), options, False
+            self._model, self._options, self._model_is_empty = build_model(config, self.module), options, False
         return self._model
 
     def engine(self, recipe: Recipe, config: ExtractConfig, device: torch.device) -> Engine:
@@ -42,7 +47,7 @@ class EngineCache:
         model = self.model(config)
         if device not in self._engines:
             if self._model_is_empty:
-                model = self._model = build_model(config)
+                model = self._model = build_model(config, self.module)
                 self._model_is_empty = False
             self._engines[device] = make_engine(model, recipe, config, device)
         return self._engines[device]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch import nn
 from fpnx.core.config import ExtractConfig, InputConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, ordered_levels
-from fpnx.core.text import escape
+from fpnx.core.provenance import AS_GIVEN, ModelPart
+from fpnx.core.text import did_you_mean, escape
 from fpnx.models.backbones.factory import (
     Backbone,
     backbone_from_module,
@@ -27,10 +30,11 @@ from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.weights.checkpoints import write_checkpoint
 from fpnx.models.weights.resolve import CheckpointNeck, Weights, resolve_weights, weights_from_module
 
-__all__ = ["build_model", "create_model", "save_weights"]
+__all__ = ["build_model", "create_model", "save_weights", "split_backbone"]
 
 DEFAULT_CHANNELS = 256
 DEFAULT_PYRAMID = "fpn"
+PARTS = ("body", "fpn")
 UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
 
 
@@ -76,11 +80,9 @@ def create_model(
     Raises:
         FpnxError: for names, levels, channels or files that do not exist or contradict each other.
     """
-    module = backbone if isinstance(backbone, nn.Module) else None
-    if isinstance(backbone, type):
-        raise FpnxError(f"backbone {backbone.__name__} is a class: give an instance of it")
+    name, module = split_backbone(backbone)
     config = ExtractConfig(
-        backbone=None if isinstance(backbone, nn.Module) else backbone,
+        backbone=name,
         weights=weights,
         levels=levels,
         pyramid=pyramid,
@@ -102,8 +104,25 @@ def create_model(
     return model
 
 
+def split_backbone(backbone: Any) -> tuple[str | None, nn.Module | None]:
+    """A backbone as its name (None: the default) and, where it is one, the module that is given instead of a name.
+
+    Raises:
+        FpnxError: for anything else.
+    """
+    if isinstance(backbone, nn.Module):
+        return None, backbone
+    if isinstance(backbone, type):
+        raise FpnxError(f"backbone {backbone.__name__} is a class: give an instance of it")
+    if backbone is not None and not isinstance(backbone, str):
+        raise FpnxError(f"backbone {backbone!r:.60}: take a name or an nn.Module")
+    return backbone, None
+
+
 def build_model(config: ModelConfig, module: nn.Module | None = None) -> PyramidModel:
-    """`create_model` from a config; `module` is a network of the caller's own."""
+    """`create_model` from a config; `module` is a network of the caller's own, or a `PyramidModel`, which is copied."""
+    if isinstance(module, PyramidModel):
+        return _copied(module, config)
     weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
     if weights.pyramid is None:
@@ -119,7 +138,25 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
     neck.initialize(config.seed)
     model = PyramidModel(backbone, neck, ordered_levels(levels), weights)
     _fill(model, weights)
+    model.note_parameters()
     return model.eval()
+
+
+def _copied(model: PyramidModel, config: ModelConfig) -> PyramidModel:
+    """A copy of a caller's model, in eval mode on the CPU, whose `weights` describe the parameters that it has now.
+
+    Raises:
+        FpnxError: `config` sets an option of models.
+    """
+    defaults = ModelConfig()
+    for name in (field.name for field in fields(ModelConfig)):
+        if name != "offline" and getattr(config, name) != getattr(defaults, name):
+            option = name.replace("_", " ")
+            raise FpnxError(f"{option} beside a model, which has its own: leave {option} out, or make another model")
+    copied = copy.deepcopy(model).cpu().eval()
+    copied.weights = copied.current_weights()
+    copied.note_parameters()
+    return copied
 
 
 def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
@@ -177,15 +214,35 @@ def _adjust(body: nn.Module, weights: Weights) -> None:
             module.stride = (2, 2) if name.endswith("1") else (1, 1)
 
 
-def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
+def save_weights(
+    model: PyramidModel, path: str | os.PathLike[str], *, trained: str | Iterable[str] | None = None
+) -> None:
     """Write the model's parameters and their description to `.safetensors`, `.pt` or `.pth`.
 
     `--weights FILE` and `create_model(weights=FILE)` read it back. Backbone, pyramid, levels, recipe and which parts
     are trained come from the file.
 
+    Args:
+        model: as `create_model` made it; its parameters may have been changed since.
+        path: the file, which is replaced.
+        trained: the parts that you have trained: `"body"`, `"fpn"` or both. Without it, a part whose parameters have
+            changed since the model was made is stored as one of which that is not known.
+
     Raises:
-        FpnxError: where the file cannot be written.
+        FpnxError: where the file cannot be written, or could not be read back: the backbone is a module of the
+            caller's own, which no name stands for.
     """
+    chosen = {trained} if isinstance(trained, str) else set(trained or ())
+    for name in sorted(map(str, chosen)):
+        if name not in PARTS:
+            raise FpnxError(f"trained {escape(name)}: take {' or '.join(PARTS)}{did_you_mean(name, PARTS)}")
+    if model.weights.name == AS_GIVEN:
+        raise FpnxError(
+            f"{escape(path)} could not be read back: the backbone {model.backbone} is a module of yours, which no name "
+            "stands for: save its state_dict() with torch.save, and the pyramid's, model.fpn.state_dict()"
+        )
+    weights = model.current_weights()
+    parts = {name: ModelPart(True, AS_GIVEN) if name in chosen else getattr(weights, name) for name in PARTS}
     about = {
         "backbone": model.backbone,
         **model.fpn.identity(),
@@ -194,10 +251,7 @@ def save_weights(model: PyramidModel, path: str | os.PathLike[str]) -> None:
         "stride_in_1x1": model.weights.stride_in_1x1,
         "levels": list(model.levels),
         "recipe": model.recipe.to_json(),
-        "parts": {
-            name: [part.trained, part.source]
-            for name, part in (("body", model.weights.body), ("fpn", model.weights.fpn))
-        },
+        "parts": {name: [part.trained, part.source] for name, part in parts.items()},
     }
     write_checkpoint(path, model.state_dict(), about)
 

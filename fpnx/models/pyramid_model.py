@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, overload
 
-from PIL import Image
+import torch
 from torch import Tensor, fx, nn
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_number
-from fpnx.core.provenance import ModelPart
-from fpnx.images.decoding import to_rgb
+from fpnx.core.provenance import AS_GIVEN, ModelPart
 from fpnx.models.backbones.factory import (
     Backbone,
     one_size,
     tap_shapes,
 )
 from fpnx.models.necks.base import SEED_SCHEME, Neck, neck_shapes
-from fpnx.models.weights.resolve import Weights
+from fpnx.models.pictures import ImageLike, to_picture
+from fpnx.models.weights.resolve import Weights, parameters_hash
 
 __all__ = ["PyramidModel"]
+
+BATCH_SIZE = 8  # images of one size that `PyramidModel.features` computes at once
 
 
 class PyramidModel(nn.Module):
@@ -33,7 +37,8 @@ class PyramidModel(nn.Module):
         fpn: the neck, of any kind.
         levels: names of what forward gives, fine to coarse.
         recipe: what is done to an image before it comes here; `str(model.recipe)` says it in words.
-        weights: where the parameters come from (`weights.body` and `weights.fpn` say what is trained).
+        weights: where the parameters come from (`weights.body` and `weights.fpn` say what is trained), as it was when
+            the model was made; see `current_weights`.
         size: the only (height, width) that the backbone takes, where it is built for one; else None.
     """
 
@@ -50,6 +55,7 @@ class PyramidModel(nn.Module):
         self.weights = weights
         self.recipe = weights.recipe
         self._known_shapes: dict[tuple[int, int], dict[str, tuple[int, int, int]]] = {}
+        self._sums: dict[str, int] = {}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         taps = self.taps(images)
@@ -65,9 +71,78 @@ class PyramidModel(nn.Module):
             return taps
         return fx.Interpreter(self.body, graph=_up_to(self.body.graph, deepest)).run(images)
 
-    def transform(self, picture: Image.Image) -> Tensor:
-        """What the recipe does to one picture (any mode, upright) → (3, H, W) float32, normalised."""
-        return self.recipe(to_rgb(picture))
+    @overload
+    def transform(self, images: ImageLike) -> Tensor: ...
+    @overload
+    def transform(self, images: Sequence[ImageLike]) -> list[Tensor]: ...
+    def transform(self, images: ImageLike | Sequence[ImageLike]) -> Tensor | list[Tensor]:
+        """What the recipe makes of an image, or of each image of a list or tuple: (3, H, W) float32 on the CPU.
+
+        Args:
+            images: one or several, each a path, a Pillow image of any mode, a uint8 array (H, W, 3) or a uint8 tensor
+                (3, H, W); arrays and tensors are RGB, 0..255. Paths and Pillow images are turned upright by their EXIF
+                orientation.
+
+        Raises:
+            ImageError: an image that cannot be read.
+            FpnxError: anything else than an image.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self.recipe(to_picture(image)) for image in images]
+        return self.recipe(to_picture(images))
+
+    @overload
+    def features(self, images: ImageLike) -> dict[str, Tensor]: ...
+    @overload
+    def features(self, images: Sequence[ImageLike]) -> list[dict[str, Tensor]]: ...
+    def features(self, images: ImageLike | Sequence[ImageLike]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """The levels of an image, `{"P2": (C, H/4, W/4), ...}`, or a list of them for a list or tuple of images.
+
+        As `fpnx.extract` stores them, padding included, to 1e-5 of each level's largest value. Computed on the model's
+        device in its dtype, without gradients, in batches of images of one size.
+
+        Args:
+            images: as for `transform`.
+
+        Raises:
+            ImageError: an image that cannot be read.
+            FpnxError: anything else than an image; a size that the backbone cannot take; a model in training mode,
+                where batch norms would use the batch's statistics.
+        """
+        if self.training:
+            raise FpnxError("the model is in training mode: call model.eval() first")
+        if not isinstance(images, (list, tuple)):
+            return self.features([images])[0]
+        parameter = next(self.parameters())
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        inputs = self.transform(images)
+        for i, image in enumerate(inputs):
+            self.shapes((image.shape[1], image.shape[2]))
+            by_size.setdefault(tuple(image.shape), []).append(i)
+        features: list[dict[str, Tensor]] = [{} for _ in inputs]
+        for same in by_size.values():
+            for start in range(0, len(same), BATCH_SIZE):
+                part = same[start : start + BATCH_SIZE]
+                with torch.no_grad():
+                    levels = self(torch.stack([inputs[i] for i in part]).to(parameter))
+                for row, i in enumerate(part):
+                    features[i] = {name: level[row].clone() for name, level in levels.items()}
+        return features
+
+    def note_parameters(self) -> None:
+        """Take the parameters to be those of `weights`; `current_weights` tells when they were changed afterwards."""
+        self._sums = self._checksums()
+
+    def current_weights(self) -> Weights:
+        """`weights`, with the source of each part whose parameters were changed as "as given".
+
+        `sha256` is then that of all parameters and buffers.
+        """
+        changed = {name for name, value in self._checksums().items() if self._sums.get(name) != value}
+        if not changed:
+            return self.weights
+        parts: dict[str, Any] = {name: ModelPart(None, AS_GIVEN) for name in changed}
+        return replace(self.weights, **parts, sha256=parameters_hash(self))
 
     def shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         """(channels, height, width) of every level for an input of `size` (height, width), without computing it.
@@ -103,6 +178,13 @@ class PyramidModel(nn.Module):
             **self.fpn.identity(),
             "norm_eps": self.weights.norm_eps,
             "stride_in_1x1": self.weights.stride_in_1x1,
+        }
+
+    def _checksums(self) -> dict[str, int]:
+        """The sum of all parameters and buffers of `body` and `fpn`, their bytes read as integers."""
+        return {
+            name: sum(_as_integers(value).sum(dtype=torch.int64).item() for value in part.state_dict().values())
+            for name, part in (("body", self.body), ("fpn", self.fpn))
         }
 
     def _parts(self) -> list[ModelPart]:
@@ -147,6 +229,12 @@ class PyramidModel(nn.Module):
         levels = neck_shapes(self.fpn, taps, self.levels)
         shapes = self._known_shapes[size] = {name: (taps | levels)[name] for name in self.levels}
         return shapes
+
+
+def _as_integers(value: Tensor) -> Tensor:
+    """The bytes of a tensor as integers of its item size."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return value.detach().contiguous().view(kinds[value.element_size()])
 
 
 def _up_to(graph: fx.Graph, tap: str) -> fx.Graph:

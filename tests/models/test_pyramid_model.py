@@ -7,15 +7,19 @@ import pickle
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.transforms import functional
 
 import fpnx
 from fpnx.core.errors import FpnxError
+from tests.helpers.files import noise_image
 
 # The stages of the three classic backbones, by torchvision's names, stated here once more on purpose.
 NODES = {
@@ -130,9 +134,6 @@ def test_copies_give_the_same_numbers(way: object) -> None:
 
 
 def test_transform_is_the_recipe(samples: Path) -> None:
-    from PIL import Image
-    from torchvision.transforms import functional
-
     model = fpnx.create_model("resnet50", weights="random")
     with Image.open(samples / "coffee.jpg") as picture:
         ours = model.transform(picture)
@@ -141,6 +142,82 @@ def test_transform_is_the_recipe(samples: Path) -> None:
     assert ours.shape == (3, 224, 224)
     assert torch.equal(ours, expected)
     assert "224×224" in str(model.recipe)
+
+
+def test_transform_takes_every_form_of_an_image(tmp_path: Path) -> None:
+    model = fpnx.create_model("mobilenet_v2", weights="random", size="native")
+    upright = noise_image(0, (48, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored picture is to be turned by 90 degrees clockwise
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "turned.png", exif=exif)
+    array = np.array(upright)
+    expected = functional.normalize(functional.to_tensor(upright), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with Image.open(tmp_path / "turned.png") as turned:
+        forms = [str(tmp_path / "turned.png"), tmp_path / "turned.png", turned, upright, array]
+        forms += [torch.from_numpy(array).permute(2, 0, 1), array[:, ::-1][:, ::-1]]
+        many = model.transform(forms)
+        assert [torch.equal(one, expected) for one in many] == [True] * len(forms)
+        assert all(torch.equal(model.transform(form), expected) for form in forms)
+    assert model.transform([]) == []
+
+
+@pytest.mark.parametrize("size", [64, "native"])
+def test_features_are_those_of_extract(photos: Path, tmp_path: Path, size: int | str) -> None:
+    model = fpnx.create_model("mobilenet_v2", weights="random", levels="C3,P3-P6", size=size)
+    fpnx.extract(photos, tmp_path / "out.h5", backbone=model, size=size)
+    with fpnx.open(tmp_path / "out.h5") as store:
+        for item, features in zip(store, model.features([photos / path for path in store.paths]), strict=True):
+            assert list(features) == list(store.levels)
+            for level, values in features.items():
+                assert values.shape == item[level].shape
+                assert not values.requires_grad
+                assert np.abs(values.numpy() - item[level]).max() <= 1e-5 * np.abs(item[level]).max()
+            alone = model.features(photos / item.path)
+            assert all(
+                (alone[name] - values).abs().max() <= 1e-5 * values.abs().max() for name, values in features.items()
+            )
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (None, "an object of type NoneType is not an image: take a path"),
+        (7, "an object of type int"),
+        (np.zeros((8, 8, 3)), r"an array \(8, 8, 3\) of float64"),
+        (np.zeros((8, 8), np.uint8), r"an array \(8, 8\) of uint8"),
+        (np.zeros((0, 8, 3), np.uint8), r"an array \(0, 8, 3\)"),
+        (torch.zeros(3, 8, 8), r"a tensor \(3, 8, 8\) of float32"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"a tensor \(1, 3, 8, 8\)"),
+        ("absent.jpg", "absent.jpg: No such file"),
+        (".", "not a regular file"),
+        (b"bytes", "an object of type bytes"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: object, told: str) -> None:
+    model = fpnx.create_model("mobilenet_v2", weights="random", levels="P5")
+    for call in (model.transform, model.features):
+        with pytest.raises(FpnxError, match=told):
+            call(image)
+        with pytest.raises(FpnxError, match=told):
+            call([image])
+
+
+def test_features_are_refused_in_training_mode_and_at_sizes_that_do_not_fit(photos: Path) -> None:
+    model = fpnx.create_model("vgg16", weights="random", levels="P5", size="native")
+    with pytest.raises(FpnxError, match="smallest square it takes is 32"):
+        model.features(noise_image(0, (20, 20)))
+    with pytest.raises(FpnxError, match=r"call model.eval\(\)"):
+        model.train().features(photos / "a.jpg")
+
+
+def test_a_truncated_picture_names_its_path(photos: Path) -> None:
+    (photos / "a.jpg").write_bytes((photos / "a.jpg").read_bytes()[:-300])
+    model = fpnx.create_model("mobilenet_v2", weights="random", levels="P5")
+    with pytest.raises(fpnx.ImageError, match=r"a\.jpg: "):
+        model.transform(photos / "a.jpg")
+    with Image.open(photos / "a.jpg") as picture, pytest.raises(fpnx.ImageError):
+        model.transform(picture)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +252,7 @@ def test_saved_weights_come_back(tmp_path: Path, suffix: str, levels: str) -> No
     fpnx.save_weights(model, tmp_path / f"mine{suffix}")
     again = fpnx.create_model(weights=str(tmp_path / f"mine{suffix}"))
     assert (again.backbone, again.levels, again.fpn.channels) == ("mobilenet_v2", model.levels, 8)
-    assert (again.recipe, again.weights.body, again.weights.fpn) == (
-        model.recipe,
-        model.weights.body,
-        model.weights.fpn,
-    )
+    assert (again.recipe, str(again.weights.body), again.weights.fpn) == (model.recipe, "as given", model.weights.fpn)
     states = model.state_dict(), again.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -194,7 +267,7 @@ def test_saved_weights_come_back(tmp_path: Path, suffix: str, levels: str) -> No
 
 @pytest.mark.parametrize(
     ("backbone", "told"),
-    [(3, "backbone 3: take text"), (torch.nn.Conv2d, "backbone Conv2d is a class: give an instance of it")],
+    [(3, "backbone 3: take a name or an nn.Module"), (torch.nn.Conv2d, "backbone Conv2d is a class: give an instance of it")],
     ids=["number", "class"],
 )
 def test_what_is_no_backbone_is_told(backbone, told):

@@ -41,7 +41,7 @@ from fpnx.models.weights.torchvision import (
     norm_eps_of,
 )
 
-__all__ = ["CheckpointNeck", "Weights", "weights_from_module", "resolve_weights"]
+__all__ = ["CheckpointNeck", "Weights", "parameters_hash", "resolve_weights", "weights_from_module"]
 
 DEFAULT_BACKBONE = "resnet50"
 # Detectors whose levels are not one per stride: by the laterals' inputs, where the body is tapped, and the strides.
@@ -163,10 +163,6 @@ def weights_from_module(module: nn.Module, name: str, config: ModelConfig) -> We
     if not isinstance(recipe, Recipe):
         is_complete = isinstance(timm_config, dict) and {"input_size", "mean", "std"} <= set(timm_config)
         recipe = timm_recipe(timm_config) if is_complete else Recipe(height=224, width=224)
-    digest = hashlib.sha256()
-    for key, value in module.state_dict().items():
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return Weights(
         name=AS_GIVEN,
         backbone=name,
@@ -174,8 +170,17 @@ def weights_from_module(module: nn.Module, name: str, config: ModelConfig) -> We
         body=ModelPart(None, AS_GIVEN),
         fpn=ModelPart.drawn(config.seed),
         state={},
-        sha256=digest.hexdigest(),
+        sha256=parameters_hash(module),
     )
+
+
+def parameters_hash(module: nn.Module) -> str:
+    """sha256 (hex) of all parameters and buffers of a module, with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _resolve_alias(choice: str, backbone: str) -> str:
