@@ -180,11 +180,12 @@ class Store:
     """
 
     shards: Sequence[Store] = ()
+    _full_path: Any  # for reopening: absolute, or a URL; those of all shards for a set
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._file, self._closed = open_hdf5(self.path), False
-        self._full_path = os.path.abspath(self.path) if os.path.exists(self.path) else self.path  # for reopening
+        self._full_path = os.path.abspath(self.path) if os.path.exists(self.path) else self.path
         try:
             self._read_header()
         except FpnxError:

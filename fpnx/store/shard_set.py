@@ -21,7 +21,7 @@ from fpnx.core.validation import format_size
 from fpnx.remote.glob import match_urls
 from fpnx.remote.urls import is_url
 from fpnx.store.hdf5 import read_rows
-from fpnx.store.reader import PENDING, Store, _reopened, different_fields, open_store_file
+from fpnx.store.reader import PENDING, Store, different_fields, open_store_file
 
 try:
     import resource
@@ -55,6 +55,7 @@ class ShardSet(Store):
         self._index: dict[str, int] | None = None
         self._closed = False
         self.shards = self._open_shards(paths)
+        self._full_path = [shard._full_path for shard in self.shards]
         first = self.shards[0]
         assert first.shard_slice is not None
         self.path = name or SHARD_NAME.sub(f".shard-*-of-{len(self.shards):05}", first.path)
@@ -192,10 +193,6 @@ class ShardSet(Store):
                     f"where {shape} belongs"
                 )
             read_rows(dataset, pieces)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        _, (kind, _, *facts) = super().__reduce__()
-        return _reopened, (kind, [shard._full_path for shard in self.shards], *facts)
 
 
 class JoinedDataset:
