@@ -441,7 +441,7 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
 def test_a_reader_that_knows_only_the_format_page(files: dict[str, Path]) -> None:
     """Status, rows, groups, valid cells and counts mean what the page says."""
     for name in ("one", "several", "merged"):
-        with h5py.File(files[name], "r", locking=False) as file, package.open(files[name]) as store:
+        with h5py.File(files[name], "r") as file, package.open(files[name]) as store:
             levels = json.loads(file.attrs["config"])["levels"]
             assert file["stats/nonfinite"].shape == (len(store), len(levels))
             for i, path in enumerate(file["images/path"].asstr(errors="surrogateescape")[:]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import h5py
@@ -27,6 +28,7 @@ __all__ = [
     "file_identity",
     "get_member",
     "open_hdf5",
+    "read_rows",
     "read_strings",
     "read_table",
 ]
@@ -34,20 +36,29 @@ __all__ = [
 MAX_ATTRIBUTE_BYTES = 1 << 24  # of one attribute; those of fpnx have a few kB
 MAX_STRING_BYTES = 1 << 16  # of one string, where their total is unknown; paths have 4096 at most
 
+LOCKING = (None, False, "best-effort", True)  # values of h5py's `locking`; None is its default
+SUPERBLOCK_BYTES = 96  # at the start of each file
+
 Kind = TypeVar("Kind", h5py.Group, h5py.Dataset)
 
 
 def open_hdf5(path: str) -> h5py.File:
     """Open a file, or the object at a URL, for reading; also a file that is being written.
 
+    HDF5 wants the same `locking` of all handles of a file in a process. h5py's default comes first, so that h5py and
+    what is built on it can open the file too. Where HDF5 refuses it, because another handle has another `locking` or
+    because of a lock, the others follow: reading needs no lock, since datasets never move (see `fpnx.store.writer`).
+
     Raises:
-        StoreError: where it is missing, not a regular file, not HDF5, or truncated.
+        StoreError: where it is missing, not a regular file, not HDF5, truncated, or locked.
     """
     if is_url(os.fsencode(path)):
         return _open_remote(path)
     if not os.path.exists(path):
         part = f"{path}.part"
         hint = f"; {escape(part)} is there: continue it with --resume" if os.path.exists(part) else ""
+        if path.endswith(".part") and os.path.exists(path[: -len(".part")]):
+            hint = f"; {escape(path[: -len('.part')])} is there: the run has ended"
         raise StoreError(f"{escape(path)} does not exist{hint}")
     if os.path.isdir(path):
         raise StoreError(f"{escape(path)} is a folder, not a file that fpnx wrote")
@@ -57,19 +68,45 @@ def open_hdf5(path: str) -> h5py.File:
         open(path, "rb").close()
     except OSError as error:  # the message of HDF5 has many lines
         raise StoreError(f"{escape(path)}: {error.strerror}") from error
-    try:
-        # The writer holds a lock; without it, reading is safe because datasets never move (see `fpnx.store.writer`).
-        return h5py.File(path, "r", locking=False)
-    except (OSError, RuntimeError, ValueError) as error:
+    refusal: Exception | None = None
+    for locking in LOCKING:
         try:
-            foreign = not h5py.is_hdf5(path)
-        except ValueError:
-            foreign = False
-        if foreign:
-            raise StoreError(f"{escape(path)} is not an HDF5 file") from error
-        match = re.search(r"\((.*)\)", str(error), re.DOTALL)
-        reason = escape(" ".join((match[1] if match else str(error)).split()))
-        raise StoreError(f"{escape(path)} cannot be read as HDF5, it may be truncated: {reason}") from error
+            return h5py.File(path, "r", locking=locking)
+        except (OSError, RuntimeError, ValueError) as error:
+            refusal = refusal or error  # that of h5py's default
+            if not _is_about_locks(error):
+                break
+    assert refusal is not None
+    raise StoreError(f"{escape(path)} {_why_unreadable(path, refusal)}") from refusal
+
+
+def _is_about_locks(error: Exception) -> bool:
+    return "lock file" in str(error) or "file locking" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """The reason in an error of HDF5, on one line."""
+    match = re.search(r"\((.*)\)", str(error), re.DOTALL)
+    return escape(" ".join((match[1] if match else str(error)).split()))
+
+
+def _why_unreadable(path: str, error: Exception) -> str:
+    """What HDF5 found wrong with a local file."""
+    reason = _reason(error)
+    if _is_about_locks(error):  # even without locks: only this variable can ask for them
+        advice = f"unset HDF5_USE_FILE_LOCKING, which is {escape(os.environ.get('HDF5_USE_FILE_LOCKING', 'unset'))}"
+        if isinstance(error, BlockingIOError):
+            return f"is locked: another program has it open for writing; close it there, or {advice}"
+        return f"cannot be locked, perhaps because its file system has no locks ({reason}): {advice}"
+    try:
+        is_foreign = not h5py.is_hdf5(path)
+    except ValueError:
+        is_foreign = False
+    if is_foreign:
+        return "is not an HDF5 file"
+    if "truncated file" in reason or os.path.getsize(path) < SUPERBLOCK_BYTES:
+        return f"is truncated ({reason}): copy it again, or make it again"
+    return f"cannot be read as HDF5: {reason}"
 
 
 def file_identity(file: h5py.File) -> tuple[int, ...]:
@@ -87,7 +124,11 @@ def _open_remote(path: str) -> h5py.File:
     except RemoteError as error:
         raise StoreError(str(error)) from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise StoreError(f"{escape(path)} cannot be read as HDF5: it is another file, or truncated") from error
+        reason = _reason(error)
+        if "signature not found" in reason:
+            raise StoreError(f"{escape(path)} is not an HDF5 file") from error
+        what = "is truncated" if "truncated file" in reason else "cannot be read as HDF5"
+        raise StoreError(f"{escape(path)} {what} ({reason}): send it again") from error
 
 
 def get_member(parent: h5py.Group, name: str, kind: type[Kind]) -> Kind:
@@ -125,7 +166,8 @@ def read_table(parent: h5py.Group, name: str, dtype: Any, shape: tuple[int, ...]
             f"where {expected} {shape} belongs"
         )
     check_bytes(dataset, dataset.size * actual.itemsize)
-    values: np.ndarray = dataset[...]
+    values = np.empty(shape, actual)
+    read_rows(dataset, [(0, values)])
     return values.astype(expected, copy=False)
 
 
@@ -153,6 +195,38 @@ def read_strings(parent: h5py.Group, name: str) -> list[bytes]:
         lengths = entries.reshape(count, stored // count)[:, :4].copy().view("<u4")
         check_bytes(dataset, int(lengths.sum(dtype=np.int64)))
     return [bytes(value) for value in dataset[:]]
+
+
+def read_rows(dataset: h5py.Dataset, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Read rows of `dataset`: for each (first row, array) fill the array, C-contiguous (n, ...), from that row on.
+
+    Contiguous datasets are read from the file itself. HDF5 may give outdated values of a file that is being written,
+    where anything else in this process has the same dataset open.
+
+    Raises:
+        StoreError: where the file is shorter than it was.
+    """
+    offset, count, dtype = dataset.id.get_offset(), len(dataset), dataset.dtype
+    bytes_per_row = dataset.size // max(1, count) * dtype.itemsize
+    is_plain = offset is not None and dataset.id.get_storage_size() == bytes_per_row * count
+    descriptor = -1
+    if is_plain and hasattr(os, "preadv") and not _is_remote(dataset):
+        descriptor = dataset.file.id.get_vfd_handle()
+    for first, out in pieces:
+        assert 0 <= first <= first + len(out) <= count, f"rows {first} to {first + len(out)} of {count}"
+        if descriptor >= 0 and out.dtype == dtype:
+            _read_exactly(descriptor, offset + first * bytes_per_row, out, dataset)
+        elif out.size:
+            dataset.read_direct(out, np.s_[first : first + len(out)])
+
+
+def _read_exactly(descriptor: int, position: int, out: np.ndarray, dataset: h5py.Dataset) -> None:
+    rest = memoryview(out.reshape(-1).view(np.uint8))
+    while rest:
+        count = os.preadv(descriptor, [rest], position)
+        if not count:
+            raise StoreError(f"{_file(dataset)} is truncated: {dataset.name} goes on beyond its end")
+        rest, position = rest[count:], position + count
 
 
 def attribute_bytes(file: h5py.File, name: str) -> bytes:

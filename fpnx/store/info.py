@@ -53,7 +53,7 @@ def reading_snippet(store: Store) -> str:
     lines = [
         "import h5py",
         "",
-        f"with h5py.File({str(store.path)!r}, {'r'!r}{'' if store.complete else ', locking=False'}) as f:",
+        f"with h5py.File({str(store.path)!r}, {'r'!r}) as f:",
         '    names = f["images/path"].asstr(errors="surrogateescape")[:]',
         '    done = f["images/status"][:] == 1',
     ]

@@ -21,6 +21,7 @@ from fpnx.core.provenance import Provenance
 from fpnx.core.sharding import ShardSlice
 from fpnx.core.text import escape
 from fpnx.core.validation import format_size, parse_size
+from fpnx.store.batch import Indices, checked_out, image_indices, row_runs
 from fpnx.store.hdf5 import (
     attribute_bytes,
     attribute_int,
@@ -29,6 +30,7 @@ from fpnx.store.hdf5 import (
     file_identity,
     get_member,
     open_hdf5,
+    read_rows,
     read_strings,
     read_table,
 )
@@ -52,6 +54,7 @@ FORMAT = "fpnx"
 FORMAT_VERSION = 1
 PENDING, DONE, FAILED = 0, 1, 2  # status of an image
 IMPLIED = {"pyramid": "fpn"}  # values that a config leaves out
+MAX_NAMED = 5  # images that a message names
 ERROR_BYTES = 240  # of a failed image's reason, UTF-8
 
 AnyStore = TypeVar("AnyStore", bound="Store")
@@ -69,9 +72,11 @@ class Box(NamedTuple):
 class Item:
     """One image of a store and its features; a level is read from the file on access.
 
+    A pickle of it holds no features: it opens the store again, see `Store`.
+
     Attributes:
         path: stored path, relative to the store's root (str, undecodable bytes as surrogates).
-        index: row in `/images`.
+        index: of the image in the store, as `store[index]` and `store.read` take it: its position in `store.paths`.
         source_size, input_size: (height, width) of the upright source, and of the network input without padding.
         levels: names of the levels.
     """
@@ -89,7 +94,9 @@ class Item:
         dataset, row = self._dataset(level), int(self._store.rows[self.index])
         if not 0 <= row < len(dataset):
             raise StoreError(f"{escape(self._store.path)} is not a whole fpnx file: image {self.index} has no row")
-        return dataset[row]
+        values = np.empty(dataset.shape[1:], dataset.dtype)
+        self._store.read_rows(dataset, [(row, values[None])])
+        return values
 
     @property
     def store(self) -> Store:
@@ -135,12 +142,11 @@ class Item:
         return first * stride * scale, min(last * stride * scale, float(source))
 
     def _dataset(self, level: str) -> h5py.Dataset:
-        if level not in self.levels:
-            raise FpnxError(f"no level {level!r} in this file: it has {', '.join(self.levels)}")
-        size = self._store.padded_sizes[self.index]
-        if size is None:
-            raise StoreError(f"{escape(self._store.path)} is not a whole fpnx file: image {self.index} has no size")
-        return self._store.dataset(size, level)
+        self._store.check_level(level)
+        return self._store._dataset_of(self._store.padded_sizes[self.index], level)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self._store, self.index, self.path)
 
     def __repr__(self) -> str:
         return f"Item({self.path!r}, {', '.join(self.levels)})"
@@ -150,7 +156,9 @@ class Store:
     """A file of feature pyramids, read lazily; also one that is still being written.
 
     `store["cats/01.jpg"]` and `store[3]` return an `Item`, or raise `NotDoneError`; iteration yields the items that are
-    done; `len(store)` counts all images.
+    done; `len(store)` counts all images. The index of an image is its position in `paths`, whatever its status.
+
+    A pickle of a store holds its path only, and the file is opened again where it is unpickled.
 
     Attributes:
         path: of the file, or its URL.
@@ -172,11 +180,12 @@ class Store:
     """
 
     shards: Sequence[Store] = ()
+    _full_path: Any  # for reopening: absolute, or a URL; those of all shards for a set
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._file, self._closed = open_hdf5(self.path), False
-        self._full_path = os.path.abspath(self.path) if os.path.exists(self.path) else self.path  # for reopening
+        self._full_path = os.path.abspath(self.path) if os.path.exists(self.path) else self.path
         try:
             self._read_header()
         except FpnxError:
@@ -299,7 +308,8 @@ class Store:
 
     def errors(self) -> np.ndarray:
         """(N,) reasons of all images, at most `ERROR_BYTES` bytes each; empty where an image has not failed."""
-        reasons: np.ndarray = self._errors[:]
+        reasons = np.empty(len(self), f"S{ERROR_BYTES}")
+        read_rows(self._errors, [(0, reasons)])
         return reasons
 
     @property
@@ -335,6 +345,12 @@ class Store:
             raise StoreError(f"{escape(self.path)} is not a whole fpnx file: {dataset.name} has another stride")
         self._checked.add((size, level))
         return dataset
+
+    def _dataset_of(self, size: tuple[int, int] | None, level: str) -> h5py.Dataset:
+        """The dataset of images that are done and have this padded size."""
+        if size is None:
+            raise StoreError(f"{escape(self.path)} is not a whole fpnx file: an image that is done has no size")
+        return self.dataset(size, level)
 
     def check(self) -> None:
         """Check all groups and levels now, and not on access.
@@ -379,8 +395,7 @@ class Store:
         else:
             index = self.index(key)
         if self.status[index] != DONE:
-            state = f"failed: {self.error(index)}" if self.status[index] == FAILED else "is not done yet"
-            raise NotDoneError(f"{escape(self.paths[index])} {state}")
+            raise NotDoneError(self._why_not_done(index))
         return Item(self, index)
 
     def __iter__(self) -> Iterator[Item]:
@@ -398,6 +413,81 @@ class Store:
     def __repr__(self) -> str:
         done = int((self.status == DONE).sum())
         return f"Store({self.path!r}, {done} of {len(self)} images, {', '.join(self.levels)})"
+
+    def read(self, level: str, indices: Indices = slice(None), out: np.ndarray | None = None) -> np.ndarray:
+        """Features of one level of many images in one array; faster than one by one.
+
+        Args:
+            level: its name.
+            indices: which images, in any order, also repeatedly: `item.index` of each, as `store[index]` takes it, so
+                negative ones count from the end; or a slice of all images, or a boolean mask (N,) such as
+                `store.status == 1`.
+            out: a C-contiguous array to fill, instead of a new one.
+
+        Returns:
+            (n, C, H, W) in the stored dtype, with padding, in the order of `indices`.
+
+        Raises:
+            FpnxError: for a level that is not in the file, images whose maps differ in size, or an `out` that does not
+                fit.
+            IndexError: for an index or mask that does not fit the number of images.
+            NotDoneError: for images that are pending or failed; it names them.
+        """
+        self.check_level(level)
+        chosen = image_indices(indices, len(self), escape(self.path))
+        self._check_done(chosen)
+        padded = [self.padded_sizes[index] for index in chosen.tolist()]
+        datasets = {size: self._dataset_of(size, level) for size in dict.fromkeys(padded)}
+        shapes = {size: dataset.shape[1:] for size, dataset in datasets.items()}
+        if len(set(shapes.values())) > 1:
+            other = next(size for size in shapes if shapes[size] != shapes[padded[0]])
+            examples = [(self.paths[chosen[padded.index(size)]], shapes[size]) for size in (padded[0], other)]
+            described = ", ".join(f"{escape(path)} has {shape[1]}×{shape[2]} cells" for path, shape in examples)
+            raise FpnxError(
+                f"maps of {level} differ in size ({described}) and do not fit into one array: read images of one size "
+                f"in store.padded_sizes at a time, or each alone, as store[i][{level!r}]"
+            )
+        if not datasets:  # no image: the array has the shape of others, where there are any
+            datasets = {size: self.dataset(size, level) for size in self.sizes[:1]}
+        example = next(iter(datasets.values()), None)
+        shape, dtype = ((0, 0, 0), self.config["dtype"]) if example is None else (example.shape[1:], example.dtype)
+        result = checked_out(out, (len(chosen), *shape), np.dtype(dtype))
+        for size in dict.fromkeys(padded):
+            places = np.array([place for place, other in enumerate(padded) if other == size])
+            rows = self.rows[chosen[places]]
+            if rows.min() < 0 or rows.max() >= len(datasets[size]):
+                raise StoreError(f"{escape(self.path)} is not a whole fpnx file: an image that is done has no row")
+            runs, (repeated, sources) = row_runs(rows, places)
+            self.read_rows(datasets[size], [(row, result[place : place + count]) for row, place, count in runs])
+            result[repeated] = result[sources]
+        return result
+
+    def _check_done(self, indices: np.ndarray) -> None:
+        undone = np.unique(indices[self.status[indices] != DONE]).tolist()
+        if undone:
+            named = "; ".join(self._why_not_done(index) for index in undone[:MAX_NAMED])
+            others = f"; and {len(undone) - MAX_NAMED} more" if len(undone) > MAX_NAMED else ""
+            raise NotDoneError(f"{named}{others}: read those whose store.status is 1")
+
+    def read_rows(self, dataset: Any, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Read rows of a `dataset` of this store; see `fpnx.store.hdf5.read_rows`."""
+        read_rows(dataset, pieces)
+
+    def check_level(self, level: str) -> None:
+        """Raise FpnxError for a level that is not in the file."""
+        if level not in self.levels:
+            raise FpnxError(f"no level {level!r} in {escape(self.path)}: it has {', '.join(self.levels)}")
+
+    def _why_not_done(self, index: int) -> str:
+        """The reason why an image cannot be read, for messages."""
+        if self.status[index] == FAILED:
+            return f"{escape(self.paths[index])} failed: {self.error(index)}"
+        return f"{escape(self.paths[index])} is not done yet"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._closed:
+            raise StoreError(f"{escape(self.path)} has been closed: pickle it inside its with block")
+        return _reopened, (type(self), self._full_path, self.path, self.fingerprint, len(self))
 
     def release(self) -> None:
         """Close the file until the next access; tables that were read stay in memory."""
@@ -435,6 +525,31 @@ def open_store_file(path: str | os.PathLike[str]) -> Store:
         StoreError: where it is missing, truncated, not written by fpnx, or of a future format version.
     """
     return Store(path)
+
+
+def _restored(store: Store, index: int, path: str) -> Item:
+    """A pickled item.
+
+    Raises:
+        StoreError: where the store has another image there by now.
+    """
+    if index >= len(store) or store.paths[index] != path:
+        raise StoreError(f"{escape(store.path)} is another file than when {escape(path)} was read from it")
+    return Item(store, index)
+
+
+def _reopened(kind: type[Store], full_path: Any, path: str, fingerprint: str, count: int) -> Store:
+    """A pickled store, opened again.
+
+    Raises:
+        StoreError: where the file is gone, or another one by now.
+    """
+    store = kind(full_path)
+    store.path = path
+    if (store.fingerprint, len(store)) != (fingerprint, count):
+        store.close()
+        raise StoreError(f"{escape(path)} is another file than when it was opened: open it again")
+    return store
 
 
 def valid_extent(input_size: tuple[int, int], stride: int, shape: tuple[int, ...]) -> tuple[int, int]:

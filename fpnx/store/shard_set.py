@@ -20,6 +20,7 @@ from fpnx.core.text import escape
 from fpnx.core.validation import format_size
 from fpnx.remote.glob import match_urls
 from fpnx.remote.urls import is_url
+from fpnx.store.hdf5 import read_rows
 from fpnx.store.reader import PENDING, Store, different_fields, open_store_file
 
 try:
@@ -54,6 +55,7 @@ class ShardSet(Store):
         self._index: dict[str, int] | None = None
         self._closed = False
         self.shards = self._open_shards(paths)
+        self._full_path = [shard._full_path for shard in self.shards]
         first = self.shards[0]
         assert first.shard_slice is not None
         self.path = name or SHARD_NAME.sub(f".shard-*-of-{len(self.shards):05}", first.path)
@@ -166,8 +168,19 @@ class ShardSet(Store):
             self._recent.popitem(last=False)[1].release()
         return shard
 
-    def read(self, number: int, size: tuple[int, int], level: str, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
-        """Rows of one size and level of shard `number`.
+    def read_rows(self, dataset: Any, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Read rows of a `dataset` of this set; see `fpnx.store.hdf5.read_rows`."""
+        dataset.read_rows(pieces)
+
+    def read_shard(
+        self,
+        number: int,
+        size: tuple[int, int],
+        level: str,
+        shape: tuple[int, ...],
+        pieces: Sequence[tuple[int, np.ndarray]],
+    ) -> None:
+        """Read rows of one size and level of shard `number`; see `fpnx.store.hdf5.read_rows`.
 
         Raises:
             StoreError: where its dataset does not have `shape`.
@@ -179,8 +192,7 @@ class ShardSet(Store):
                     f"{escape(self.shards[number].path)} is not a whole fpnx file: {dataset.name} is {dataset.shape}, "
                     f"where {shape} belongs"
                 )
-            array: np.ndarray = dataset[rows]
-            return array
+            read_rows(dataset, pieces)
 
 
 class JoinedDataset:
@@ -225,15 +237,23 @@ class JoinedDataset:
         start, stop, step = key.indices(len(self))
         if step != 1:
             raise IndexError("rows of a set of shards are read one by one, or in slices without a step")
-        parts = []
-        for number, first, count in self._pieces[max(0, bisect.bisect_right(self._starts, start) - 1) :]:
-            if first >= stop:
-                break
-            rows = slice(max(start - first, 0), min(stop - first, count))
-            parts.append(self._shard_set.read(number, self._size, self._level, rows, (count, *self.shape[1:])))
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])
+        rows = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        self.read_rows([(start, rows)])
+        return rows
+
+    def read_rows(self, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Read rows; see `fpnx.store.hdf5.read_rows`. Every shard is visited once."""
+        by_shard: dict[int, list[tuple[int, np.ndarray]]] = {}
+        for first, out in pieces:
+            position, done = bisect.bisect_right(self._starts, first) - 1, 0
+            while done < len(out):
+                _, start, count = self._pieces[position]
+                end = min(len(out), start + count - first)
+                by_shard.setdefault(position, []).append((first + done - start, out[done:end]))
+                position, done = position + 1, end
+        for position, parts in by_shard.items():
+            number, _, count = self._pieces[position]
+            self._shard_set.read_shard(number, self._size, self._level, (count, *self.shape[1:]), parts)
 
 
 def open_store(path: Paths) -> Store:

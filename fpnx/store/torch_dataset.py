@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,34 +23,37 @@ class PyramidDataset(Dataset[dict[str, Any]]):
     """Stored pyramids for training heads: the images that are done, in the order of the store.
 
     `data[i]` → `{"P3": (C, H, W) tensor in the stored dtype, ..., "path": str, "index": row in the store}` and, where
-    `target` is given, `"target": target(path)`. The file is opened in each worker process on first use.
+    `target` is given, its `"target"`. The file is opened in each worker process on first use. A DataLoader fetches
+    whole batches with `Store.read`; the tensors of a batch then share memory: clone one that you keep alone.
 
     Args:
         path: a file that `fpnx extract` wrote, or a run's shards as a glob or as paths in any order.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None takes all levels in the file.
-        target: function from a stored path to its label.
+        target: the label of each stored path: a dict, or a function. For worker processes that are spawned it must be
+            picklable: a dict, or a function at the top level of a module, not a lambda.
 
     Raises:
-        FpnxError: for a file that cannot be read, or a level that it does not have.
+        FpnxError: for a file that cannot be read, a level that it does not have, or an image without label.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         levels: str | Iterable[str] | None = None,
-        target: Callable[[str], Any] | None = None,
+        target: Callable[[str], Any] | Mapping[str, Any] | None = None,
     ) -> None:
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(shard) for shard in path]
-        if target is not None and not callable(target):
-            raise FpnxError(f"target {target!r}: take a function from a stored path to its label")
+        if not (target is None or isinstance(target, Mapping) or callable(target)):
+            raise FpnxError(f"target {target!r}: take a dict from stored paths to labels, or a function")
         self.target = target
         with open_store(self.path) as store:
             self.levels = store.levels if levels is None else parse_levels(levels)
             for level in self.levels:
-                if level not in store.levels:
-                    raise FpnxError(f"no level {level!r} in {escape(store.path)}: it has {', '.join(store.levels)}")
+                store.check_level(level)
             self.indices: list[int] = np.flatnonzero(store.status == DONE).tolist()
             self.sizes: list[Hashable] = [store.padded_sizes[index] for index in self.indices]
+            if isinstance(target, Mapping):
+                _check_labels(target, [store.paths[index] for index in self.indices])
         self._opened: tuple[int, Store] | None = None
 
     @property
@@ -64,13 +67,36 @@ class PyramidDataset(Dataset[dict[str, Any]]):
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        item = self.store[self._index(i)]
+        return self._sample(item.index, {level: torch.from_numpy(item[level]) for level in self.levels})
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples at `positions`, as `__getitem__` gives each; a DataLoader calls this for a batch."""
+        if type(self).__getitem__ is not PyramidDataset.__getitem__:  # a subclass makes samples of its own
+            return [self[i] for i in positions]
+        indices = [self._index(i) for i in positions]
+        by_size: dict[Hashable, list[int]] = {}
+        for place, index in enumerate(indices):
+            by_size.setdefault(self.store.padded_sizes[index], []).append(place)
+        features: list[dict[str, Any]] = [{} for _ in indices]
+        for level in self.levels:
+            for places in by_size.values():
+                batch = torch.from_numpy(self.store.read(level, [indices[place] for place in places]))
+                for place, tensor in zip(places, batch, strict=True):
+                    features[place][level] = tensor
+        return [self._sample(index, levels) for index, levels in zip(indices, features, strict=True)]
+
+    def _index(self, i: int) -> int:
+        """Index in the store of the image at position `i` of this dataset."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"image {i}: {escape(self.store.path)} holds {len(self)} that are done")
-        item = self.store[self.indices[i]]
-        sample: dict[str, Any] = {level: torch.from_numpy(item[level]) for level in self.levels}
-        sample |= {"path": item.path, "index": item.index}
+        return self.indices[i]
+
+    def _sample(self, index: int, features: dict[str, Any]) -> dict[str, Any]:
+        path = self.store.paths[index]
+        sample = {**features, "path": path, "index": index}
         if self.target is not None:
-            sample["target"] = self.target(item.path)
+            sample["target"] = self.target[path] if isinstance(self.target, Mapping) else self.target(path)
         return sample
 
     def batch_sampler(self, batch_size: int, shuffle: bool = False, seed: int = 0) -> ShapeBatchSampler:
@@ -79,6 +105,18 @@ class PyramidDataset(Dataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
+
+
+def _check_labels(labels: Mapping[str, Any], paths: Sequence[str]) -> None:
+    unlabelled = []
+    for path in paths:
+        try:
+            labels[path]
+        except KeyError:
+            unlabelled.append(path)
+    if unlabelled:
+        others = f" and {len(unlabelled) - 1} others" if unlabelled[1:] else ""
+        raise FpnxError(f"target has no label for {escape(unlabelled[0])}{others}: its keys are stored paths")
 
 
 class ShapeBatchSampler(Sampler[list[int]]):

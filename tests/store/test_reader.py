@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import multiprocessing
+import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,9 @@ import pytest
 import fpnx
 from fpnx.core.config import fingerprint
 from fpnx.core.errors import FpnxError, NotDoneError, StoreError
-from fpnx.store.reader import Box, Store, different_fields, valid_extent
+from fpnx.store.reader import DONE, Box, Store, different_fields, valid_extent
+from fpnx.store.writer import Writer, part_path
+from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 
 OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "channels": 8}
 
@@ -153,8 +159,6 @@ def test_truncated_files(made: Path, keep: float) -> None:
 
 
 def test_names_with_any_bytes_are_kept(photos: Path, tmp_path: Path) -> None:
-    import os
-
     names = [b"bad\xff\xfe.jpg", b"new\nline.jpg", "caf\u00e9.jpg".encode(), b"cafe\xcc\x81.jpg", b"[b]x.jpg"]
     for name in names:
         (photos / os.fsdecode(name)).write_bytes((photos / "a.jpg").read_bytes())
@@ -190,3 +194,161 @@ def test_different_fields() -> None:
         "seed 0 → 1",
         f"weights {'a' * 12}… → {'b' * 12}…",
     ]
+
+
+def filled(output: Path, groups: list[str], failed: tuple[int, ...] = (), pending: tuple[int, ...] = ()) -> Path:
+    """A file in which image i holds i + 1 in P4; a `.part` where images are pending."""
+    layout = layout_of(groups, {i: "no header" for i, group in enumerate(groups) if not group})
+    writer = Writer.create(output, layout, PROVENANCE)
+    for i in range(len(groups)):
+        if i in failed:
+            writer.fail(i, f"no {i}")
+        elif i not in pending and layout.rows[i] >= 0:
+            features = features_of([i], layout.padded_sizes[i] or (0, 0))
+            writer.put([i], features, np.array([[7, 7]]), {level: [0] for level in LEVELS})
+    if not pending:
+        writer.finish()
+        return output
+    writer.commit()
+    writer.close()
+    return part_path(output)
+
+
+def images_of(values: np.ndarray) -> list[int]:
+    """Which images `values` of P4 are of; each has one value in all its cells."""
+    assert all((value == value.flat[0]).all() for value in values)
+    return [int(value.flat[0]) - 1 for value in values]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_reading_many_images(tmp_path: Path, packed: bool) -> None:
+    path = filled(tmp_path / "made.h5", ["64x96"] * 9)
+    if packed:  # as h5repack does, so that rows are no longer at one place in the file
+        with h5py.File(path, "r+") as file:
+            values, attributes = file["P4"][:], dict(file["P4"].attrs)
+            del file["pyramids/64x96/P4"]
+            again = file.create_dataset("pyramids/64x96/P4", data=values, chunks=(2, 2, 4, 6), compression="gzip")
+            again.attrs.update(attributes)
+    with fpnx.open(path) as store:
+        whole = store.read("P4")
+        assert (whole.shape, whole.dtype) == ((9, 2, 4, 6), np.float32)
+        assert images_of(whole) == list(range(9))
+        for indices, expected in (
+            ([0, 5, 7], [0, 5, 7]),
+            ([7, 0, 5], [7, 0, 5]),
+            ([-1, 3, -9], [8, 3, 0]),
+            ([4, 4, 2, 4, 3, 3], [4, 4, 2, 4, 3, 3]),
+            ([5, 4, 3, 0, 1, 2, 8], [5, 4, 3, 0, 1, 2, 8]),
+            (np.array([6, 2], np.uint8), [6, 2]),
+            (range(2, 5), [2, 3, 4]),
+            (slice(2, 5), [2, 3, 4]),
+            (slice(None, None, -2), [8, 6, 4, 2, 0]),
+            (slice(-3, 100), [6, 7, 8]),
+            (np.arange(9) % 4 == 1, [1, 5]),
+            ([True, *[False] * 7, True], [0, 8]),
+            ([], []),
+            (slice(5, 2), []),
+            (np.zeros(9, bool), []),
+        ):
+            read = store.read("P4", indices)
+            assert images_of(read) == expected, indices
+            assert read.shape == (len(expected), 2, 4, 6)
+            out = np.full_like(read, np.nan)
+            assert store.read("P4", indices, out=out) is out
+            assert np.array_equal(out, read)
+
+
+def test_an_index_is_the_position_among_all_images(tmp_path: Path) -> None:
+    path = filled(tmp_path / "made.h5", ["64x64", "", "96x64", "64x64", "96x64", "64x64"], failed=(3,))
+    with fpnx.open(path) as store:
+        done = [item.index for item in store]
+        assert done == [0, 2, 4, 5]
+        for size, expected in (((64, 64), [5, 0]), ((96, 64), [4, 2])):
+            indices = [index for index in reversed(done) if store.padded_sizes[index] == size]
+            assert images_of(store.read("P4", indices)) == indices == expected
+
+
+def test_images_that_cannot_be_read_together(tmp_path: Path) -> None:
+    with fpnx.open(filled(tmp_path / "a.h5", ["64x64", "96x64"])) as store:
+        with pytest.raises(FpnxError, match=r"differ in size \(1\.png has 6×4 cells, 0\.png has 4×4 cells\).*padded_s"):
+            store.read("P4", [1, 0])
+        assert store.read("P5", []).shape[0] == 0
+    part = filled(tmp_path / "b.h5", ["64x64"] * 9, failed=(2,), pending=(1, 4, 5, 6, 7))
+    with fpnx.open(part) as store:
+        assert images_of(store.read("P4", store.status == DONE)) == [0, 3, 8]
+        with pytest.raises(NotDoneError, match=r"^2\.png failed: no 2; 4\.png is not done yet: read those whose"):
+            store.read("P4", [0, 4, 2, 4])
+        with pytest.raises(NotDoneError, match=r"5\.png is not done yet; 6\.png is not done yet; and 1 more: read"):
+            store.read("P4")
+
+
+def test_invalid_indices_and_arrays_are_refused(tmp_path: Path) -> None:
+    with fpnx.open(filled(tmp_path / "made.h5", ["64x64"] * 3)) as store:
+        for beyond in (3, -4, 2**40):
+            with pytest.raises(IndexError, match=rf"image {beyond}: .*made\.h5 holds 3"):
+                store.read("P4", [0, beyond])
+        with pytest.raises(IndexError, match=r"a mask of 2 values: .*made\.h5 holds 3 images"):
+            store.read("P4", [True, False])
+        for indices in (1, "0.png", ["0.png"], [0.0], [[0]], None):
+            with pytest.raises(TypeError, match="take a slice, a list of indices, or a boolean mask"):
+                store.read("P4", indices)  # type: ignore[arg-type]
+        with pytest.raises(FpnxError, match=r"no level 'P9' in .*: it has P4, P5"):
+            store.read("P9")
+        fixed = np.zeros((3, 2, 4, 4), np.float32)
+        fixed.flags.writeable = False
+        for out, reason in (
+            (np.zeros((2, 2, 4, 4), np.float32), r"out is \(2, 2, 4, 4\) of float32: take an array \(3, 2, 4, 4\)"),
+            (np.zeros((3, 2, 4, 4)), "of float64: take an array .* of float32"),
+            (np.zeros((3, 2, 4, 8), np.float32)[..., ::2], "not C-contiguous"),
+            (fixed, "read-only"),
+            ([0], "out is list: take a NumPy array"),
+        ):
+            with pytest.raises(FpnxError, match=reason):
+                store.read("P4", out=out)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="has been closed"):
+        store.read("P4")
+
+
+def test_pooled_features_of_images_of_different_sizes_are_one_array(photos: Path, tmp_path: Path) -> None:
+    fpnx.extract(photos, tmp_path / "pooled.h5", size="native", levels="P3", pool="2x3", **OPTIONS)
+    with fpnx.open(tmp_path / "pooled.h5") as store:
+        assert len(store.sizes) > 1
+        values = store.read("P3", slice(None, None, -1))
+        assert values.shape == (6, 8, 2, 3)
+        for value, item in zip(values, reversed(list(store)), strict=True):
+            assert np.array_equal(value, item["P3"])
+
+
+def test_pickled_stores_and_items_open_the_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path / "made.h5", ["64x64"] * 3)
+    monkeypatch.chdir(tmp_path)
+    with fpnx.open("made.h5") as store:
+        pickled, closed_item = pickle.dumps((store, store[2])), store[1]
+    monkeypatch.chdir("/")
+    again, item = pickle.loads(pickled)
+    assert (again.path, item.path, item.index, item.store is again) == ("made.h5", "2.png", 2, True)
+    assert images_of(again.read("P4")) == [0, 1, 2]
+    assert images_of(copy.deepcopy(item)["P4"][None]) == [2]
+    again.close()
+    with pytest.raises(StoreError, match=r"made\.h5 has been closed: pickle it inside its with block"):
+        pickle.dumps(closed_item)
+    filled(tmp_path / "other.h5", ["64x64"] * 2)
+    os.replace(tmp_path / "other.h5", tmp_path / "made.h5")
+    with pytest.raises(StoreError, match=r"made\.h5 is another file than when it was opened"):
+        pickle.loads(pickled)
+    (tmp_path / "made.h5").unlink()
+    with pytest.raises(StoreError, match=r"made\.h5 does not exist"):
+        pickle.loads(pickled)
+
+
+def test_items_in_spawned_processes(tmp_path: Path) -> None:
+    with (
+        fpnx.open(filled(tmp_path / "made.h5", ["64x64"] * 3)) as store,
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+    ):
+        assert pool.map(mean_of_p4, list(store)) == [1, 2, 3]
+        assert pool.apply(len, (store,)) == 3
+
+
+def mean_of_p4(item: fpnx.Item) -> float:
+    return float(item["P4"].mean())

@@ -647,3 +647,30 @@ def test_more_shards_than_open_files(tmp_path: Path, count: int, files: int) -> 
     assert done.stdout.split() == [str(count), str(len(layout.images)), str(len(layout.images))]
     assert_same_tables(tmp_path / "out.h5", tmp_path / "whole.h5")
     assert verify(tmp_path / "out.h5").problems == ()
+
+
+def test_reading_many_images_of_a_set(made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from the file of a run without shards, also with one file open at a time."""
+    monkeypatch.setattr("fpnx.store.shard_set.MAX_OPEN", 1)
+    with fpnx.open(made) as store, fpnx.open(made[0].parent / "whole.h5") as whole:
+        for size in store.sizes:
+            indices = [item.index for item in store if store.padded_sizes[item.index] == size]
+            for chosen in (indices, indices[::-1], [*indices, *indices[:1], *indices]):
+                for level in LEVELS:
+                    assert np.array_equal(store.read(level, chosen), whole.read(level, chosen))
+                    assert np.array_equal(store.read(level, chosen), np.stack([store[i][level] for i in chosen]))
+        with pytest.raises(NotDoneError, match=r"4\.png failed: no 4"):
+            store.read("P4", [0, 4])
+
+
+def test_a_pickled_set_opens_its_files_again(made: list[Path]) -> None:
+    with fpnx.open(made) as store:
+        pickled = pickle.dumps((store, store[0]))
+        expected = store[0]["P4"]
+    again, item = pickle.loads(pickled)
+    assert (type(again), again.paths, again.path) == (ShardSet, store.paths, store.path)
+    assert np.array_equal(item["P4"], expected)
+    again.close()
+    made[1].unlink()
+    with pytest.raises(StoreError, match="does not exist"):
+        pickle.loads(pickled)
