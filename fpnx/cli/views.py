@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fpnx.core.plan_summary import LevelShape, PlanSummary
 from fpnx.core.provenance import WeightsInfo, describe_pyramid
-from fpnx.core.text import escape, format_bytes, plural
+from fpnx.core.text import escape, format_bytes, other_files, plural
 
 if TYPE_CHECKING:
     from fpnx.commands.merge import Merged
@@ -148,7 +148,7 @@ def show_verification(result: Verification) -> None:
 def show_plan(plan: PlanSummary) -> None:
     """Print what a run is going to do: images, model, device, output, and the shapes of the levels."""
     console, config, weights = _stdout(), plan.config, plan.weights
-    skipped = f", {plural(plan.skipped, 'other file')} passed over" if plan.skipped else ""
+    skipped = f", {other_files(plan.skipped)}" if plan.skipped else ""
     before = f", {plan.done_before} done before" if plan.done_before else ""
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
     engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-__all__ = ["plural", "format_bytes", "did_you_mean", "escape"]
+__all__ = ["plural", "format_bytes", "did_you_mean", "escape", "other_files"]
+
+MAX_KINDS = 5  # of files, that a message names
 
 # Parts of a URL that may be secret: user and password, and the query of a signed URL. Other schemes have no query.
 USER = re.compile(r"(?<=://)(?:[^/?#\s@]*@|[^/?#\s@:]*:(?!\d+/)[^\s@]*@)")
@@ -32,6 +34,16 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 def plural(number: int, what: str) -> str:
     """`"1 image"`, `"2 images"`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def other_files(kinds: Mapping[str, int]) -> str:
+    """How many files are no images, by kind: `"6 other files passed over: 4 .mov, 2 .txt"`, most frequent first."""
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count} {kind}" for kind, count in ordered[:MAX_KINDS]]
+    if rest := sum(count for _, count in ordered[MAX_KINDS:]):
+        parts.append(f"{rest} more")
+    total = f"{plural(sum(kinds.values()), 'other file')} passed over"
+    return f"{total}: {', '.join(parts)}" if parts else total
 
 
 def format_bytes(count: float) -> str:

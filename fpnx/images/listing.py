@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.image_list import ImageList, list_fingerprint
 from fpnx.core.sharding import Shard, ShardSlice
-from fpnx.core.text import escape
-from fpnx.images.discovery import EXTENSIONS, FoundImages, find_file, find_in_folder, find_listed, find_remote
+from fpnx.core.text import escape, other_files
+from fpnx.images.discovery import (
+    EXTENSIONS,
+    OTHER_EXTENSIONS,
+    FoundImages,
+    find_file,
+    find_in_folder,
+    find_listed,
+    find_remote,
+)
 from fpnx.images.manifest import image_path, is_manifest, manifest_lines, read_manifest
 from fpnx.images.reading import ImageSource, open_text
 from fpnx.remote.urls import common_root, is_url, relative_to, resolve_line
@@ -20,6 +28,7 @@ __all__ = ["Listing", "as_paths", "find_images", "list_lines", "refuse_missing"]
 
 # Magic bytes of images and archives that may be given as a list by mistake.
 NOT_A_LIST = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"PK\x03\x04", b"\x89HDF", b"\x1f\x8b")
+MAX_KINDS = 20  # of other files, that are counted each
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Listing:
     Attributes:
         root: the folder, archive or URL that names are relative to.
         sources: the images.
-        skipped: number of other files.
+        skipped: number of other files, by kind: extensions such as `.txt`, and kinds in words.
         shard_slice: for a shard, which slice of which list this is; else None.
         remarks: notes for the user, a line each.
         truncated: archives that end early and may have had more images, a line each.
@@ -37,7 +46,7 @@ class Listing:
 
     root: bytes
     sources: tuple[ImageSource, ...]
-    skipped: int
+    skipped: Mapping[str, int]
     shard_slice: ShardSlice | None = None
     remarks: tuple[str, ...] = ()
     truncated: tuple[str, ...] = ()
@@ -89,11 +98,11 @@ def find_images(
         sources.sort(key=lambda source: source.name)
     _refuse_duplicates(sources)
     del sources[limit if limit is not None else len(sources) :]
-    remarks, truncated = tuple(found.remarks), tuple(found.truncated)
+    skipped, remarks, truncated = _by_kind(found.skipped), tuple(found.remarks), tuple(found.truncated)
     if shard is None:
-        return Listing(root, tuple(sources), found.skipped, None, remarks, truncated)
+        return Listing(root, tuple(sources), skipped, None, remarks, truncated)
     part = ShardSlice.of(shard, len(sources), list_fingerprint(source.record for source in sources))
-    return Listing(root, tuple(sources[part.first : part.slice.stop]), found.skipped, part, remarks, truncated)
+    return Listing(root, tuple(sources[part.first : part.slice.stop]), skipped, part, remarks, truncated)
 
 
 def as_paths(images: Any) -> list[str | os.PathLike[str]]:
@@ -169,8 +178,17 @@ def _root_and_names(found: FoundImages) -> tuple[bytes, list[bytes]]:
     return root, [relative_to(path, root) for path in paths]
 
 
+def _by_kind(skipped: Mapping[str, int]) -> dict[str, int]:
+    """Counts of the most frequent kinds, and of all others together."""
+    kinds = sorted(skipped, key=lambda kind: (-skipped[kind], kind))
+    counts = {kind: skipped[kind] for kind in kinds[:MAX_KINDS]}
+    if rest := sum(skipped[kind] for kind in kinds[MAX_KINDS:]):
+        counts[OTHER_EXTENSIONS] = counts.get(OTHER_EXTENSIONS, 0) + rest
+    return counts
+
+
 def _no_images(images: Sequence[str | os.PathLike[str]], found: FoundImages) -> FpnxError:
-    skipped = f" ({found.skipped} other files)" if found.skipped else ""
+    skipped = f" ({other_files(found.skipped)})" if found.skipped else ""
     where = ", ".join(map(escape, images))
     truncated = f"; {found.truncated[0]}" if found.truncated else ""
     return FpnxError(f"no images in {where}{skipped}: known extensions are {_extensions()}{truncated}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import stat
@@ -31,6 +32,14 @@ from fpnx.remote.backends import ObjectInfo
 __all__ = ["ImageSource", "locate", "member_source", "open_source", "open_text"]
 
 MAX_LIST_BYTES = 1 << 30  # of a list at a URL
+MAX_BOM_BYTES = 4
+BOMS = (  # byte order marks, which editors and shells of Windows write before a text; the longer ones first
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +99,44 @@ def member_source(archive: bytes, info: ObjectInfo, name: bytes, member: Member)
 
 
 def open_text(path: bytes) -> BinaryIO:
-    """A list file, opened for reading; one at a URL is downloaded.
+    """A list file, opened for reading; one at a URL is downloaded. UTF-16 and UTF-32 are read as UTF-8, without BOM.
 
     Raises:
         OSError: where it cannot be opened.
         RemoteError: where it cannot be downloaded.
+        FpnxError: for a text that is not in the encoding that its first bytes name.
     """
     if not urls.is_url(path):
-        return open(path, "rb")
+        return _in_utf8(open(path, "rb"), path)
     url = urls.checked(path)
-    return io.BytesIO(remote.read(url, remote.object_info(url), most=MAX_LIST_BYTES))
+    content = io.BytesIO(remote.read(url, remote.object_info(url), most=MAX_LIST_BYTES))
+    return _in_utf8(io.BufferedReader(content), path)
+
+
+def _in_utf8(file: io.BufferedReader, path: bytes) -> BinaryIO:
+    """The text in `file` as UTF-8, without its byte order mark; bytes of an unknown encoding stay as they are."""
+    start = file.peek(MAX_BOM_BYTES)
+    bom, encoding = next(((bom, name) for bom, name in BOMS if start.startswith(bom)), (b"", _utf16_without_bom(start)))
+    if encoding is None or encoding == "utf-8":
+        file.read(len(bom))
+        return file
+    with file:
+        content = file.read()
+    try:
+        return io.BytesIO(content.decode(encoding).encode())
+    except UnicodeError as error:
+        raise FpnxError(
+            f"list {escape(path)} begins as a text in {encoding.upper()}, but is none ({error}): save it as UTF-8"
+        ) from error
+
+
+def _utf16_without_bom(start: bytes) -> str | None:
+    """The encoding of a text in UTF-16 that has no byte order mark: one byte of most characters is zero, and always the
+    same one. In a list with NUL after each name that would be names of one character."""
+    even, odd = start[::2], start[1::2]
+    if odd.count(0) > len(odd) / 2 and 0 not in even:
+        return "utf-16-le"
+    return "utf-16-be" if even.count(0) > len(even) / 2 and 0 not in odd else None
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def test_a_list_restores_the_images_that_it_was_made_from(photos: Path, tmp_path
 def test_lines_of_a_list(photos: Path, fpnx: Callable[..., Any], tmp_path: Path) -> None:
     (photos / "notes.txt").write_text("passed over")
     code, out, error = fpnx("list", photos)
-    assert (code, error.strip()) == (0, "fpnx: 6 images, 1 other file passed over")
+    assert (code, error.strip()) == (0, "fpnx: 6 images, 1 other file passed over: 1 .txt")
     head, *lines = out.splitlines()
     first = (photos / "a.jpg").stat()
     assert json.loads(lines[0]) == ["a.jpg", first.st_size, first.st_mtime_ns]
@@ -245,6 +245,7 @@ def test_lines_of_a_list(photos: Path, fpnx: Callable[..., Any], tmp_path: Path)
         "sha256": hashlib.sha256(body).hexdigest(),
         "root": str(photos),
         "skipped": 1,
+        "skipped_kinds": {".txt": 1},
     }
     assert fpnx("list", tmp_path / "nothing")[0] == 2
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.images.decoding import decode
 from fpnx.images.listing import find_images
-from tests.helpers.files import image_source, noise_image
-from tests.helpers.process import unprivileged
+from tests.helpers.files import LINK_SHAPES, found_by_find, image_source, linked_folders, noise_image
+from tests.helpers.process import document, unprivileged
 
 LIMIT = 10**8
 
@@ -31,7 +33,7 @@ def test_a_folder_is_listed_in_byte_order(photos: Path) -> None:
         b"a.jpg", b"b.JPG", b"below/a.jpg", b"below/e.jpeg", b"c.png", b"d.webp",
     ]  # fmt: skip
     assert listing.root == os.fsencode(photos)
-    assert listing.skipped == 1
+    assert listing.skipped == {".txt": 1}
     assert listing.sources[0].bytes == (photos / "a.jpg").stat().st_size
     assert listing.sources[0].mtime_ns == (photos / "a.jpg").stat().st_mtime_ns
 
@@ -76,28 +78,81 @@ def test_names_of_any_bytes(photos: Path) -> None:
     assert listed == sorted(listed)
 
 
-def test_loops_of_links_end_and_real_folders_come_first(photos: Path) -> None:
-    (photos / "aaa").symlink_to(photos / "below")
-    (photos / "loop").symlink_to(photos)
+@pytest.mark.parametrize("shape", LINK_SHAPES)
+def test_links_are_followed_as_by_find(tmp_path: Path, shape: str) -> None:
+    sets = linked_folders(tmp_path, shape)
+    assert names(sets) == found_by_find(sets)
+    assert names(tmp_path) == found_by_find(tmp_path)
+
+
+def test_two_links_to_one_folder_and_a_loop_are_named(tmp_path: Path) -> None:
+    sets = linked_folders(tmp_path, "two links to one folder")
+    listing = find_images([sets])
+    assert [source.name for source in listing.sources] == [
+        b"a.png", b"one/a.png", b"one/val/a.png", b"one/val/deep/a.png",
+        b"two/a.png", b"two/val/a.png", b"two/val/deep/a.png",
+    ]  # fmt: skip
+    assert listing.remarks == ()
+    (sets / "one" / "loop").symlink_to("..")
+    assert find_images([sets]).sources == listing.sources
+    assert find_images([sets]).remarks == (
+        f"{sets}: 1 folder not entered, since links lead back to a folder that they are in: {sets}/one/loop",
+    )
+
+
+def test_links_that_give_too_many_paths_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "many"  # 20 folders, each with two links to the next: a million paths to the last
+    for number in range(20):
+        (folder / str(number)).mkdir(parents=True)
+        for link in ("a", "b"):
+            (folder / str(number) / link).symlink_to(f"../{number + 1}")
+    (folder / "20").mkdir()
+    with pytest.raises(FpnxError, match=r"folder .*/many/20 is reached in more than 10000 ways"):
+        find_images([folder / "0"])
+
+
+def test_links_that_cannot_be_followed_are_images_that_fail(photos: Path) -> None:
     (photos / "dangling.jpg").symlink_to(photos / "nothing")
     (photos / "self.jpg").symlink_to(photos / "self.jpg")
     (photos / "folder.jpg").mkdir()
-    (photos / "linked.jpg").symlink_to(photos / "a.jpg")
-    outside = photos.parent / "outside"
-    outside.mkdir()
-    noise_image(0, (8, 8)).save(outside / "o.png")
-    (photos / "out").symlink_to(outside)
     listing = find_images([photos])
-    listed = [s.name for s in listing.sources]
-    assert b"below/a.jpg" in listed
-    assert b"linked.jpg" in listed
-    assert b"out/o.png" in listed
-    assert not any(name.startswith((b"aaa/", b"loop/")) for name in listed)
-    assert listing.skipped == 0
+    assert listing.skipped == {}
     for name in (b"dangling.jpg", b"self.jpg"):
         broken = next(each for each in listing.sources if each.name == name)
         with pytest.raises(ImageError, match=r"^broken link$"):
             decode(broken, LIMIT)
+
+
+def test_other_files_are_counted_by_kind(photos: Path, fpnx: Callable[..., Any]) -> None:
+    others = "1.MOV below/2.mov 3.mov notes.txt Makefile x.jpeg_original_of_2019 v.mp4 r.nef"
+    for name in others.split():
+        (photos / name).write_bytes(b"x")
+    os.mkfifo(photos / "pipe.jpg")
+    kinds = {
+        ".mov": 3, ".mp4": 1, ".nef": 1, ".txt": 1, "not regular files": 1, "with other extensions": 1,
+        "without extension": 1,
+    }  # fmt: skip
+    assert find_images([photos]).skipped == kinds
+    text = "9 other files passed over: 3 .mov, 1 .mp4, 1 .nef, 1 .txt, 1 not regular files, 2 more"
+    code, out, error = fpnx("list", photos)
+    assert (code, error.strip()) == (0, f"fpnx: 6 images, {text}")
+    Path("list.txt").write_text(out)
+    for images in (photos, "@list.txt"):
+        options = ("--backbone", "mobilenet_v2", "--weights", "random", "--size", "64", "--dry-run")
+        code, out, _ = fpnx("extract", images, *options)
+        assert code == 0
+        assert text in " ".join(out.split())
+        code, out, _ = fpnx("extract", images, *options, "--json")
+        assert (document(out)["skipped"], document(out)["skipped_kinds"]) == (9, kinds)
+
+
+def test_many_kinds_of_other_files_are_counted_together(photos: Path) -> None:
+    for number in range(100):
+        (photos / f"scan.{number:03}").write_bytes(b"x")
+    listing = find_images([photos])
+    assert len(listing.skipped) == 21
+    assert sum(listing.skipped.values()) == 100
+    assert listing.skipped["with other extensions"] == 80
 
 
 def test_unreadable_folders_are_named() -> None:
@@ -139,7 +194,7 @@ def test_missing_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing
 def test_no_images_and_duplicates(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("x")
-    with pytest.raises(FpnxError, match=r"no images in .*\(1 other files\)"):
+    with pytest.raises(FpnxError, match=r"no images in .*\(1 other file passed over: 1 \.txt\)"):
         find_images([tmp_path / "empty"])
     with pytest.raises(FpnxError, match="given twice"):
         find_images([photos, photos / "a.jpg"])
