@@ -53,7 +53,7 @@ def show_result(result: Result) -> None:
             f"{plural(result.computed, 'image')} in {result.seconds:.1f} s, {result.images_per_second:.1f} images/s "
             f"(stages overlap)"
         )
-    _show_nonfinite(console, result.nonfinite)
+    _show_nonfinite(console, result.nonfinite, result.too_large)
     if result.too_small:
         levels = ", ".join(result.too_small)
         console.print(f"values of {levels} are too small for float16 (all below 6.1e-05): store --dtype float32")
@@ -115,7 +115,7 @@ def show_info(store: Store) -> None:
     )
     _show_levels(console, level_shapes(store))
     _show_failures(console, store.failures())
-    _show_nonfinite(console, store.nonfinite_by_level())
+    _show_nonfinite(console, store.nonfinite_by_level(), facts["too_large"])
     console.print("\nread them as one:\n" if facts["shards"] else "\nread it with h5py alone:\n")
     console.print(Text(reading_snippet(store)), soft_wrap=True)
 
@@ -249,6 +249,8 @@ def _checkpoint(weights: WeightsInfo) -> list[tuple[str, str]]:
         return []
     settings: dict[str, list[str]] = {}
     for name, (value, decided_by) in weights.settings.items():
+        if value is None:  # such as a norm's epsilon: as the network has it
+            continue
         text = " ".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else str(value)
         settings.setdefault(decided_by, []).append(f"{name.replace('_', ' ')} {text}")
     rows = [("layout", f"{weights.layout}, {weights.heads_ignored} tensors of heads ignored")]
@@ -256,11 +258,14 @@ def _checkpoint(weights: WeightsInfo) -> list[tuple[str, str]]:
     return rows + ([("note", weights.note)] if weights.note else [])
 
 
-def _show_nonfinite(console: Console, counts: Mapping[str, int]) -> None:
-    """Print how many values of each level are NaN or infinite, if there are any."""
+def _show_nonfinite(console: Console, counts: Mapping[str, int], too_large: Sequence[str]) -> None:
+    """Print how many values of each level are NaN or infinite, if there are any, and whether float16 is the reason."""
     nonfinite = [f"{count} in {level}" for level, count in counts.items() if count]
     if nonfinite:
         console.print(f"NaN or infinite values: {', '.join(nonfinite)}")
+    if too_large:
+        levels = ", ".join(too_large)
+        console.print(f"values of {levels} are beyond float16's ±65504 and stored as inf: store --dtype float32")
 
 
 def _stdout() -> Console:

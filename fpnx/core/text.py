@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 __all__ = ["plural", "format_bytes", "did_you_mean", "escape", "other_files"]
 
+SIMILAR = 0.8  # of a name for a misspelt one; at 0.75 `bifpn` is `fpn`, which is another thing
 MAX_KINDS = 5  # of files, that a message names
 
 # Parts of a URL that may be secret: user and password, and the query of a signed URL. Other schemes have no query.
@@ -27,7 +28,7 @@ def escape(name: str | bytes | os.PathLike[str]) -> str:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean resnet50?)"`, or an empty string where no choice is similar."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=SIMILAR)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 

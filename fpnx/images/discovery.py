@@ -84,6 +84,9 @@ def find_file(path: bytes, where: str = "") -> FoundImages:
         source = locate(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if where and not _is_utf8(path):
+            reason += ", and the name is not UTF-8: if the list has another encoding, save it as UTF-8"
+            raise FpnxError(f"{where}{escape(path)}: {reason}") from error
         raise FpnxError(f"{where}{escape(path)}: {reason}; name files, folders or @list.txt") from error
     if is_archive(path):
         return find_in_archive(path)
@@ -267,6 +270,14 @@ def _kind(name: bytes) -> str:
     if not extension:
         return "without extension"
     return escape(extension) if len(extension) <= MAX_EXTENSION else OTHER_EXTENSIONS
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _may_lead_into_archive(url: bytes) -> bool:

@@ -20,6 +20,7 @@ from fpnx.images.discovery import (
     find_listed,
     find_remote,
 )
+from fpnx.images.local_files import existing_path
 from fpnx.images.manifest import image_path, is_manifest, manifest_lines, read_manifest
 from fpnx.images.reading import ImageSource, open_text
 from fpnx.remote.urls import common_root, is_url, relative_to, resolve_line
@@ -129,7 +130,7 @@ def refuse_missing(images: Sequence[str | os.PathLike[str]]) -> None:
     """
     for argument in map(os.fsencode, images):
         name = argument.removeprefix(b"@")
-        if is_url(name) or os.path.lexists(argument) or os.path.lexists(name):
+        if is_url(name) or os.path.lexists(argument) or os.path.lexists(existing_path(name)):
             continue
         if argument.startswith(b"@"):
             _read_list(name)
@@ -154,8 +155,8 @@ def _find(argument: bytes) -> FoundImages:
         return find_listed(_read_list(argument[1:]), f"in {escape(argument[1:])}: ")
     if is_url(argument):
         return find_remote(argument)
-    path = os.path.abspath(argument)
-    return find_in_folder(path) if os.path.isdir(argument) else find_file(path)
+    path = existing_path(os.path.abspath(argument))
+    return find_in_folder(path) if os.path.isdir(path) else find_file(path)
 
 
 def _is_list(argument: bytes) -> bool:

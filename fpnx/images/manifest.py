@@ -23,6 +23,7 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.image_list import ImageRecord, list_fingerprint, record_line
 from fpnx.core.sharding import Shard, ShardSlice
 from fpnx.core.text import escape
+from fpnx.images.local_files import existing_path
 from fpnx.images.reading import open_text
 from fpnx.remote.urls import is_url
 
@@ -51,7 +52,7 @@ def image_path(root: bytes, name: bytes) -> bytes:
 def is_manifest(path: str | bytes) -> bool:
     """Whether `fpnx list` wrote this file. False for pipes: reading would consume their data."""
     try:
-        if not is_url(os.fsencode(path)) and not os.path.isfile(path):
+        if not is_url(os.fsencode(path)) and not os.path.isfile(existing_path(os.fsencode(path))):
             return False
         with open_text(os.fsencode(path)) as file:
             return file.read(len(MAGIC)) == MAGIC

@@ -13,8 +13,9 @@ from typing import BinaryIO
 
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.image_list import ImageRecord
+from fpnx.core.names import same_name
 from fpnx.core.text import escape
-from fpnx.images.local_files import NOT_REGULAR, open_regular
+from fpnx.images.local_files import NOT_REGULAR, existing_path, open_regular
 from fpnx.images.tar_index import Member
 from fpnx.images.tar_members import (
     ArchiveMember,
@@ -71,6 +72,8 @@ class ImageSource:
 def locate(path: bytes) -> ImageSource:
     """The image at a path or URL, or the archive member at a path such as `a.tar/b.jpg`; its name is its path.
 
+    A file or member whose name differs in Unicode normalisation alone is found, with the name that it has.
+
     Raises:
         OSError, ValueError: where there is no such file.
         FpnxError: where a URL or a member cannot be read.
@@ -79,7 +82,11 @@ def locate(path: bytes) -> ImageSource:
         if urls.is_url(path):
             info = remote.object_info(path)
             return ImageSource(urls.without_query(path), path, info.bytes, info.mtime_ns)
-        file_stat = os.stat(path)
+        try:
+            file_stat = os.stat(path)
+        except FileNotFoundError:
+            path = existing_path(path)
+            file_stat = os.stat(path)
         return ImageSource(path, path, file_stat.st_size, file_stat.st_mtime_ns)
     except (OSError, ValueError, remote.RemoteError) as error:
         missing = not isinstance(error, remote.RemoteError) or error.reason.startswith(remote.NOT_FOUND)
@@ -87,6 +94,7 @@ def locate(path: bytes) -> ImageSource:
             raise
         archive, name = split
         info, index = archive_index(archive)
+        name = name if name in index.members else same_name(name, index.members) or name
         if (member := index.members.get(name)) is None:
             raise FpnxError(f"{escape(archive)} has no member {escape(name)}: tar -tf shows what it has") from error
         return member_source(archive, info, name, member)
@@ -107,7 +115,7 @@ def open_text(path: bytes) -> BinaryIO:
         FpnxError: for a text that is not in the encoding that its first bytes name.
     """
     if not urls.is_url(path):
-        return _in_utf8(open(path, "rb"), path)
+        return _in_utf8(open(existing_path(path), "rb"), path)
     url = urls.checked(path)
     content = io.BytesIO(remote.read(url, remote.object_info(url), most=MAX_LIST_BYTES))
     return _in_utf8(io.BufferedReader(content), path)
@@ -126,7 +134,7 @@ def _in_utf8(file: io.BufferedReader, path: bytes) -> BinaryIO:
         return io.BytesIO(content.decode(encoding).encode())
     except UnicodeError as error:
         raise FpnxError(
-            f"list {escape(path)} begins as a text in {encoding.upper()}, but is none ({error}): save it as UTF-8"
+            f"list {escape(path)} begins as a text in {encoding.upper()}, but is none: save it as UTF-8"
         ) from error
 
 
