@@ -27,9 +27,13 @@ def escape(name: str | bytes | os.PathLike[str]) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`" (did you mean resnet50?)"`, or an empty string where no choice is similar."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=SIMILAR)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    """`" (did you mean resnet50?)"`, or an empty string where no choice is similar or longer."""
+    by_case = {choice.lower(): choice for choice in choices}
+    word = word.lower()
+    similar = difflib.get_close_matches(word, by_case, n=1, cutoff=SIMILAR)
+    longer = [choice for choice in by_case if len(word) >= 3 and choice.startswith(word)]
+    found = [*similar, *longer]
+    return f" (did you mean {by_case[found[0]]}?)" if found else ""
 
 
 def plural(number: int, what: str) -> str:
