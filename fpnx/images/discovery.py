@@ -84,9 +84,10 @@ def find_file(path: bytes, where: str = "") -> FoundImages:
         source = locate(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        if where and not _is_utf8(path):
-            reason += ", and the name is not UTF-8: if the list has another encoding, save it as UTF-8"
-            raise FpnxError(f"{where}{escape(path)}: {reason}") from error
+        if where:
+            advice = "" if _is_utf8(path) else ", in UTF-8"
+            advice = f"a list has the path of an image on each line, and nothing else{advice}"
+            raise FpnxError(f"{where}{escape(path)}: {reason}; {advice}") from error
         raise FpnxError(f"{where}{escape(path)}: {reason}; name files, folders or @list.txt") from error
     if is_archive(path):
         return find_in_archive(path)

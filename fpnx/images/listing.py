@@ -224,9 +224,13 @@ def _difference(source: ImageSource) -> str:
 
 
 def _read_list(path: bytes) -> list[bytes]:
+    if not path:
+        raise FpnxError("@ without a name: name the list, such as @list.txt")
     try:
         with open_text(path) as file:
             content = file.read()
+    except IsADirectoryError as error:
+        raise FpnxError(f"list {escape(path)} is a folder: name it without @ for the images in it") from error
     except OSError as error:
         raise FpnxError(f"list {escape(path)}: {error.strerror}") from error
     if content.startswith(NOT_A_LIST):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import stat
@@ -87,6 +88,8 @@ def locate(path: bytes) -> ImageSource:
         except FileNotFoundError:
             path = existing_path(path)
             file_stat = os.stat(path)
+        if stat.S_ISDIR(file_stat.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder, not an image")
         return ImageSource(path, path, file_stat.st_size, file_stat.st_mtime_ns)
     except (OSError, ValueError, remote.RemoteError) as error:
         missing = not isinstance(error, remote.RemoteError) or error.reason.startswith(remote.NOT_FOUND)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +14,8 @@ import pytest
 
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.images.decoding import decode
-from fpnx.images.listing import find_images
-from tests.helpers.files import LINK_SHAPES, found_by_find, image_source, linked_folders, noise_image
+from fpnx.images.listing import find_images, list_lines, refuse_missing
+from tests.helpers.files import LINK_SHAPES, archive, found_by_find, image_source, linked_folders, noise_image
 from tests.helpers.process import document, unprivileged
 
 LIMIT = 10**8
@@ -59,6 +61,73 @@ def test_a_list_keeps_its_order(photos: Path, monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.chdir(photos)
     Path("list.txt").write_bytes(separator.join(["d.webp", "below/e.jpeg", "a.jpg", ""]).encode())
     assert names("@list.txt") == [b"d.webp", b"below/e.jpeg", b"a.jpg"]
+
+
+ENCODINGS = {
+    "utf-8 with BOM": (codecs.BOM_UTF8, "utf-8"),
+    "utf-16": (codecs.BOM_UTF16_LE, "utf-16-le"),
+    "utf-16 big-endian": (codecs.BOM_UTF16_BE, "utf-16-be"),
+    "utf-16 without BOM": (b"", "utf-16-le"),
+    "utf-16 big-endian without BOM": (b"", "utf-16-be"),
+    "utf-32": (codecs.BOM_UTF32_LE, "utf-32-le"),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_lists_in_the_encodings_of_windows(photos: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    bom, codec = ENCODINGS[encoding]
+    monkeypatch.chdir(photos)
+    Path("\u732b").mkdir()
+    noise_image(0, (9, 9)).save("\u732b/caf\u00e9.png")
+    expected = find_images([photos])
+    lines = ["d.webp", "below/e.jpeg", "\u732b/caf\u00e9.png"]
+    Path("list.txt").write_bytes(bom + "".join(f"{line}\r\n" for line in lines).encode(codec))
+    assert [name.decode() for name in names("@list.txt")] == lines
+    Path("made.txt").write_bytes(bom + b"".join(list_lines(expected)).decode().replace("\n", "\r\n").encode(codec))
+    assert find_images(["@made.txt"]) == expected
+    read_end, write_end = os.pipe()  # as from <(...) of a shell
+    os.write(write_end, Path("list.txt").read_bytes())
+    os.close(write_end)
+    assert [name.decode() for name in names(f"@/dev/fd/{read_end}")] == lines
+    os.close(read_end)
+
+
+def test_lists_in_unknown_encodings_are_refused_with_the_reason(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos)
+    Path("list.txt").write_bytes(codecs.BOM_UTF16_LE + b"a")
+    with pytest.raises(FpnxError, match=r"list list\.txt begins as a text in UTF-16, but is none: save it as UTF-8"):
+        find_images(["@list.txt"])
+    Path("list.txt").write_bytes("caf\u00e9.jpg\n".encode("latin-1"))
+    with pytest.raises(FpnxError, match=r"caf\\udce9\.jpg: No such file or directory; .*, in UTF-8$"):
+        find_images(["@list.txt"])
+    Path("list.txt").write_bytes(b"a.jpg\0c.png\0")
+    assert names("@list.txt") == [b"a.jpg", b"c.png"]
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(("given", "stored"), [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)], ids=["NFC", "NFD"])
+def test_a_path_that_differs_in_normalisation_is_found(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, given: str, stored: str
+) -> None:
+    monkeypatch.chdir(photos)
+    Path(stored).mkdir()
+    noise_image(0, (9, 9)).save(f"{stored}/{stored}.png")
+    (photos / "x.tar").write_bytes(archive({f"{stored}.png": Path(f"{stored}/{stored}.png").read_bytes()}))
+    name, path = f"{stored}.png".encode(), os.fsencode(photos / stored / f"{stored}.png")
+    for images in (given, f"{given}/{given}.png", photos / given):
+        listing = find_images([images])
+        assert [(source.name, source.path) for source in listing.sources] == [(name, path)]
+        refuse_missing([images])
+    Path(f"{stored}.txt").write_text(f"{given}/{given}.png\nx.tar/{given}.png\n")
+    listing = find_images([f"@{given}.txt"])
+    assert [source.path for source in listing.sources] == [path, os.fsencode(photos / "x.tar" / f"{stored}.png")]
+    assert [decode(source, LIMIT).size for source in listing.sources] == [(9, 9), (9, 9)]
+    noise_image(1, (8, 8)).save(f"{stored}/{given}.png")  # both are there: each is found by its own name
+    assert names(f"{stored}/{given}.png") == [f"{given}.png".encode()]
+    with pytest.raises(FpnxError, match="No such file"):
+        find_images([f"{given}/caf\u00e8.png"])
 
 
 def test_names_of_any_bytes(photos: Path) -> None:
@@ -175,6 +244,33 @@ def test_an_image_is_refused_as_a_list(tmp_path: Path, monkeypatch: pytest.Monke
     noise_image(0, (40, 40)).save(tmp_path / "a.jpg")
     with pytest.raises(FpnxError, match=r"list a\.jpg is an image or an archive, not a text"):
         find_images(["@a.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            "path,label\na.jpg,1\n",
+            "path,label: No such file or directory",
+        ),
+        ('"a.jpg"\n', '"a.jpg": No such file or directory'),
+        ("a.jpg\nbelow\n", "below: it is a folder, not an image"),
+    ],
+    ids=["table", "quotes", "folder"],
+)
+def test_lists_of_other_things_are_refused(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, content: str, reason: str
+) -> None:
+    monkeypatch.chdir(photos)
+    Path("list.txt").write_text(content)
+    with pytest.raises(
+        FpnxError, match=rf"^in list\.txt: {re.escape(str(photos))}/{re.escape(reason)}, and nothing else$"
+    ):
+        find_images(["@list.txt"])
+    with pytest.raises(FpnxError, match="list below is a folder: name it without @"):
+        find_images(["@below"])
+    with pytest.raises(FpnxError, match="@ without a name"):
+        find_images(["@"])
 
 
 def test_a_fifo_does_not_block(photos: Path) -> None:
