@@ -152,12 +152,15 @@ class _IndexBuilder:
         self.members: dict[bytes, Member] = {}
         self.others: Counter[str] = Counter()
         self._links: dict[bytes, tuple[bytes, Member | None]] = {}
+        self._folder_entries: set[bytes] = set()
         self._replaced, self._loops = 0, 0
 
     def add(self, info: Any) -> None:
-        if info.isdir():
-            return
         name = _normal(_raw(info.name))
+        if info.isdir():
+            if name is not None:
+                self._folder_entries.add(name)
+            return
         if not (info.isreg() or info.issym() or info.islnk()):
             self.others[NOT_REGULAR_FILES] += 1
         elif name is None:
@@ -235,7 +238,7 @@ class _IndexBuilder:
     def _folders(self) -> dict[bytes, set[bytes]]:
         """The names in each folder, of members, links and folders; the archive itself is `b""`."""
         folders: dict[bytes, set[bytes]] = {b"": set()}
-        for path in (*self.members, *self._links):
+        for path in (*self.members, *self._links, *self._folder_entries):
             while path:
                 folder, _, name = path.rpartition(b"/")
                 known = folder in folders
@@ -243,6 +246,8 @@ class _IndexBuilder:
                 if known:
                     break
                 path = folder
+        for path in self._folder_entries:
+            folders.setdefault(path, set())
         return folders
 
     def _real(self, path: bytes, folders: Mapping[bytes, object]) -> bytes | None:

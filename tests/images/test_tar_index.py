@@ -199,6 +199,8 @@ def test_links_to_folders_in_an_archive_end(tmp_path: Path) -> None:
         member("e/back", tarfile.SYMTYPE, "../d"),
         member("root", tarfile.SYMTYPE, "."),
         member("out", tarfile.SYMTYPE, "../d"),
+        member("empty", tarfile.DIRTYPE),
+        member("d/none", tarfile.SYMTYPE, "../empty"),
         contents={"d/a.jpg": jpeg(1)},
     )
     listing = find_images([path])
