@@ -292,8 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _exit_code(command_line: list[str], wants_json: bool) -> int:
     try:
-        if any(not argument or re.fullmatch(r"--[a-z0-9-]+=", argument) for argument in command_line):
-            raise FpnxError("an argument is empty: leave it out, or put a name or a value there")
+        _refuse_empty(command_line)
         return int(app(command_line, prog_name="fpnx", standalone_mode=False) or 0)
     except FpnxError as error:
         return _show_error(str(error), wants_json, 2)
@@ -310,6 +309,19 @@ def _exit_code(command_line: list[str], wants_json: bool) -> int:
         what = escape(f"{type(error).__name__}: {error}")
         hint = "internal error of fpnx; FPNX_TRACEBACK=1 shows where, please report it"
         return _show_error(f"{what} ({hint})", wants_json, INTERNAL_ERROR)
+
+
+def _refuse_empty(command_line: Sequence[str]) -> None:
+    """Refuse an empty argument, as `"$NAME"` gives without the variable, and say which it is."""
+    for position, argument in enumerate(command_line):
+        before = command_line[position - 1] if position else ""
+        if re.fullmatch(r"--[a-z0-9-]+=", argument):
+            raise FpnxError(f"the value of {argument[:-1]} is empty: put one there, or leave the option out")
+        if not argument and re.fullmatch(r"--[a-z0-9-]+|-[a-z]", before):
+            raise FpnxError(f"the value of {before}, or an argument after it, is empty: put one there, or leave it out")
+        if not argument:
+            place = f"after {escape(before)!r}" if before else "before all others"
+            raise FpnxError(f"argument {position + 1}, {place}, is empty: put a name there, or leave it out")
 
 
 def _show_error(text: str, wants_json: bool, code: int) -> int:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fpnx.core.plan_summary import LevelShape, PlanSummary
 from fpnx.core.provenance import WeightsInfo, describe_pyramid
-from fpnx.core.text import escape, format_bytes, plural
+from fpnx.core.text import escape, format_bytes, other_files, plural
 
 if TYPE_CHECKING:
     from fpnx.commands.merge import Merged
@@ -53,7 +53,7 @@ def show_result(result: Result) -> None:
             f"{plural(result.computed, 'image')} in {result.seconds:.1f} s, {result.images_per_second:.1f} images/s "
             f"(stages overlap)"
         )
-    _show_nonfinite(console, result.nonfinite)
+    _show_nonfinite(console, result.nonfinite, result.too_large)
     if result.too_small:
         levels = ", ".join(result.too_small)
         console.print(f"values of {levels} are too small for float16 (all below 6.1e-05): store --dtype float32")
@@ -115,7 +115,7 @@ def show_info(store: Store) -> None:
     )
     _show_levels(console, level_shapes(store))
     _show_failures(console, store.failures())
-    _show_nonfinite(console, store.nonfinite_by_level())
+    _show_nonfinite(console, store.nonfinite_by_level(), facts["too_large"])
     console.print("\nread them as one:\n" if facts["shards"] else "\nread it with h5py alone:\n")
     console.print(Text(reading_snippet(store)), soft_wrap=True)
 
@@ -148,7 +148,7 @@ def show_verification(result: Verification) -> None:
 def show_plan(plan: PlanSummary) -> None:
     """Print what a run is going to do: images, model, device, output, and the shapes of the levels."""
     console, config, weights = _stdout(), plan.config, plan.weights
-    skipped = f", {plural(plan.skipped, 'other file')} passed over" if plan.skipped else ""
+    skipped = f", {other_files(plan.skipped)}" if plan.skipped else ""
     before = f", {plan.done_before} done before" if plan.done_before else ""
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
     engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
@@ -249,6 +249,8 @@ def _checkpoint(weights: WeightsInfo) -> list[tuple[str, str]]:
         return []
     settings: dict[str, list[str]] = {}
     for name, (value, decided_by) in weights.settings.items():
+        if value is None:  # such as a norm's epsilon: as the network has it
+            continue
         text = " ".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else str(value)
         settings.setdefault(decided_by, []).append(f"{name.replace('_', ' ')} {text}")
     rows = [("layout", f"{weights.layout}, {weights.heads_ignored} tensors of heads ignored")]
@@ -256,11 +258,14 @@ def _checkpoint(weights: WeightsInfo) -> list[tuple[str, str]]:
     return rows + ([("note", weights.note)] if weights.note else [])
 
 
-def _show_nonfinite(console: Console, counts: Mapping[str, int]) -> None:
-    """Print how many values of each level are NaN or infinite, if there are any."""
+def _show_nonfinite(console: Console, counts: Mapping[str, int], too_large: Sequence[str]) -> None:
+    """Print how many values of each level are NaN or infinite, if there are any, and whether float16 is the reason."""
     nonfinite = [f"{count} in {level}" for level, count in counts.items() if count]
     if nonfinite:
         console.print(f"NaN or infinite values: {', '.join(nonfinite)}")
+    if too_large:
+        levels = ", ".join(too_large)
+        console.print(f"values of {levels} are beyond float16's ±65504 and stored as inf: store --dtype float32")
 
 
 def _stdout() -> Console:

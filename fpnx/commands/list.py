@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fpnx.core.text import plural
+from fpnx.core.text import other_files, plural
 from fpnx.images.listing import find_images, list_lines
 
 __all__ = ["ListResult", "list_images"]
@@ -32,6 +32,6 @@ def list_images(images: Sequence[str | os.PathLike[str]], limit: int | None = No
         FpnxError: a missing input, the same path twice, or no image at all.
     """
     listing = find_images(images, limit)
-    summary = f"{plural(len(listing.sources), 'image')}, {plural(listing.skipped, 'other file')} passed over"
+    summary = f"{plural(len(listing.sources), 'image')}, {other_files(listing.skipped)}"
     messages = (*listing.remarks, *listing.truncated, summary)
     return ListResult(list_lines(listing), messages, 1 if listing.truncated else 0)

@@ -18,6 +18,7 @@ from fpnx.core.config import ExtractConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted, NotDoneError
 from fpnx.core.events import Listener
 from fpnx.core.interrupts import StopRequest, handle_signals
+from fpnx.core.names import normal_form
 from fpnx.core.plan_summary import PlanSummary
 from fpnx.core.text import escape
 from fpnx.images.decoding import pillow_limits
@@ -266,7 +267,9 @@ def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
     full = _full_path(item)
     row = store.index(item.path) if item.path in store else None
     if row is None:
-        row = next((i for i, path in enumerate(store.paths) if os.path.join(store.root, path) == full), None)
+        row = next(
+            (i for i, path in enumerate(store.paths) if normal_form(os.path.join(store.root, path)) == full), None
+        )
     if row is None:
         return None, "this image is not in this file"
     try:
@@ -284,7 +287,7 @@ def _refuse_separate_shards(stores: Sequence[Store]) -> None:
 
 
 def _full_path(item: Item) -> str:
-    return os.path.join(item.store.root, item.path)
+    return normal_form(os.path.join(item.store.root, item.path))
 
 
 def _model_of(store: Store) -> str:

@@ -47,7 +47,8 @@ class PlanSummary:
         config: the options of the run.
         output: the file or folder to write, or its URL.
         scratch: for an output in an object store, the local folder where the file is written first; else None.
-        images, skipped: number of images, and of other files that were skipped.
+        images: number of images.
+        skipped: number of other files that were skipped, by kind: extensions such as `.txt`, and kinds in words.
         shard: for a shard, its slice of the list; else None.
         done_before: number of images that an earlier run finished.
         root: the folder, archive or URL that names are relative to.
@@ -64,7 +65,7 @@ class PlanSummary:
     output: str
     scratch: str | None
     images: int
-    skipped: int
+    skipped: Mapping[str, int]
     shard: ShardSlice | None
     done_before: int
     root: str
@@ -99,7 +100,8 @@ class PlanSummary:
             "output": self.output,
             "scratch": self.scratch,
             "images": self.images,
-            "skipped": self.skipped,
+            "skipped": sum(self.skipped.values()),
+            "skipped_kinds": dict(self.skipped),
             "shard": None if self.shard is None else self.shard.to_json(),
             "done_before": self.done_before,
             "root": self.root,

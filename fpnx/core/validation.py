@@ -112,7 +112,7 @@ def several(what: str, value: Any) -> tuple[Any, ...]:
     values = [item.strip() if isinstance(item, str) else item
              for part in parts for item in (part.split(",") if isinstance(part, str) else [part])]  # fmt: skip
     if "" in values:
-        raise FpnxError(f"{what} {value!r}: a value is missing beside a comma")
+        raise FpnxError(f"{what} {value!r}: a value is empty: put one there, or leave it out")
     duplicate = next((item for item in values if values.count(item) > 1), None)
     if duplicate is not None:
         raise FpnxError(f"{what} {duplicate} is given twice: name each once")

@@ -236,6 +236,7 @@ class _DistributedRun:
             seconds=seconds,
             timings={stage: value / max(computed, 1) for stage, value in milliseconds.items()},
             nonfinite=nonfinite,
+            too_large=tuple(dict.fromkeys(level for each in self.status for level in each.too_large)),
             allowed_failures=0 if self.config.strict else self.config.allowed_failures(self.total),
             strict=self.config.strict,
             stopped=stopped or (None if complete or dry_run else self._why_unfinished()),

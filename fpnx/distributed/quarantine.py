@@ -109,7 +109,7 @@ def _probe(
     """Compute images in a probe process; how it died, or None if it did not die, even if the images failed."""
     with tempfile.TemporaryDirectory(prefix="fpnx-") as folder:
         image_list = Path(folder, "list.txt")
-        image_list.write_bytes(b"".join(manifest_lines(root, [source.record for source in sources], 0)))
+        image_list.write_bytes(b"".join(manifest_lines(root, [source.record for source in sources], {})))
         request = {
             "images": [f"@{image_list}"],
             "output": str(Path(folder, "trial.h5")),

@@ -19,6 +19,7 @@ from fpnx.distributed.attempts import AttemptLog
 from fpnx.distributed.quarantine import Quarantine
 from fpnx.images.listing import Listing
 from fpnx.images.manifest import is_manifest, manifest_lines
+from fpnx.store.info import too_large_levels
 from fpnx.store.reader import DONE, PENDING, open_store_file
 from fpnx.store.writer import check_same_run, part_path
 
@@ -46,12 +47,14 @@ class ShardStatus:
         failed: path and reason of each failed image.
         complete: whether the file has its final name.
         nonfinite: number of NaN and infinite values by level.
+        too_large: levels stored as float16 with values that are too large for it, and became infinite.
     """
 
     done: int = 0
     failed: tuple[tuple[str, str], ...] = ()
     complete: bool = False
     nonfinite: Mapping[str, int] | None = None
+    too_large: tuple[str, ...] = ()
 
     @property
     def finished(self) -> int:
@@ -137,6 +140,7 @@ def _read_status(file: Path, images: ImageList, config: Mapping[str, Any]) -> Sh
             failed=tuple(store.failures()),
             complete=path == file,
             nonfinite=store.nonfinite_by_level(),
+            too_large=too_large_levels(store),
         )
 
 

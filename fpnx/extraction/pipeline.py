@@ -30,6 +30,7 @@ from fpnx.extraction.sink import Sink
 from fpnx.images.decoding import PixelBudget, decode
 from fpnx.inference.devices import arithmetic, slow_precision
 from fpnx.inference.engine import Engine, Features, SplittingEngine
+from fpnx.store.info import exceeds_float16
 from fpnx.store.reader import DONE
 
 __all__ = ["STAGES", "StageTimer", "run_pipeline"]
@@ -362,6 +363,9 @@ class _WriterThread:
                 self._timer.record_commit()
 
 
+TOO_LARGE = "; values beyond ±65504 do not fit into float16: take --dtype float32"
+
+
 def _failures(indices: Sequence[int], features: Features | None, strict: bool) -> dict[int, str]:
     """Why each image of a batch failed, by index; in a strict run also for NaN and infinite values."""
     if features is None:
@@ -374,6 +378,8 @@ def _failures(indices: Sequence[int], features: Features | None, strict: bool) -
         bad = [f"{counts[position]} in {level}" for level, counts in features.nonfinite.items() if counts[position]]
         if bad:
             reasons[index] = f"NaN or infinite values: {', '.join(bad)}"
+            too_large = any(exceeds_float16(values[position]) for values in features.arrays.values())
+            reasons[index] += TOO_LARGE if too_large else ""
     return reasons
 
 

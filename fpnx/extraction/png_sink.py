@@ -17,6 +17,7 @@ from fpnx.extraction.plan import Plan
 from fpnx.extraction.sink import Outcome
 from fpnx.images.decoding import decode
 from fpnx.images.listing import Listing
+from fpnx.store.info import exceeds_float16
 from fpnx.store.reader import DONE, FAILED, PENDING, valid_extent
 from fpnx.visualization.figure import draw, mode_in_words, rendered
 from fpnx.visualization.image_maps import ImageMaps, Photo, describe_model
@@ -41,6 +42,7 @@ class PngSink:
         self._png_paths = _png_paths(plan.output, plan.listing)
         self._errors = dict(plan.layout.errors)
         self._nonfinite = dict.fromkeys(plan.layout.levels, 0)
+        self._too_large: set[str] = set()
         self.status = np.full(len(self._sources), PENDING, np.uint8)
         self.status[list(self._errors)] = FAILED
         if plan.config.resume:
@@ -74,6 +76,8 @@ class PngSink:
             save_png(picture, self._png_paths[maps.path], {**metadata, "Software": f"fpnx {__version__}"})
             for level, counts in nonfinite.items():
                 self._nonfinite[level] += counts[position]
+                if counts[position] and exceeds_float16(arrays[level]):
+                    self._too_large.add(level)
             self.status[index] = DONE
 
     def fail(self, index: int, reason: str) -> None:
@@ -97,6 +101,7 @@ class PngSink:
             done=int((self.status == DONE).sum()),
             failed=tuple((self._name(index), self._errors[index]) for index in failed),
             nonfinite=dict(self._nonfinite),
+            too_large=tuple(level for level in self._layout.levels if level in self._too_large),
         )
 
     def _maps(self, index: int, arrays: Mapping[str, np.ndarray], source_size: tuple[int, int]) -> ImageMaps:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
+from fpnx.core.names import NameIndex
 from fpnx.core.provenance import AS_GIVEN
 from fpnx.core.text import escape
 from fpnx.extraction.plan import fingerprint_fields
@@ -75,21 +76,22 @@ class Recomputation:
     ) -> None:
         self._store, self._module = store, module
         listing = find_images([against] if isinstance(against, (str, os.PathLike)) else list(against))
-        sources = {os.fsdecode(source.name): source for source in listing.sources}
-        missing = [i for i, path in enumerate(store.paths) if path not in sources]
+        index = NameIndex([os.fsdecode(source.name) for source in listing.sources])
+        positions = {row: index.get(path) for row, path in enumerate(store.paths)}
+        sources = {row: listing.sources[position] for row, position in positions.items() if position is not None}
+        missing = [row for row in positions if row not in sources]
         if len(missing) == len(store):
             raise FpnxError(
                 f"none of the images of {escape(store.path)} is in {escape(listing.root)}: name the same folder"
             )
-        present = [i for i, path in enumerate(store.paths) if path in sources]
-        known_sizes = [i for i in present if min(sources[store.paths[i]].bytes, store.bytes[i]) >= 0]
-        changed = [i for i in known_sizes if sources[store.paths[i]].bytes != store.bytes[i]]
+        known_sizes = [row for row, source in sources.items() if min(source.bytes, store.bytes[row]) >= 0]
+        changed = [row for row in known_sizes if sources[row].bytes != store.bytes[row]]
         self._problems = [*describe_first("not among the images any more", store, missing)]
         self._problems += describe_first("its file size is not the stored one", store, changed)
         excluded = {*missing, *changed}
         usable = [item.index for item in store if item.index not in excluded]
-        positions = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
-        self.chosen = [(i, sources[store.paths[i]]) for i in sorted({usable[round(at)] for at in positions})]
+        evenly = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
+        self.chosen = [(row, sources[row]) for row in sorted({usable[round(at)] for at in evenly})]
         try:
             self._config = ExtractConfig(**options)
         except TypeError as error:

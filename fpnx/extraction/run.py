@@ -56,6 +56,7 @@ class Result:
         allowed_failures: number of failed images up to which the run counts as successful.
         strict: whether the first failed image, or one with NaN or infinite values, stops the run.
         too_small: levels stored as float16 whose values, in a sample of images, are all too small for it.
+        too_large: levels stored as float16 with values that are too large for it, and became infinite.
         stopped: why the run ended early; None where it did not.
         complete: whether `output` has its final name.
         dry_run: whether the run was only planned.
@@ -75,6 +76,7 @@ class Result:
     allowed_failures: int
     strict: bool = False
     too_small: tuple[str, ...] = ()
+    too_large: tuple[str, ...] = ()
     stopped: str | None = None
     complete: bool = True
     dry_run: bool = False
@@ -110,6 +112,7 @@ class Result:
             "ms_per_image": dict(self.timings),
             "nonfinite": dict(self.nonfinite),
             "too_small": list(self.too_small),
+            "too_large": list(self.too_large),
             "stopped": self.stopped,
             "exit_code": self.exit_code,
         }
@@ -276,6 +279,7 @@ def _result(
         allowed_failures=0 if plan.config.strict else plan.config.allowed_failures(count),
         strict=plan.config.strict,
         too_small=outcome.too_small,
+        too_large=outcome.too_large,
         stopped=stopped,
         complete=complete,
         dry_run=dry_run,

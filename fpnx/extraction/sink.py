@@ -11,6 +11,7 @@ import numpy as np
 from fpnx.core.events import Listener
 from fpnx.core.provenance import Provenance
 from fpnx.extraction.plan import Plan
+from fpnx.store.info import too_large_levels
 from fpnx.store.reader import DONE, Store, open_store_file
 from fpnx.store.writer import Writer, part_path
 
@@ -29,12 +30,14 @@ class Outcome:
         failed: (path, reason) of each failed image.
         nonfinite: number of NaN and infinite values by level.
         too_small: levels stored as float16 whose values, in a sample of images, are all too small for it.
+        too_large: levels stored as float16 with values that are too large for it, and became infinite.
     """
 
     done: int = 0
     failed: tuple[tuple[str, str], ...] = ()
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     too_small: tuple[str, ...] = ()
+    too_large: tuple[str, ...] = ()
 
 
 class Sink(Protocol):
@@ -102,6 +105,7 @@ def outcome_of(store: Store) -> Outcome:
         failed=tuple(store.failures()),
         nonfinite=store.nonfinite_by_level(),
         too_small=_too_small(store),
+        too_large=too_large_levels(store),
     )
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import escape
+from fpnx.core.text import escape, plural
 from fpnx.images.reading import ImageSource, locate, member_source
-from fpnx.images.tar_index import is_archive, is_compressed
+from fpnx.images.tar_index import NOT_REGULAR_FILES, OUTSIDE, is_archive, is_compressed
 from fpnx.images.tar_members import archive_index
 from fpnx.remote import client as remote
 from fpnx.remote import urls
@@ -20,6 +21,7 @@ from fpnx.remote.glob import match_objects
 
 __all__ = [
     "EXTENSIONS",
+    "OTHER_EXTENSIONS",
     "FoundImages",
     "find_file",
     "find_in_archive",
@@ -32,8 +34,11 @@ __all__ = [
 EXTENSIONS = frozenset(
     b".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
+OTHER_EXTENSIONS = "with other extensions"  # a kind of files that are no images
 UNKNOWN = ObjectInfo(-1, 0)
 ARCHIVE_THREADS = 8  # for reading the indexes of remote archives
+MAX_WAYS = 10_000  # to one folder: links between folders can give more paths than there is memory
+MAX_EXTENSION = 12  # characters; what is longer is rather part of a name
 
 
 @dataclass
@@ -43,14 +48,14 @@ class FoundImages:
     Attributes:
         roots: the folders, archives and URLs that the images are in.
         sources: the images; their names are still their paths.
-        skipped: number of other files.
+        skipped: number of other files of each kind: extensions such as `.txt`, and kinds in words.
         remarks: notes for the user, a line each.
         truncated: archives that end early and may have had more images, a line each.
     """
 
     roots: list[bytes] = field(default_factory=list)
     sources: list[ImageSource] = field(default_factory=list)
-    skipped: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)
 
@@ -79,6 +84,10 @@ def find_file(path: bytes, where: str = "") -> FoundImages:
         source = locate(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if where:
+            advice = "" if _is_utf8(path) else ", in UTF-8"
+            advice = f"a list has the path of an image on each line, and nothing else{advice}"
+            raise FpnxError(f"{where}{escape(path)}: {reason}; {advice}") from error
         raise FpnxError(f"{where}{escape(path)}: {reason}; name files, folders or @list.txt") from error
     if is_archive(path):
         return find_in_archive(path)
@@ -88,23 +97,30 @@ def find_file(path: bytes, where: str = "") -> FoundImages:
 def find_in_folder(folder: bytes) -> FoundImages:
     """The images in a local folder and its subfolders; hidden files are ignored, archives count as other files.
 
-    Each folder is visited once, so that loops of links end. Real folders come before links, so that a folder that is
-    reached both ways has its own name.
+    Links are followed, to the paths that `find -L` lists: a folder with two links to it is listed under both names. A
+    link to a folder that it is in is not followed; a remark says so.
 
     Raises:
-        FpnxError: where a folder cannot be read.
+        FpnxError: where a folder cannot be read, or links between folders give too many paths.
     """
     result = FoundImages([folder])
-    visited: set[tuple[int, int]] = set()
-    folders: list[bytes] = [folder]
-    links: list[bytes] = []
-    while folders or links:
-        current = folders.pop() if folders else links.pop()
+    loops: list[bytes] = []
+    ways: Counter[tuple[int, int]] = Counter()
+    waiting: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [(folder, ())]  # with (device, inode) of what it is in
+    while waiting:
+        current, ancestors = waiting.pop()
         try:
             folder_stat = os.stat(current)
-            if (folder_stat.st_dev, folder_stat.st_ino) in visited:
+            identity = (folder_stat.st_dev, folder_stat.st_ino)
+            if identity in ancestors:
+                loops.append(current)
                 continue
-            visited.add((folder_stat.st_dev, folder_stat.st_ino))
+            ways[identity] += 1
+            if ways[identity] > MAX_WAYS:
+                raise FpnxError(
+                    f"folder {escape(os.path.realpath(current))} is reached in more than {MAX_WAYS} ways, through "
+                    f"links between folders: name folders without such links, or an @list.txt"
+                )
             entries = sorted(os.scandir(current), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             raise FpnxError(
@@ -115,12 +131,19 @@ def find_in_folder(folder: bytes) -> FoundImages:
                 continue
             info = _entry_stat(entry)
             if entry.is_dir(follow_symlinks=False) or (info is not None and stat.S_ISDIR(info.st_mode)):
-                (links if entry.is_symlink() else folders).append(entry.path)
+                waiting.append((entry.path, (*ancestors, identity)))
             elif is_image(entry.name) and (info is None or stat.S_ISREG(info.st_mode)):
                 size, mtime = (info.st_size, info.st_mtime_ns) if info is not None else (-1, 0)
                 result.sources.append(ImageSource(entry.path, entry.path, size, mtime))
+            elif info is None or stat.S_ISREG(info.st_mode):
+                result.skipped[_kind(entry.name)] += 1
             else:
-                result.skipped += 1
+                result.skipped[NOT_REGULAR_FILES] += 1
+    if loops:
+        result.remarks.append(
+            f"{escape(folder)}: {plural(len(loops), 'folder')} not entered, since links lead back to a folder that "
+            f"they are in: {escape(min(loops))}{' and others' if len(loops) > 1 else ''}"
+        )
     return result
 
 
@@ -157,12 +180,12 @@ def find_in_archive(path: bytes) -> FoundImages:
         FpnxError: where it cannot be read, or is no tar archive.
     """
     info, index = archive_index(path)
-    result = FoundImages([urls.without_query(path)], skipped=index.others, remarks=list(index.remarks))
+    result = FoundImages([urls.without_query(path)], skipped=Counter(index.others), remarks=list(index.remarks))
     for name in sorted(index.members):
         if not _is_hidden(name) and is_image(name):
             result.sources.append(member_source(path, info, name, index.members[name]))
         elif not _is_hidden(name):
-            result.skipped += 1
+            result.skipped[_kind(name)] += 1
     if index.truncated:
         result.truncated.append(f"{escape(path)}: {index.truncated}")
     return result
@@ -220,7 +243,7 @@ def _images_of(root: bytes, objects: Sequence[tuple[bytes, ObjectInfo]], archive
         elif archives and is_archive(name):
             archive_urls.append(url)
         else:
-            result.skipped += 1
+            result.skipped[_kind(name)] += 1
     threads = ThreadPoolExecutor(ARCHIVE_THREADS)
     try:
         for images in threads.map(find_in_archive, archive_urls):
@@ -229,7 +252,7 @@ def _images_of(root: bytes, objects: Sequence[tuple[bytes, ObjectInfo]], archive
     finally:
         threads.shutdown(cancel_futures=True)
     if outside:
-        result.skipped += outside
+        result.skipped[OUTSIDE] += outside
         result.remarks.append(f"{escape(root)}: {outside} objects are left out, since their names lead out of it")
     return result
 
@@ -240,6 +263,22 @@ def _entry_stat(entry: os.DirEntry[bytes]) -> os.stat_result | None:
         return entry.stat()
     except OSError:
         return None
+
+
+def _kind(name: bytes) -> str:
+    """The kind of a file that is no image: its extension in lower case, or a kind in words."""
+    extension = os.path.splitext(name)[1].lower()
+    if not extension:
+        return "without extension"
+    return escape(extension) if len(extension) <= MAX_EXTENSION else OTHER_EXTENSIONS
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _may_lead_into_archive(url: bytes) -> bool:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.image_list import ImageList, list_fingerprint
 from fpnx.core.sharding import Shard, ShardSlice
-from fpnx.core.text import escape
-from fpnx.images.discovery import EXTENSIONS, FoundImages, find_file, find_in_folder, find_listed, find_remote
+from fpnx.core.text import escape, other_files
+from fpnx.images.discovery import (
+    EXTENSIONS,
+    OTHER_EXTENSIONS,
+    FoundImages,
+    find_file,
+    find_in_folder,
+    find_listed,
+    find_remote,
+)
+from fpnx.images.local_files import existing_path
 from fpnx.images.manifest import image_path, is_manifest, manifest_lines, read_manifest
 from fpnx.images.reading import ImageSource, open_text
 from fpnx.remote.urls import common_root, is_url, relative_to, resolve_line
@@ -20,6 +29,7 @@ __all__ = ["Listing", "as_paths", "find_images", "list_lines", "refuse_missing"]
 
 # Magic bytes of images and archives that may be given as a list by mistake.
 NOT_A_LIST = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"PK\x03\x04", b"\x89HDF", b"\x1f\x8b")
+MAX_KINDS = 20  # of other files, that are counted each
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Listing:
     Attributes:
         root: the folder, archive or URL that names are relative to.
         sources: the images.
-        skipped: number of other files.
+        skipped: number of other files, by kind: extensions such as `.txt`, and kinds in words.
         shard_slice: for a shard, which slice of which list this is; else None.
         remarks: notes for the user, a line each.
         truncated: archives that end early and may have had more images, a line each.
@@ -37,7 +47,7 @@ class Listing:
 
     root: bytes
     sources: tuple[ImageSource, ...]
-    skipped: int
+    skipped: Mapping[str, int]
     shard_slice: ShardSlice | None = None
     remarks: tuple[str, ...] = ()
     truncated: tuple[str, ...] = ()
@@ -89,11 +99,11 @@ def find_images(
         sources.sort(key=lambda source: source.name)
     _refuse_duplicates(sources)
     del sources[limit if limit is not None else len(sources) :]
-    remarks, truncated = tuple(found.remarks), tuple(found.truncated)
+    skipped, remarks, truncated = _by_kind(found.skipped), tuple(found.remarks), tuple(found.truncated)
     if shard is None:
-        return Listing(root, tuple(sources), found.skipped, None, remarks, truncated)
+        return Listing(root, tuple(sources), skipped, None, remarks, truncated)
     part = ShardSlice.of(shard, len(sources), list_fingerprint(source.record for source in sources))
-    return Listing(root, tuple(sources[part.first : part.slice.stop]), found.skipped, part, remarks, truncated)
+    return Listing(root, tuple(sources[part.first : part.slice.stop]), skipped, part, remarks, truncated)
 
 
 def as_paths(images: Any) -> list[str | os.PathLike[str]]:
@@ -120,7 +130,7 @@ def refuse_missing(images: Sequence[str | os.PathLike[str]]) -> None:
     """
     for argument in map(os.fsencode, images):
         name = argument.removeprefix(b"@")
-        if is_url(name) or os.path.lexists(argument) or os.path.lexists(name):
+        if is_url(name) or os.path.lexists(argument) or os.path.lexists(existing_path(name)):
             continue
         if argument.startswith(b"@"):
             _read_list(name)
@@ -145,8 +155,8 @@ def _find(argument: bytes) -> FoundImages:
         return find_listed(_read_list(argument[1:]), f"in {escape(argument[1:])}: ")
     if is_url(argument):
         return find_remote(argument)
-    path = os.path.abspath(argument)
-    return find_in_folder(path) if os.path.isdir(argument) else find_file(path)
+    path = existing_path(os.path.abspath(argument))
+    return find_in_folder(path) if os.path.isdir(path) else find_file(path)
 
 
 def _is_list(argument: bytes) -> bool:
@@ -169,8 +179,17 @@ def _root_and_names(found: FoundImages) -> tuple[bytes, list[bytes]]:
     return root, [relative_to(path, root) for path in paths]
 
 
+def _by_kind(skipped: Mapping[str, int]) -> dict[str, int]:
+    """Counts of the most frequent kinds, and of all others together."""
+    kinds = sorted(skipped, key=lambda kind: (-skipped[kind], kind))
+    counts = {kind: skipped[kind] for kind in kinds[:MAX_KINDS]}
+    if rest := sum(skipped[kind] for kind in kinds[MAX_KINDS:]):
+        counts[OTHER_EXTENSIONS] = counts.get(OTHER_EXTENSIONS, 0) + rest
+    return counts
+
+
 def _no_images(images: Sequence[str | os.PathLike[str]], found: FoundImages) -> FpnxError:
-    skipped = f" ({found.skipped} other files)" if found.skipped else ""
+    skipped = f" ({other_files(found.skipped)})" if found.skipped else ""
     where = ", ".join(map(escape, images))
     truncated = f"; {found.truncated[0]}" if found.truncated else ""
     return FpnxError(f"no images in {where}{skipped}: known extensions are {_extensions()}{truncated}")
@@ -205,9 +224,13 @@ def _difference(source: ImageSource) -> str:
 
 
 def _read_list(path: bytes) -> list[bytes]:
+    if not path:
+        raise FpnxError("@ without a name: name the list, such as @list.txt")
     try:
         with open_text(path) as file:
             content = file.read()
+    except IsADirectoryError as error:
+        raise FpnxError(f"list {escape(path)} is a folder: name it without @ for the images in it") from error
     except OSError as error:
         raise FpnxError(f"list {escape(path)}: {error.strerror}") from error
     if content.startswith(NOT_A_LIST):

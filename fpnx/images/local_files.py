@@ -1,4 +1,4 @@
-"""Opening local files safely: regular files only, never devices or pipes."""
+"""Finding local files by name, and opening them safely: regular files only, never devices or pipes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,31 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from fpnx.core.errors import ImageError
+from fpnx.core.names import same_name
 
-__all__ = ["NOT_REGULAR", "open_regular"]
+__all__ = ["NOT_REGULAR", "existing_path", "open_regular"]
 
 NOT_REGULAR = "not a regular file"
+
+
+def existing_path(path: bytes) -> bytes:
+    """The absolute path of the file or folder at `path`; each part that does not exist is replaced by the only name in
+    its folder that differs in Unicode normalisation alone. Where there is none, `path` as it is."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    found = b"/"
+    for part in os.path.abspath(path).split(b"/"):
+        inner = os.path.join(found, part)
+        if not os.path.lexists(inner):
+            try:
+                name = same_name(part, os.listdir(found))
+            except OSError:
+                return path
+            if name is None:
+                return path
+            inner = os.path.join(found, name)
+        found = inner
+    return found
 
 
 @contextmanager

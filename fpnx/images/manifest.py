@@ -1,7 +1,8 @@
 """List files with sizes and times: `fpnx list` writes one, and `@list.txt` reads it without opening the images.
 
 The first line is a JSON object: format, format version, number of images, sha256 of all following bytes, the folder
-that names are relative to, and the number of skipped files. Each further line is the JSON array
+that names are relative to, and the number of other files, in all (`skipped`) and by kind (`skipped_kinds`; may be
+missing). Each further line is the JSON array
 `["cats/01.jpg",81234,1700000000000000000]`: name, size in bytes, mtime in ns (for objects, see
 `fpnx.remote.backends.ObjectInfo`). The file is ASCII; bytes of a name that are not UTF-8 are lone surrogates, as from
 `os.fsdecode`.
@@ -14,14 +15,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.image_list import ImageRecord, list_fingerprint, record_line
 from fpnx.core.sharding import Shard, ShardSlice
 from fpnx.core.text import escape
+from fpnx.images.local_files import existing_path
 from fpnx.images.reading import open_text
 from fpnx.remote.urls import is_url
 
@@ -38,7 +40,7 @@ class Manifest:
 
     root: bytes
     records: tuple[ImageRecord, ...]
-    skipped: int
+    skipped: Mapping[str, int]
     shard_slice: ShardSlice | None
 
 
@@ -50,7 +52,7 @@ def image_path(root: bytes, name: bytes) -> bytes:
 def is_manifest(path: str | bytes) -> bool:
     """Whether `fpnx list` wrote this file. False for pipes: reading would consume their data."""
     try:
-        if not is_url(os.fsencode(path)) and not os.path.isfile(path):
+        if not is_url(os.fsencode(path)) and not os.path.isfile(existing_path(os.fsencode(path))):
             return False
         with open_text(os.fsencode(path)) as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -58,7 +60,7 @@ def is_manifest(path: str | bytes) -> bool:
         return False
 
 
-def manifest_lines(root: bytes, records: Sequence[ImageRecord], skipped: int) -> Iterator[bytes]:
+def manifest_lines(root: bytes, records: Sequence[ImageRecord], skipped: Mapping[str, int]) -> Iterator[bytes]:
     """The lines of a list file."""
     header = {
         "format": FORMAT,
@@ -66,7 +68,8 @@ def manifest_lines(root: bytes, records: Sequence[ImageRecord], skipped: int) ->
         "images": len(records),
         "sha256": list_fingerprint(records),
         "root": os.fsdecode(root),
-        "skipped": skipped,
+        "skipped": sum(skipped.values()),
+        **({"skipped_kinds": dict(skipped)} if skipped else {}),
     }
     yield _json(header)
     yield from map(record_line, records)
@@ -80,12 +83,12 @@ def read_manifest(path: str | bytes, limit: int | None = None, shard: Shard | No
     """
     try:
         with open_text(os.fsencode(path)) as file:
-            header = _header(path, file.readline(MAX_LINE_BYTES))
+            header = _header(path, _line(file))
             total = header["images"] if limit is None else min(limit, header["images"])
             wanted = shard.slice(total) if shard is not None else range(total)
             all_lines, first_lines, count = hashlib.sha256(), hashlib.sha256(), 0  # first_lines: within `limit`
             lines: list[bytes] = []
-            for line in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
+            for line in iter(lambda: _line(file), b""):
                 all_lines.update(line)
                 if count < total:
                     first_lines.update(line)
@@ -100,7 +103,13 @@ def read_manifest(path: str | bytes, limit: int | None = None, shard: Shard | No
         raise _altered(path, "its lines do not have the sha256 of its first line")
     shard_slice = ShardSlice.of(shard, total, first_lines.hexdigest()) if shard is not None else None
     records = tuple(_record(path, line) for line in lines)
-    return Manifest(os.fsencode(header["root"]), records, header["skipped"], shard_slice)
+    return Manifest(os.fsencode(header["root"]), records, _skipped(header), shard_slice)
+
+
+def _line(file: BinaryIO) -> bytes:
+    """The next line as `fpnx list` wrote it: a shell of Windows writes other line ends, which no name contains."""
+    line = file.readline(MAX_LINE_BYTES)
+    return line[:-2] + b"\n" if line.endswith(b"\r\n") else line
 
 
 def _header(path: str | bytes, line: bytes) -> dict[str, Any]:
@@ -116,6 +125,15 @@ def _header(path: str | bytes, line: bytes) -> dict[str, Any]:
     if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(t, str) for t in texts):
         raise _altered(path, "its first line is incomplete")
     return dict(header)
+
+
+def _skipped(header: Mapping[str, Any]) -> dict[str, int]:
+    """The number of other files by kind; of lists by earlier versions only their sum is known."""
+    kinds = header.get("skipped_kinds")
+    counts = list(kinds.values()) if isinstance(kinds, dict) else []
+    if isinstance(kinds, dict) and all(type(n) is int and n > 0 for n in counts) and sum(counts) == header["skipped"]:
+        return {escape(kind): count for kind, count in kinds.items()}
+    return {"of unknown kinds": header["skipped"]} if header["skipped"] else {}
 
 
 def _record(path: str | bytes, line: bytes) -> ImageRecord:

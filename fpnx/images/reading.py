@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import io
 import os
 import stat
@@ -12,8 +14,9 @@ from typing import BinaryIO
 
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.image_list import ImageRecord
+from fpnx.core.names import same_name
 from fpnx.core.text import escape
-from fpnx.images.local_files import NOT_REGULAR, open_regular
+from fpnx.images.local_files import NOT_REGULAR, existing_path, open_regular
 from fpnx.images.tar_index import Member
 from fpnx.images.tar_members import (
     ArchiveMember,
@@ -31,6 +34,14 @@ from fpnx.remote.backends import ObjectInfo
 __all__ = ["ImageSource", "locate", "member_source", "open_source", "open_text"]
 
 MAX_LIST_BYTES = 1 << 30  # of a list at a URL
+MAX_BOM_BYTES = 4
+BOMS = (  # byte order marks, which editors and shells of Windows write before a text; the longer ones first
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,8 @@ class ImageSource:
 def locate(path: bytes) -> ImageSource:
     """The image at a path or URL, or the archive member at a path such as `a.tar/b.jpg`; its name is its path.
 
+    A file or member whose name differs in Unicode normalisation alone is found, with the name that it has.
+
     Raises:
         OSError, ValueError: where there is no such file.
         FpnxError: where a URL or a member cannot be read.
@@ -70,7 +83,13 @@ def locate(path: bytes) -> ImageSource:
         if urls.is_url(path):
             info = remote.object_info(path)
             return ImageSource(urls.without_query(path), path, info.bytes, info.mtime_ns)
-        file_stat = os.stat(path)
+        try:
+            file_stat = os.stat(path)
+        except FileNotFoundError:
+            path = existing_path(path)
+            file_stat = os.stat(path)
+        if stat.S_ISDIR(file_stat.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder, not an image")
         return ImageSource(path, path, file_stat.st_size, file_stat.st_mtime_ns)
     except (OSError, ValueError, remote.RemoteError) as error:
         missing = not isinstance(error, remote.RemoteError) or error.reason.startswith(remote.NOT_FOUND)
@@ -78,6 +97,7 @@ def locate(path: bytes) -> ImageSource:
             raise
         archive, name = split
         info, index = archive_index(archive)
+        name = name if name in index.members else same_name(name, index.members) or name
         if (member := index.members.get(name)) is None:
             raise FpnxError(f"{escape(archive)} has no member {escape(name)}: tar -tf shows what it has") from error
         return member_source(archive, info, name, member)
@@ -90,16 +110,44 @@ def member_source(archive: bytes, info: ObjectInfo, name: bytes, member: Member)
 
 
 def open_text(path: bytes) -> BinaryIO:
-    """A list file, opened for reading; one at a URL is downloaded.
+    """A list file, opened for reading; one at a URL is downloaded. UTF-16 and UTF-32 are read as UTF-8, without BOM.
 
     Raises:
         OSError: where it cannot be opened.
         RemoteError: where it cannot be downloaded.
+        FpnxError: for a text that is not in the encoding that its first bytes name.
     """
     if not urls.is_url(path):
-        return open(path, "rb")
+        return _in_utf8(open(existing_path(path), "rb"), path)
     url = urls.checked(path)
-    return io.BytesIO(remote.read(url, remote.object_info(url), most=MAX_LIST_BYTES))
+    content = io.BytesIO(remote.read(url, remote.object_info(url), most=MAX_LIST_BYTES))
+    return _in_utf8(io.BufferedReader(content), path)
+
+
+def _in_utf8(file: io.BufferedReader, path: bytes) -> BinaryIO:
+    """The text in `file` as UTF-8, without its byte order mark; bytes of an unknown encoding stay as they are."""
+    start = file.peek(MAX_BOM_BYTES)
+    bom, encoding = next(((bom, name) for bom, name in BOMS if start.startswith(bom)), (b"", _utf16_without_bom(start)))
+    if encoding is None or encoding == "utf-8":
+        file.read(len(bom))
+        return file
+    with file:
+        content = file.read()
+    try:
+        return io.BytesIO(content.decode(encoding).encode())
+    except UnicodeError as error:
+        raise FpnxError(
+            f"list {escape(path)} begins as a text in {encoding.upper()}, but is none: save it as UTF-8"
+        ) from error
+
+
+def _utf16_without_bom(start: bytes) -> str | None:
+    """The encoding of a text in UTF-16 that has no byte order mark: one byte of most characters is zero, and always the
+    same one. In a list with NUL after each name that would be names of one character."""
+    even, odd = start[::2], start[1::2]
+    if odd.count(0) > len(odd) / 2 and 0 not in even:
+        return "utf-16-le"
+    return "utf-16-be" if even.count(0) > len(even) / 2 and 0 not in odd else None
 
 
 @contextmanager

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import escape
+from fpnx.core.text import escape, plural
 
-__all__ = ["TarIndex", "Member", "read_tar_index", "is_archive", "is_compressed"]
+__all__ = ["NOT_REGULAR_FILES", "OUTSIDE", "TarIndex", "Member", "read_tar_index", "is_archive", "is_compressed"]
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # long names and attributes take some kB; a damaged header may claim any size
 TAIL_BYTES = 1 << 20  # after the end mark, searched for a second archive
+MAX_LINKED = 1_000_000  # paths through links to folders; an archive of a few kB can give any number
+MAX_FOLLOWED = 40  # links that one path may lead through, as on Linux
+NOT_REGULAR_FILES, BROKEN_LINKS, OUTSIDE = "not regular files", "broken links", "outside of it"  # kinds of members
+NOWHERE = b"\0"  # target of a link that leads out of the archive; no member has this name
 COMPRESSED_NAMES = tuple(
     b".tar.gz .tgz .tar.bz2 .tbz2 .tar.xz .txz .tar.zst .tzst .tar.lz4 .zip .7z .rar".split()
 )  # fmt: skip
@@ -54,14 +59,15 @@ class TarIndex:
 
     Attributes:
         members: files by name, without `./` and leading slashes. Where names repeat, the last member counts, as for
-            tar. A hard or symbolic link within the archive stands for its target.
-        others: number of members that are no files: devices, and links without a target in the archive.
+            tar. A hard or symbolic link within the archive stands for its target, a file or a folder.
+        others: number of members that are no files, by kind: devices, links without a target in the archive, names
+            that lead out of it.
         remarks: notes for the user, a line each.
         truncated: why members may be missing at the end; empty for a complete archive.
     """
 
     members: dict[bytes, Member]
-    others: int
+    others: Mapping[str, int]
     remarks: tuple[str, ...]
     truncated: str
 
@@ -112,7 +118,7 @@ def read_tar_index(read: Callable[[int, int], bytes], size: int, what: str) -> T
         raise
     except Exception:  # invalid headers make tarfile raise many types
         damaged = True
-    builder.resolve_links()
+    builder.resolve_links(what)
     truncated = _truncation(read, tar.offset, size, damaged)
     return TarIndex(builder.members, builder.others, tuple(builder.remarks(what)), truncated)
 
@@ -144,19 +150,21 @@ class _IndexBuilder:
 
     def __init__(self) -> None:
         self.members: dict[bytes, Member] = {}
-        self.others = 0
+        self.others: Counter[str] = Counter()
         self._links: dict[bytes, tuple[bytes, Member | None]] = {}
-        self._replaced, self._outside = 0, 0
+        self._folder_entries: set[bytes] = set()
+        self._replaced, self._loops = 0, 0
 
     def add(self, info: Any) -> None:
-        if info.isdir():
-            return
         name = _normal(_raw(info.name))
+        if info.isdir():
+            if name is not None:
+                self._folder_entries.add(name)
+            return
         if not (info.isreg() or info.issym() or info.islnk()):
-            self.others += 1
+            self.others[NOT_REGULAR_FILES] += 1
         elif name is None:
-            self._outside += 1
-            self.others += 1
+            self.others[OUTSIDE] += 1
         else:
             if name in self.members or name in self._links:
                 self._replaced += 1
@@ -170,15 +178,16 @@ class _IndexBuilder:
                 if target in self.members or target in self._links:
                     self._links[name] = (target, self.members.get(target))
                 else:
-                    self.others += 1
+                    self.others[BROKEN_LINKS] += 1
             else:
                 folder = name.rpartition(b"/")[0]
                 raw = _raw(info.linkname)
-                resolved = None if raw.startswith(b"/") else _normal(folder + b"/" + raw, allow_parent=True)
-                self._links[name] = (resolved or b"", None)
+                resolved = None if raw.startswith(b"/") else _normal(folder + b"/" + raw, is_link=True)
+                self._links[name] = (NOWHERE if resolved is None else resolved, None)
 
-    def resolve_links(self) -> None:
-        """Replace each link by the file that it leads to, through further links."""
+    def resolve_links(self, what: str) -> None:
+        """Replace each link by the file or the folder that it leads to, through further links."""
+        unresolved = []
         for name in self._links:
             visited, current = set[bytes](), name
             member = None
@@ -187,34 +196,113 @@ class _IndexBuilder:
                 current, member = self._links[current]
             member = member or self.members.get(current)
             if member is None:
-                self.others += 1
+                unresolved.append(name)
             else:
                 self.members[name] = member
+        if unresolved:
+            self._expand(unresolved, what)
+
+    def _expand(self, links: Sequence[bytes], what: str) -> None:
+        """Add the members that links to folders lead to, under the paths through the links.
+
+        Raises:
+            FpnxError: for more than MAX_LINKED paths.
+        """
+        folders, found = self._folders(), 0
+        targets = {name: self._real(name, folders) for name in links}
+        for name, target in targets.items():
+            if target is None:
+                self.others[BROKEN_LINKS] += 1
+            elif target in self.members:
+                self.members[name] = self.members[target]
+            # Paths to list, where they really are, and the real folders that each is in.
+            waiting = [(name, target, _ancestors(name))] if target in folders else []
+            while waiting:
+                shown, real, inside = waiting.pop()
+                if real in inside:
+                    self._loops += 1
+                    continue
+                found += 1
+                if found > MAX_LINKED:
+                    raise FpnxError(f"{what}: links to folders in it give over {MAX_LINKED} paths: unpack it")
+                for child in folders[real]:
+                    path, inner = shown + b"/" + child, _joined(real, child)
+                    if (at := targets.get(inner, inner)) is None:
+                        continue
+                    if at in self.members:
+                        self.members.setdefault(path, self.members[at])
+                        found += 1
+                    elif at in folders:
+                        waiting.append((path, at, inside | {real}))
+
+    def _folders(self) -> dict[bytes, set[bytes]]:
+        """The names in each folder, of members, links and folders; the archive itself is `b""`."""
+        folders: dict[bytes, set[bytes]] = {b"": set()}
+        for path in (*self.members, *self._links, *self._folder_entries):
+            while path:
+                folder, _, name = path.rpartition(b"/")
+                known = folder in folders
+                folders.setdefault(folder, set()).add(name)
+                if known:
+                    break
+                path = folder
+        for path in self._folder_entries:
+            folders.setdefault(path, set())
+        return folders
+
+    def _real(self, path: bytes, folders: Mapping[bytes, object]) -> bytes | None:
+        """The member or folder that a path leads to, through links in any of its parts; None where there is none."""
+        real, parts, followed = b"", path.split(b"/"), 0
+        while parts:
+            at = _joined(real, parts.pop(0))
+            if at in folders or at in self.members:
+                real = at
+            elif at in self._links and followed < MAX_FOLLOWED:
+                followed += 1
+                target = self._links[at][0]
+                real, parts = b"", [*(target.split(b"/") if target else ()), *parts]
+            else:
+                return None
+        return real
 
     def remarks(self, what: str) -> list[str]:
         lines = []
         if self._replaced:
             lines.append(f"{what}: {self._replaced} members are replaced by later ones of the same name, as in tar")
-        if self._outside:
-            lines.append(f"{what}: {self._outside} members are left out, because of .. in their names")
+        if self.others[OUTSIDE]:
+            lines.append(f"{what}: {self.others[OUTSIDE]} members are left out, because of .. in their names")
+        if self._loops:
+            loops = plural(self._loops, "folder")
+            lines.append(f"{what}: {loops} not entered, since links lead back to a folder that they are in")
         return lines
+
+
+def _joined(folder: bytes, name: bytes) -> bytes:
+    return folder + b"/" + name if folder else name
+
+
+def _ancestors(path: bytes) -> frozenset[bytes]:
+    """All folders that a path is in, with `b""` for the archive itself."""
+    parts = path.split(b"/")
+    return frozenset(b"/".join(parts[:count]) for count in range(len(parts)))
 
 
 def _raw(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
-def _normal(name: bytes, allow_parent: bool = False) -> bytes | None:
-    """`./a//b.jpg` and `/a/b.jpg` → `a/b.jpg`. None for a name with `..`, or that leads out with `allow_parent`."""
+def _normal(name: bytes, is_link: bool = False) -> bytes | None:
+    """`./a//b.jpg` and `/a/b.jpg` → `a/b.jpg`. None for a name with `..`; a link may have them, if it does not lead out
+    of the archive, and `b""` is its root."""
     parts: list[bytes] = []
     for part in name.split(b"/"):
         if part == b"..":
-            if not (allow_parent and parts):
+            if not (is_link and parts):
                 return None
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
-    return b"/".join(parts) if parts and b"\0" not in name else None
+    return b"/".join(parts) if (parts or is_link) and b"\0" not in name else None
 
 
 def _truncation(read: Callable[[int, int], bytes], end: int, size: int, damaged: bool) -> str:

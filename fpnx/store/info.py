@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fpnx.core.plan_summary import LevelShape
 
 if TYPE_CHECKING:
     from fpnx.store.reader import Store
 
 
-__all__ = ["level_shapes", "reading_snippet", "store_facts"]
+__all__ = ["exceeds_float16", "level_shapes", "reading_snippet", "store_facts", "too_large_levels"]
+
+MAX_SAMPLES = 8  # images whose values are read to tell infinite values from NaN
 
 
 def level_shapes(store: Store) -> list[LevelShape]:
@@ -36,12 +40,32 @@ def store_facts(store: Store) -> dict[str, Any]:
         "shard": store.shard_slice.to_json() if store.shard_slice else None,
         "shards": len(store.shards),
         "root": store.root,
+        "nonfinite": store.nonfinite_by_level(),
+        "too_large": list(too_large_levels(store)),
         "levels": [shape.to_json() for shape in level_shapes(store)],
         "failed": [{"path": path, "reason": reason} for path, reason in store.failures()],
         "config": store.config,
         "fingerprint": store.fingerprint,
         "provenance": store.provenance.to_json(),
     }
+
+
+def exceeds_float16(values: np.ndarray) -> bool:
+    """Whether stored values were beyond ±65504, the largest of float16, and became infinite."""
+    return values.dtype == np.float16 and bool(np.isinf(values).any())
+
+
+def too_large_levels(store: Store) -> tuple[str, ...]:
+    """Levels stored as float16 with values that are too large for it, in a few of the images with NaN or infinity."""
+    if store.config.get("dtype") != "float16":
+        return ()
+    done = store.status == 1
+    found = []
+    for column, level in enumerate(store.levels):
+        suspicious = np.flatnonzero(done & (store.nonfinite[:, column] > 0))[:MAX_SAMPLES]
+        if any(exceeds_float16(store[index][level]) for index in suspicious.tolist()):
+            found.append(level)
+    return tuple(found)
 
 
 def reading_snippet(store: Store) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from fpnx.core.config import DTYPES
 from fpnx.core.errors import FpnxError, NotDoneError, StoreError
 from fpnx.core.levels import UNSTRIDED_LEVELS, level_number, parse_levels
+from fpnx.core.names import NameIndex
 from fpnx.core.provenance import Provenance
 from fpnx.core.sharding import ShardSlice
 from fpnx.core.text import escape
@@ -223,7 +224,7 @@ class Store:
             raise StoreError(f"{escape(self.path)} is not a whole fpnx file: /images/group names no sizes")
         read_table(images, "error", f"S{ERROR_BYTES}", (count,))
         self._pyramids = get_member(file, "pyramids", h5py.Group)
-        self._index: dict[str, int] | None = None
+        self._index: NameIndex | None = None
         self._checked: set[tuple[tuple[int, int], str]] = set()
         self.refresh()
 
@@ -373,17 +374,17 @@ class Store:
         return int(self.dataset(self.sizes[0], level).attrs["stride"])
 
     def index(self, path: str | bytes | os.PathLike[str]) -> int:
-        """Row of a stored path in `/images`.
+        """Row of a stored path in `/images`, or of the only one that differs in Unicode normalisation alone.
 
         Raises:
             NotDoneError: where there is no such image.
         """
         if self._index is None:
-            self._index = {name: i for i, name in enumerate(self.paths)}
+            self._index = NameIndex(self.paths)
         name = os.fsdecode(path)
-        if name not in self._index:
+        if (row := self._index.get(name)) is None:
             raise NotDoneError(f"{escape(name)} is not in {escape(self.path)}: it holds {len(self)} other images")
-        return self._index[name]
+        return row
 
     def __getitem__(self, key: int | str | bytes | os.PathLike[str]) -> Item:
         if isinstance(key, bool) or not isinstance(key, (int, np.integer, str, bytes, os.PathLike)):

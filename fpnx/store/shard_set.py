@@ -15,6 +15,7 @@ import numpy as np
 
 from fpnx.core.errors import StoreError
 from fpnx.core.image_list import list_fingerprint
+from fpnx.core.names import NameIndex
 from fpnx.core.sharding import Shard, ShardSlice
 from fpnx.core.text import escape
 from fpnx.core.validation import format_size
@@ -52,7 +53,7 @@ class ShardSet(Store):
         self._recent: OrderedDict[int, Store] = OrderedDict()
         self._max_open = _open_file_limit()
         self._joined: dict[tuple[tuple[int, int], str], JoinedDataset] = {}
-        self._index: dict[str, int] | None = None
+        self._index: NameIndex | None = None
         self._closed = False
         self.shards = self._open_shards(paths)
         self._full_path = [shard._full_path for shard in self.shards]

@@ -45,8 +45,12 @@ def test_an_internal_error_with_its_traceback(fpnx: Run, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("extract", "a.png", "--size="), "an argument is empty: leave it out, or put a name or a value there"),
-        (("extract", ""), "an argument is empty: leave it out, or put a name or a value there"),
+        (("extract", "a.png", "--size="), "the value of --size is empty: put one there, or leave the option out"),
+        (("extract", "a.png", "", "b.png"), "argument 3, after 'a.png', is empty: put a name there, or leave it out"),
+        (
+            ("extract", "a.png", "--weights", ""),
+            "the value of --weights, or an argument after it, is empty: put one there, or leave it out",
+        ),
         (("nonsense",), "(fpnx --help shows what there is)"),
         (("merge", "out.h5"), "(fpnx merge --help shows what there is)"),
         (("extract", "a.png", "--seed", "x"), "(fpnx extract --help shows what there is)"),

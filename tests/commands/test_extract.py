@@ -174,6 +174,32 @@ def test_values_too_small_for_float16_are_reported(fpnx: Run, photos: Path) -> N
     assert (code, "too small" in out) == (0, False)
 
 
+def test_values_too_large_for_float16_are_reported(fpnx: Run, photos: Path) -> None:
+    model = package.create_model("mobilenet_v2", weights="random", levels="P4-P5", channels=8)
+    model.fpn.layer_blocks[-1][0].weight.data.mul_(1e18)
+    package.save_weights(model, "large.safetensors")
+    options = ["--weights", "large.safetensors", "--size", "64", "--overwrite", "--device", "cpu"]
+    text = "values of P5 are beyond float16's ±65504 and stored as inf: store --dtype float32"
+    code, out, _ = fpnx("extract", photos, *options, "--dtype", "float16", "-o", "o.h5")
+    assert (code, text in out) == (0, True)
+    assert "eps" not in out  # the file leaves it to the network
+    assert text in fpnx("info", "o.h5")[1]
+    facts = document(fpnx("info", "o.h5", "--json")[1])
+    assert (facts["too_large"], facts["nonfinite"]["P4"]) == (["P5"], 0)
+    _, out, _ = fpnx("extract", photos, *options, "--dtype", "float16", "--format", "png", "-o", "pictures")
+    assert text in out
+    _, out, _ = fpnx("extract", photos, *options, "-o", "o.h5", "--json")
+    assert (document(out)["too_large"], sum(document(out)["nonfinite"].values())) == ([], 0)
+
+
+def test_facts_without_a_value_are_not_shown(fpnx: Run, photos: Path) -> None:
+    torch.save(models.mobilenet_v2(weights=None).state_dict(), "body.pth")
+    options = ["--weights", "body.pth", "--backbone", "mobilenet_v2", "--size", "64", "--dry-run"]
+    code, out, _ = fpnx("extract", photos, *options)
+    assert (code, "pixel order RGB" in out, "eps" in out) == (0, True, False)
+    assert "by option   norm eps 0.001" in fpnx("extract", photos, *options, "--norm-eps", "0.001")[1]
+
+
 def test_float16(fpnx: Run, photos: Path) -> None:
     options = ("--weights", "random", "--backbone", "resnet50", "--size", "64", "--channels", "8")
     assert fpnx("extract", photos, *options, "-o", "single.h5")[0] == 0

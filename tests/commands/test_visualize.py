@@ -104,6 +104,12 @@ def test_select(wanted: list[str] | None, rows: list[int]) -> None:
     assert select(["a.jpg", "b.jpg", "b/1.jpg", "b/2.jpg", "3"], wanted) == rows
 
 
+@pytest.mark.parametrize("wanted", ["caf\u00e9.png", "cafe\u0301.png", "c*\u00e9.*", "caf[\u00e9].png"])
+def test_select_by_names_in_another_normalisation(wanted: str) -> None:
+    assert select(["a.jpg", "cafe\u0301.png"], [wanted]) == [1]
+    assert select(["caf\u00e9.png", "b.png"], [wanted]) == [0]
+
+
 @pytest.mark.parametrize("wanted", ["a.jpeg", "7", "5:9", "x*", ":"], ids=str)
 def test_select_nothing(wanted: str) -> None:
     if wanted == ":":

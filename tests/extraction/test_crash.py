@@ -602,6 +602,8 @@ def test_numbers_that_are_not_finite_are_counted_or_strictly_an_error(
     result = fpnx.extract(unfinished / "pictures", tmp_path / "out.h5", **options)
     assert result.exit_code == 0
     assert result.nonfinite["P4"] == 0
+    overflow = dtype == "float16"
+    assert result.too_large == (("P5",) if overflow else ())
     with h5py.File(tmp_path / "out.h5") as file:
         assert result.nonfinite["P5"] == np.sum(~np.isfinite(file["P5"][:])) > 0
     assert verify(tmp_path / "out.h5").problems == ()
@@ -610,6 +612,8 @@ def test_numbers_that_are_not_finite_are_counted_or_strictly_an_error(
     )
 
     strict = fpnx.extract(unfinished / "pictures", tmp_path / "strict.h5", strict=True, **options)
+    assert strict.stopped is not None
+    assert ("beyond ±65504 do not fit into float16: take --dtype float32" in strict.stopped) == overflow
     assert strict.exit_code == 1
     assert not strict.complete
     assert strict.stopped

@@ -21,7 +21,7 @@ from fpnx.images.listing import find_images, list_lines
 from fpnx.images.reading import ImageSource, open_source
 from fpnx.images.tar_index import TarIndex, read_tar_index
 from fpnx.visualization.image_maps import find_photo
-from tests.helpers.files import noise_image
+from tests.helpers.files import LINK_SHAPES, found_by_find, linked_folders, noise_image
 from tests.helpers.process import document
 
 LIMIT = 10**8
@@ -89,7 +89,7 @@ def test_members_are_what_tarfile_unpacks(tmp_path: Path, form: int) -> None:
     images = sorted((os.fsencode(name), content) for name, content in members if not name.endswith("txt"))
     assert [(source.name, content_of(source)) for source in listing.sources] == images
     assert listing.root == os.fsencode(path)
-    assert (listing.skipped, listing.remarks, listing.truncated) == (1, (), ())
+    assert (listing.skipped, listing.remarks, listing.truncated) == ({".txt": 1}, (), ())
     assert all(source.path == os.fsencode(path) + b"/" + source.name for source in listing.sources)
     assert {source.mtime_ns for source in listing.sources} == {path.stat().st_mtime_ns}
     assert listing.sources[0].bytes == len(images[0][1])
@@ -144,7 +144,7 @@ def test_archives_in_folders_are_other_files(tmp_path: Path) -> None:
     noise_image(0, (9, 9)).save(tmp_path / "folder.tar" / "c.png")
     listing = find_images([tmp_path])
     assert [source.name for source in listing.sources] == [b"b.png", b"folder.tar/c.png"]
-    assert listing.skipped == 1
+    assert listing.skipped == {".tar": 1}
     assert names(tmp_path / "folder.tar") == [b"c.png"]
 
 
@@ -178,7 +178,41 @@ def test_links_stand_for_their_targets(tmp_path: Path) -> None:
     found = {source.name: content_of(source) for source in listing.sources}
     first = jpeg(1)
     assert found == {b"hard.jpg": first, b"d/soft.jpg": first, b"e/up.jpg": first, b"later.jpg": jpeg(2)}
-    assert listing.skipped == 7  # a.dat, and six links that lead nowhere
+    assert listing.skipped == {"broken links": 6, ".dat": 1}
+
+
+@pytest.mark.parametrize("shape", LINK_SHAPES)
+def test_links_to_folders_are_followed_as_in_the_unpacked_archive(tmp_path: Path, shape: str) -> None:
+    linked_folders(tmp_path / "tree", shape)
+    subprocess.run(["tar", "-cf", tmp_path / "x.tar", "-C", tmp_path / "tree", "."], check=True)
+    # Links that are broken or absolute lead nowhere in an archive.
+    nowhere = {"broken": (b"sets/gone.png",), "absolute": (b"sets/one/val/", b"sets/one/deep/")}.get(shape, ())
+    expected = [name for name in found_by_find(tmp_path / "tree") if not name.startswith(nowhere)]
+    assert names(tmp_path / "x.tar") == expected
+
+
+def test_links_to_folders_in_an_archive_end(tmp_path: Path) -> None:
+    path = odd(
+        tmp_path / "x.tar",
+        member("d/a.jpg"),
+        member("d/loop", tarfile.SYMTYPE, "../e"),
+        member("e/back", tarfile.SYMTYPE, "../d"),
+        member("root", tarfile.SYMTYPE, "."),
+        member("out", tarfile.SYMTYPE, "../d"),
+        member("empty", tarfile.DIRTYPE),
+        member("d/none", tarfile.SYMTYPE, "../empty"),
+        contents={"d/a.jpg": jpeg(1)},
+    )
+    listing = find_images([path])
+    assert [source.name for source in listing.sources] == [b"d/a.jpg", b"e/back/a.jpg"]
+    assert all(content_of(source) == jpeg(1) for source in listing.sources)
+    assert listing.skipped == {"broken links": 1}
+    assert listing.remarks == (f"{path}: 3 folders not entered, since links lead back to a folder that they are in",)
+    assert names(path / "e" / "back" / "a.jpg") == [b"a.jpg"]
+    links = [member(f"{n}/{link}", tarfile.SYMTYPE, f"../{n + 1}") for n in range(40) for link in "ab"]
+    path = odd(tmp_path / "many.tar", *links, member("40/a.jpg"), contents={"40/a.jpg": jpeg(1)})
+    with pytest.raises(FpnxError, match=r"many.tar: links to folders in it give over 1000000 paths: unpack it"):
+        find_images([path])
 
 
 def test_names_outside_of_the_archive_and_special_files(tmp_path: Path) -> None:
@@ -196,7 +230,7 @@ def test_names_outside_of_the_archive_and_special_files(tmp_path: Path) -> None:
     )
     listing = find_images([path])
     assert [source.name for source in listing.sources] == [b"etc/a.jpg"]
-    assert listing.skipped == 4
+    assert listing.skipped == {"not regular files": 2, "outside of it": 2}
     assert listing.remarks == (f"{path}: 2 members are left out, because of .. in their names",)
 
 
@@ -304,7 +338,7 @@ def test_files_that_are_no_plain_archive(tmp_path: Path, name: str, content: byt
 
 def test_an_archive_without_images(tmp_path: Path) -> None:
     packed(tmp_path / "x.tar", [("a.txt", b"text")])
-    with pytest.raises(FpnxError, match=r"no images in .*x.tar \(1 other files\)"):
+    with pytest.raises(FpnxError, match=r"no images in .*x.tar \(1 other file passed over: 1 .txt\)"):
         find_images([tmp_path / "x.tar"])
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(FpnxError, match=r"pipe.tar: not a regular file"):

@@ -496,7 +496,30 @@ def test_files_that_hold_no_weights_are_refused_with_the_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
         archive.writestr("a.txt", "text")
+    torch.save({"a": torch.zeros(100)}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    contents = {
+        "empty.pth": b"",
+        "text.pth": b"hello",
+        "lfs.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "page.pth": b"\n<!DOCTYPE html><html></html>",
+        "cut.pth": whole[: len(whole) // 2],
+        "torch.safetensors": whole,
+        "garbage.safetensors": b"garbage" * 9,
+        "cut.safetensors": safetensors.torch.save({"a": torch.zeros(100)})[:40],
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    no_safetensors = "it is no safetensors file, or damaged ({}): save it or download it again"
     messages = {
+        "empty.pth": "it is empty: save it or download it again",
+        "text.pth": "it is neither a torch file nor safetensors nor a pickle: save model.state_dict() with torch.save",
+        "lfs.safetensors": "it is a pointer of Git LFS to the weights: get the file itself with git lfs pull",
+        "page.pth": "it is a web page: download the file itself",
+        "cut.pth": "it is a torch file that is cut off: save it or download it again",
+        "torch.safetensors": "it is a torch file: rename it to torch.pth",
+        "garbage.safetensors": no_safetensors.format("header too large"),
+        "cut.safetensors": no_safetensors.format("invalid header length"),
         "pipe.pth": "it is not a regular file",
         "zip.pth": "it is a zip archive, but no whole torch file",
         "none.pth": "No such file or directory",

@@ -20,6 +20,8 @@ from fpnx.core.config import fingerprint
 from fpnx.core.errors import FpnxError, NotDoneError, StoreError
 from fpnx.store.reader import DONE, Box, Store, different_fields, valid_extent
 from fpnx.store.writer import Writer, part_path
+from fpnx.visualization.image_maps import find_photo
+from tests.helpers.files import noise_image
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 
 OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "channels": 8}
@@ -95,6 +97,29 @@ def test_reading(store: Store, photos: Path) -> None:
         store[7]
     with pytest.raises(FpnxError, match="it has C3, P3"):
         item["P2"]
+
+
+def test_an_image_is_found_by_a_name_in_another_normalisation(photos: Path, tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"  # as typed, and as macOS writes into archives
+    noise_image(0, (40, 30)).save(photos / decomposed)
+    for shard in ("0/2", "1/2"):
+        fpnx.extract(photos, tmp_path / "out.h5", size=64, levels="P4", shard=shard, **OPTIONS)
+    for path in (tmp_path / "out.shard-00000-of-00002.h5", tmp_path / "out.shard-*.h5"):
+        with fpnx.open(path) as store:
+            if decomposed not in store.paths:
+                continue
+            assert store[composed].path == store[decomposed].path == decomposed
+            assert composed in store
+            with pytest.raises(NotDoneError, match=r"caf\u00e8\.png is not in"):
+                store["caf\u00e8.png"]
+    fpnx.extract(photos, tmp_path / "out.h5", size=64, levels="P4", **OPTIONS)
+    with fpnx.open(tmp_path / "out.h5") as store:
+        assert store[composed].path == decomposed
+    (photos / decomposed).rename(photos / composed)  # as after a copy to another disk
+    result = fpnx.verify(tmp_path / "out.h5", against=photos, sample=20)
+    assert (result.problems, result.compared) == ((), 7)
+    with fpnx.open(tmp_path / "out.h5") as store:
+        assert find_photo(store[composed]).picture is not None
 
 
 def test_boxes(store: Store) -> None:

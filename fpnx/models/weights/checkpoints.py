@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ SUFFIXES = (".pt", ".pth", ".pkl", ".safetensors")
 # Keys under which files hold the state dict.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "blobs")
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of files of torch.save before 1.6
+BYTES_COMPARED = 64  # of the beginning of a file
 UNSAFE = "which could run code: save model.state_dict() alone"
 READ_ERRORS = (  # raised by readers for damaged or malicious files
     pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
@@ -76,21 +78,44 @@ def read_checkpoint(file: Path) -> Checkpoint:
         raise FpnxError(f"cannot read weights from {escape(file)}: it is not a regular file")
     try:
         with open(file, "rb") as handle:
-            start = handle.read(len(LEGACY_TORCH_MAGIC))
+            start = handle.read(BYTES_COMPARED)
+            if what := _other_content(file, start):
+                raise pickle.UnpicklingError(what)
             if file.suffix == ".safetensors" or start[8:9] == b"{":
                 return _read_safetensors(file)
-            if start.startswith(b"PK") or start == LEGACY_TORCH_MAGIC:
+            if start.startswith((b"PK", LEGACY_TORCH_MAGIC)):
                 content = _read_torch(file, zipped=start.startswith(b"PK"))
             elif start[:1] in (b"\x80", b"(", b"}"):
                 handle.seek(0)
                 content = _read_pickle(handle)
             else:
-                raise pickle.UnpicklingError("it is neither a torch file nor safetensors nor a pickle")
+                raise pickle.UnpicklingError(
+                    "it is neither a torch file nor safetensors nor a pickle: save model.state_dict() with torch.save"
+                )
     except safetensors.SafetensorError as error:
-        raise FpnxError(f"cannot read weights from {escape(file)}: {error}") from error
+        reason = escape(str(error).rpartition("header: ")[2])[:80]
+        raise FpnxError(
+            f"cannot read weights from {escape(file)}: it is no safetensors file, or damaged ({reason}): save it or "
+            "download it again"
+        ) from error
     except READ_ERRORS as error:
         raise FpnxError(f"cannot read weights from {escape(file)}: {_reason(error)}") from error
     return _extract_state_dict(content, file)
+
+
+def _other_content(file: Path, start: bytes) -> str:
+    """What a file is that by its first bytes holds no weights, or not those of its name, and what to do; else empty."""
+    if not start:
+        return "it is empty: save it or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS to the weights: get the file itself with git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page: download the file itself"
+    if start.startswith(b"PK") and not zipfile.is_zipfile(file):
+        return "it is a torch file that is cut off: save it or download it again"
+    if file.suffix == ".safetensors" and start.startswith((b"PK", LEGACY_TORCH_MAGIC)):
+        return f"it is a torch file: rename it to {escape(file.with_suffix('.pth').name)}"
+    return ""
 
 
 def _read_safetensors(file: Path) -> Checkpoint:

@@ -80,7 +80,8 @@ def resolve_facts(
                 raise FpnxError(f"{option_of(each.name)} does not matter for {backbone} as this file has it: drop it")
         elif each.name in facts:
             if option not in (None, facts[each.name]):
-                raise FpnxError(f"{option_of(each.name)} {option} contradicts it, it says {facts[each.name]}: drop it")
+                stated = "the network's own" if facts[each.name] is None else facts[each.name]
+                raise FpnxError(f"{option_of(each.name)} {option} contradicts it, it says {stated}: drop it")
             settings[each.name] = Setting(facts[each.name], "file")
         elif option is not None:
             settings[each.name] = Setting(option, "option")
