@@ -102,11 +102,22 @@ class _Defaults(TorchFunctionMode):
         default = torch.get_default_dtype()
         if default is torch.float32 or not isinstance(made, Tensor) or made.dtype is not default:
             return made
-        named = any(
-            isinstance(value, (torch.dtype, str, np.ndarray, np.generic)) for value in (*args, *kwargs.values())
-        )
-        if named or func is Tensor.double or any(t.is_floating_point() or t.is_complex() for t in tensors):
+        named = any(isinstance(value, (torch.dtype, np.ndarray, np.generic)) for value in (*args, *kwargs.values()))
+        if (
+            named
+            or func in (Tensor.double, Tensor.type)
+            or any(t.is_floating_point() or t.is_complex() for t in tensors)
+        ):
             return made
         if func in VALUE_FACTORIES:
             return func(*args, **{**kwargs, "dtype": torch.float32})
-        return made.float() if tensors else made
+        if not tensors:
+            return made
+        # Integers become float32 before the operation, as they do where float32 is the default.
+        args = [_as_float32(value) for value in args]
+        again: Tensor = func(*args, **{name: _as_float32(value) for name, value in kwargs.items()})
+        return again.float()
+
+
+def _as_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype is not torch.bool else value
