@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fpnx.benchmark.timers import StageTimer
 from fpnx.core.levels import level_number
 from fpnx.inference.graph_fusion import FusedModel
+from fpnx.models.backbones.local_tracer import LocalTracer
+from fpnx.models.backbones.tracing import on_meta, run_on_meta
 from fpnx.models.pyramid_model import PyramidModel
 
 __all__ = ["MERGE", "TOP", "marked", "peak_bytes", "timed_body", "Cost", "count_costs", "count_executed"]
@@ -69,14 +74,19 @@ def peak_bytes(model: PyramidModel, size: tuple[int, int]) -> int:
     """
     if not isinstance(model.body, fx.GraphModule):
         return 0
-    traceable = _TraceableModel(model)
-    graph = fx.GraphModule(traceable, fx.Tracer().trace(traceable))
+    meta_model = _on_meta(model)
+    graph = fx.GraphModule(meta_model, LocalTracer().trace(meta_model))
     graph.graph.eliminate_dead_code()
-    measurement = _PeakMemoryModule(graph)
-    on_meta = {name: value.to("meta") for name, value in measurement.state_dict().items()}
-    with torch.no_grad():
-        peak: int = torch.func.functional_call(measurement, on_meta, (torch.empty(1, 3, *size, device="meta"),))
-    return peak
+    interpreter = _PeakMemoryInterpreter(graph)
+    run_on_meta(interpreter.run, size)
+    return interpreter.peak
+
+
+def _on_meta(model: PyramidModel) -> PyramidModel:
+    """A copy of `model` on the meta device, which nothing else uses."""
+    copied = copy.copy(model)
+    copied.__dict__["_modules"] = {"body": on_meta(model.body), "fpn": on_meta(model.fpn)}
+    return copied
 
 
 def _stages(taps: Mapping[str, fx.Node]) -> dict[fx.Node, str]:
@@ -126,30 +136,6 @@ class _UntracedBody(nn.Module):
         return taps
 
 
-class _TraceableModel(nn.Module):
-    """The computation of a model in a form that can be traced."""
-
-    def __init__(self, model: PyramidModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Any) -> dict[str, Any]:
-        taps = self.model.body(images)
-        pyramid = self.model.fpn(taps, self.model.levels)
-        return {name: pyramid[name] if name in pyramid else taps[name] for name in self.model.levels}
-
-
-class _PeakMemoryModule(nn.Module):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, images: Tensor) -> int:
-        interpreter = _PeakMemoryInterpreter(self.module)
-        interpreter.run(images)
-        return interpreter.peak
-
-
 class _PeakMemoryInterpreter(fx.Interpreter):
     """Runs a graph and records the peak bytes of live tensors."""
 
@@ -181,19 +167,17 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
     Raises:
         RuntimeError: where the network does not accept that size.
     """
-    on_meta = {name: value.to("meta") for name, value in model.state_dict().items()}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model, on_meta, (torch.empty(1, 3, *size, device="meta"),))
-    by_module = counter.get_flop_counts()
-    names = {module: name for name, module in model.named_modules()}
-
-    def flops(module: nn.Module) -> int:
-        return sum(by_module.get(f"{type(model).__name__}.{names[module]}", {}).values())
-
-    costs = []
-    if set(model.levels) & set(model.fpn.levels):
-        for part, modules in model.fpn.parts().items():
-            costs.append(Cost(part, sum(map(_parameters, modules)), sum(map(flops, modules))))
+    meta_model, flops = _on_meta(model), Counter[nn.Module]()
+    parts = meta_model.fpn.parts() if set(model.levels) & set(model.fpn.levels) else {}
+    with _FlopCounter() as counter:
+        for module in itertools.chain.from_iterable(parts.values()):
+            module.register_forward_pre_hook(lambda module, *_: flops.subtract({module: counter.get_total_flops()}))
+            module.register_forward_hook(lambda module, *_: flops.update({module: counter.get_total_flops()}))
+        run_on_meta(meta_model, size)
+    costs = [
+        Cost(part, sum(map(_parameters, modules)), sum(flops[module] for module in modules))
+        for part, modules in parts.items()
+    ]
     backbone = counter.get_total_flops() - sum(cost.flops for cost in costs)
     return (Cost("backbone", _parameters(model.body), backbone), *costs)
 
@@ -204,9 +188,26 @@ def count_executed(executable: FusedModel, size: tuple[int, int]) -> int:
     Counted as in `count_costs`, by computing one image; convolutions with packed weights are not counted.
     """
     image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _FlopCounter() as counter:
         executable(image.contiguous(memory_format=torch.channels_last))
     return int(counter.get_total_flops())
+
+
+class _FlopCounter(FlopCounterMode):
+    """torch's counter without its hooks, which all modules of the process would call."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker = _NoModules()
+
+
+class _NoModules(nullcontext[None]):
+    """Stands for torch's record of the modules that are running."""
+
+    parents = frozenset({"Global"})
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def _parameters(module: nn.Module) -> int:

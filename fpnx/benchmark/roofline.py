@@ -15,6 +15,7 @@ from fpnx.benchmark.timers import StageTimer
 from fpnx.core.files import OpenFile, reserve_space
 from fpnx.inference.devices import arithmetic, compute_dtype
 from fpnx.inference.packed_conv import PackedConv2d, can_pack, packing
+from fpnx.models.torch_state import isolated_torch_state
 
 __all__ = ["MatrixProduct", "write_speed"]
 
@@ -34,13 +35,14 @@ class MatrixProduct:
         self._device, self._precision, dtype = device, precision, compute_dtype(precision)
         self._timer = StageTimer(device)
         self.side = 512
-        while True:
-            a, b = (torch.randn(self.side, self.side).to(device, dtype) for _ in range(2))
-            seconds = {product: self._minimum_seconds(product) for product in self._implementations(a, b)}
-            self._product = min(seconds, key=seconds.__getitem__)
-            if seconds[self._product] >= MIN_SECONDS or self.side >= MAX_SIDE[device.type]:
-                return
-            self.side *= 2
+        with isolated_torch_state():
+            while True:
+                a, b = (torch.randn(self.side, self.side).to(device, dtype) for _ in range(2))
+                seconds = {product: self._minimum_seconds(product) for product in self._implementations(a, b)}
+                self._product = min(seconds, key=seconds.__getitem__)
+                if seconds[self._product] >= MIN_SECONDS or self.side >= MAX_SIDE[device.type]:
+                    return
+                self.side *= 2
 
     def measure(self) -> float:
         """FLOP/s of one product; a multiply-add is two operations."""

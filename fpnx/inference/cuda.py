@@ -22,6 +22,7 @@ from fpnx.inference.cuda_graphs import CudaGraphs
 from fpnx.inference.engine import Engine, Features
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
+from fpnx.models.torch_state import isolated_torch_state
 
 __all__ = ["CudaEngine", "make_engine"]
 
@@ -38,7 +39,7 @@ class CudaEngine(Engine):
     def __call__(self, pixels: Sequence[np.ndarray]) -> Features:
         """Features of images of one padded size, each (h, w, 3), 0..255; valid once `ready()` has returned."""
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
-        with torch.inference_mode(), torch.cuda.device(self.device):
+        with isolated_torch_state(), torch.inference_mode(), torch.cuda.device(self.device):
             with torch.cuda.stream(self._in):
                 uploaded = [self._upload(part) for part in self._stacks(pixels, sizes)]
             self._compute.wait_stream(self._in)

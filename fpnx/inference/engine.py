@@ -19,6 +19,7 @@ from fpnx.inference.devices import compute_dtype, resolve_precision
 from fpnx.inference.graph_fusion import fuse_model
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
+from fpnx.models.torch_state import isolated_torch_state
 from fpnx.store.reader import valid_extent
 
 __all__ = ["Engine", "Features", "SplittingEngine"]
@@ -62,7 +63,8 @@ class Engine:
         self.precision = resolve_precision(config.precision, device)
         self.dtype = compute_dtype(self.precision)
         # Fewer operations in more kernels are faster on a CPU; on a GPU the number of kernels costs more.
-        self.executable = fuse_model(model, device, self.dtype, recombined=device.type == "cpu")
+        with isolated_torch_state():
+            self.executable = fuse_model(model, device, self.dtype, recombined=device.type == "cpu")
         self.recipe, self.device = recipe, device
         self.pool, self.stored = config.pool, STORED_DTYPES[config.dtype]
         self._strides = {name: model.stride(name) for name in model.levels}
@@ -75,7 +77,7 @@ class Engine:
     def __call__(self, pixels: Sequence[np.ndarray]) -> Features:
         """Features of images of one padded size, each (h, w, 3), 0..255."""
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
-        with torch.inference_mode():
+        with isolated_torch_state(), torch.inference_mode():
             images = self.batch(pixels, sizes).to(self.dtype)
             prepared = (images.shape[2], images.shape[3]) in self._prepared_sizes
             levels = self.executable.pack(images) if prepared else self.executable(images)
@@ -144,7 +146,7 @@ class _BufferPool:
                     return held
         # Aligned to a page, as O_DIRECT needs it.
         size = shape.numel() * dtype.itemsize
-        raw = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+        raw = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
         start = -raw.data_ptr() % mmap.PAGESIZE
         return raw[start : start + size].view(dtype).view(shape)
 

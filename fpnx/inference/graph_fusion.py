@@ -19,7 +19,8 @@ from fpnx.core.system import release_freed_memory
 from fpnx.inference.fpn_fusion import FusedFpn
 from fpnx.inference.neck_fusion import FusedNeck, fuse_neck
 from fpnx.inference.packed_conv import SIZES_PACKED, PackedConv2d, can_pack, is_activation, is_norm, packing
-from fpnx.models.backbones.tracing import on_meta
+from fpnx.models.backbones.local_tracer import LocalTracer
+from fpnx.models.backbones.tracing import on_meta, run_on_meta
 from fpnx.models.pyramid_model import PyramidModel
 
 __all__ = ["FusedModel", "fuse_model"]
@@ -156,7 +157,8 @@ def _inline(body: fx.GraphModule, taps: set[str]) -> fx.GraphModule:
 def _splice(graph: fx.Graph, module: nn.Module, path: str, x: fx.Node) -> Any:
     """Insert the nodes of a composite module, applied to `x`, into `graph`."""
     copied: dict[fx.Node, Any] = {}
-    for node in _Tracer().trace(module).nodes:
+    parameters = {id(parameter): parameter for parameter in (*module.parameters(), *module.buffers())}
+    for node in _Tracer().trace(copy.deepcopy(module, parameters)).nodes:  # others may be using `module`
         if node.op == "placeholder":
             copied[node] = x
         elif node.op == "output":
@@ -170,7 +172,7 @@ def _splice(graph: fx.Graph, module: nn.Module, path: str, x: fx.Node) -> Any:
     raise AssertionError("a graph without output")
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(LocalTracer):
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         return isinstance(module, FrozenBatchNorm2d) or super().is_leaf_module(module, path)
 
@@ -252,8 +254,7 @@ def _fuse_addition(
 def _shapes(body: fx.GraphModule, size: tuple[int, int]) -> dict[str, Any]:
     """Shape of each node's result for an image of `size`, by the node's name; None where it is no tensor."""
     meta: Any = on_meta(body)
-    with torch.no_grad():
-        ShapeProp(meta).propagate(torch.empty(1, 3, *size, device="meta"))
+    run_on_meta(ShapeProp(meta).propagate, size)
     return {node.name: getattr(node.meta.get("tensor_meta"), "shape", None) for node in meta.graph.nodes}
 
 

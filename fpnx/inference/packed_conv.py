@@ -67,7 +67,7 @@ class PackedConv2d(nn.Module):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> PackedConv2d:
         """From float32 parameters, with stride 1."""
-        made = cls(nn.Conv2d(1, 1, 1))
+        made = cls(nn.Conv2d(1, 1, 1, device="meta"))  # whose parameters are not drawn
         made._plain, made.bias, made.padding = weight, bias, padding
         return made
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from fpnx.core.config import ExtractConfig, InputConfig, ModelConfig
@@ -27,6 +26,7 @@ from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.registry import NECKS
 from fpnx.models.pyramid_model import PyramidModel
+from fpnx.models.torch_state import isolated_torch_state
 from fpnx.models.weights.checkpoints import write_checkpoint
 from fpnx.models.weights.resolve import CheckpointNeck, Weights, resolve_weights, weights_from_module
 
@@ -123,14 +123,18 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
     """`create_model` from a config; `module` is a network of the caller's own, or a `PyramidModel`, which is copied."""
     if isinstance(module, PyramidModel):
         return _copied(module, config)
+    with isolated_torch_state():
+        return _build(config, module)
+
+
+def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
     weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
     if weights.pyramid is None:
         asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
         backbone.check_levels(asked, config.top_block)
-    with torch.random.fork_rng(devices=[]):  # modules draw parameters when they are made; these are replaced below
-        held = weights.pyramid
-        neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(backbone, config)
+    held = weights.pyramid
+    neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(backbone, config)
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
         levels = neck.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.pyramid_channels)

@@ -208,4 +208,4 @@ class Recipe:
 def _by_channel(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
     """`values` as a (1, 3, 1, 1) float32 tensor, cached, because each copy to a GPU waits for the work queued on it."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device).view(1, 3, 1, 1)
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)

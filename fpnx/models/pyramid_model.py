@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
@@ -56,6 +56,8 @@ class PyramidModel(nn.Module):
         self.recipe = weights.recipe
         self._known_shapes: dict[tuple[int, int], dict[str, tuple[int, int, int]]] = {}
         self._sums: dict[str, int] = {}
+        self._forward_to: dict[str, Callable[[nn.Module, Tensor], dict[str, Tensor]]] = {}
+        self._forward_to_deepest()  # now, since compiled code cannot make it
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         taps = self.taps(images)
@@ -64,12 +66,9 @@ class PyramidModel(nn.Module):
 
     def taps(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) → the taps that `levels` need, `{"C2": (B, C, H/4, W/4), ...}`; deeper stages are not run."""
-        deepest = max(self._needed_taps(), key=level_number)
-        last = f"C{max(self.fpn.in_channels)}"
-        if deepest == last or not isinstance(self.body, fx.GraphModule):  # what is hooked runs whole
-            taps: dict[str, Tensor] = self.body(images)
-            return taps
-        return fx.Interpreter(self.body, graph=_up_to(self.body.graph, deepest)).run(images)
+        forward = self._forward_to_deepest()
+        taps: dict[str, Tensor] = self.body(images) if forward is None else forward(self.body, images)
+        return taps
 
     @overload
     def transform(self, images: ImageLike) -> Tensor: ...
@@ -186,6 +185,22 @@ class PyramidModel(nn.Module):
             name: sum(_as_integers(value).sum(dtype=torch.int64).item() for value in part.state_dict().values())
             for name, part in (("body", self.body), ("fpn", self.fpn))
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_forward_to": {}}  # code made at run time cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_forward_to": {}, **state})
+        self._forward_to_deepest()
+
+    def _forward_to_deepest(self) -> Callable[[nn.Module, Tensor], dict[str, Tensor]] | None:
+        """The body's forward up to the deepest tap that `levels` need; None where that is all of it."""
+        deepest = max(self._needed_taps(), key=level_number)
+        if deepest == f"C{max(self.fpn.in_channels)}" or not isinstance(self.body, fx.GraphModule):
+            return None  # what is hooked runs whole
+        if deepest not in self._forward_to:
+            self._forward_to[deepest] = type(fx.GraphModule(self.body, _up_to(self.body.graph, deepest))).forward
+        return self._forward_to[deepest]
 
     def _parts(self) -> list[ModelPart]:
         """The parts that `levels` depend on."""

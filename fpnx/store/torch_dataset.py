@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -144,16 +144,19 @@ class ShapeBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed + self.epoch)
         self.epoch += 1
         batches = []
         for indices in self._by_shape.values():
-            order = torch.randperm(len(indices), generator=generator).tolist() if self.shuffle else range(len(indices))
-            ordered = [indices[i] for i in order]
+            ordered = [indices[i] for i in _permutation(len(indices), generator)] if self.shuffle else indices
             batches += [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
         if self.shuffle:
-            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+            batches = [batches[i] for i in _permutation(len(batches), generator)]
         return iter(batches)
 
     def __len__(self) -> int:
         return sum(-(-len(indices) // self.batch_size) for indices in self._by_shape.values())
+
+
+def _permutation(count: int, generator: torch.Generator) -> list[int]:
+    return cast("list[int]", torch.randperm(count, generator=generator, device="cpu").tolist())

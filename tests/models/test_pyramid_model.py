@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,3 +280,63 @@ def test_what_is_no_backbone_is_told(backbone, told):
     with pytest.raises(FpnxError) as caught:
         fpnx.create_model(backbone)
     assert str(caught.value) == told
+
+
+# Compiled models
+
+LEVELS = ["C2", "C3,C4", "C2,P3", "C5", "P5", "P4-P7", "P2-P5"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "levels"),
+    [
+        pytest.param("mobilenet_v2", one, id=one, marks=() if one in ("C3,C4", "C2,P3") else pytest.mark.slow)
+        for one in LEVELS
+    ],
+)
+def test_compiles_as_one_graph_whatever_the_levels(backbone: str, levels: str) -> None:
+    model = fpnx.create_model(backbone, weights="random", levels=levels)
+    images = torch.linspace(-1, 1, 3 * 64 * 96).reshape(1, 3, 64, 96)
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(images)
+        expected = model(images)
+    assert tuple(compiled) == model.levels
+    assert all(torch.equal(compiled[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", ["C2,C3", "P3"])
+def test_compiles_with_inductor(levels: str) -> None:
+    model = fpnx.create_model("resnet18", weights="random", levels=levels, pyramid="pafpn")
+    images = torch.linspace(-1, 1, 3 * 64 * 96).reshape(1, 3, 64, 96)
+    torch.compiler.reset()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own code
+        compiled = torch.compile(model, fullgraph=True)(images)
+        expected = model(images)
+    for name, level in expected.items():
+        assert (compiled[name] - level).abs().max() <= 1e-4 * level.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_copies_stop_early_with_their_own_parameters(duplicate: Callable[[Any], Any]) -> None:
+    model = fpnx.create_model("resnet18", weights="random", levels="C3")
+    images = torch.linspace(-1, 1, 3 * 64 * 96).reshape(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)["C3"]
+        copied = duplicate(model)
+        assert copied.state_dict().keys() == model.state_dict().keys()
+        assert torch.equal(copied(images)["C3"], expected)
+        if duplicate is not copy.copy:
+            model.get_parameter("body.conv1.weight").zero_()
+            assert torch.equal(copied(images)["C3"], expected)
+            assert not torch.equal(model(images)["C3"], expected)
+        doubled = copied.double()
+        assert doubled(images.double())["C3"].dtype is torch.float64
+        copied.levels = ("C2", "C4")
+        assert list(copied(images.double())) == ["C2", "C4"]

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,9 @@ from fpnx.models.backbones.registry import (
     torchvision_names,
 )
 from fpnx.models.backbones.stage_search import PROBE_SIZES, NoStagesError, Stages, TapPoint, find_stages
-from fpnx.models.backbones.tracing import on_meta, run_on_meta
+from fpnx.models.backbones.tracing import meta_copy, on_meta, run_on_meta
 from fpnx.models.necks.base import seeded_generator
+from fpnx.models.torch_state import isolated_torch_state
 
 __all__ = [
     "Backbone",
@@ -175,20 +175,19 @@ def create_backbone(
         built_for = size or (side, side)
         if built_for[0] != built_for[1] or built_for[0] % side:
             raise FpnxError(one_size(name, built_for, side))
-    with torch.random.fork_rng(devices=[]):
-        # Parameters depend on `seed` alone, and fork_rng restores the caller's random state.
-        torch.manual_seed(seeded_generator(seed, f"body.{name}").initial_seed())
-        network = build_network(name, built_for and built_for[0], detection.keyword, meta=meta)
     stages = detection.stages
     if nodes is not None:
         stages = Stages(taps={level: TapPoint(node=node) for level, node in nodes.items()}, traced=True)
-    return _create(name, network, stages, built_for, side)
+    with isolated_torch_state(seeded_generator(seed, f"body.{name}").initial_seed()):
+        network = build_network(name, built_for and built_for[0], detection.keyword, meta=meta)
+        return _create(name, network, stages, built_for, side)
 
 
 @functools.lru_cache(maxsize=128)
 def parameter_shapes(name: str) -> Mapping[str, tuple[int, ...]]:
     """Name → shape of all parameters and buffers of the network `name`, head included, without initialising it."""
-    network = build_network(check_backbone_name(name), meta=True)
+    with isolated_torch_state():
+        network = build_network(check_backbone_name(name), meta=True)
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
@@ -221,19 +220,13 @@ def tap_shapes(body: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, i
     Raises:
         RuntimeError: the network cannot take that size.
     """
-    meta_body = _meta_bodies.get(body)
-    if meta_body is None:
-        meta_body = _meta_bodies[body] = on_meta(body)
     try:
-        taps: dict[str, Tensor] = run_on_meta(meta_body, size)
+        taps: dict[str, Tensor] = run_on_meta(meta_copy(body), size)
     except Exception as error:  # networks raise errors of any type for sizes that they cannot take
         raise RuntimeError(f"the network cannot take {size[0]}×{size[1]}: {error}") from error
     if not all(all(tap.shape) for tap in taps.values()):
         raise RuntimeError(f"a tap has no pixels at {size[0]}×{size[1]}")
     return {name: (tap.shape[1], tap.shape[2], tap.shape[3]) for name, tap in taps.items()}
-
-
-_meta_bodies: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def _create(
@@ -270,7 +263,7 @@ def _network_for_shapes(name: str, side: int | None = None, keyword: str | None 
 
 def _detect(name: str) -> StageDetection:
     try:
-        with no_warnings():
+        with no_warnings(), isolated_torch_state():
             network = _network_for_shapes(name)
             try:
                 return StageDetection(stages=find_stages(lambda _: network))

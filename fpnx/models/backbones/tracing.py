@@ -9,12 +9,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torchvision
 from torch import Tensor, fx, nn
 
-__all__ = ["Trace", "leaves", "on_meta", "run_on_meta"]
+from fpnx.models.backbones.local_tracer import LocalTracer
+from fpnx.models.torch_state import on_meta_device
+
+__all__ = ["Trace", "leaves", "meta_copy", "on_meta", "run_on_meta"]
 
 # Traced as single nodes: torchvision's own blocks, as in `torchvision.models.feature_extraction`.
 LEAF_MODULES = tuple(
@@ -24,6 +28,8 @@ LEAF_MODULES = tuple(
 
 class Trace:
     """The torch.fx graph of a network, and the names of every node, innermost module first.
+
+    Until it is made, nothing else may use the network.
 
     Attributes:
         graph: the traced graph.
@@ -38,7 +44,7 @@ class Trace:
         self.network, self.names = network, tracer.names
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(LocalTracer):
     """Records a name for every node; the last node of a module also gets the name of that module.
 
     Operations are named after their module and function (`features.relu`), with a number from the second call on
@@ -46,7 +52,7 @@ class _Tracer(fx.Tracer):
     """
 
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=(math, torchvision.ops))
+        super().__init__((math, torchvision.ops))
         self.names: dict[fx.Node, list[str]] = {}
         self._module = ""
         self._call_counts: dict[str, int] = {}
@@ -98,9 +104,19 @@ def on_meta(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
+def meta_copy(network: nn.Module) -> nn.Module:
+    """The copy of `network` that `on_meta` makes, made once, for running only."""
+    if network not in _META_COPIES:
+        _META_COPIES[network] = on_meta(network)
+    return _META_COPIES[network]
+
+
+_META_COPIES: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
 def run_on_meta(network: Callable[[Tensor], Any], size: tuple[int, int]) -> Any:
     """Run `network`, which is on the meta device, on one image (1, 3, H, W) of `size` (height, width)."""
-    with torch.no_grad(), torch.device("meta"):
+    with on_meta_device():
         return network(torch.empty(1, 3, *size))
 
 

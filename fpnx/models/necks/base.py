@@ -6,12 +6,12 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fpnx.models.backbones.tracing import on_meta
+from fpnx.models.backbones.tracing import meta_copy
+from fpnx.models.torch_state import on_meta_device
 
 __all__ = ["SEED_SCHEME", "Neck", "draw_convolutions", "neck_shapes", "seeded_generator"]
 
@@ -80,20 +80,15 @@ def neck_shapes(
     asked = [name for name in levels if name in neck.levels]
     if not asked:
         return {}
-    if neck not in _META_NECKS:
-        _META_NECKS[neck] = on_meta(neck)
-    with torch.no_grad(), torch.device("meta"):
-        found = _META_NECKS[neck]({name: torch.empty(1, *shape) for name, shape in taps.items()}, asked)
+    with on_meta_device():
+        found = meta_copy(neck)({name: torch.empty(1, *shape) for name, shape in taps.items()}, asked)
     return {name: (level.shape[1], level.shape[2], level.shape[3]) for name, level in found.items()}
-
-
-_META_NECKS: WeakKeyDictionary[Neck, nn.Module] = WeakKeyDictionary()
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
     """The CPU generator for the part `name` under `seed`."""
     digest = hashlib.sha256(f"fpnx:{SEED_SCHEME}:{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
@@ -103,6 +98,7 @@ def draw_convolutions(block: nn.Module, seed: int, name: str) -> None:
         if isinstance(convolution, nn.Conv2d):
             weight = convolution.weight
             bound = math.sqrt(3.0 / (weight.shape[1] * weight.shape[2] * weight.shape[3]))
-            weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=seeded_generator(seed, name)))
+            drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+            weight.copy_(drawn.uniform_(-bound, bound, generator=seeded_generator(seed, name)))
             if convolution.bias is not None:
                 convolution.bias.zero_()

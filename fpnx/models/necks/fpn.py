@@ -76,7 +76,7 @@ class FPN(Neck):
         wanted, outputs = self._levels_to_compute(levels)
         merged = self._merged(taps, min(outputs, default=self._lowest_without_outputs(wanted)))
         pyramid = {i: self.layer_blocks[i](merged[i]) for i in sorted(outputs, reverse=True)}
-        pyramid |= self._coarser_levels(taps, merged, pyramid, wanted)
+        pyramid.update(self._coarser_levels(taps, merged, pyramid, wanted))  # torch 2.6 cannot compile |=
         return {name: pyramid[i] for i, name in enumerate(self.levels) if i in wanted}
 
     def initialize(self, seed: int) -> None:

@@ -54,7 +54,7 @@ class PAFPN(FPN):
             sums = output if sums is None else output + self.downsample_blocks[i - 1](sums)
             if i in outputs:
                 pyramid[i] = sums if i == 0 else self.pafpn_blocks[i - 1](sums)
-        pyramid |= self._coarser_levels(taps, merged, pyramid, wanted)
+        pyramid.update(self._coarser_levels(taps, merged, pyramid, wanted))
         return {name: pyramid[i] for i, name in enumerate(self.levels) if i in wanted}
 
     def initialize(self, seed: int) -> None:
