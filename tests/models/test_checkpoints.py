@@ -492,6 +492,36 @@ def test_damaged_and_other_files_are_refused_in_one_line(kind, tmp_path):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("backbone", [None, "resnet18", "timm/resnet10t"])
+def test_damaged_safetensors_are_told_in_fpnxs_words(backbone, tmp_path):
+    if backbone == "timm/resnet10t":
+        pytest.importorskip("timm")
+    safetensors.torch.save_file({"a": torch.ones(100)}, tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    damaged = "it begins as safetensors, but is truncated or damaged: copy or download it again"
+    other = "it is neither a torch file nor safetensors nor a pickle: take another file"
+    for content, reason in {
+        b"": other,
+        b"garbage " * 30: other,
+        whole[:-8]: damaged,
+        whole[:20]: damaged,
+        whole + b"more": damaged,
+        b"\xff" * 8 + whole[8:]: damaged,
+    }.items():
+        file = tmp_path / "x.safetensors"
+        file.write_bytes(content)
+        with pytest.raises(FpnxError) as caught:
+            fpnx.create_model(backbone, weights=str(file))
+        assert str(caught.value) == f"cannot read weights from {file}: {reason}"
+
+
+def test_the_first_bytes_decide_on_the_format_not_the_name(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "torch.safetensors")
+    safetensors.torch.save_file({"a": torch.ones(3)}, tmp_path / "safe.pth")
+    for name in ("torch.safetensors", "safe.pth"):
+        assert read_checkpoint(tmp_path / name).state["a"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_files_that_hold_no_weights_are_refused_with_the_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
