@@ -199,6 +199,17 @@ def test_an_average_beside_the_parameters_is_said_and_taken_on_demand(content, t
         model_of(tmp_path, content, weights_key="shadow")
 
 
+def test_an_average_behind_a_prefix_is_said_and_taken_on_demand(tmp_path):
+    content = {"state_dict": under("model.") | under("ema_model.module.", OTHER)}
+    model = model_of(tmp_path, content)
+    assert (holds(model, STATE), model.weights.prefix) == (True, "model.")
+    assert "model. was taken, --weights-prefix ema_model.module. takes the other" in model.weights.note
+    assert model.identity() == model_of(tmp_path, content, weights_prefix="model.").identity()
+    average = model_of(tmp_path, content, weights_prefix="ema_model")
+    assert holds(average, OTHER)
+    assert average.identity() == {**model.identity(), "weights_prefix": "ema_model.module."}
+
+
 def test_an_average_alone_is_taken_without_a_note(tmp_path):
     model = model_of(tmp_path, {"state_dict_ema": OTHER, "epoch": 3})
     assert (holds(model, OTHER), model.weights.note) == (True, None)

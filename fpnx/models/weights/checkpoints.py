@@ -23,13 +23,13 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.files import atomic_write
 from fpnx.core.text import escape
 
-__all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["AVERAGES", "SUFFIXES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
 
 FORMAT = "fpnx-weights"
 FORMAT_VERSION = 1
 
 SUFFIXES = (".pt", ".pth", ".pkl", ".safetensors")
-# Keys under which files hold the state dict; those of averages (EMA) beside it; and those that timm takes first.
+# Keys under which files hold the state dict; keys and prefixes of averages (EMA) beside it; what timm takes first.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "blobs")
 AVERAGES = re.compile(r"(.*[_.])?(ema|swa|averaged?)([_.].*)?", re.IGNORECASE)
 TIMM_AVERAGES = ("state_dict_ema", "model_ema")

@@ -15,6 +15,7 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.text import escape
 from fpnx.models.backbones.factory import parameter_shapes
 from fpnx.models.backbones.registry import TIMM, torchvision_names
+from fpnx.models.weights.checkpoints import AVERAGES
 from fpnx.models.weights.timm import classifier_names, filter_checkpoint
 
 __all__ = ["NetworkMatch", "choose_prefix", "first_names", "match_backbone", "match_module", "tails"]
@@ -47,6 +48,7 @@ class NetworkMatch:
         missing: names of those that are not.
         similarity: `matched` as a share of the names in either; 1 where all fit.
         automatic: whether this prefix would have been taken without asking for it.
+        beside: all prefixes under which parameters fit as well as any, this one included.
     """
 
     name: str
@@ -56,6 +58,7 @@ class NetworkMatch:
     missing: tuple[str, ...]
     similarity: float
     automatic: bool = True
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,22 +126,24 @@ def match_module(
     return match
 
 
-def choose_prefix(prefixes: Iterable[str], asked: str | None, holder: str = "parameters") -> tuple[str, bool]:
-    """The one of `prefixes` that `--weights-prefix` means, and whether it is the only one.
+def choose_prefix(prefixes: Iterable[str], asked: str | None) -> tuple[str, bool]:
+    """The one of `prefixes` that `--weights-prefix` means, and whether it would be taken without the option.
 
-    `asked` is the whole prefix, or its beginning or end; None where the user names none.
+    `asked` is the whole prefix, or its beginning or end; None where the user names none. Without it, parameters go
+    before their average (EMA).
 
     Raises:
         FpnxError: none or several of them are meant; names them.
     """
     found = sorted(dict.fromkeys(prefixes))
-    meant = found if asked is None else _meant(found, asked)
+    default = [each for each in found if not AVERAGES.fullmatch(each)] or found
+    meant = default if asked is None else _meant(found, asked)
     listed = " and ".join(escape(f"'{each}'") for each in found[:4]) + (" and others" if len(found) > 4 else "")
     if not meant:
-        raise FpnxError(f"weights prefix {escape(str(asked))!r}: its {holder} are under {listed}: take one of these")
+        raise FpnxError(f"weights prefix {escape(str(asked))!r}: its parameters are under {listed}: take one of these")
     if len(meant) > 1:
-        raise FpnxError(f"its {holder} fit under several prefixes, {listed}: choose one with --weights-prefix")
-    return meant[0], len(found) == 1
+        raise FpnxError(f"its parameters fit under several prefixes, {listed}: choose one with --weights-prefix")
+    return meant[0], meant == default
 
 
 def _meant(found: list[str], asked: str) -> list[str]:
@@ -171,12 +176,13 @@ def _choose(
         raise FpnxError(_why_none(matches, state, requested))
     fitting = {match.prefix: match for match in matches if match.similarity == best}
     if asked is None:
-        return fitting[choose_prefix(fitting, None)[0]]
+        return replace(fitting[choose_prefix(fitting, None)[0]], beside=tuple(fitting))
     meant = _meant([match.prefix for match in matches], asked)
     most = max((match.similarity for match in matches if match.prefix in meant), default=0.0)
     usable = {match.prefix: match for match in matches if match.prefix in meant and match.similarity == most}
     prefix, _ = choose_prefix(usable or fitting, asked)
-    return replace(usable[prefix], automatic=list(fitting) == [prefix])
+    automatic = prefix in fitting and choose_prefix(fitting, prefix)[1]
+    return replace(usable[prefix], automatic=automatic, beside=tuple(fitting))
 
 
 def _why_none(matches: list[NetworkMatch], state: Mapping[str, Tensor], requested: str | None) -> str:

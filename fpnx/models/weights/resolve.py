@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ def load_into_module(module: nn.Module, config: ModelConfig) -> tuple[nn.Module,
         "ignored": len(checkpoint.state) - len(match.state),
         "key": checkpoint.wrapper,
         "prefix": match.prefix,
-        "note": "; ".join(_notes(checkpoint)) or None,
+        "note": "; ".join(_notes(checkpoint, match.prefix, match.beside)) or None,
     }
     return loaded, facts, match.missing
 
@@ -366,7 +366,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         prefix=layout.prefix,
         choices=_choices(checkpoint, layout),
         settings=settings,
-        note="; ".join([*opencv, *_notes(checkpoint)]) or None,
+        note="; ".join([*opencv, *_notes(checkpoint, layout.prefix, layout.beside)]) or None,
         file=str(file),
         sha256=sha256,
     )
@@ -377,14 +377,14 @@ def _choices(checkpoint: Checkpoint, layout: StateDictLayout) -> dict[str, str]:
     return key if layout.automatic else {**key, "weights_prefix": layout.prefix}
 
 
-def _notes(checkpoint: Checkpoint) -> list[str]:
+def _notes(checkpoint: Checkpoint, prefix: str, prefixes: Collection[str]) -> list[str]:
     """Which parameters were taken of a file that holds several sets of them, such as their average (EMA)."""
-    if not checkpoint.beside:
-        return []
-    taken, others = escape(checkpoint.wrapper or "no key"), [escape(key or "no key") for key in checkpoint.beside]
+    sets = (("key", checkpoint.wrapper, checkpoint.beside), ("prefix", prefix, [p for p in prefixes if p != prefix]))
     return [
-        f"the file holds parameters under {taken} and {', '.join(others)}: {taken} was taken, "
-        f"--weights-key {others[0]} takes the other"
+        f"the file holds parameters under {escape(taken or f'no {what}')} and {escape(', '.join(others))}: "
+        f"{escape(taken or f'no {what}')} was taken, --weights-{what} {escape(others[0] or repr(''))} takes the other"
+        for what, taken, others in sets
+        if others
     ]
 
 

@@ -48,7 +48,8 @@ class StateDictLayout:
         pyramid: the pyramid in the file; None where there is none.
         backbone: the backbone that the parameters are of, where that is known yet.
         prefix: what stood before the keys, such as `"module.encoder."`, and was removed.
-        automatic: whether this prefix is the only one that fits.
+        automatic: whether this prefix would have been taken without asking for it.
+        beside: all prefixes under which parameters fit, this one included.
     """
 
     framework: str
@@ -59,6 +60,7 @@ class StateDictLayout:
     backbone: str | None = None
     prefix: str = ""
     automatic: bool = True
+    beside: tuple[str, ...] = ()
 
 
 Rename = Callable[[str], "str | None"]
@@ -91,8 +93,9 @@ def recognize_layout(
             backbone=match.name,
             prefix=match.prefix,
             automatic=match.automatic,
+            beside=match.beside,
         )
-    used, automatic = choose_prefix(prefixes, prefix, "parameters")
+    used, automatic = choose_prefix(prefixes, prefix)
     inner = {name[len(used) :]: value for name, value in state.items() if name.startswith(used)}
     pattern, rename = _rename_rules(framework, inner)
     renamed: dict[str, Tensor] = {}
@@ -116,7 +119,7 @@ def recognize_layout(
     pyramid = fpn_keys(renamed, _first_level(framework, inner))
     return StateDictLayout(
         framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid, prefix=used,
-        automatic=automatic,
+        automatic=automatic, beside=tuple(prefixes),
     )  # fmt: skip
 
 
