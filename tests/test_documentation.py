@@ -422,7 +422,8 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
         assert set(file["pyramids/64x64/P3"].attrs) == keys_of("attribute", text[text.index("## Features") :])
     assert keys_of("attribute", text) == attributes | {"shard"}
     with h5py.File(files["several"], "r") as file:
-        assert keys_of("key", text) == set(config) | set(json.loads(file.attrs["config"]))
+        chosen = {"weights_key", "weights_prefix"}  # only where they chose among several sets of parameters
+        assert keys_of("key", text) == set(config) | set(json.loads(file.attrs["config"])) | chosen
         assert config["recipe"].keys() == {field.name for field in fields(Recipe)}
     assert keys_of("key of `recipe`", text) == set(config["recipe"])
     with h5py.File(files["out.shard-00001-of-00002"], "r") as file:
@@ -435,7 +436,8 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
     assert set(rows) == set(provenance) == {field.name for field in fields(Provenance)} - {"others"}
     assert set(re.findall(r"`(\w+)`", rows["versions"])) == set(provenance["versions"])
     assert set(re.findall(r"`(\w+)`", rows["merged"])) == set(provenance["merged"])
-    assert keys_of("key of `weights`", provenance_text) == set(provenance["weights"])
+    in_files = {"key", "prefix"}  # only of weights that are in a file under a key or prefix
+    assert keys_of("key of `weights`", provenance_text) == set(provenance["weights"]) | in_files
 
 
 def test_a_reader_that_knows_only_the_format_page(files: dict[str, Path]) -> None:

@@ -253,7 +253,9 @@ def _checkpoint(weights: WeightsInfo) -> list[tuple[str, str]]:
             continue
         text = " ".join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else str(value)
         settings.setdefault(decided_by, []).append(f"{name.replace('_', ' ')} {text}")
-    rows = [("layout", f"{weights.layout}, {weights.heads_ignored} tensors of heads ignored")]
+    where = [f"{name} {value}" for name, value in (("key", weights.key), ("prefix", weights.prefix)) if value]
+    others = "other tensors" if weights.prefix else "tensors of heads"
+    rows = [("layout", ", ".join([weights.layout, *where, f"{weights.heads_ignored} {others} ignored"]))]
     rows += [(f"by {source}", ", ".join(settings[source])) for source in settings if source in ("default", "option")]
     return rows + ([("note", weights.note)] if weights.note else [])
 

@@ -99,6 +99,9 @@ class ExtractConfig(DistributedConfig, PictureConfig, RunConfig, OutputConfig, I
         plain = {name: getattr(self, name) for name in (*names, "dtype", "pool", "precision")}
         if os.path.isfile(self.weights):
             plain["weights"] = os.path.abspath(self.weights)
+        for name in ("weights_key", "weights_prefix"):  # earlier versions do not know them
+            if plain[name] is None:
+                del plain[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
@@ -109,7 +112,7 @@ AS_FOR_EXTRACT: dict[str, Any] = {"default": None, "help": "As for extract.", "p
 class VisualizeConfig(PictureConfig):
     """All options of `fpnx visualize`.
 
-    `images` are names, globs, indices or ranges of them (`"3"`, `"0:10"`). The last six are for photographs, and
+    `images` are names, globs, indices or ranges of them (`"3"`, `"0:10"`). The last eight are for photographs, and
     mean what they mean for `fpnx extract`; None: its default.
     """
 
@@ -123,6 +126,8 @@ class VisualizeConfig(PictureConfig):
         ModelConfig, "backbone", help="Repeat it to compare.", panel="Photographs", repeatable=True
     )
     weights: str | None = like(ModelConfig, "weights", **AS_FOR_EXTRACT)
+    weights_key: str | None = like(ModelConfig, "weights_key", **AS_FOR_EXTRACT)
+    weights_prefix: str | None = like(ModelConfig, "weights_prefix", **AS_FOR_EXTRACT)
     seed: int | None = like(ModelConfig, "seed", **AS_FOR_EXTRACT)
     size: str | int | None = like(InputConfig, "size", **AS_FOR_EXTRACT)
     device: str | None = like(RunConfig, "device", **AS_FOR_EXTRACT)
@@ -151,6 +156,8 @@ class BenchmarkConfig:
         ModelConfig, "backbone", help="Name; repeat it to compare several.", repeatable=True
     )
     weights: str = like(ModelConfig, "weights", default="random")
+    weights_key: str | None = like(ModelConfig, "weights_key")
+    weights_prefix: str | None = like(ModelConfig, "weights_prefix")
     pyramid: str | None = like(ModelConfig, "pyramid")
     seed: int = like(ModelConfig, "seed")
     levels: str | Iterable[str] | None = like(ModelConfig, "levels")

@@ -107,6 +107,12 @@ class ModelConfig(CheckpointConfig):
         metavar="NAME|FILE",
         complete="weights",
     )
+    weights_key: str | None = option(
+        None, "Key in the file under which they are, such as state_dict_ema.", "Model", metavar="KEY"
+    )
+    weights_prefix: str | None = option(
+        None, "What stands before their names in it, where several fit.", "Model", metavar="PREFIX"
+    )
     pyramid: str | None = option(
         None, "Kind of pyramid (default: that of the weights, or fpn).", "Model", choices=PYRAMIDS
     )

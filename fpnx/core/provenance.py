@@ -86,9 +86,12 @@ class WeightsInfo:
         body, pyramid: state of the backbone and of the pyramid.
         file, sha256: the file that they were read from, or None.
         layout: the framework whose state-dict layout the file has.
-        heads_ignored: number of tensors of heads in the file, which are not loaded.
+        heads_ignored: number of other tensors in the file, of heads and other networks, which are not loaded.
+        key: the key of the file under which its parameters are, such as `"state_dict"`; None for the file itself.
+        prefix: what stands before their names, such as `"module.encoder."`; None for nothing.
         settings: settings that cannot be read from the parameters, by name.
-        note: how the preprocessing differs from that of the training, or None.
+        note: how the preprocessing differs from that of the training, and which of several sets of parameters in
+            the file was taken; or None.
     """
 
     name: str
@@ -98,6 +101,8 @@ class WeightsInfo:
     sha256: str | None = None
     layout: str | None = None
     heads_ignored: int = 0
+    key: str | None = None
+    prefix: str | None = None
     settings: Mapping[str, Setting] = field(default_factory=dict)
     note: str | None = None
 
@@ -109,6 +114,8 @@ class WeightsInfo:
             "sha256": self.sha256,
             "layout": self.layout,
             "heads_ignored": self.heads_ignored,
+            **({} if self.key is None else {"key": self.key}),
+            **({} if self.prefix is None else {"prefix": self.prefix}),
             "settled": {
                 name: {"value": list(value) if isinstance(value, tuple) else value, "by": by}
                 for name, (value, by) in self.settings.items()
@@ -126,7 +133,7 @@ class WeightsInfo:
             ValueError: where the parts are missing, or a value has another type.
         """
         entries = _mapping(values)
-        texts = {name: entries.get(name) for name in ("file", "sha256", "layout", "note")}
+        texts = {name: entries.get(name) for name in ("file", "sha256", "layout", "key", "prefix", "note")}
         ignored, settled = entries.get("heads_ignored", 0), _mapping(entries.get("settled", {}))
         if not all(text is None or isinstance(text, str) for text in texts.values()) or not isinstance(ignored, int):
             raise ValueError("not a description of weights")

@@ -6,7 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
@@ -28,20 +28,30 @@ from fpnx.models.necks.registry import NECKS
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.models.weights.checkpoints import write_checkpoint
-from fpnx.models.weights.resolve import CheckpointNeck, Weights, resolve_weights, weights_from_module
+from fpnx.models.weights.key_matching import first_names
+from fpnx.models.weights.resolve import (
+    UNTRAINED,
+    CheckpointNeck,
+    Weights,
+    is_weights_file,
+    load_into_module,
+    resolve_weights,
+    weights_from_module,
+)
 
 __all__ = ["build_model", "create_model", "save_weights", "split_backbone"]
 
 DEFAULT_CHANNELS = 256
 DEFAULT_PYRAMID = "fpn"
 PARTS = ("body", "fpn")
-UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
 
 
 def create_model(
     backbone: str | nn.Module | None = ModelConfig.backbone,
     *,
     weights: str = ModelConfig.weights,
+    weights_key: str | None = ModelConfig.weights_key,
+    weights_prefix: str | None = ModelConfig.weights_prefix,
     levels: Any = ModelConfig.levels,
     pyramid: str | None = ModelConfig.pyramid,
     channels: int | None = ModelConfig.channels,
@@ -62,10 +72,13 @@ def create_model(
     Args:
         backbone: a name (`fpnx models` lists them, `"timm/NAME"` is one of timm's); None takes the one that the
             weights are for, or ResNet-50. Or a module of your own, which takes (B, 3, H, W): its taps are found as
-            those of named networks are. A copy is taken; its parameters stay as they are, only the pyramid is drawn,
-            and `weights` must be `"default"` or `"random"`, which then mean the same.
+            those of named networks are. A copy is taken, and only the pyramid is drawn. Its parameters stay as
+            they are (`weights` is `"default"` or `"random"`, which then mean the same), or come from the file that
+            `weights` names.
         weights: `"default"`, `"imagenet"`, `"coco"`, `"random"`, a torchvision name such as
-            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, detectron2 or mmdetection.
+            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, timm, detectron2 or mmdetection.
+        weights_key: the key of the file under which the parameters are, such as `"state_dict_ema"`; None finds it.
+        weights_prefix: what stands before their names in the file, such as `"encoder_q."`; None finds it.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
         pyramid: the kind of neck, `"fpn"` or `"pafpn"`; None: a file's own, else `"fpn"`.
         channels: of every P level; None: a file's own, else 256.
@@ -84,6 +97,8 @@ def create_model(
     config = ExtractConfig(
         backbone=name,
         weights=weights,
+        weights_key=weights_key,
+        weights_prefix=weights_prefix,
         levels=levels,
         pyramid=pyramid,
         channels=channels,
@@ -171,12 +186,27 @@ def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
 
 def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
     if config.weights not in ("default", "random"):
+        if is_weights_file(config.weights):
+            return _given_with_file(config, module)
         raise FpnxError(
             f"weights {escape(config.weights)} beside a module: it keeps the parameters that it has: leave weights "
-            "out, and load them into the module first"
+            "out, or name a file"
         )
     backbone = backbone_from_module(module)
     return weights_from_module(module, backbone.name, config), backbone
+
+
+def _given_with_file(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
+    loaded, facts, absent = load_into_module(module, config)
+    backbone = backbone_from_module(loaded)
+    needed = [name for name in absent if name in backbone.body.state_dict()]
+    if needed:
+        raise FpnxError(
+            f"{escape(config.weights)} does not fit {backbone.name}: {len(needed)} of its parameters are missing or "
+            f"misshapen ({first_names(needed)}): take matching weights"
+        )
+    own = replace(config, weights="default", weights_key=None, weights_prefix=None)
+    return replace(weights_from_module(loaded, backbone.name, own), **facts), backbone
 
 
 def _new_neck(backbone: Backbone, config: ModelConfig) -> Neck:
@@ -301,7 +331,10 @@ def _fill(model: PyramidModel, weights: Weights) -> None:
     reasons = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
             for what, keys in problems.items() if keys]  # fmt: skip
     if reasons:
+        fitting = sum(key in given and given[key].shape == own[key].shape for key in wanted)
+        under = f" under the prefix {escape(weights.prefix)}" if weights.prefix else ""
         raise FpnxError(
-            f"{escape(weights.name)} does not fit {model.backbone}: {'; '.join(reasons)}: take matching weights"
+            f"{escape(weights.name)} does not fit {model.backbone}: {fitting} of {len(wanted)} names fit{under}; "
+            f"{'; '.join(reasons)}: take matching weights"
         )
     model.load_state_dict(given, strict=False)

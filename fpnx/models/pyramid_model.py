@@ -177,6 +177,7 @@ class PyramidModel(nn.Module):
             **self.fpn.identity(),
             "norm_eps": self.weights.norm_eps,
             "stride_in_1x1": self.weights.stride_in_1x1,
+            **self.weights.choices,
         }
 
     def _checksums(self) -> dict[str, int]:

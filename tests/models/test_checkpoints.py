@@ -492,6 +492,36 @@ def test_damaged_and_other_files_are_refused_in_one_line(kind, tmp_path):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("backbone", [None, "resnet18", "timm/resnet10t"])
+def test_damaged_safetensors_are_told_in_fpnxs_words(backbone, tmp_path):
+    if backbone == "timm/resnet10t":
+        pytest.importorskip("timm")
+    safetensors.torch.save_file({"a": torch.ones(100)}, tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    damaged = "it begins as safetensors, but is truncated or damaged: copy or download it again"
+    other = "it is no safetensors file: copy or download it again"
+    for content, reason in {
+        b"": "it is empty: save it or download it again",
+        b"garbage " * 30: other,
+        whole[:-8]: damaged,
+        whole[:20]: damaged,
+        whole + b"more": damaged,
+        b"\xff" * 8 + whole[8:]: damaged,
+    }.items():
+        file = tmp_path / "x.safetensors"
+        file.write_bytes(content)
+        with pytest.raises(FpnxError) as caught:
+            fpnx.create_model(backbone, weights=str(file))
+        assert str(caught.value) == f"cannot read weights from {file}: {reason}"
+
+
+def test_the_first_bytes_decide_on_the_format_not_the_name(tmp_path):
+    torch.save({"a": torch.ones(3)}, tmp_path / "torch.safetensors")
+    safetensors.torch.save_file({"a": torch.ones(3)}, tmp_path / "safe.pth")
+    for name in ("torch.safetensors", "safe.pth"):
+        assert read_checkpoint(tmp_path / name).state["a"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_files_that_hold_no_weights_are_refused_with_the_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
@@ -504,22 +534,19 @@ def test_files_that_hold_no_weights_are_refused_with_the_reason(tmp_path):
         "lfs.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
         "page.pth": b"\n<!DOCTYPE html><html></html>",
         "cut.pth": whole[: len(whole) // 2],
-        "torch.safetensors": whole,
         "garbage.safetensors": b"garbage" * 9,
         "cut.safetensors": safetensors.torch.save({"a": torch.zeros(100)})[:40],
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    no_safetensors = "it is no safetensors file, or damaged ({}): save it or download it again"
     messages = {
         "empty.pth": "it is empty: save it or download it again",
         "text.pth": "it is neither a torch file nor safetensors nor a pickle: save model.state_dict() with torch.save",
         "lfs.safetensors": "it is a pointer of Git LFS to the weights: get the file itself with git lfs pull",
         "page.pth": "it is a web page: download the file itself",
         "cut.pth": "it is a torch file that is cut off: save it or download it again",
-        "torch.safetensors": "it is a torch file: rename it to torch.pth",
-        "garbage.safetensors": no_safetensors.format("header too large"),
-        "cut.safetensors": no_safetensors.format("invalid header length"),
+        "garbage.safetensors": "it is no safetensors file: copy or download it again",
+        "cut.safetensors": "it begins as safetensors, but is truncated or damaged: copy or download it again",
         "pipe.pth": "it is not a regular file",
         "zip.pth": "it is a zip archive, but no whole torch file",
         "none.pth": "No such file or directory",

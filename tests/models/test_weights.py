@@ -206,6 +206,19 @@ def test_impossible_requests_name_the_alternatives(options, message):
         fpnx.create_model(**options, offline=True)
 
 
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("weights", ["default", "coco", "RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1"])
+def test_another_pyramid_than_the_weights_have_is_refused_before_any_download(weights, offline, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # an empty cache, and no way to a server
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(
+        FpnxError, match=r"pyramid pafpn contradicts .*COCO_V1, which has fpn: drop the option, or take"
+    ):
+        fpnx.create_model(weights=weights, pyramid="pafpn", offline=offline)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_set_what_a_file_does_not_state(tmp_path, capsys):
     network = randomise(models.resnet18())
     torch.save(network.state_dict(), tmp_path / "mine.pth")

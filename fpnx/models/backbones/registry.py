@@ -66,23 +66,25 @@ def build_network(
     *,
     meta: bool = False,
     loaded: dict[str, torch.Tensor] | None = None,
+    classifier: bool = False,
 ) -> nn.Module:
     """The network `name` in eval mode, with parameters initialised by its own code.
 
-    A timm network is built with `features_only=True`. GoogLeNet and Inception undo ImageNet's normalisation inside,
-    as their published weights need it.
+    A timm network is built with `features_only=True`, unless `classifier` is set. GoogLeNet and Inception undo
+    ImageNet's normalisation inside, as their published weights need it.
 
     Args:
         side: side in pixels of the square images that the network is built for; only with `keyword`.
         keyword: the name of the builder's argument for the input size.
         meta: build it on the meta device, without data.
         loaded: the state dict in a file that timm published for this network.
+        classifier: build a timm network whole, with its head.
     """
     options = {keyword: (side, side) if keyword == "input_size" else side} if keyword else {}
     network: Any
     with no_warnings(), _ParametersOnMeta() if meta else nullcontext():
         if name.startswith(TIMM):
-            network = _timm_network(name, options, loaded)
+            network = _timm_network(name, options, loaded, classifier)
         else:
             network = models.get_model(name, weights=None, **options)
     if hasattr(network, "transform_input"):
@@ -140,9 +142,12 @@ class _ParametersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _timm_network(name: str, options: dict[str, Any], loaded: dict[str, torch.Tensor] | None) -> nn.Module:
+def _timm_network(
+    name: str, options: dict[str, Any], loaded: dict[str, torch.Tensor] | None, classifier: bool
+) -> nn.Module:
     timm, timm_name = timm_library(), name[len(TIMM) :]
-    options = {**options, "features_only": True, "out_indices": _timm_indices(timm_name)}
+    if not classifier:
+        options = {**options, "features_only": True, "out_indices": _timm_indices(timm_name)}
     if loaded is not None:
         # timm renames and reshapes published parameters when it loads them.
         options["pretrained_cfg_overlay"] = {"state_dict": loaded, "custom_load": False}

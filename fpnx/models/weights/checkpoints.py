@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,14 +24,16 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.files import atomic_write
 from fpnx.core.text import escape
 
-__all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["AVERAGES", "SUFFIXES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
 
 FORMAT = "fpnx-weights"
 FORMAT_VERSION = 1
 
 SUFFIXES = (".pt", ".pth", ".pkl", ".safetensors")
-# Keys under which files hold the state dict.
+# Keys under which files hold the state dict; keys and prefixes of averages (EMA) beside it; what timm takes first.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "blobs")
+AVERAGES = re.compile(r"(.*[_.])?(ema|swa|averaged?)([_.].*)?", re.IGNORECASE)
+TIMM_AVERAGES = ("state_dict_ema", "model_ema")
 LEGACY_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of files of torch.save before 1.6
 BYTES_COMPARED = 64  # of the beginning of a file
 UNSAFE = "which could run code: save model.state_dict() alone"
@@ -58,21 +60,30 @@ class Checkpoint:
     Attributes:
         state: names → tensors on the CPU, as in the file.
         wrapper: the key under which the file holds them, such as `"model"`; `""` for the file itself.
+        beside: other keys under which it holds parameters of the same names, such as `"state_dict_ema"`.
+        automatic: whether `wrapper` would have been taken without asking for it.
         description: the description that `write_checkpoint` adds; None in other files.
         config: the text of the training config (mmdetection); None where there is none.
     """
 
     state: Mapping[str, Tensor]
     wrapper: str = ""
+    beside: tuple[str, ...] = ()
+    automatic: bool = True
     description: Mapping[str, Any] | None = None
     config: str | None = None
 
 
-def read_checkpoint(file: Path) -> Checkpoint:
-    """Read the tensors in `file`; its first bytes decide on the format, except for `.safetensors`.
+def read_checkpoint(file: Path, key: str | None = None, *, averages_first: bool = False) -> Checkpoint:
+    """Read the tensors in `file`; its first bytes decide on the format.
+
+    Args:
+        file: a torch file, safetensors or a pickle.
+        key: the key under which the parameters are; None finds it.
+        averages_first: take the average (EMA) where the file has one beside the parameters, as timm does.
 
     Raises:
-        FpnxError: the file is damaged, holds no parameters, or could run code.
+        FpnxError: the file is damaged, holds no parameters (under `key`), or could run code.
     """
     if file.exists() and not file.is_file():  # opening a FIFO would block
         raise FpnxError(f"cannot read weights from {escape(file)}: it is not a regular file")
@@ -81,10 +92,15 @@ def read_checkpoint(file: Path) -> Checkpoint:
             start = handle.read(BYTES_COMPARED)
             if what := _other_content(file, start):
                 raise pickle.UnpicklingError(what)
-            if file.suffix == ".safetensors" or start[8:9] == b"{":
-                return _read_safetensors(file)
-            if start.startswith((b"PK", LEGACY_TORCH_MAGIC)):
-                content = _read_torch(file, zipped=start.startswith(b"PK"))
+            is_torch = start.startswith((b"PK", LEGACY_TORCH_MAGIC))
+            if start[8:9] == b"{" or (file.suffix == ".safetensors" and not is_torch):
+                checkpoint = _read_safetensors(file)
+                if key is not None:
+                    raise FpnxError(f"weights key {escape(key)!r}: {escape(file)} is safetensors, which has no keys")
+                return checkpoint
+            if is_torch:
+                handle.seek(0)  # torch.load would take a path that ends in .safetensors for safetensors
+                content = _read_torch(handle, zipped=start.startswith(b"PK"))
             elif start[:1] in (b"\x80", b"(", b"}"):
                 handle.seek(0)
                 content = _read_pickle(handle)
@@ -93,18 +109,15 @@ def read_checkpoint(file: Path) -> Checkpoint:
                     "it is neither a torch file nor safetensors nor a pickle: save model.state_dict() with torch.save"
                 )
     except safetensors.SafetensorError as error:
-        reason = escape(str(error).rpartition("header: ")[2])[:80]
-        raise FpnxError(
-            f"cannot read weights from {escape(file)}: it is no safetensors file, or damaged ({reason}): save it or "
-            "download it again"
-        ) from error
+        state = "begins as safetensors, but is truncated or damaged" if start[8:9] == b"{" else "is no safetensors file"
+        raise FpnxError(f"cannot read weights from {escape(file)}: it {state}: copy or download it again") from error
     except READ_ERRORS as error:
         raise FpnxError(f"cannot read weights from {escape(file)}: {_reason(error)}") from error
-    return _extract_state_dict(content, file)
+    return _extract_state_dict(content, file, key, averages_first)
 
 
 def _other_content(file: Path, start: bytes) -> str:
-    """What a file is that by its first bytes holds no weights, or not those of its name, and what to do; else empty."""
+    """What a file is that holds no weights by its first bytes, and what to do; else empty."""
     if not start:
         return "it is empty: save it or download it again"
     if start.startswith(b"version https://git-lfs"):
@@ -113,8 +126,6 @@ def _other_content(file: Path, start: bytes) -> str:
         return "it is a web page: download the file itself"
     if start.startswith(b"PK") and not zipfile.is_zipfile(file):
         return "it is a torch file that is cut off: save it or download it again"
-    if file.suffix == ".safetensors" and start.startswith((b"PK", LEGACY_TORCH_MAGIC)):
-        return f"it is a torch file: rename it to {escape(file.with_suffix('.pth').name)}"
     return ""
 
 
@@ -138,7 +149,7 @@ class _Placeholder:
         pass
 
 
-def _read_torch(file: Path, zipped: bool) -> Any:
+def _read_torch(file: BinaryIO, zipped: bool) -> Any:
     placeholders: list[Any] = []
     if zipped:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -146,6 +157,7 @@ def _read_torch(file: Path, zipped: bool) -> Any:
         if refused:
             raise pickle.UnpicklingError(f"it asks for {_first_names(refused)}, {UNSAFE}")
         placeholders = [(_Placeholder, name) for name in names]
+        file.seek(0)
     with torch.serialization.safe_globals(placeholders), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -267,24 +279,76 @@ def _with_tensors(content: Mapping[Any, Any], depth: int = 2) -> dict[Any, Any]:
     return converted
 
 
-def _extract_state_dict(content: Any, file: Path) -> Checkpoint:
-    """Find the state dict in the content of a file: the content itself, or under one of `WRAPPERS`."""
-    if not isinstance(content, dict):
+def _extract_state_dict(content: Any, file: Path, key: str | None, averages_first: bool) -> Checkpoint:
+    """Find the state dict in the content of a file: the content itself, or what is under one of its keys."""
+    state_dicts = _state_dicts(content) if isinstance(content, dict) else {}
+    if not state_dicts:
         raise FpnxError(f"{escape(file)} is not a state dict (names with tensors): save model.state_dict()")
     meta = content.get("meta")
-    config = next((meta[key] for key in ("cfg", "config") if isinstance(meta.get(key), str)), None) \
+    config = next((meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)), None) \
         if isinstance(meta, dict) else None  # fmt: skip
-    description = content.get("fpnx")
-    inner, wrapper = content, ""
+    description = _parse_description(content.get("fpnx"), file)
+    default = _default_key(content, state_dicts, averages_first)
+    taken = default if key is None else _asked_key(key, state_dicts, file)
+    if taken is None:  # several that differ: what they are called is a prefix then
+        joined = {f"{path}.{name}": state[name] for path, state in state_dicts.items() if path for name in state}
+        return Checkpoint(joined, description=description, config=config)
+    state = state_dicts[taken]
+    names = _without_wrappers(state)
+    beside = [
+        path
+        for path, other in state_dicts.items()
+        if path != taken and 2 * len(_without_wrappers(other) & names) > len(names)
+    ]
+    return Checkpoint(
+        state, taken, beside=tuple(beside), automatic=taken == default, description=description, config=config
+    )
+
+
+def _state_dicts(content: Mapping[Any, Any], path: str = "", depth: int = 3) -> dict[str, dict[str, Tensor]]:
+    """Path of keys, such as `"model.net"` → tensors by name, for all dictionaries in `content` that hold tensors."""
+    state = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    found = {path: state} if state else {}
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, dict) and depth:
+            found |= _state_dicts(value, f"{path}.{name}" if path else name, depth - 1)
+    return found
+
+
+def _default_key(content: Any, state_dicts: Mapping[str, Mapping[str, Tensor]], averages_first: bool) -> str | None:
+    """The path that is taken without `--weights-key`; None where several are as good."""
+    averages = [path for path in TIMM_AVERAGES if path in state_dicts] if averages_first else []
+    if averages:
+        return averages[0]
+    inner, path = content, ""
     for _ in range(2):
-        key = next((key for key in WRAPPERS if isinstance(inner.get(key), dict)), None)
-        if key is None:
+        name = next((name for name in WRAPPERS if isinstance(inner.get(name), dict)), None)
+        if name is None:
             break
-        inner, wrapper = inner[key], f"{wrapper}.{key}".lstrip(".")
-    state = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not state:
-        raise FpnxError(f"{escape(file)} is not a state dict (names with tensors): save model.state_dict()")
-    return Checkpoint(state, wrapper, _parse_description(description, file), config)
+        inner, path = inner[name], f"{path}.{name}".lstrip(".")
+    most = max(len(state) for state in state_dicts.values())
+    if path in state_dicts and (path or len(state_dicts[path]) == most):
+        return path
+    large = [path for path, state in state_dicts.items() if path and 2 * len(state) >= most]
+    plain = [path for path in large if not AVERAGES.fullmatch(path)] or large
+    return plain[0] if len(plain) == 1 else None
+
+
+def _asked_key(key: str, state_dicts: Mapping[str, Any], file: Path) -> str:
+    """The path that `--weights-key` means: equal to it, or with keys below or above it."""
+    paths = list(state_dicts)
+    below = [path for path in paths if path.startswith(f"{key}.")]
+    above = [path for path in paths if path.endswith(f".{key}")]
+    meant = [*([key] if key in paths else []), *below, *above]
+    if meant:
+        return meant[0]
+    listed = ", ".join(escape(path) for path in paths if path) or "none under a key"
+    raise FpnxError(f"weights key {escape(key)!r}: {escape(file)} holds no parameters there, but {listed}")
+
+
+def _without_wrappers(names: Iterable[str]) -> set[str]:
+    """The names without what wrappers of modules put before them."""
+    return {re.sub(r"^((module|model|_orig_mod)\.)+", "", name) for name in names}
 
 
 def _parse_description(text: Any, file: Path) -> dict[str, Any] | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fpnx.core.text import did_you_mean, escape
 from fpnx.models.backbones.factory import check_backbone_name
 from fpnx.models.backbones.registry import TIMM
 from fpnx.models.preprocessing import Recipe
-from fpnx.models.weights.checkpoints import SUFFIXES, read_checkpoint
+from fpnx.models.weights.checkpoints import SUFFIXES, Checkpoint, read_checkpoint
 from fpnx.models.weights.framework_defaults import (
     OPENCV_NOTE,
     facts_in_file,
@@ -28,7 +29,8 @@ from fpnx.models.weights.framework_defaults import (
     resolve_facts,
     resolve_top_block,
 )
-from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout, backbone_of, recognize_layout
+from fpnx.models.weights.key_matching import match_module
+from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout, recognize_layout, with_names_of
 from fpnx.models.weights.timm import cached_timm_file, features_only_state, timm_recipe, timm_weights
 from fpnx.models.weights.torchvision import (
     COCO,
@@ -41,9 +43,20 @@ from fpnx.models.weights.torchvision import (
     norm_eps_of,
 )
 
-__all__ = ["CheckpointNeck", "Weights", "parameters_hash", "resolve_weights", "weights_from_module"]
+__all__ = [
+    "UNTRAINED",
+    "CheckpointNeck",
+    "Weights",
+    "is_weights_file",
+    "load_into_module",
+    "parameters_hash",
+    "resolve_weights",
+    "weights_from_module",
+]
 
 DEFAULT_BACKBONE = "resnet50"
+UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
+CHOICES = ("weights_key", "weights_prefix")  # options that choose among the parameters in a file
 # Detectors whose levels are not one per stride: by the laterals' inputs, where the body is tapped, and the strides.
 UNSTRIDED: dict[tuple[str, tuple[int, ...]], tuple[dict[int, str], tuple[int, ...]]] = {
     ("mobilenet_v3_large", (160, 960)): ({0: "features.13", 1: "features.16"}, (32, 32, 64))
@@ -82,9 +95,11 @@ class Weights:
         stride_in_1x1: whether bottlenecks stride in their first 1×1 convolution instead of the 3×3 one.
         nodes: level number → node to tap, instead of the ends of the stages.
         framework: the file's state-dict layout.
-        ignored: number of tensors in the file that belong to heads.
+        ignored: number of other tensors in the file, which belong to heads and other networks.
+        key, prefix: under which key of the file its parameters are, and what stands before their names.
+        choices: those of the options `weights_key` and `weights_prefix` that changed which parameters are taken.
         settings: the facts that parameters alone do not show, by name: the value, and its source.
-        note: how the recipe differs from the one that the network was trained with.
+        note: how the recipe differs from the one that the network was trained with, and what else the file holds.
         file, sha256: the file and its hash; a module has a hash only.
     """
 
@@ -100,6 +115,9 @@ class Weights:
     nodes: Mapping[int, str] | None = None
     framework: str | None = None
     ignored: int = 0
+    key: str = ""
+    prefix: str = ""
+    choices: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
     note: str | None = None
     file: str | None = None
@@ -116,6 +134,8 @@ class Weights:
             sha256=self.sha256,
             layout=self.framework,
             heads_ignored=self.ignored,
+            key=self.key or None,
+            prefix=self.prefix or None,
             settings=self.settings,
             note=self.note,
         )
@@ -130,7 +150,8 @@ def resolve_weights(config: ModelConfig) -> Weights:
         FpnxError: an unknown name, a contradiction with `config.backbone`, or a file that cannot be downloaded or read.
     """
     backbone = None if config.backbone is None else check_backbone_name(config.backbone)
-    if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and not _is_file(config.weights):
+    is_name = config.weights in ("default", "imagenet") or not is_weights_file(config.weights)
+    if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and is_name:
         return _from_timm(config)
     choice = _resolve_alias(config.weights, backbone or DEFAULT_BACKBONE)
     if choice == "random":
@@ -139,14 +160,45 @@ def resolve_weights(config: ModelConfig) -> Weights:
         drawn = ModelPart.drawn(config.seed)
         recipe = native_recipe(name)
         return Weights(name="random", backbone=name, recipe=recipe, body=drawn, fpn=drawn, state={})
-    if published := find_published(choice, backbone):
+    if not (backbone or "").startswith(TIMM) and (published := find_published(choice, backbone)):
         return _from_published(published, config)
-    if _is_file(choice):
+    if is_weights_file(choice):
         return _from_file(Path(choice), backbone, config)
     raise FpnxError(
         f"weights {escape(choice)!r} are neither a name nor a file{did_you_mean(choice, known_names(backbone))}: take "
         f"default, imagenet, coco, random, a file, or what `fpnx models {backbone or DEFAULT_BACKBONE}` lists"
     )
+
+
+def load_into_module(module: nn.Module, config: ModelConfig) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
+    """A copy of `module` with the parameters in the file `config.weights`.
+
+    Returns:
+        The copy; the fields of `Weights` that say where its parameters are from; the names of those that are not in the
+        file, or not in their shape.
+
+    Raises:
+        FpnxError: the file is of another network, or several prefixes fit.
+    """
+    file = Path(config.weights)
+    checkpoint = read_checkpoint(file, config.weights_key)
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    try:
+        match = match_module(checkpoint.state, shapes, type(module).__name__, config.weights_prefix)
+    except FpnxError as error:
+        raise FpnxError(f"{escape(file)}: {error}") from error
+    loaded = copy.deepcopy(module)
+    absent = set(match.missing)
+    loaded.load_state_dict({key: value for key, value in match.state.items() if key not in absent}, strict=False)
+    facts = {
+        "name": file.name,
+        "body": ModelPart(None, file.name),
+        "ignored": len(checkpoint.state) - len(match.state),
+        "key": checkpoint.wrapper,
+        "prefix": match.prefix,
+        "note": "; ".join(_notes(checkpoint, match.prefix, match.beside)) or None,
+    }
+    return loaded, facts, match.missing
 
 
 def weights_from_module(module: nn.Module, name: str, config: ModelConfig) -> Weights:
@@ -201,6 +253,8 @@ def _from_published(published: PublishedWeights, config: ModelConfig) -> Weights
             f"weights {published.name} are for {published.backbone}, not for {config.backbone}: drop one of the two"
         )
     _refuse_facts(config, published.name)
+    if "pyramid" in published.trains and config.pyramid not in (None, "fpn"):
+        raise FpnxError(f"pyramid {config.pyramid} contradicts {published.name}, which has fpn: {UNTRAINED}")
     file = cached_file(published, config.offline)
     weights = _from_file(file, published.backbone, config, published.recipe)
     trained = ModelPart(True, published.name)
@@ -243,24 +297,33 @@ def _from_timm(config: ModelConfig) -> Weights:
     )
 
 
-def _is_file(choice: str) -> bool:
+def is_weights_file(choice: str) -> bool:
+    """Whether `--weights` means a file, be it there or not, and no name."""
     return os.path.lexists(choice) or Path(choice).suffix in SUFFIXES
 
 
 def _refuse_facts(config: ModelConfig, owner: str) -> None:
     """Raise FpnxError if `config` sets an option that is for files only."""
-    name = next((each.name for each in fields(CheckpointConfig) if getattr(config, each.name) is not None), None)
+    names = [each.name for each in fields(CheckpointConfig)]
+    name = next((name for name in [*CHOICES, *names] if getattr(config, name) is not None), None)
+    if name in CHOICES:
+        raise FpnxError(f"{option_of(name)} is for a file of parameters; {owner} need none: drop the option")
     if name is not None:
         raise FpnxError(f"{option_of(name)} is for files that do not state it; {owner} do not need it: drop the option")
 
 
 def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Recipe | None = None) -> Weights:
     """Read `file`; `recipe` is that of published weights."""
-    checkpoint = read_checkpoint(file)
+    is_timm = (backbone or "").startswith(TIMM)
+    checkpoint = read_checkpoint(file, config.weights_key, averages_first=is_timm)
     sha256 = _sha256(file)
     try:
-        layout = recognize_layout(checkpoint.state, checkpoint.config)
         description = _check_description(checkpoint.description or {})
+        stated = description.get("backbone")
+        layout = recognize_layout(
+            checkpoint.state, checkpoint.config, backbone=stated or backbone, prefix=config.weights_prefix
+        )
+        layout = layout if stated else with_names_of(layout, backbone)
         name = _backbone_in(layout, description, backbone)
         if "recipe" in description:
             recipe = Recipe.from_json(description["recipe"])
@@ -291,6 +354,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         if any(key.startswith(f"{part}.") for key in layout.state) else ModelPart.drawn(config.seed)
         for part in ("body", "fpn")
     )  # fmt: skip
+    opencv = [OPENCV_NOTE] if layout.framework == "mmdetection" and recipe.backend == "tensor" else []
     return Weights(
         name=file.name,
         backbone=name,
@@ -304,11 +368,30 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         nodes=unstrided[0] if unstrided else None,
         framework=layout.framework,
         ignored=layout.ignored,
+        key=checkpoint.wrapper,
+        prefix=layout.prefix,
+        choices=_choices(checkpoint, layout),
         settings=settings,
-        note=OPENCV_NOTE if layout.framework == "mmdetection" and recipe.backend == "tensor" else None,
+        note="; ".join([*opencv, *_notes(checkpoint, layout.prefix, layout.beside)]) or None,
         file=str(file),
         sha256=sha256,
     )
+
+
+def _choices(checkpoint: Checkpoint, layout: StateDictLayout) -> dict[str, str]:
+    key = {} if checkpoint.automatic else {"weights_key": checkpoint.wrapper}
+    return key if layout.automatic else {**key, "weights_prefix": layout.prefix}
+
+
+def _notes(checkpoint: Checkpoint, prefix: str, prefixes: Collection[str]) -> list[str]:
+    """Which parameters were taken of a file that holds several sets of them, such as their average (EMA)."""
+    sets = (("key", checkpoint.wrapper, checkpoint.beside), ("prefix", prefix, [p for p in prefixes if p != prefix]))
+    return [
+        f"the file holds parameters under {escape(taken or f'no {what}')} and {escape(', '.join(others))}: "
+        f"{escape(taken or f'no {what}')} was taken, --weights-{what} {escape(others[0] or repr(''))} takes the other"
+        for what, taken, others in sets
+        if others
+    ]
 
 
 def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -339,9 +422,8 @@ def _backbone_in(layout: StateDictLayout, description: Mapping[str, Any], reques
         if requested not in (None, name):
             raise FpnxError(f"it is for {name}, not for {requested}: drop --backbone or take another file")
         return check_backbone_name(name)
-    body = {name[5:]: value for name, value in layout.state.items() if name.startswith("body.")}
-    if body:
-        return backbone_of(body, requested)
+    if layout.backbone is not None:
+        return layout.backbone
     if requested is None:
         raise FpnxError("it does not say for which backbone it is: name it with --backbone")
     return requested

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision import models
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import escape
-from fpnx.models.backbones.factory import parameter_shapes
-from fpnx.models.backbones.registry import torchvision_names
+from fpnx.models.backbones.registry import TIMM
+from fpnx.models.weights.key_matching import choose_prefix, first_names, match_backbone, tails
 from fpnx.models.weights.mmdetection import read_config
 
-__all__ = ["StateDictLayout", "FpnKeys", "backbone_of", "fpn_keys", "recognize_layout", "without_head"]
-
-PREFIXES = ("module.", "model.", "_orig_mod.")  # added by DistributedDataParallel, Lightning and torch.compile
-HEADS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")  # of torchvision's classifiers
-LARGE_HEADS = ("alexnet", "vgg")  # networks with most of their parameters in the head
-CANDIDATES = 16  # number of backbones that a file is compared with: the nearest in number of parameters
+__all__ = ["StateDictLayout", "FpnKeys", "fpn_keys", "recognize_layout", "with_names_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +39,17 @@ class StateDictLayout:
     """A state dict renamed to fpnx's layout, and the layout that its file has.
 
     Attributes:
-        framework: the file's layout: `"fpnx"`, `"torchvision"`, `"torchvision detection"`, `"detectron2"`,
+        framework: the file's layout: `"fpnx"`, `"torchvision"`, `"timm"`, `"torchvision detection"`, `"detectron2"`,
             `"detectron2 backbone"` (converted from torchvision's by its script), `"caffe2"` (Detectron's) or
             `"mmdetection"`.
-        state: the parameters: `body.*` with torchvision's names, and `fpn.*`.
-        ignored: number of tensors that belong to heads.
+        state: the parameters: `body.*` with the backbone's names, and `fpn.*`.
+        ignored: number of other tensors, which belong to heads and other networks.
         facts: what the file states beside its parameters, by the field names of `CheckpointConfig` and `Recipe`.
         pyramid: the pyramid in the file; None where there is none.
+        backbone: the backbone that the parameters are of, where that is known yet.
+        prefix: what stood before the keys, such as `"module.encoder."`, and was removed.
+        automatic: whether this prefix would have been taken without asking for it.
+        beside: all prefixes under which parameters fit, this one included.
     """
 
     framework: str
@@ -60,27 +57,51 @@ class StateDictLayout:
     ignored: int
     facts: Mapping[str, Any]
     pyramid: FpnKeys | None
+    backbone: str | None = None
+    prefix: str = ""
+    automatic: bool = True
+    beside: tuple[str, ...] = ()
 
 
 Rename = Callable[[str], "str | None"]
 
 
-def recognize_layout(state: Mapping[str, Tensor], config: str | None = None) -> StateDictLayout:
+def recognize_layout(
+    state: Mapping[str, Tensor], config: str | None = None, *, backbone: str | None = None, prefix: str | None = None
+) -> StateDictLayout:
     """Recognise the layout of `state` by its keys, and rename the parameters of the backbone and the pyramid.
 
     Args:
         state: names → tensors, as in the file.
         config: the text of an mmdetection config.
+        backbone: the backbone that the user names; None finds it.
+        prefix: the prefix before the keys that the user names; None finds it.
 
     Raises:
-        FpnxError: the backbone or the pyramid has keys that its layout does not have.
+        FpnxError: the backbone or the pyramid has keys that its layout does not have; no backbone fits, or it is
+            another one; or several prefixes fit.
     """
-    framework, state, without_prefix = _framework(state)
-    pattern, rename = _rename_rules(framework, state)
+    framework, prefixes = _framework(state, backbone)
+    if not prefixes:
+        match = match_backbone(state, backbone, prefix)
+        return StateDictLayout(
+            framework="timm" if match.name.startswith(TIMM) else "torchvision",
+            state={f"body.{name}": value for name, value in match.state.items()},
+            ignored=len([name for name in state if not name.endswith("num_batches_tracked")]) - len(match.state),
+            facts={},
+            pyramid=None,
+            backbone=match.name,
+            prefix=match.prefix,
+            automatic=match.automatic,
+            beside=match.beside,
+        )
+    used, automatic = choose_prefix(prefixes, prefix)
+    inner = {name[len(used) :]: value for name, value in state.items() if name.startswith(used)}
+    pattern, rename = _rename_rules(framework, inner)
     renamed: dict[str, Tensor] = {}
     unknown: list[str] = []
-    ignored = 0
-    for name, value in state.items():
+    ignored = len(state) - len(inner)
+    for name, value in inner.items():
         new = rename(name)
         if new is not None and not new.endswith("num_batches_tracked"):
             renamed[new] = value
@@ -90,26 +111,32 @@ def recognize_layout(state: Mapping[str, Tensor], config: str | None = None) -> 
             ignored += 1
     if unknown:
         raise FpnxError(
-            f"the layout is {framework}'s, but it has names that fpnx does not know: {_first_names(unknown)}"
+            f"the layout is {framework}'s, but it has names that fpnx does not know: {first_names(unknown)}"
         )
-    facts = _stated_facts(framework, state, config)
+    facts = _stated_facts(framework, inner, config)
     if framework == "caffe2":
         renamed, facts = _add_norm_statistics(renamed, facts)
-    if framework in ("torchvision", "fpnx"):
-        without_heads = {name: value for name, value in renamed.items() if not _in_head(name, "body.")}
-        ignored, renamed = ignored + len(renamed) - len(without_heads), without_heads
-    pyramid = fpn_keys(renamed, _first_level(framework, state))
-    ignored += without_prefix
-    return StateDictLayout(framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid)
+    pyramid = fpn_keys(renamed, _first_level(framework, inner))
+    return StateDictLayout(
+        framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid, prefix=used,
+        automatic=automatic, beside=tuple(prefixes),
+    )  # fmt: skip
 
 
-def without_head(names: Iterable[str]) -> list[str]:
-    """The parameter names of a torchvision network without those of its classification head."""
-    return [name for name in names if not _in_head(name) and not name.endswith("num_batches_tracked")]
+def with_names_of(layout: StateDictLayout, backbone: str | None) -> StateDictLayout:
+    """The layout with the backbone that its parameters are of, and with this backbone's own names.
 
-
-def _in_head(name: str, prefix: str = "") -> bool:
-    return name.startswith(tuple(prefix + head for head in HEADS))
+    Raises:
+        FpnxError: they are of another backbone, or of none.
+    """
+    body = {name[5:]: value for name, value in layout.state.items() if name.startswith("body.")}
+    if layout.backbone is not None or not body:
+        return layout
+    match = match_backbone(body, backbone, whole=True)
+    rest = {name: value for name, value in layout.state.items() if not name.startswith("body.")}
+    state = {f"body.{name}": value for name, value in match.state.items()} | rest
+    ignored = layout.ignored + len(layout.state) - len(state)
+    return replace(layout, state=state, ignored=ignored, backbone=match.name)
 
 
 def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> FpnKeys | None:
@@ -130,70 +157,32 @@ def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> Fpn
     )
 
 
-def backbone_of(body: Mapping[str, Tensor], requested: str | None) -> str:
-    """Find the backbone with the names (torchvision's) and shapes of `body`, or else the most similar one.
-
-    Raises:
-        FpnxError: `requested` is another backbone, or none is similar.
-    """
-    shapes = {name: tuple(body[name].shape) for name in without_head(body)}
-    similarity = {name: _similarity(shapes, name) for name in [requested] if name is not None}
-    if similarity and max(similarity.values()) == 1.0:
-        return str(requested)
-    parameters = sum(value.numel() for name, value in body.items() if "running_" not in name)
-    near = sorted(torchvision_names(), key=lambda name: abs(_parameters(name) - parameters))[:CANDIDATES]
-    near += [name for name in torchvision_names() if name.startswith(LARGE_HEADS) and name not in near]
-    for name in near:
-        similarity[name] = _similarity(shapes, name)
-        if similarity[name] == 1.0:
-            if requested is not None:
-                raise FpnxError(f"it is for {name}, not for {requested}: drop --backbone or take another file")
-            return name
-    best = requested or max(similarity, key=lambda name: similarity[name])
-    if similarity[best] < 0.5:
-        raise FpnxError(
-            f"its names ({_first_names(list(body))}) are of no backbone that fpnx knows"
-            if requested is None
-            else f"its names ({_first_names(list(body))}) are not those of {requested}"
-        )
-    return best
-
-
-def _similarity(shapes: Mapping[str, tuple[int, ...]], backbone: str) -> float:
-    """The intersection over union of the (name, shape) pairs of a file and of a backbone."""
-    all_shapes = parameter_shapes(backbone)
-    expected = {name: all_shapes[name] for name in without_head(all_shapes)}
-    return len(shapes.items() & expected.items()) / len(shapes.items() | expected.items())
-
-
-def _parameters(backbone: str) -> int:
-    return int(models.get_model_weights(backbone).DEFAULT.meta["num_params"])
-
-
 LAYOUT_PATTERNS = {  # layout → start of a key that only this layout has
     "torchvision detection": r"backbone\.body\.",
-    "fpnx": r"(body|fpn)\.",
+    "fpnx": r"fpn\.inner_blocks\.|body\.",
     "detectron2": r"backbone\.bottom_up\.",
-    "detectron2 backbone": r"stem\.conv1\.",
+    "detectron2 backbone": r"stem\.conv1\.(weight|norm\.)",
     "caffe2": r"res2_0_branch2a_w$",
     "mmdetection": r"neck\.(lateral|fpn)_convs\.",
 }
+COMMON_NAMES = ("body.", "stem.conv1.")  # parts of other networks have these names, too
+WRAPPERS = re.compile(r"((module|model|_orig_mod)\.)*")  # of DistributedDataParallel, Lightning and torch.compile
 
 
-def _framework(state: Mapping[str, Tensor]) -> tuple[str, Mapping[str, Tensor], int]:
-    """The layout's name, the state without prefixes of wrappers, and how many tensors were left out for lack of one."""
-    left_out = 0
-    for _ in range(4):
-        for framework, pattern in LAYOUT_PATTERNS.items():
-            if any(re.match(pattern, name) for name in state):
-                return framework, state, left_out
-        prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in state)), None)
-        if prefix is None:
-            break
-        inner = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-        left_out += len(state) - len(inner)
-        state = inner
-    return "torchvision", state, left_out
+def _framework(state: Mapping[str, Tensor], backbone: str | None) -> tuple[str, list[str]]:
+    """The layout, and the prefixes before its keys; `"torchvision"` and no prefixes where no key is of another one."""
+    has_common_names = (backbone or "").startswith(TIMM)
+    for framework, pattern in LAYOUT_PATTERNS.items():
+        prefixes = {
+            prefix
+            for name in state
+            for prefix, rest in tails(name)
+            if re.match(pattern, rest)
+            and not (rest.startswith(COMMON_NAMES) and (has_common_names or not WRAPPERS.fullmatch(prefix)))
+        }
+        if prefixes:
+            return framework, sorted(prefixes)
+    return "torchvision", []
 
 
 def _rename_rules(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Rename]:
@@ -209,12 +198,7 @@ def _rename_rules(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Ren
     if framework == "mmdetection":
         laterals = {match[1] for name in state if (match := re.match(r"neck\.lateral_convs\.(\d+)\.", name))}
         return r"(backbone|neck)\.", _from_mmdetection(len(laterals))
-    return r"(?!)", _from_torchvision
-
-
-def _from_torchvision(name: str) -> str:
-    """torchvision's current names: published DenseNet files have `norm.1` for `norm1`."""
-    return "body." + re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+    raise AssertionError(framework)
 
 
 def _from_own(name: str) -> str | None:
@@ -308,7 +292,3 @@ def _add_norm_statistics(state: dict[str, Tensor], facts: dict[str, Any]) -> tup
             state[name.replace("weight", "running_var")] = torch.ones_like(state[name])
             facts = {**facts, "norm_eps": 0.0}
     return state, facts
-
-
-def _first_names(names: list[str]) -> str:
-    return escape(", ".join(names[:3]) + (", …" if len(names) > 3 else ""))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,10 @@ from fpnx.models.preprocessing import Recipe
 __all__ = [
     "TimmWeights",
     "cached_timm_file",
+    "classifier_names",
     "downloads_forbidden",
     "features_only_state",
+    "filter_checkpoint",
     "timm_recipe",
     "timm_weights",
 ]
@@ -155,6 +159,32 @@ def features_only_state(weights: TimmWeights, state: dict[str, Tensor]) -> dict[
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FpnxError(f"timm cannot load the file of {weights.name}: {reason}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def classifier_names(backbone: str) -> frozenset[str]:
+    """The names of all parameters of timm's whole network `backbone`, head included."""
+    return frozenset(build_network(backbone, meta=True, classifier=True).state_dict())
+
+
+def filter_checkpoint(backbone: str, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` as timm's `checkpoint_filter_fn` for this network renames and reshapes it.
+
+    It does this for files of the network's authors. Unchanged where timm has none, or where it cannot read the names.
+    """
+    timm = timm_library()
+    architecture = backbone[len(TIMM) :].partition(".")[0]
+    module = sys.modules[timm.model_entrypoint(architecture).__module__]
+    function = getattr(module, "checkpoint_filter_fn", None)
+    if function is None:
+        return state
+    try:
+        with no_warnings(), torch.no_grad():
+            filtered = function(dict(state), build_network(backbone, meta=True, classifier=True))
+    except Exception:  # it expects the names of certain files, and fails on others in any way
+        return state
+    names = {name: value for name, value in dict(filtered).items() if isinstance(value, Tensor)}
+    return names if not any(value.is_meta for value in names.values()) else state
 
 
 def downloads_forbidden() -> bool:
