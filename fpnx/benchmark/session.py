@@ -200,7 +200,7 @@ class Session:
         files, reason = [], ""
         for source in sources:
             try:
-                decode(source, self._config.max_pixels)
+                decode(source, self._config.max_pixels, self._config.runs()[0].pixels)
                 files.append(Path(os.fsdecode(source.path)))
             except ImageError as error:
                 reason = f"{escape(source.name)}: {error}"
