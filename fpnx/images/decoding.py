@@ -345,7 +345,8 @@ def _from_pillow(
     rawmode, transparency = _rawmode(image), image.info.get("transparency")
     if image.format == "PNG" and transparency is not None:
         image.info["transparency"] = _png_transparency(rawmode, transparency)
-    needs_low_bytes = pixels.rescales or (transparency is not None and pixels.bands is None)
+    # Of grey with alpha Pillow makes RGBA, in which band 2 is another one.
+    needs_low_bytes = pixels.rescales or (transparency is not None if pixels.bands is None else rawmode[0] == "L")
     if image.format == "PNG" and image.mode != "I;16" and DEEP.search(rawmode) and needs_low_bytes:
         return _from_deep_png(file, pixels, note)
     if pixels.rescales and image.format == "PPM":

@@ -44,9 +44,10 @@ LOSSY = {6: "JPEG", 7: "JPEG", 33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "J
 KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}  # by SampleFormat; 4 is "undefined"
 TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 FORMATS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+PILLOW_SAMPLES = 6  # more than it opens
 MAX_ENTRIES = 4096
 MAX_VALUES = 65536  # of a tag
-MAX_SEGMENTS = 1 << 22
+MAX_SEGMENTS = 1 << 20
 MAX_PROFILE = 1 << 24
 INSTALL = "install fpnx[tiff] to read it (pip install 'fpnx[tiff]')"
 
@@ -145,7 +146,7 @@ def read_header(file: BinaryIO) -> TiffHeader | None:
 
 def pillow_is_right(header: TiffHeader) -> bool:
     """Whether Pillow, if it opens such a file, gives the values that are in it."""
-    if len(set(header.bits)) > 1 or len(set(header.kinds)) > 1:
+    if len(set(header.bits)) > 1 or len(set(header.kinds)) > 1 or header.samples > PILLOW_SAMPLES:
         return False
     kind, bits = header.kinds[0], header.bits[0]
     swapped = header.big_endian and header.compression != 1  # decompressed values are swapped once too often
@@ -251,7 +252,7 @@ def _read_page(file: BinaryIO, page: Any, header: TiffHeader, bands: Sequence[in
     values = np.zeros((header.height, header.width, len(bands)), dtype)
     rows, columns = (-(-side // tile) for side, tile in zip((header.height, header.width), header.tile, strict=True))
     planes = header.samples if header.planar else 1
-    if len(page.dataoffsets) < rows * columns * planes:
+    if min(len(page.dataoffsets), len(page.databytecounts)) < rows * columns * planes:
         raise ImageError("a damaged TIFF file: parts of its pixels are missing")
     for plane in sorted(set(bands)) if header.planar else [0]:
         for index in range(plane * rows * columns, (plane + 1) * rows * columns):
