@@ -346,7 +346,7 @@ def _from_pillow(
     if image.format == "PNG" and transparency is not None:
         image.info["transparency"] = _png_transparency(rawmode, transparency)
     # Of grey with alpha Pillow makes RGBA, in which band 2 is another one.
-    needs_low_bytes = pixels.rescales or (transparency is not None if pixels.bands is None else rawmode[0] == "L")
+    needs_low_bytes = pixels.rescales or (transparency is not None if pixels.bands is None else rawmode.startswith("L"))
     if image.format == "PNG" and image.mode != "I;16" and DEEP.search(rawmode) and needs_low_bytes:
         return _from_deep_png(file, pixels, note)
     if pixels.rescales and image.format == "PPM":
