@@ -383,7 +383,7 @@ def _from_tiff_bands(
     read = (*bands, len(bands) + 1) if alpha else bands
     count = header.width * header.height
     segment = math.prod(header.tile) * header.itemsize * (1 if header.planar else header.samples)
-    needed = count * (len(read) * (2 * header.itemsize + 2) + 8) + 3 * segment
+    needed = count * (len(read) * (3 * header.itemsize + 2) + 8) + 3 * segment
     claim(max(count, needed // DECODING_BYTES))
     values = tiff.read_bands(file, header, read)
     inverted = header.photometric == tiff.WHITE_IS_ZERO

@@ -49,6 +49,7 @@ MAX_ENTRIES = 4096
 MAX_VALUES = 65536  # of a tag
 MAX_SEGMENTS = 1 << 20
 MAX_PROFILE = 1 << 24
+SILENT = logging.NullHandler()
 INSTALL = "install fpnx[tiff] to read it (pip install 'fpnx[tiff]')"
 
 
@@ -224,7 +225,7 @@ def read_bands(file: BinaryIO, header: TiffHeader, bands: Sequence[int]) -> np.n
     """
     import tifffile
 
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else its errors go to stderr as they are
+    logging.getLogger("tifffile").addHandler(SILENT)  # once; without a handler its errors would go to stderr
     file.seek(0)
     try:
         with tifffile.TiffFile(file, name="image.tif") as tiff:
