@@ -22,6 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import tifffile
 import torch
 import typer
 from PIL import Image
@@ -52,6 +53,9 @@ def place(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copy(samples / "animals" / "chelsea.jpg", tmp_path / "cat.jpg")
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(tmp_path / "photos", "photos")
+    (tmp_path / "scenes").mkdir()
+    scene = np.random.default_rng(0).integers(0, 3000, (5, 80, 96)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "scenes" / "a.tif", scene, photometric="minisblack", planarconfig="separate")
     (tmp_path / "list.txt").write_text("photos/00001.jpg\nphotos/00000.jpg\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -424,8 +428,8 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
     with h5py.File(files["several"], "r") as file:
         chosen = {"weights_key", "weights_prefix"}  # only where they chose among several sets of parameters
         assert keys_of("key", text) == set(config) | set(json.loads(file.attrs["config"])) | chosen
-        assert config["recipe"].keys() == {field.name for field in fields(Recipe)}
-    assert keys_of("key of `recipe`", text) == set(config["recipe"])
+        assert config["recipe"].keys() == {field.name for field in fields(Recipe)} - {"bands", "source_range"}
+    assert keys_of("key of `recipe`", text) == {field.name for field in fields(Recipe)}
     with h5py.File(files["out.shard-00001-of-00002"], "r") as file:
         assert keys_of("key of `shard`", text) == set(json.loads(file.attrs["shard"]))
     with h5py.File(files["merged"], "r") as file:

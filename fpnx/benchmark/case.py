@@ -104,7 +104,7 @@ class BenchmarkCase:
         source_sizes = []
         for index in self._members:
             started = time.perf_counter()
-            picture = decode(sources[index], self.plan.config.max_pixels)
+            picture = decode(sources[index], self.plan.config.max_pixels, self.plan.config.pixels)
             decoded = time.perf_counter()
             height, width = self.plan.layout.input_sizes[index].tolist()
             pixels.append(recipe.resize(picture, (height, width)))
@@ -184,7 +184,8 @@ class BenchmarkCase:
 
     def _pixels(self) -> list[np.ndarray]:
         sources, sizes = self.plan.listing.sources, self.plan.layout.input_sizes
-        pictures = (decode(sources[i], self.plan.config.max_pixels) for i in self._members)
+        config = self.plan.config
+        pictures = (decode(sources[i], config.max_pixels, config.pixels) for i in self._members)
         extents = (tuple(sizes[i].tolist()) for i in self._members)
         return [self.plan.recipe.resize(picture, size) for picture, size in zip(pictures, extents, strict=True)]
 

@@ -200,7 +200,7 @@ class Session:
         files, reason = [], ""
         for source in sources:
             try:
-                decode(source, self._config.max_pixels)
+                decode(source, self._config.max_pixels, self._config.runs()[0].pixels)
                 files.append(Path(os.fsdecode(source.path)))
             except ImageError as error:
                 reason = f"{escape(source.name)}: {error}"
@@ -214,6 +214,8 @@ class Session:
             recipe = plan.recipe
             if recipe.fixed_size is None or recipe.fixed_size != (recipe.height, recipe.width):
                 raise FpnxError("the plain script of --baseline takes one size, without padding: give --size 224")
+            if recipe.bands is not None or recipe.source_range is not None:
+                raise FpnxError("the plain script of --baseline knows no --bands and no --value-range: leave them out")
 
     def _facts(self, plan: Plan) -> dict[str, Any]:
         weights = plan.model.weights.info

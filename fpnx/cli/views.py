@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fpnx.core.image_notes import note_lines
 from fpnx.core.plan_summary import LevelShape, PlanSummary
 from fpnx.core.provenance import WeightsInfo, describe_pyramid
 from fpnx.core.text import escape, format_bytes, other_files, plural
@@ -57,6 +58,8 @@ def show_result(result: Result) -> None:
     if result.too_small:
         levels = ", ".join(result.too_small)
         console.print(f"values of {levels} are too small for float16 (all below 6.1e-05): store --dtype float32")
+    for line in note_lines(result.image_notes):
+        console.print(Text(line), soft_wrap=True)
     _show_failures(console, result.failed)
     for line in result.lost:
         console.print(Text(line), soft_wrap=True)

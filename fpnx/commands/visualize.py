@@ -38,7 +38,17 @@ __all__ = ["VisualizeResult", "visualize"]
 
 STORE_ENDINGS = (".h5", ".hdf5", ".part")
 DEFAULT_STEM = "out"  # where the path of the photographs has no name, such as /
-PHOTOGRAPH_OPTIONS = ("backbone", "weights", "weights_key", "weights_prefix", "seed", "size", "device")
+PHOTOGRAPH_OPTIONS = (
+    "backbone",
+    "weights",
+    "weights_key",
+    "weights_prefix",
+    "seed",
+    "size",
+    "bands",
+    "value_range",
+    "device",
+)
 
 
 @dataclass(frozen=True)
@@ -309,8 +319,8 @@ def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
         )
     photograph_options = [name for name in PHOTOGRAPH_OPTIONS if getattr(config, name) is not None]
     if all(is_store) and photograph_options:
-        option = photograph_options[0].replace("_", "-")
-        raise FpnxError(f"--{option} is for photographs: {escape(paths[0])} holds features that are computed already")
+        flag = "--" + photograph_options[0].replace("_", "-")
+        raise FpnxError(f"{flag} is for photographs: {escape(paths[0])} holds features that are computed already")
     if not all(is_store) and config.images is not None:
         raise FpnxError("--images picks from a file of features: name the photographs themselves")
     return all(is_store)
@@ -325,7 +335,7 @@ def _extract_photographs(paths: Sequence[str], folder: Path, config: VisualizeCo
     duplicate = next((name for name in names if list(names).count(name) > 1), None)
     if duplicate:
         raise FpnxError(f"backbone {duplicate} is named twice")
-    values = {name: getattr(config, name) for name in (*PHOTOGRAPH_OPTIONS[1:], "levels")}
+    values = {name: getattr(config, name) for name in (*PHOTOGRAPH_OPTIONS, "levels") if name != "backbone"}
     options = {name: value for name, value in values.items() if value is not None}
     files = []
     for number, name in enumerate(names):

@@ -130,6 +130,8 @@ class VisualizeConfig(PictureConfig):
     weights_prefix: str | None = like(ModelConfig, "weights_prefix", **AS_FOR_EXTRACT)
     seed: int | None = like(ModelConfig, "seed", **AS_FOR_EXTRACT)
     size: str | int | None = like(InputConfig, "size", **AS_FOR_EXTRACT)
+    bands: str | Iterable[int] | None = like(InputConfig, "bands", **AS_FOR_EXTRACT)
+    value_range: str | Iterable[float] | None = like(InputConfig, "value_range", **AS_FOR_EXTRACT)
     device: str | None = like(RunConfig, "device", **AS_FOR_EXTRACT)
     offline: bool = like(ModelConfig, "offline", panel="Photographs")
 
@@ -169,6 +171,8 @@ class BenchmarkConfig:
     short_side: int | None = like(InputConfig, "short_side")
     long_side: int | None = like(InputConfig, "long_side")
     max_pixels: int = like(InputConfig, "max_pixels")
+    bands: str | Iterable[int] | None = like(InputConfig, "bands")
+    value_range: str | Iterable[float] | None = like(InputConfig, "value_range")
     dtype: str = like(OutputConfig, "dtype")
     plot: str | None = option(
         None, "Draw the times of the stages into FILE.png (.svg, .pdf).", "Output", metavar="FILE"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
 from fpnx.core.option import option
+from fpnx.core.pixel_options import PixelOptions, parse_bands, parse_value_range
 from fpnx.core.validation import (
     auto_or_whole,
     check_fields,
@@ -137,11 +138,13 @@ class ModelConfig(CheckpointConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
-    """The size to which images are resized before the network.
+    """Which values of images are read, and the size to which images are resized before the network.
 
     `size`: `"recipe"` (the weights' own), `"native"` (not resized), `224` (stretched to a square), `"480x640"` or
     `(480, 640)` (stretched to height × width); kept as `"recipe"`, `"native"` or (height, width). `short_side` and
     `long_side` keep the aspect ratio instead. `max_pixels` limits both the source image and the network input.
+    `bands` (`"4,3,2"`, `(4, 3, 2)`, or one for grey; from 1) and `value_range` (`"full"`, `"0,3000"`, `(0, 3000)` or
+    `"P1,P99"`) tell which values become the 8-bit RGB image, see `fpnx.core.pixel_options.PixelOptions`.
     """
 
     size: str | int | tuple[int, int] = option(
@@ -155,9 +158,19 @@ class InputConfig:
     long_side: int | None = option(None, "With --short-side: longer side at most N.", "Input", metavar="N")
     # The default is the size from which Pillow raises an error: 2 × Image.MAX_IMAGE_PIXELS.
     max_pixels: int = option(178_956_970, "Refuse larger images and inputs.", "Input", metavar="N")
+    bands: str | Iterable[int] | None = option(
+        None, "Red, green and blue, or one, of more bands, from 1.", "Input", metavar="R,G,B"
+    )
+    value_range: str | Iterable[float] | None = option(
+        None, "Values that become 0 and 255 (P: percentiles of each image).", "Input", metavar="full|LO,HI|P1,P99"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.bands is not None:
+            freeze(self, "bands", parse_bands(self.bands))
+        if self.value_range is not None:
+            freeze(self, "value_range", parse_value_range(self.value_range))
         freeze(self, "size", checked_size(self.size))
         for name in ("short_side", "long_side"):
             if getattr(self, name) is not None:
@@ -170,6 +183,11 @@ class InputConfig:
             raise FpnxError("long side needs short side beside it")
         if self.short_side is not None and self.long_side is not None and self.long_side < self.short_side:
             raise FpnxError(f"long side {self.long_side} is less than short side {self.short_side}")
+
+    @property
+    def pixels(self) -> PixelOptions:
+        """How pixels are read."""
+        return PixelOptions(self.bands, self.value_range)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)

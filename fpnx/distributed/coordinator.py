@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -225,6 +226,9 @@ class _DistributedRun:
         for each in self.status:
             for level, values in (each.nonfinite or {}).items():
                 nonfinite[level] = nonfinite.get(level, 0) + values
+        notes: Counter[str] = Counter()
+        for report in self.reports.values():
+            notes.update(report.image_notes)
         complete = all(each.complete for each in self.status)
         return Result(
             output=self.plan.output,
@@ -232,6 +236,7 @@ class _DistributedRun:
             done=sum(each.done for each in self.status),
             failed=failed,
             lost=self.plan.listing.truncated,
+            image_notes=dict(notes),
             computed=computed,
             seconds=seconds,
             timings={stage: value / max(computed, 1) for stage, value in milliseconds.items()},

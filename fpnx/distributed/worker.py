@@ -71,6 +71,7 @@ class ShardReport:
         worker: process and host.
         computed, seconds, timings: as in `Result`.
         failed: number of its images that failed.
+        image_notes: as in `Result`.
         culprits: names of images that killed their process.
         messages: for the user.
         elapsed: seconds that the worker spent on the shard.
@@ -84,6 +85,7 @@ class ShardReport:
     seconds: float = 0.0
     timings: Mapping[str, float] = field(default_factory=dict)
     failed: int = 0
+    image_notes: Mapping[str, int] = field(default_factory=dict)
     culprits: Sequence[str] = ()
     messages: Sequence[str] = ()
     elapsed: float = 0.0
@@ -252,6 +254,7 @@ def _result_fields(result: Result) -> dict[str, Any]:
         "seconds": result.seconds,
         "timings": dict(result.timings),
         "failed": len(result.failed),
+        "image_notes": dict(result.image_notes),
     }
 
 

@@ -21,6 +21,7 @@ import torch
 
 from fpnx.core.errors import ImageError, Interrupted
 from fpnx.core.events import Listener
+from fpnx.core.image_notes import ImageNotes
 from fpnx.core.interrupts import StopRequest
 from fpnx.core.system import keep_freed_memory, release_freed_memory
 from fpnx.core.text import escape
@@ -84,7 +85,9 @@ class StageTimer:
         return time.perf_counter() - self._committed
 
 
-def run_pipeline(plan: Plan, sink: Sink, timer: StageTimer, stop: StopRequest, listener: Listener) -> str | None:
+def run_pipeline(
+    plan: Plan, sink: Sink, timer: StageTimer, notes: ImageNotes, stop: StopRequest, listener: Listener
+) -> str | None:
     """Decode, compute and write all pending images; returns why it stopped early, or None.
 
     Threads: `plan.workers` that decode, one batch for each compute thread and one more in advance; compute threads,
@@ -107,7 +110,7 @@ def run_pipeline(plan: Plan, sink: Sink, timer: StageTimer, stop: StopRequest, l
     with (
         arithmetic(plan.device, plan.precision),
         _WriterThread(plan, sink, timer) as writer,
-        _BatchLoader(plan, pending, count, timer) as loader,
+        _BatchLoader(plan, pending, count, timer, notes) as loader,
     ):
         engines = [plan.engine_cache.engine(plan.recipe, plan.config, device) for device in plan.devices]
         plan.engine_cache.empty()
@@ -177,10 +180,10 @@ class _BatchLoader:
     Also holds the queue of events from the compute threads to the calling thread.
     """
 
-    def __init__(self, plan: Plan, pending: Sequence[int], threads: int, timer: StageTimer) -> None:
+    def __init__(self, plan: Plan, pending: Sequence[int], threads: int, timer: StageTimer, notes: ImageNotes) -> None:
         self.batches = Batches(plan, pending, threads)
         self.events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._plan, self._timer = plan, timer
+        self._plan, self._timer, self._notes = plan, timer, notes
         self._budget = PixelBudget(plan.config.max_pixels)
         self._decoders = ThreadPoolExecutor(plan.workers, "fpnx-decode", torch.set_num_threads, (1,))
         self._loading: deque[tuple[list[int], list[Future[_DecodedImage | ImageError]]]] = deque()
@@ -245,16 +248,19 @@ class _BatchLoader:
             return ImageError(f"{type(error).__name__}: {error}")
 
     def _decoded(self, index: int) -> _DecodedImage:
-        plan = self._plan
+        plan, kinds = self._plan, set[str]()
         with self._budget.share() as claim:
             with self._timer.measure("decode"):
-                picture = decode(plan.listing.sources[index], plan.config.max_pixels, claim)
+                source, config = plan.listing.sources[index], plan.config
+                picture = decode(source, config.max_pixels, config.pixels, claim=claim, note=kinds.add)
             source_size = (picture.height, picture.width)
             size = plan.recipe.input_size(source_size, plan.config.max_pixels)
             if size != tuple(plan.layout.input_sizes[index].tolist()):
                 raise ImageError("its header and its pixels disagree about the size")
             with self._timer.measure("resize"):
-                return _DecodedImage(plan.recipe.resize(picture, size), source_size)
+                image = _DecodedImage(plan.recipe.resize(picture, size), source_size)
+            self._notes.add(kinds)
+            return image
 
 
 class _ComputeThread(threading.Thread):

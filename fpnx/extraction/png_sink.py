@@ -129,7 +129,7 @@ class PngSink:
 
     def _photo(self, index: int) -> Photo:
         try:
-            return Photo(decode(self._sources[index], self._config.max_pixels))
+            return Photo(decode(self._sources[index], self._config.max_pixels, self._config.pixels))
         except ImageError as error:  # it was readable when its features were computed
             return Photo(None, f"source cannot be read: {error}")
 

@@ -137,7 +137,7 @@ class Recomputation:
             return
         with pillow_limits(), arithmetic(engine.device, engine.precision, steady=False):
             for index, source in self.chosen:
-                picture = decode(source, max_pixels)
+                picture = decode(source, max_pixels, self._config.pixels)
                 size = engine.recipe.input_size((picture.height, picture.width), max_pixels)
                 features = engine([engine.recipe.resize(picture, size)])
                 yield index, {level: values[0] for level, values in features.arrays.items()}

@@ -22,6 +22,7 @@ from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.files import lock
+from fpnx.core.image_notes import ImageNotes
 from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.plan_summary import PlanSummary
 from fpnx.core.provenance import AS_GIVEN, Provenance
@@ -60,6 +61,8 @@ class Result:
         stopped: why the run ended early; None where it did not.
         complete: whether `output` has its final name.
         dry_run: whether the run was only planned.
+        image_notes: by kind of note, such as `"transparency"`, number of images that this run computed and that it is
+            about; see `fpnx.core.image_notes`.
         lost: truncated archives, which may have had more images, one line each; each counts as a failed image.
         plan: summary of the plan.
         shard_results: of a distributed run, the engine and the result of each shard, as JSON has them; else None.
@@ -81,6 +84,7 @@ class Result:
     complete: bool = True
     dry_run: bool = False
     lost: tuple[str, ...] = ()
+    image_notes: Mapping[str, int] = field(default_factory=dict)
     plan: PlanSummary | None = field(default=None, repr=False)
     shard_results: Mapping[str, Any] | None = field(default=None, repr=False)
 
@@ -107,6 +111,7 @@ class Result:
             "computed": self.computed,
             "failed": [{"path": path, "reason": reason} for path, reason in self.failed],
             "lost": list(self.lost),
+            "image_notes": dict(self.image_notes),
             "seconds": self.seconds,
             "images_per_second": self.images_per_second,
             "ms_per_image": dict(self.timings),
@@ -228,10 +233,10 @@ def _finished_result(plan: Plan, url: str | None) -> Result | None:
 
 def _compute(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> Result:
     """Run the pipeline, then finish the sink, or commit what is done where the run stopped early."""
-    timer = StageTimer()
+    timer, notes = StageTimer(), ImageNotes()
     try:
         stop.begin()
-        stopped = run_pipeline(plan, sink, timer, stop, listener)
+        stopped = run_pipeline(plan, sink, timer, notes, stop, listener)
         if stopped is None:
             sink.finish()
         else:
@@ -239,7 +244,7 @@ def _compute(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> R
     finally:
         sink.close()
     timer.stop()
-    result = _result(plan, sink.outcome(), timer, complete=stopped is None, stopped=stopped)
+    result = _result(plan, sink.outcome(), timer, notes, complete=stopped is None, stopped=stopped)
     if stop.signum is not None and stopped == "interrupted":
         raise Interrupted(
             f"interrupted: {result.done} of {result.images} images are done and kept: continue with --resume",
@@ -261,6 +266,7 @@ def _result(
     plan: Plan,
     outcome: Outcome,
     timer: StageTimer,
+    notes: ImageNotes | None = None,
     *,
     complete: bool = True,
     stopped: str | None = None,
@@ -284,6 +290,7 @@ def _result(
         complete=complete,
         dry_run=dry_run,
         lost=plan.listing.truncated,
+        image_notes=notes.to_json() if notes is not None else {},
         plan=plan.summary,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 from collections import Counter
@@ -31,8 +32,10 @@ __all__ = [
     "is_image",
 ]
 
+HEIF = b".heic .heif .hif".split() if importlib.util.find_spec("pillow_heif") else []  # fpnx[heif]
 EXTENSIONS = frozenset(
     b".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+    + HEIF
 )
 OTHER_EXTENSIONS = "with other extensions"  # a kind of files that are no images
 UNKNOWN = ObjectInfo(-1, 0)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fpnx.core.config import InputConfig
 from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.pixel_options import PixelOptions
 from fpnx.core.text import escape
 from fpnx.images.decoding import decode, upright_rgb
 from fpnx.images.reading import locate
@@ -20,22 +21,23 @@ __all__ = ["ImageLike", "to_picture"]
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor"
 
 
-def to_picture(image: Any) -> Image.Image:
+def to_picture(image: Any, pixels: PixelOptions) -> Image.Image:
     """An image as an upright 8-bit RGB Pillow image.
 
     Args:
         image: a path, a Pillow image of any mode, a uint8 array (H, W, 3) or a uint8 tensor (3, H, W) on any device;
             arrays and tensors are RGB, 0..255. Paths and Pillow images are turned by their EXIF orientation.
+        pixels: which bands and values are read of paths and Pillow images.
 
     Raises:
         ImageError: an image that cannot be read.
         FpnxError: anything else than an image.
     """
     if isinstance(image, (str, os.PathLike)):
-        return _read(os.fsencode(image))
+        return _read(os.fsencode(image), pixels)
     if isinstance(image, Image.Image):
         try:
-            return upright_rgb(image)
+            return upright_rgb(image, pixels)
         except (OSError, ValueError) as error:  # a lazily read file
             raise ImageError(f"an image that Pillow cannot read: {error}") from error
     if isinstance(image, torch.Tensor):
@@ -49,9 +51,9 @@ def to_picture(image: Any) -> Image.Image:
     raise _not_an_image(f"an object of type {type(image).__name__}")
 
 
-def _read(path: bytes) -> Image.Image:
+def _read(path: bytes, pixels: PixelOptions) -> Image.Image:
     try:
-        return decode(locate(path), InputConfig.max_pixels)
+        return decode(locate(path), InputConfig.max_pixels, pixels=pixels)
     except ImageError as error:
         raise ImageError(f"{escape(path)}: {error}") from error
     except (OSError, ValueError) as error:

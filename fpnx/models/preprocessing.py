@@ -29,6 +29,8 @@ class Recipe:
     """The preprocessing of an upright RGB image, in this order: resize, scale, normalise, pad.
 
     Attributes:
+        bands, source_range: how the 8-bit RGB image is made from a file, where options say so: see
+            `fpnx.core.pixel_options.PixelOptions`.
         sizing: `"stretch"` to `height` × `width`; `"aspect"`: shorter side to `short_side`, longer side at most
             `long_side`; or `"native"`: no resizing.
         rounding: of sizes with `"aspect"`: `"floor"` (`torchvision.transforms.Resize`), `"scaled-floor"`
@@ -56,12 +58,15 @@ class Recipe:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     pad_multiple: int = 1
+    bands: tuple[int, ...] | None = None
+    source_range: str | None = None
 
     def sized(self, config: InputConfig) -> Recipe:
-        """This recipe with the sizing of `config`, if it sets one; everything else is unchanged."""
+        """This recipe with the sizing, bands and value range of `config`, where it sets them."""
+        read = replace(self, bands=config.pixels.bands, source_range=config.pixels.value_range)
         if config.short_side is not None:
             return replace(
-                self,
+                read,
                 sizing="aspect",
                 height=None,
                 width=None,
@@ -69,11 +74,11 @@ class Recipe:
                 long_side=config.long_side,
             )
         if config.size == "native":
-            return replace(self, sizing="native", height=None, width=None, short_side=None, long_side=None)
+            return replace(read, sizing="native", height=None, width=None, short_side=None, long_side=None)
         if not isinstance(config.size, tuple):
-            return self
+            return read
         height, width = config.size
-        return replace(self, sizing="stretch", height=height, width=width, short_side=None, long_side=None)
+        return replace(read, sizing="stretch", height=height, width=width, short_side=None, long_side=None)
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
@@ -153,11 +158,14 @@ class Recipe:
         numbers = [" ".join(f"{v:g}" for v in values) for values in (self.mean, self.std)]
         interpolation = "" if self.sizing == "native" else f", {resampling}"
         scale = f"0..{self.value_range:g} {self.order}"
-        return f"{sizing}{interpolation}, {scale}, mean {numbers[0]}, std {numbers[1]}{padding}"
+        read = f"bands {','.join(map(str, self.bands))}, " if self.bands else ""
+        read += f"values {self.source_range}, " if self.source_range else ""
+        return f"{read}{sizing}{interpolation}, {scale}, mean {numbers[0]}, std {numbers[1]}{padding}"
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as a JSON object, which `from_json` reads."""
-        return asdict(self)
+        optional = {"bands", "source_range"}  # left out where unset, as before they existed
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
 
     @classmethod
     def from_json(cls, values: Any) -> Recipe:

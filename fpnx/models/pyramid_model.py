@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_number
+from fpnx.core.pixel_options import PixelOptions
 from fpnx.core.provenance import AS_GIVEN, ModelPart
 from fpnx.models.backbones.factory import (
     Backbone,
@@ -87,8 +88,8 @@ class PyramidModel(nn.Module):
             FpnxError: anything else than an image.
         """
         if isinstance(images, (list, tuple)):
-            return [self.recipe(to_picture(image)) for image in images]
-        return self.recipe(to_picture(images))
+            return [self.transform(image) for image in images]
+        return self.recipe(to_picture(images, PixelOptions(self.recipe.bands, self.recipe.source_range)))
 
     @overload
     def features(self, images: ImageLike) -> dict[str, Tensor]: ...

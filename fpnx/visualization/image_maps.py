@@ -12,11 +12,12 @@ from PIL import Image
 
 from fpnx.core.config import InputConfig
 from fpnx.core.errors import FpnxError, ImageError, StoreError
+from fpnx.core.pixel_options import PixelOptions
 from fpnx.core.provenance import WeightsInfo, describe_pyramid
 from fpnx.core.text import escape
 from fpnx.images.decoding import decode
 from fpnx.images.reading import locate
-from fpnx.store.reader import Item
+from fpnx.store.reader import Item, Store
 
 __all__ = ["ImageMaps", "Photo", "describe_model", "find_photo", "item_maps"]
 
@@ -122,12 +123,19 @@ def find_photo(item: Item) -> Photo:
         return Photo(None, f"source not found ({getattr(error, 'strerror', None) or error}): {escape(path)}")
     changed = (source.bytes, source.mtime_ns) != (int(store.bytes[row]), int(store.mtimes_ns[row]))
     try:
-        picture = decode(source, InputConfig.max_pixels)
+        picture = decode(source, InputConfig.max_pixels, _pixel_options(store))
     except ImageError as error:
         return Photo(None, f"source cannot be read ({error}): {escape(path)}")
     if (picture.height, picture.width) != item.source_size:
         return Photo(None, f"source is another picture now, {picture.width}×{picture.height} pixels: {escape(path)}")
     return Photo(picture, "file changed since extraction" if changed else "")
+
+
+def _pixel_options(store: Store) -> PixelOptions:
+    """How the pixels of a store's images were read."""
+    recipe = store.config.get("recipe", {})
+    bands = recipe.get("bands")
+    return PixelOptions(tuple(bands) if bands else None, recipe.get("source_range"))
 
 
 def describe_model(backbone: str, pyramid: str, levels: tuple[str, ...], weights: WeightsInfo) -> str:

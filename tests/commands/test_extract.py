@@ -459,3 +459,76 @@ def test_interrupts_say_what_is_kept(tmp_path: Path, samples: Path, signum: sign
     resumed = process(*arguments, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert document(resumed.stdout)["computed"] == 120 - done
+
+
+def test_bands_and_a_range_are_read_kept_and_compared(fpnx: Run, tmp_path: Path) -> None:
+    """Five bands of a TIFF give the features of the same picture as a PNG, and both verify."""
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "bands").mkdir()
+    (tmp_path / "plain").mkdir()
+    values = np.random.default_rng(0).integers(0, 3001, (80, 96, 5)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "bands/a.tif", values, photometric="minisblack", planarconfig="contig")
+    scaled = np.rint(values[..., [3, 2, 1]] / 3000 * 255).astype(np.uint8)
+    Image.fromarray(scaled).save(tmp_path / "plain/a.png")
+    options = (*TINY, "--levels", "P4")
+    assert fpnx("extract", "plain", *options, "-o", "plain.h5")[0] == 0
+    code, out, _ = fpnx("extract", "bands", *options, "-o", "none.h5")
+    assert code == 1
+    assert "choose with --bands, as in --bands 1 or --bands 3,2,1" in out
+    options = (*options, "--bands", "4,3,2", "--value-range", "0,3000")
+    assert fpnx("extract", "bands", *options, "-o", "bands.h5")[0] == 0
+    with package.open("plain.h5") as plain, package.open("bands.h5") as bands:
+        assert np.array_equal(plain[0]["P4"], bands[0]["P4"])
+        assert plain.fingerprint != bands.fingerprint
+        assert not {"bands", "source_range"} & set(plain.config["recipe"])
+        assert (bands.config["recipe"]["bands"], bands.config["recipe"]["source_range"]) == ([4, 3, 2], "0,3000")
+        assert bands.provenance.recipe.startswith("bands 4,3,2, values 0,3000, stretched to 64×64")
+    assert fpnx("verify", "bands.h5", "--against", "bands")[0] == 0
+    code, _, err = fpnx("extract", "bands", *TINY, "--levels", "P4", "-o", "bands.h5", "--resume")
+    assert code == 2
+    assert "recipe" in err
+    assert fpnx("visualize", "bands.h5", "-o", "stored")[0] == 0
+    code, out, err = fpnx("visualize", "bands", *TINY[:6], "--bands", "4,3,2", "--value-range", "0,3000", "-o", "drawn")
+    assert code == 0, (out, err)
+    assert fpnx("extract", "bands", *options, "--format", "png", "-o", "png")[0] == 0
+
+
+def test_what_was_decided_about_images_is_noted(fpnx: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGBA", (40, 30), (i, 9, 9, 100)).save(folder / f"clear{i}.png")
+    Image.fromarray(np.tile(np.arange(4096, dtype=np.uint16), (40, 1))).save(folder / "dark.png")
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:])
+    code, out, _ = fpnx("extract", folder, *TINY)
+    assert code == 0
+    for line in (
+        "2 images: transparency was laid over white",
+        "1 image: almost flat after scaling to 8 bits, since little of the range is used: see --value-range",
+        "1 image: only the first of several frames or pages was read",
+    ):
+        assert line in out.splitlines()
+    _, out, _ = fpnx("extract", folder, *TINY, "--overwrite", "--json")
+    assert document(out)["image_notes"] == {"transparency": 2, "almost_flat": 1, "more_frames": 1}
+    _, out, _ = fpnx("extract", folder, *TINY, "--format", "png", "--json")
+    assert document(out)["image_notes"] == {"transparency": 2, "almost_flat": 1, "more_frames": 1}
+    _, out, _ = fpnx("extract", folder, *TINY, "--resume", "--json")
+    assert document(out)["image_notes"] == {}, "nothing was computed"
+
+
+def test_turned_tiffs_at_their_own_size(fpnx: Run, tmp_path: Path) -> None:
+    (tmp_path / "turned").mkdir()
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for ending in ("png", "tif"):
+            noise_image(0, (96, 64)).save(tmp_path / f"turned/{orientation}.{ending}", exif=exif)
+    for size in (("--size", "native"), ("--short-side", "64")):
+        code, out, _ = fpnx("extract", "turned", *TINY[:4], "--levels", "C4", *size, "--overwrite")
+        assert code == 0, out
+        with package.open("out.h5") as store:
+            for orientation in range(1, 9):
+                one, other = store[f"{orientation}.png"], store[f"{orientation}.tif"]
+                assert one.source_size == other.source_size == ((64, 96) if orientation < 5 else (96, 64))
+                np.testing.assert_allclose(other["C4"], one["C4"], atol=1e-5 * np.abs(one["C4"]).max())

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fpnx
 from fpnx._version import __version__
@@ -314,3 +315,9 @@ def test_a_stopped_search_leaves_no_process(images: Path) -> None:
     assert len(children) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(children[0], 0)
+
+
+def test_notes_on_images_are_in_the_report(tmp_path: Path, images: Path) -> None:
+    Image.new("RGBA", (80, 64), (0, 0, 0, 99)).save(images / "9.png")
+    reports = [Worker(job_of(tmp_path, images), no_stop)(index) for index in range(SHARDS)]
+    assert [dict(report.image_notes) for report in reports] == [{}, {"transparency": 1}]

@@ -120,3 +120,13 @@ def test_narrow_images_are_limited_in_pixels() -> None:
 
 def test_json_round_trip() -> None:
     assert Recipe.from_json(json.loads(json.dumps(DETECTOR.to_json()))) == DETECTOR
+
+
+def test_bands_and_ranges_are_in_a_recipe_only_where_they_are_set() -> None:
+    plain = Recipe(height=224, width=224)
+    assert not {"bands", "source_range"} & set(plain.sized(InputConfig(size=64)).to_json())
+    recipe = plain.sized(InputConfig(bands="4,3,2", value_range="0,3000", short_side=200))
+    values = recipe.to_json()
+    assert (values["bands"], values["source_range"], values["short_side"]) == ((4, 3, 2), "0,3000", 200)
+    assert Recipe.from_json(json.loads(json.dumps(values))) == recipe
+    assert str(recipe).startswith("bands 4,3,2, values 0,3000, short side 200")
