@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fpnx.benchmark.timers import StageTimer
 from fpnx.core.levels import level_number
 from fpnx.inference.graph_fusion import FusedModel
+from fpnx.models.preprocessing import scaled_size
 from fpnx.models.pyramid_model import PyramidModel
 
 __all__ = ["MERGE", "TOP", "marked", "peak_bytes", "timed_body", "Cost", "count_costs", "count_executed"]
@@ -69,6 +70,7 @@ def peak_bytes(model: PyramidModel, size: tuple[int, int]) -> int:
     """
     if not isinstance(model.body, fx.GraphModule):
         return 0
+    size = scaled_size(size, model.largest_scale)
     traceable = _TraceableModel(model)
     graph = fx.GraphModule(traceable, fx.Tracer().trace(traceable))
     graph.graph.eliminate_dead_code()
@@ -135,6 +137,8 @@ class _TraceableModel(nn.Module):
 
     def forward(self, images: Any) -> dict[str, Any]:
         taps = self.model.body(images)
+        if self.model.scales:
+            return {name: taps[name] for name in self.model.fpn.taps_for(self.model.levels)}
         pyramid = self.model.fpn(taps, self.model.levels)
         return {name: pyramid[name] if name in pyramid else taps[name] for name in self.model.levels}
 
@@ -198,14 +202,16 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
     return (Cost("backbone", _parameters(model.body), backbone), *costs)
 
 
-def count_executed(executable: FusedModel, size: tuple[int, int]) -> int:
-    """Operations of `executable` for one image of `size` (height, width): fewer than defined where the FPN is fused.
+def count_executed(executable: FusedModel, sizes: Iterable[tuple[int, int]]) -> int:
+    """Operations of `executable` for one image at each of `sizes` (height, width): fewer than defined where the FPN is
+    fused.
 
     Counted as in `count_costs`, by computing one image; convolutions with packed weights are not counted.
     """
-    image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        executable(image.contiguous(memory_format=torch.channels_last))
+        for size in sizes:
+            image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
+            executable(image.contiguous(memory_format=torch.channels_last))
     return int(counter.get_total_flops())
 
 

@@ -37,6 +37,7 @@ from fpnx.images.listing import find_images
 from fpnx.images.reading import ImageSource
 from fpnx.inference.engine import Engine
 from fpnx.models.factory import build_model
+from fpnx.models.preprocessing import scaled_size
 
 __all__ = ["Session"]
 
@@ -212,6 +213,10 @@ class Session:
     def _check_baseline(self, plans: Sequence[Plan]) -> None:
         for plan in plans if self._config.baseline else ():
             recipe = plan.recipe
+            if plan.model.fpn.kind != "fpn":
+                raise FpnxError(
+                    f"the plain script of --baseline has an FPN, and not {plan.model.fpn.kind}: leave it out"
+                )
             if recipe.fixed_size is None or recipe.fixed_size != (recipe.height, recipe.width):
                 raise FpnxError("the plain script of --baseline takes one size, without padding: give --size 224")
 
@@ -240,8 +245,11 @@ class Session:
         self._cases.append((case_result, case))
         with self._step("preparations", case_result):
             if case_result.reason is None:
+                scales = case.plan.model.scales.values() or [1.0]
                 # Counted before the warm-up packs the weights.
-                case_result.executed = count_executed(case.engine.executable, case.size)
+                case_result.executed = count_executed(
+                    case.engine.executable, [scaled_size(case.size, scale) for scale in scales]
+                )
                 case.warm_up()
                 case_result.images = case.images
                 link_images(case.files, files, case.images)

@@ -155,6 +155,8 @@ def show_plan(plan: PlanSummary) -> None:
     pyramid = "none asked for"
     if plan.has_pyramid:
         pyramid = f"{', '.join(plan.level_names)}, {describe_pyramid(plan.pyramid, weights.pyramid)}"
+        if plan.work != 1:
+            pyramid += f", {plan.work:g} times the work of one pass"
     rows = [
         ("images", f"{plan.images} in {escape(plan.root)}{skipped}{before}"),
         *([("shard", str(plan.shard))] if plan.shard else []),

@@ -53,6 +53,7 @@ class PlanSummary:
         root: the folder, archive or URL that names are relative to.
         weights: which parts are trained.
         pyramid: the kind of neck.
+        work: pixels that go through the backbone for each image, relative to one pass over the network's input.
         level_names: fine to coarse.
         levels: every level at every network-input size; empty while sizes are unknown.
         recipe, recipe_text: the preprocessing, as plain values and in words.
@@ -71,6 +72,7 @@ class PlanSummary:
     backbone: str
     weights: WeightsInfo
     pyramid: str
+    work: float
     level_names: tuple[str, ...]
     levels: tuple[LevelShape, ...]
     recipe: Mapping[str, Any]
@@ -106,6 +108,7 @@ class PlanSummary:
             "backbone": self.backbone,
             "weights": self.weights.to_json(),
             "pyramid": self.pyramid,
+            "work": self.work,
             "recipe": {"text": self.recipe_text, **self.recipe},
             "levels": [shape.to_json() for shape in self.levels],
             "dtype": self.config.dtype,

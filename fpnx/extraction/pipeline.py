@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def run_pipeline(plan: Plan, sink: Sink, timer: StageTimer, stop: StopRequest, l
 
 @dataclass(frozen=True)
 class _DecodedImage:
-    pixels: np.ndarray
+    pixels: Any  # as `PyramidModel.resize` gives them
     source_size: tuple[int, int]
 
 
@@ -253,7 +253,7 @@ class _BatchLoader:
             if size != tuple(plan.layout.input_sizes[index].tolist()):
                 raise ImageError("its header and its pixels disagree about the size")
             with self._timer.measure("resize"):
-                return _DecodedImage(plan.recipe.resize(picture, size), source_size)
+                return _DecodedImage(plan.model.resize(picture, size, plan.recipe), source_size)
 
 
 class _ComputeThread(threading.Thread):

@@ -267,7 +267,10 @@ def test_saved_weights_come_back(tmp_path: Path, suffix: str, levels: str) -> No
 
 @pytest.mark.parametrize(
     ("backbone", "told"),
-    [(3, "backbone 3: take a name or an nn.Module"), (torch.nn.Conv2d, "backbone Conv2d is a class: give an instance of it")],
+    [
+        (3, "backbone 3: take a name or an nn.Module"),
+        (torch.nn.Conv2d, "backbone Conv2d is a class: give an instance of it"),
+    ],
     ids=["number", "class"],
 )
 def test_what_is_no_backbone_is_told(backbone, told):

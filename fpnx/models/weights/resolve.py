@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -78,6 +79,7 @@ class Weights:
         body, fpn: whether these parts are trained, and where their parameters come from.
         state: the parameters in fpnx's layout (`body.*`, `fpn.*`). Parts that are missing are drawn from the seed.
         pyramid: the pyramid in the file; None where there is none.
+        image_pyramid: in a file of a model with an image pyramid, its tap and levels; else None.
         norm_eps: epsilon of the body's batch norms; None keeps the network's own.
         stride_in_1x1: whether bottlenecks stride in their first 1×1 convolution instead of the 3×3 one.
         nodes: level number → node to tap, instead of the ends of the stages.
@@ -95,6 +97,7 @@ class Weights:
     fpn: ModelPart
     state: Mapping[str, Tensor]
     pyramid: CheckpointNeck | None = None
+    image_pyramid: tuple[str, tuple[str, ...]] | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool = False
     nodes: Mapping[int, str] | None = None
@@ -132,7 +135,8 @@ def resolve_weights(config: ModelConfig) -> Weights:
     backbone = None if config.backbone is None else check_backbone_name(config.backbone)
     if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and not _is_file(config.weights):
         return _from_timm(config)
-    choice = _resolve_alias(config.weights, backbone or DEFAULT_BACKBONE)
+    asked = "imagenet" if (config.weights, config.pyramid) == ("default", "image") else config.weights
+    choice = _resolve_alias(asked, backbone or DEFAULT_BACKBONE)
     if choice == "random":
         _refuse_facts(config, "random weights")
         name = backbone or DEFAULT_BACKBONE
@@ -283,6 +287,9 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
                 levels=parse_levels(description["levels"]) if "levels" in description else None,
                 strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
             )
+        image_pyramid = None
+        if description.get("pyramid") == "image":
+            image_pyramid = (description["tap"], parse_levels(description.get("levels", "P3-P5")))
     except FpnxError as error:
         raise FpnxError(f"{escape(file)}: {error}") from error
     parts = description.get("parts", {})
@@ -299,6 +306,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         fpn=fpn,
         state=layout.state,
         pyramid=pyramid,
+        image_pyramid=image_pyramid,
         norm_eps=values.get("norm_eps"),
         stride_in_1x1=bool(values.get("stride_in_1x1")),
         nodes=unstrided[0] if unstrided else None,
@@ -321,13 +329,14 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
         "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
         "pyramid": description.get("pyramid", "fpn") in PYRAMIDS,
+        "tap": description.get("pyramid") != "image" or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
         and all(p[0] in (True, False, None) for p in parts.values()),
     }
     for name, is_valid in valid.items():
         if not is_valid:
-            value = escape(str(description[name]))[:60]
+            value = escape(str(description.get(name)))[:60]
             raise FpnxError(f"its description has {name} {value}, which fpnx never wrote")
     return description
 
