@@ -32,7 +32,9 @@ __all__ = [
 SIZES_SHOWN = 3
 FAILURES_SHOWN = 20
 LARGE_OUTPUT = 20e9  # bytes; above it, options that need less space are shown
-UNTRAINED = "P levels are a random projection of C: store C levels, or use trained weights"
+UNTRAINED = (
+    "P levels are a random projection of C: take --pyramid image, --levels C2-C5, or weights with a trained pyramid"
+)
 
 
 def show_result(result: Result) -> None:
@@ -171,7 +173,8 @@ def show_plan(plan: PlanSummary) -> None:
     ]
     _show_rows(console, *rows)
     if plan.has_pyramid and weights.pyramid.trained is False:
-        console.print(f"note: {UNTRAINED}", soft_wrap=True)
+        named = f" (--weights {plan.trained_pyramid})" if plan.trained_pyramid else ""
+        console.print(f"note: {UNTRAINED}{named}", soft_wrap=True)
     if plan.bytes_needed > LARGE_OUTPUT and config.format != "png":
         console.print(_smaller_outputs(plan), soft_wrap=True)
     _show_levels(console, plan.levels)

@@ -52,6 +52,7 @@ class PlanSummary:
         done_before: number of images that an earlier run finished.
         root: the folder, archive or URL that names are relative to.
         weights: which parts are trained.
+        trained_pyramid: the name of weights for this backbone whose pyramid is trained; None where there are none.
         pyramid: the kind of neck.
         work: pixels that go through the backbone for each image, relative to one pass over the network's input.
         level_names: fine to coarse.
@@ -71,6 +72,7 @@ class PlanSummary:
     root: str
     backbone: str
     weights: WeightsInfo
+    trained_pyramid: str | None
     pyramid: str
     work: float
     level_names: tuple[str, ...]

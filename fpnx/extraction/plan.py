@@ -27,6 +27,7 @@ from fpnx.inference.devices import resolve_device, resolve_precision
 from fpnx.inference.engine_cache import EngineCache
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
+from fpnx.models.weights.torchvision import COCO
 from fpnx.remote.urls import is_url
 from fpnx.store.file_layout import FileLayout
 from fpnx.store.reader import DONE, open_store_file
@@ -101,6 +102,7 @@ class Plan:
             root=os.fsdecode(self.listing.root),
             backbone=self.model.backbone,
             weights=self.model.weights.info,
+            trained_pyramid="coco" if self.model.backbone in COCO else None,
             pyramid=self.model.fpn.kind,
             work=self.model.work,
             level_names=self.model.levels,
