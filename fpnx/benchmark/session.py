@@ -234,6 +234,7 @@ class Session:
         plan = case.plan
         case_result = CaseResult(
             backbone=plan.model.backbone,
+            pyramid=plan.model.fpn.kind,
             precision=plan.precision,
             batch_size=case.batch_size,
             size=case.size,
@@ -256,16 +257,16 @@ class Session:
 
     def _compare_precisions(self) -> None:
         """The error of each level against float32, on one batch."""
-        exact = {result.backbone: case.engine for result, case in self._cases if result.precision == "float32"}
+        exact = {result.network: case.engine for result, case in self._cases if result.precision == "float32"}
         for case_result, case in self._active_cases():
             if case_result.precision == "float32":
                 continue
             plan = case.plan
-            if case_result.backbone not in exact:
+            if case_result.network not in exact:
                 config = replace(plan.config, precision="float32")
-                exact[case_result.backbone] = Engine(build_model(config), plan.recipe, config, plan.device)
+                exact[case_result.network] = Engine(build_model(config), plan.recipe, config, plan.device)
             with self._step("preparations", case_result):
-                case_result.errors = _relative_errors(case.features(), case.features(exact[case_result.backbone]))
+                case_result.errors = _relative_errors(case.features(), case.features(exact[case_result.network]))
 
     def _add_baselines(self) -> None:
         for backbone in dict.fromkeys(case_result.backbone for case_result, _ in self._active_cases()):
