@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from fpnx.images.decoding import decode
 from fpnx.inference.devices import arithmetic
 from fpnx.inference.engine import Engine
 from fpnx.inference.graph_fusion import FusedModel
+from fpnx.models.preprocessing import scaled_size
 from fpnx.store.file_layout import FileLayout
 from fpnx.store.writer import Writer
 
@@ -63,14 +65,15 @@ class BenchmarkCase:
         self._members = [members[i % len(members)] for i in range(self.batch_size)]
         self._timer = StageTimer(plan.device)
         self._writer: Writer | None = None
-        self._batch: Tensor | None = None
+        self._batches: list[Tensor] = []  # the network's input; of a pyramid of scaled images, one at each scale
         self._network = _Network(engine.executable, self._timer)
 
     def required_bytes(self) -> int:
         """Least memory of an extraction in bytes, without what is loaded already."""
-        pixels = 5 * 3 * self.size[0] * self.size[1]  # as uint8 and as float32
+        pixels = 5 * 3 * self.size[0] * self.size[1] * self.plan.model.work  # as uint8 and as float32
         features = sum(shape.bytes_per_image for shape in self.plan.shapes if shape.input_size == self.size)
-        return self.batch_size * (peak_bytes(self.plan.model, self.size) + pixels + MAX_BATCHES_IN_MEMORY * features)
+        network = peak_bytes(self.plan.model, self.size)
+        return int(self.batch_size * (network + pixels + MAX_BATCHES_IN_MEMORY * features))
 
     def memory_problem(self) -> str | None:
         """Why a batch cannot fit into memory; None where it may fit."""
@@ -98,16 +101,16 @@ class BenchmarkCase:
 
     def stages(self) -> dict[str, float]:
         """Run one batch through all stages in sequence; returns milliseconds per image by stage."""
-        sources, recipe = self.plan.listing.sources, self.plan.recipe
+        sources, model, recipe = self.plan.listing.sources, self.plan.model, self.plan.recipe
         seconds_by_stage = dict.fromkeys(BEFORE, 0.0)
-        pixels: list[np.ndarray] = []
+        pixels: list[Any] = []
         source_sizes = []
         for index in self._members:
             started = time.perf_counter()
             picture = decode(sources[index], self.plan.config.max_pixels, self.plan.config.pixels)
             decoded = time.perf_counter()
             height, width = self.plan.layout.input_sizes[index].tolist()
-            pixels.append(recipe.resize(picture, (height, width)))
+            pixels.append(model.resize(picture, (height, width), recipe))
             seconds_by_stage[DECODE] += decoded - started
             seconds_by_stage[RESIZE] += time.perf_counter() - decoded
             source_sizes.append((picture.height, picture.width))
@@ -118,10 +121,11 @@ class BenchmarkCase:
 
     def forward(self) -> float:
         """Run one batch through the network alone, as in an extraction; returns milliseconds per image."""
-        assert self._batch is not None, "stages() comes first"
+        assert self._batches, "stages() comes first"
         with torch.inference_mode(), arithmetic(self.plan.device, self.plan.precision):
             self._timer.start()
-            self.engine.executable(self._batch)
+            for batch in self._batches:
+                self.engine.executable(batch)
             self._timer.mark("forward")
         return 1000 * self._timer.seconds()["forward"] / self.batch_size
 
@@ -180,30 +184,44 @@ class BenchmarkCase:
         """Close the output file and release the batch."""
         if self._writer is not None:
             self._writer.close()
-        self._writer, self._batch = None, None
+        self._writer, self._batches = None, []
 
-    def _pixels(self) -> list[np.ndarray]:
+    def _pixels(self) -> list[Any]:
         sources, sizes = self.plan.listing.sources, self.plan.layout.input_sizes
         config = self.plan.config
         pictures = (decode(sources[i], config.max_pixels, config.pixels) for i in self._members)
         extents = (tuple(sizes[i].tolist()) for i in self._members)
-        return [self.plan.recipe.resize(picture, size) for picture, size in zip(pictures, extents, strict=True)]
+        model, recipe = self.plan.model, self.plan.recipe
+        return [model.resize(picture, size, recipe) for picture, size in zip(pictures, extents, strict=True)]
 
-    def _time_compute(self, pixels: Sequence[np.ndarray]) -> dict[str, float]:
-        """Seconds of each stage from pixels to arrays; keeps the network's input and the arrays."""
-        recipe, device, timer = self.plan.recipe, self.plan.device, self._timer
-        sizes = [(image.shape[0], image.shape[1]) for image in pixels]
-        with torch.inference_mode(), arithmetic(device, self.plan.precision):
+    def _time_compute(self, pixels: Sequence[Any]) -> dict[str, float]:
+        """Seconds of each stage from pixels to arrays; keeps the network's inputs and the arrays."""
+        timer, scales = self._timer, self.plan.model.scales
+        self._batches, self._arrays = [], {}
+        with torch.inference_mode(), arithmetic(self.plan.device, self.plan.precision):
             timer.start()
-            raw = torch.from_numpy(np.stack(pixels)).to(device)
-            timer.mark(UPLOAD)
-            self._batch = recipe.pad(recipe.normalise(raw), self.size).to(self.engine.dtype)
-            timer.mark(RESIZE)
-            levels = self._network(self._batch)
-            stored = {name: self.engine.in_stored_form(name, level, sizes) for name, level in levels.items()}
-            self._arrays = {name: level.cpu().numpy() for name, level in stored.items()}
-            timer.mark(DOWNLOAD)
+            if scales:
+                for i, (level, scale) in enumerate(scales.items()):
+                    maps = self._time_pass([image[i] for image in pixels], scaled_size(self.size, scale))
+                    self._arrays[level] = next(iter(maps.values()))
+            else:
+                self._arrays = self._time_pass(pixels, self.size)
         return timer.seconds()
+
+    def _time_pass(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The maps of one pass through the network, with a mark at the end of each stage."""
+        recipe, timer = self.plan.recipe, self._timer
+        sizes = [(image.shape[0], image.shape[1]) for image in pixels]
+        raw = torch.from_numpy(np.stack(pixels)).to(self.plan.device)
+        timer.mark(UPLOAD)
+        batch = recipe.pad(recipe.normalise(raw), padded).to(self.engine.dtype)
+        self._batches.append(batch)
+        timer.mark(RESIZE)
+        levels = self._network(batch)
+        stored = {name: self.engine.in_stored_form(name, level, sizes) for name, level in levels.items()}
+        arrays = {name: level.cpu().numpy() for name, level in stored.items()}
+        timer.mark(DOWNLOAD)
+        return arrays
 
     def _time_write(self, source_sizes: np.ndarray) -> float:
         """Seconds of writing one batch to the disk, to a file with the layout of a run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from fpnx.core.levels import level_number
 from fpnx.inference.graph_fusion import FusedModel
 from fpnx.models.backbones.local_tracer import LocalTracer
 from fpnx.models.backbones.tracing import on_meta, run_on_meta
+from fpnx.models.preprocessing import scaled_size
 from fpnx.models.pyramid_model import PyramidModel
 
 __all__ = ["MERGE", "TOP", "marked", "peak_bytes", "timed_body", "Cost", "count_costs", "count_executed"]
@@ -74,7 +75,10 @@ def peak_bytes(model: PyramidModel, size: tuple[int, int]) -> int:
     """
     if not isinstance(model.body, fx.GraphModule):
         return 0
+    levels = model.fpn.taps_for(model.levels) if model.scales else model.levels
+    size = scaled_size(size, model.largest_scale)
     meta_model = _on_meta(model)
+    meta_model.levels = levels
     graph = fx.GraphModule(meta_model, LocalTracer().trace(meta_model))
     graph.graph.eliminate_dead_code()
     interpreter = _PeakMemoryInterpreter(graph)
@@ -182,14 +186,16 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
     return (Cost("backbone", _parameters(model.body), backbone), *costs)
 
 
-def count_executed(executable: FusedModel, size: tuple[int, int]) -> int:
-    """Operations of `executable` for one image of `size` (height, width): fewer than defined where the FPN is fused.
+def count_executed(executable: FusedModel, sizes: Iterable[tuple[int, int]]) -> int:
+    """Operations of `executable` for one image at each of `sizes` (height, width): fewer than defined where the FPN is
+    fused.
 
     Counted as in `count_costs`, by computing one image; convolutions with packed weights are not counted.
     """
-    image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
     with torch.no_grad(), _FlopCounter() as counter:
-        executable(image.contiguous(memory_format=torch.channels_last))
+        for size in sizes:
+            image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
+            executable(image.contiguous(memory_format=torch.channels_last))
     return int(counter.get_total_flops())
 
 

@@ -19,6 +19,7 @@ class CaseResult:
     """The samples of one configuration, or of the plain script.
 
     Attributes:
+        pyramid: the kind of pyramid.
         reason: why there are no samples: it does not fit into memory, or failed; None otherwise.
         executed: operations executed for one image (a multiply-add is two); None where they are those of `costs`.
         stages: milliseconds per image by stage, in the order of the pipeline.
@@ -31,6 +32,7 @@ class CaseResult:
     """
 
     backbone: str
+    pyramid: str
     precision: str
     batch_size: int
     size: tuple[int, int]
@@ -51,13 +53,18 @@ class CaseResult:
 
     @property
     def name(self) -> str:
-        """Name of the configuration, such as `"resnet50 float32 batch 8"`."""
+        """Name of the configuration, such as `"resnet50 float32 batch 8"`, or `"resnet50 pafpn float32 batch 8"`."""
         return " ".join(self.title)
 
     @property
     def title(self) -> tuple[str, str, str]:
-        """Backbone, precision and batch size, the three parts of the name."""
-        return self.backbone, "plain script" if self.plain_script else self.precision, f"batch {self.batch_size}"
+        """Network, precision and batch size, the three parts of the name."""
+        return self.network, "plain script" if self.plain_script else self.precision, f"batch {self.batch_size}"
+
+    @property
+    def network(self) -> str:
+        """The backbone, and the kind of pyramid where it is no FPN."""
+        return self.backbone if self.pyramid == "fpn" else f"{self.backbone} {self.pyramid}"
 
     @property
     def flops(self) -> int:

@@ -37,6 +37,7 @@ from fpnx.images.listing import find_images
 from fpnx.images.reading import ImageSource
 from fpnx.inference.engine import Engine
 from fpnx.models.factory import build_model
+from fpnx.models.preprocessing import scaled_size
 
 __all__ = ["Session"]
 
@@ -212,6 +213,10 @@ class Session:
     def _check_baseline(self, plans: Sequence[Plan]) -> None:
         for plan in plans if self._config.baseline else ():
             recipe = plan.recipe
+            if plan.model.fpn.kind != "fpn":
+                raise FpnxError(
+                    f"the plain script of --baseline has an FPN, and not {plan.model.fpn.kind}: leave it out"
+                )
             if recipe.fixed_size is None or recipe.fixed_size != (recipe.height, recipe.width):
                 raise FpnxError("the plain script of --baseline takes one size, without padding: give --size 224")
             if recipe.bands is not None or recipe.source_range is not None:
@@ -231,6 +236,7 @@ class Session:
         plan = case.plan
         case_result = CaseResult(
             backbone=plan.model.backbone,
+            pyramid=plan.model.fpn.kind,
             precision=plan.precision,
             batch_size=case.batch_size,
             size=case.size,
@@ -242,24 +248,27 @@ class Session:
         self._cases.append((case_result, case))
         with self._step("preparations", case_result):
             if case_result.reason is None:
+                scales = case.plan.model.scales.values() or [1.0]
                 # Counted before the warm-up packs the weights.
-                case_result.executed = count_executed(case.engine.executable, case.size)
+                case_result.executed = count_executed(
+                    case.engine.executable, [scaled_size(case.size, scale) for scale in scales]
+                )
                 case.warm_up()
                 case_result.images = case.images
                 link_images(case.files, files, case.images)
 
     def _compare_precisions(self) -> None:
         """The error of each level against float32, on one batch."""
-        exact = {result.backbone: case.engine for result, case in self._cases if result.precision == "float32"}
+        exact = {result.network: case.engine for result, case in self._cases if result.precision == "float32"}
         for case_result, case in self._active_cases():
             if case_result.precision == "float32":
                 continue
             plan = case.plan
-            if case_result.backbone not in exact:
+            if case_result.network not in exact:
                 config = replace(plan.config, precision="float32")
-                exact[case_result.backbone] = Engine(build_model(config), plan.recipe, config, plan.device)
+                exact[case_result.network] = Engine(build_model(config), plan.recipe, config, plan.device)
             with self._step("preparations", case_result):
-                case_result.errors = _relative_errors(case.features(), case.features(exact[case_result.backbone]))
+                case_result.errors = _relative_errors(case.features(), case.features(exact[case_result.network]))
 
     def _add_baselines(self) -> None:
         for backbone in dict.fromkeys(case_result.backbone for case_result, _ in self._active_cases()):

@@ -63,7 +63,7 @@ def _show_shapes(console: Console, result: BenchmarkResult) -> None:
         key = (case.size, *((s.level, s.channels, s.height, s.width) for s in case.shapes))
         cases_by_shape.setdefault(key, []).append(case)
     for columns in cases_by_shape.values():
-        names = ", ".join(dict.fromkeys(case.backbone for case in columns))
+        names = ", ".join(dict.fromkeys(case.network for case in columns))
         height, width = columns[0].size
         table = _table(console, f"levels of {names} at {height}×{width}, as stored in {result.facts['dtype']}")
         for name in ("level", "stride", "channels", "height × width", "elements", "MB per image"):
@@ -79,17 +79,17 @@ def _show_shapes(console: Console, result: BenchmarkResult) -> None:
 
 def _show_costs(console: Console, result: BenchmarkResult) -> None:
     table = _table(console, "parameters, and operations for one image (a multiply-add is two)")
-    for name in ("backbone", "part", "parameters", "GFLOP", "share"):
-        table.add_column(name, justify="left" if name in ("backbone", "part") else "right")
+    for name in ("network", "part", "parameters", "GFLOP", "share"):
+        table.add_column(name, justify="left" if name in ("network", "part") else "right")
     seen = set()
     for case in result.cases:
-        if (case.backbone, case.size) in seen:
+        if (case.network, case.size) in seen:
             continue
-        seen.add((case.backbone, case.size))
+        seen.add((case.network, case.size))
         total = max(case.flops, 1)
         for i, cost in enumerate(case.costs):
             numbers = f"{cost.parameters:,}", f"{cost.flops / 1e9:.3f}", f"{100 * cost.flops / total:.0f} %"
-            table.add_row("" if i else case.backbone, cost.part, *numbers)
+            table.add_row("" if i else case.network, cost.part, *numbers)
         parameters = sum(cost.parameters for cost in case.costs)
         table.add_row("", "all", f"{parameters:,}", f"{case.flops / 1e9:.3f}", "")
     console.print(table)

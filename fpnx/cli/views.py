@@ -33,7 +33,9 @@ __all__ = [
 SIZES_SHOWN = 3
 FAILURES_SHOWN = 20
 LARGE_OUTPUT = 20e9  # bytes; above it, options that need less space are shown
-UNTRAINED = "P levels are a random projection of C: store C levels, or use trained weights"
+UNTRAINED = (
+    "P levels are a random projection of C: take --pyramid image, --levels C2-C5, or weights with a trained pyramid"
+)
 
 
 def show_result(result: Result) -> None:
@@ -158,6 +160,8 @@ def show_plan(plan: PlanSummary) -> None:
     pyramid = "none asked for"
     if plan.has_pyramid:
         pyramid = f"{', '.join(plan.level_names)}, {describe_pyramid(plan.pyramid, weights.pyramid)}"
+        if plan.work != 1:
+            pyramid += f", {plan.work:g} times the work of one pass"
     rows = [
         ("images", f"{plan.images} in {escape(plan.root)}{skipped}{before}"),
         *([("shard", str(plan.shard))] if plan.shard else []),
@@ -172,7 +176,8 @@ def show_plan(plan: PlanSummary) -> None:
     ]
     _show_rows(console, *rows)
     if plan.has_pyramid and weights.pyramid.trained is False:
-        console.print(f"note: {UNTRAINED}", soft_wrap=True)
+        named = f" (--weights {plan.trained_pyramid})" if plan.trained_pyramid else ""
+        console.print(f"note: {UNTRAINED}{named}", soft_wrap=True)
     if plan.bytes_needed > LARGE_OUTPUT and config.format != "png":
         console.print(_smaller_outputs(plan), soft_wrap=True)
     _show_levels(console, plan.levels)

@@ -149,9 +149,9 @@ class VisualizeConfig(PictureConfig):
 class BenchmarkConfig:
     """All options of `fpnx benchmark`.
 
-    `backbone`, `precision` and `batch_size` take several: lists, or text with commas. `images`: a folder; None makes
-    photograph-like ones. `repeats`: rounds, in each of which every configuration is measured; `"auto"`: as many as
-    fit into a minute, at least five.
+    `backbone`, `pyramid`, `precision` and `batch_size` take several: lists, or text with commas. `images`: a folder;
+    None makes photograph-like ones. `repeats`: rounds, in each of which every configuration is measured; `"auto"`: as
+    many as fit into a minute, at least five.
     """
 
     backbone: str | Iterable[str] | None = like(
@@ -160,7 +160,16 @@ class BenchmarkConfig:
     weights: str = like(ModelConfig, "weights", default="random")
     weights_key: str | None = like(ModelConfig, "weights_key")
     weights_prefix: str | None = like(ModelConfig, "weights_prefix")
-    pyramid: str | None = like(ModelConfig, "pyramid")
+    pyramid: str | Iterable[str] | None = like(
+        ModelConfig,
+        "pyramid",
+        help="Kind of pyramid; repeat it to compare several.",
+        metavar="|".join(PYRAMIDS),
+        choices=(),
+        complete=PYRAMIDS,
+        repeatable=True,
+    )
+    tap: str | None = like(ModelConfig, "tap")
     seed: int = like(ModelConfig, "seed")
     levels: str | Iterable[str] | None = like(ModelConfig, "levels")
     channels: int | None = like(ModelConfig, "channels")
@@ -201,7 +210,7 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("backbone", "precision", "batch_size"):
+        for name in ("backbone", "pyramid", "precision", "batch_size"):
             freeze(self, name, several(name.replace("_", " "), getattr(self, name)))
         if self.repeats != "auto":
             value = self.repeats
@@ -216,13 +225,18 @@ class BenchmarkConfig:
         freeze(self, "size", runs[0].size)
 
     def runs(self) -> list[ExtractConfig]:
-        """One extraction for each backbone, precision and batch size; the batch size changes fastest."""
+        """One extraction for each backbone, pyramid, precision and batch size; the batch size changes fastest."""
         names = {field.name for field in fields(self)} & {field.name for field in fields(ExtractConfig)}
         shared = {name: getattr(self, name) for name in names}
-        varied: tuple[Any, ...] = (self.backbone or (None,), self.precision, self.batch_size)
+        varied: dict[str, Any] = {
+            "backbone": self.backbone or (None,),
+            "pyramid": self.pyramid or (None,),
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+        }
         return [
-            ExtractConfig(**{**shared, "backbone": backbone, "precision": precision, "batch_size": batch_size})
-            for backbone, precision, batch_size in itertools.product(*varied)
+            ExtractConfig(**{**shared, **dict(zip(varied, values, strict=True))})
+            for values in itertools.product(*varied.values())
         ]
 
 

@@ -11,6 +11,7 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
 from fpnx.core.option import option
 from fpnx.core.pixel_options import PixelOptions, parse_bands, parse_value_range
+from fpnx.core.text import escape
 from fpnx.core.validation import (
     auto_or_whole,
     check_fields,
@@ -39,7 +40,7 @@ __all__ = [
     "TOP_BLOCKS",
 ]
 
-PYRAMIDS = ("fpn", "pafpn")
+PYRAMIDS = ("fpn", "pafpn", "image")
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")
@@ -117,6 +118,9 @@ class ModelConfig(CheckpointConfig):
     pyramid: str | None = option(
         None, "Kind of pyramid (default: that of the weights, or fpn).", "Model", choices=PYRAMIDS
     )
+    tap: str | None = option(
+        None, "The map that pyramid image is made of (default: the last, such as C5).", "Model", metavar="C4|C5"
+    )
     seed: int = option(0, "For parts without trained parameters.", "Model", metavar="N")
     levels: str | Iterable[str] | None = option(
         None, "Such as P2-P5 (default), P3-P7 or C3,P3.", "Model", metavar="LEVELS", complete="levels"
@@ -131,6 +135,10 @@ class ModelConfig(CheckpointConfig):
         CheckpointConfig.__post_init__(self)
         if self.levels is not None:
             freeze(self, "levels", parse_levels(self.levels))
+        if self.tap is not None:
+            freeze(self, "tap", self.tap.upper())
+            if not re.fullmatch(r"C[1-9]", self.tap):
+                raise FpnxError(f"tap {escape(self.tap)}: take one of the backbone's taps, such as C4 or C5")
         check_whole("seed", self.seed, 0, 2**63 - 1)
         if self.channels is not None:
             check_whole("channels", self.channels, 1, 65536)

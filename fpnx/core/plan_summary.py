@@ -53,7 +53,9 @@ class PlanSummary:
         done_before: number of images that an earlier run finished.
         root: the folder, archive or URL that names are relative to.
         weights: which parts are trained.
+        trained_pyramid: the name of weights for this backbone whose pyramid is trained; None where there are none.
         pyramid: the kind of neck.
+        work: pixels that go through the backbone for each image, relative to one pass over the network's input.
         level_names: fine to coarse.
         levels: every level at every network-input size; empty while sizes are unknown.
         recipe, recipe_text: the preprocessing, as plain values and in words.
@@ -71,7 +73,9 @@ class PlanSummary:
     root: str
     backbone: str
     weights: WeightsInfo
+    trained_pyramid: str | None
     pyramid: str
+    work: float
     level_names: tuple[str, ...]
     levels: tuple[LevelShape, ...]
     recipe: Mapping[str, Any]
@@ -108,6 +112,7 @@ class PlanSummary:
             "backbone": self.backbone,
             "weights": self.weights.to_json(),
             "pyramid": self.pyramid,
+            "work": self.work,
             "recipe": {"text": self.recipe_text, **self.recipe},
             "levels": [shape.to_json() for shape in self.levels],
             "dtype": self.config.dtype,

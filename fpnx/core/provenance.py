@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from fpnx.core.text import escape
 
-__all__ = ["AS_GIVEN", "ModelPart", "Provenance", "Setting", "WeightsInfo", "describe_pyramid"]
+__all__ = ["AS_GIVEN", "NO_PARAMETERS", "ModelPart", "Provenance", "Setting", "WeightsInfo", "describe_pyramid"]
 
 AS_GIVEN = "as given"  # the source of parameters in a caller's own module, and the backbone in the options of its run
+NO_PARAMETERS = "no parameters"  # the source of a pyramid that has none
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class ModelPart:
 
     Attributes:
         trained: None where it is unknown, as for parameters from a file.
-        source: the name of the weights, a file, `"random, seed 0"` or `"as given"`.
+        source: the name of the weights, a file, `"random, seed 0"`, `"as given"` or `"no parameters"`.
     """
 
     trained: bool | None
@@ -38,8 +39,8 @@ class ModelPart:
         return int(match[1]) if match else None
 
     def __str__(self) -> str:
-        if self.source == AS_GIVEN and self.trained is None:
-            return AS_GIVEN
+        if self.source in (AS_GIVEN, NO_PARAMETERS) and self.trained is None:
+            return self.source
         state = {True: "trained", False: "untrained", None: "from file"}[self.trained]
         return f"{state} ({escape(self.source)})"
 

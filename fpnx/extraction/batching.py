@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fpnx.core.system import available_memory
 from fpnx.extraction.plan import Plan
+from fpnx.models.preprocessing import scaled_size
 
 __all__ = ["Batches", "compute_threads"]
 
@@ -26,8 +27,8 @@ def compute_threads(plan: Plan, images: int) -> int:
     """
     if plan.device.type != "cpu":
         return len(plan.devices)
-    largest = max((height * width for height, width in plan.layout.shapes), default=1)
-    fitting = int(available_memory() * MEMORY_SHARE) // (largest * BYTES_PER_PIXEL * (plan.batch_size or 1))
+    largest = max((height * width for height, width in plan.layout.shapes), default=1) * plan.model.largest_scale**2
+    fitting = int(available_memory() * MEMORY_SHARE / (largest * BYTES_PER_PIXEL * (plan.batch_size or 1)))
     return max(1, min(plan.cpus, MAX_COMPUTE_THREADS, images, fitting))
 
 
@@ -84,7 +85,7 @@ class Batches(Iterator[list[int]]):
         """Batch sizes to compare for images of one input size; the one that is most often the fastest comes first."""
         if self._plan.batch_size is not None:
             return (self._plan.batch_size,)
-        height, width = input_size
+        height, width = scaled_size(input_size, self._plan.model.largest_scale)
         scale = 224 * 224 / (height * width)
         cpu = self._plan.device.type == "cpu"
         fitting = int(available_memory() * MEMORY_SHARE) // (height * width * BYTES_PER_PIXEL * self._threads)

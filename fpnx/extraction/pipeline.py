@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ def run_pipeline(
 
 @dataclass(frozen=True)
 class _DecodedImage:
-    pixels: np.ndarray
+    pixels: Any  # as `PyramidModel.resize` gives them
     source_size: tuple[int, int]
 
 
@@ -258,7 +258,7 @@ class _BatchLoader:
             if size != tuple(plan.layout.input_sizes[index].tolist()):
                 raise ImageError("its header and its pixels disagree about the size")
             with self._timer.measure("resize"):
-                image = _DecodedImage(plan.recipe.resize(picture, size), source_size)
+                image = _DecodedImage(plan.model.resize(picture, size, plan.recipe), source_size)
             self._notes.add(kinds)
             return image
 

@@ -27,6 +27,7 @@ from fpnx.inference.devices import resolve_device, resolve_precision
 from fpnx.inference.engine_cache import EngineCache
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
+from fpnx.models.weights.torchvision import COCO
 from fpnx.remote.urls import is_url
 from fpnx.store.file_layout import FileLayout
 from fpnx.store.reader import DONE, open_store_file
@@ -101,7 +102,9 @@ class Plan:
             root=os.fsdecode(self.listing.root),
             backbone=self.model.backbone,
             weights=self.model.weights.info,
+            trained_pyramid="coco" if self.model.backbone in COCO else None,
             pyramid=self.model.fpn.kind,
+            work=self.model.work,
             level_names=self.model.levels,
             levels=self.shapes,
             recipe=self.recipe.to_json(),
@@ -164,7 +167,7 @@ def make_plan(
         sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
         padded, rows = [None] * count, np.full(count, -1, np.int64)
     else:
-        sizes, errors = _input_sizes(listing, recipe, config.max_pixels, workers, listener)
+        sizes, errors = _input_sizes(listing, model, recipe, config.max_pixels, workers, listener)
         padded, rows = _padded_sizes(model, recipe, sizes, errors)
     shapes = {size: _stored_shapes(model, size, config.pool) for size in dict.fromkeys(padded) if size is not None}
     layout = FileLayout(
@@ -242,7 +245,7 @@ def _file_to_resume(output: Path, config: ExtractConfig) -> Path | None:
 
 
 def _input_sizes(
-    listing: Listing, recipe: Recipe, max_pixels: int, workers: int, listener: Listener
+    listing: Listing, model: PyramidModel, recipe: Recipe, max_pixels: int, workers: int, listener: Listener
 ) -> tuple[np.ndarray, dict[int, str]]:
     """(N, 2) network-input sizes without padding, and the reasons, by index, why images have none.
 
@@ -250,12 +253,12 @@ def _input_sizes(
     count = len(listing.sources)
     sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
     if recipe.sizing == "stretch":
-        sizes[:] = recipe.input_size((1, 1), max_pixels)
+        sizes[:] = recipe.input_size((1, 1), max_pixels, model.largest_scale)
         return sizes, errors
 
     def measure(source: ImageSource) -> tuple[int, int] | ImageError:
         try:
-            return recipe.input_size(upright_size(source, max_pixels), max_pixels)
+            return recipe.input_size(upright_size(source, max_pixels), max_pixels, model.largest_scale)
         except ImageError as error:
             return error
 

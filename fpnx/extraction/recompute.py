@@ -113,6 +113,7 @@ class Recomputation:
                 f"{escape(self._store.path)} cannot be computed again here ({'; '.join(map(escape, fields))}): "
                 f"bring the same weights with --weights"
             )
+        self._resize = model.resize
         device, config = resolve_device(self._config.device), self._config
         if config.precision == "tf32" and device.type != "cuda":
             config = replace(config, precision="float32")  # differs less than the tolerance of reduced precisions
@@ -139,7 +140,7 @@ class Recomputation:
             for index, source in self.chosen:
                 picture = decode(source, max_pixels, self._config.pixels)
                 size = engine.recipe.input_size((picture.height, picture.width), max_pixels)
-                features = engine([engine.recipe.resize(picture, size)])
+                features = engine([self._resize(picture, size, engine.recipe)])
                 yield index, {level: values[0] for level, values in features.arrays.items()}
 
 

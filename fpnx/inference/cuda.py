@@ -36,15 +36,13 @@ class CudaEngine(Engine):
         self._compute.wait_stream(torch.cuda.current_stream(device))  # until the weights are uploaded
         self._forward = CudaGraphs(self.executable)
 
-    def __call__(self, pixels: Sequence[np.ndarray]) -> Features:
-        """Features of images of one padded size, each (h, w, 3), 0..255; valid once `ready()` has returned."""
+    def _features(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> Features:
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with isolated_torch_state(), torch.inference_mode(), torch.cuda.device(self.device):
             with torch.cuda.stream(self._in):
                 uploaded = [self._upload(part) for part in self._stacks(pixels, sizes)]
             self._compute.wait_stream(self._in)
             with torch.cuda.stream(self._compute):
-                padded = self.recipe.padded(sizes[0])
                 images = torch.cat([self.recipe.pad(self.recipe.normalise(part), padded) for part in uploaded])
                 levels = self._forward(images.to(self.dtype, memory_format=torch.channels_last))
                 stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from fpnx.core.config import ExtractConfig
 from fpnx.core.validation import parse_pool
 from fpnx.inference.devices import compute_dtype, resolve_precision
 from fpnx.inference.graph_fusion import fuse_model
-from fpnx.models.preprocessing import Recipe
+from fpnx.inference.packed_conv import SIZES_PACKED
+from fpnx.models.preprocessing import Recipe, scaled_size
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.store.reader import valid_extent
@@ -67,18 +69,37 @@ class Engine:
             self.executable = fuse_model(model, device, self.dtype, recombined=device.type == "cpu")
         self.recipe, self.device = recipe, device
         self.pool, self.stored = config.pool, STORED_DTYPES[config.dtype]
-        self._strides = {name: model.stride(name) for name in model.levels}
+        self._scales = model.scales
+        self._strides = {name: model.stride(name) for name in self.executable.levels}
         self._buffers, self._prepared_sizes = _BufferPool(), set[tuple[int, int]]()
 
     def prepare(self, size: tuple[int, int]) -> None:
-        """Announce several batches of padded `size` (height, width): weights are then packed for that size."""
-        self._prepared_sizes.add(size)
+        """Announce several batches of padded `size` (height, width): weights are then packed for that size.
 
-    def __call__(self, pixels: Sequence[np.ndarray]) -> Features:
-        """Features of images of one padded size, each (h, w, 3), 0..255."""
+        Of the sizes of a pyramid of scaled images, for the largest, where most of the work is.
+        """
+        scales = sorted(self._scales.values(), reverse=True)[:SIZES_PACKED] or [1.0]
+        self._prepared_sizes.update(scaled_size(size, scale) for scale in scales)
+
+    def __call__(self, pixels: Sequence[Any]) -> Features:
+        """Features of images of one padded size, with pixels as `PyramidModel.resize` gives them.
+
+        On some devices they are valid once `ready()` has returned.
+        """
+        if not self._scales:
+            return self._features(pixels, self.recipe.padded(pixels[0].shape[:2]))
+        parts = {}
+        for i, (level, scale) in enumerate(self._scales.items()):
+            images = [image[i] for image in pixels]
+            padded = self.recipe.padded(scaled_size(images[0].shape[:2], 1 / scale))
+            parts[level] = self._features(images, scaled_size(padded, scale))
+        return _joined(parts)
+
+    def _features(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> Features:
+        """Features of images (h, w, 3), 0..255, which are padded to one size (height, width)."""
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with isolated_torch_state(), torch.inference_mode():
-            images = self.batch(pixels, sizes).to(self.dtype)
+            images = self.batch(pixels, padded).to(self.dtype)
             prepared = (images.shape[2], images.shape[3]) in self._prepared_sizes
             levels = self.executable.pack(images) if prepared else self.executable(images)
             stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}
@@ -90,10 +111,9 @@ class Engine:
     def release(self) -> None:
         """Free memory that is only held for speed."""
 
-    def batch(self, pixels: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """The network's input: (B, 3, H, W) float32, channels last."""
-        padded = self.recipe.padded(sizes[0])
-        if len(set(sizes)) == 1:
+    def batch(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> Tensor:
+        """The network's input of a padded size (height, width): (B, 3, H, W) float32, channels last."""
+        if len({image.shape for image in pixels}) == 1:
             stacked = torch.from_numpy(np.stack(pixels)).to(self.device)
             return self.recipe.pad(self.recipe.normalise(stacked), padded)
         each = [self.recipe.normalise(torch.from_numpy(np.stack([image])).to(self.device)) for image in pixels]
@@ -129,6 +149,21 @@ class Engine:
         for source, target in zip(level, ordered, strict=True):
             target.view(channels, height * width).copy_(source.permute(1, 2, 0).reshape(height * width, channels).t())
         return ordered
+
+
+def _joined(parts: Mapping[str, Features]) -> Features:
+    """The only map of each part as the level that it stands under."""
+
+    def call_all(calls: Iterable[Callable[[], None]]) -> None:
+        for call in calls:
+            call()
+
+    return Features(
+        {level: next(iter(part.arrays.values())) for level, part in parts.items()},
+        {level: next(iter(part.nonfinite.values())) for level, part in parts.items()},
+        ready=lambda: call_all(part.ready for part in parts.values()),
+        recycle=lambda: call_all(part.recycle for part in parts.values()),
+    )
 
 
 class _BufferPool:
@@ -179,7 +214,7 @@ class SplittingEngine:
         self._engine, self._message = engine, message
         self._max_batch: int | None = None
 
-    def __call__(self, pixels: Sequence[np.ndarray]) -> Iterator[tuple[slice, Features | None]]:
+    def __call__(self, pixels: Sequence[Any]) -> Iterator[tuple[slice, Features | None]]:
         """Yield a slice of `pixels` and its features; None for a single image that does not fit into memory."""
         start = 0
         while start < len(pixels):
@@ -194,7 +229,7 @@ class SplittingEngine:
             yield piece, features
             start = piece.stop
 
-    def _try(self, pixels: Sequence[np.ndarray]) -> Features | None:
+    def _try(self, pixels: Sequence[Any]) -> Features | None:
         try:
             return self._engine(pixels)
         except (MemoryError, RuntimeError) as error:

@@ -94,6 +94,8 @@ def fuse_model(
 ) -> FusedModel:
     """The fused form of `model`; takes about a second.
 
+    Of a pyramid of the image at several scales it is the part that runs at each scale: an image to the tap.
+
     Args:
         model: in eval mode; read, never changed.
         device, dtype: where, and in which type, it computes. Norms are folded in float32 before the cast.
@@ -101,9 +103,10 @@ def fuse_model(
     """
     device = torch.device(device)
     assert not model.training, "a fused model is for inference"
-    p_levels = tuple(name for name in model.levels if name in model.fpn.levels)
+    levels = model.fpn.taps_for(model.levels) if model.scales else model.levels  # scaled images go one by one
+    p_levels = tuple(name for name in levels if name in model.fpn.levels)
     neck = fuse_neck(model.fpn, p_levels, model.channels, recombined) if p_levels else None
-    needed = set(model.levels).difference(p_levels) | set(neck.taps if neck is not None else ())
+    needed = set(levels).difference(p_levels) | set(neck.taps if neck is not None else ())
     body: nn.Module
     if isinstance(model.body, fx.GraphModule):
         body = _fuse(_inline(model.body, needed), model.size or (SIDE, SIDE))
@@ -112,7 +115,7 @@ def fuse_model(
     for module in (body, neck):
         if module is not None:
             _prepare(module, device, dtype)
-    return FusedModel(body, neck, model.levels, device, dtype).eval().requires_grad_(False)
+    return FusedModel(body, neck, levels, device, dtype).eval().requires_grad_(False)
 
 
 class _Serialized(nn.Module):

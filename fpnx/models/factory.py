@@ -14,7 +14,7 @@ from torch import nn
 from fpnx.core.config import ExtractConfig, InputConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, ordered_levels
-from fpnx.core.provenance import AS_GIVEN, ModelPart
+from fpnx.core.provenance import AS_GIVEN, NO_PARAMETERS, ModelPart
 from fpnx.core.text import did_you_mean, escape
 from fpnx.models.backbones.factory import (
     Backbone,
@@ -24,6 +24,7 @@ from fpnx.models.backbones.factory import (
 )
 from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
+from fpnx.models.necks.image_pyramid import ImagePyramid
 from fpnx.models.necks.registry import NECKS
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
@@ -41,7 +42,6 @@ from fpnx.models.weights.resolve import (
 
 __all__ = ["build_model", "create_model", "save_weights", "split_backbone"]
 
-DEFAULT_CHANNELS = 256
 DEFAULT_PYRAMID = "fpn"
 PARTS = ("body", "fpn")
 
@@ -54,6 +54,7 @@ def create_model(
     weights_prefix: str | None = ModelConfig.weights_prefix,
     levels: Any = ModelConfig.levels,
     pyramid: str | None = ModelConfig.pyramid,
+    tap: str | None = ModelConfig.tap,
     channels: int | None = ModelConfig.channels,
     top_block: str | None = ModelConfig.top_block,
     seed: int = ModelConfig.seed,
@@ -80,7 +81,8 @@ def create_model(
         weights_key: the key of the file under which the parameters are, such as `"state_dict_ema"`; None finds it.
         weights_prefix: what stands before their names in the file, such as `"encoder_q."`; None finds it.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
-        pyramid: the kind of neck, `"fpn"` or `"pafpn"`; None: a file's own, else `"fpn"`.
+        pyramid: the kind of neck, `"fpn"` or `"pafpn"`, or `"image"`; None: a file's own, else `"fpn"`.
+        tap: with `pyramid="image"`, the tap that is taken at several scales; None: the last.
         channels: of every P level; None: a file's own, else 256.
         top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
         seed: for the parts that have no trained parameters.
@@ -101,6 +103,7 @@ def create_model(
         weights_prefix=weights_prefix,
         levels=levels,
         pyramid=pyramid,
+        tap=tap,
         channels=channels,
         top_block=top_block,
         seed=seed,
@@ -145,14 +148,24 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
 def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
     weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
-    if weights.pyramid is None:
+    if weights.image_pyramid is not None and config.pyramid in (None, "image"):
+        tap, levels = weights.image_pyramid
+        config = replace(config, pyramid="image", tap=config.tap or tap, levels=config.levels or levels)
+    kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    if config.tap is not None and not kind.accepts_single_stride:
+        raise FpnxError(f"tap {config.tap} is for pyramids of one tap: give --pyramid image beside it")
+    if kind is ImagePyramid:
+        weights = _of_body(weights)
+        if backbone.size is not None:
+            raise FpnxError(f"{backbone.name} takes inputs of one size, and pyramid image needs several: take another")
+    elif weights.pyramid is None:
         asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
         backbone.check_levels(asked, config.top_block)
     held = weights.pyramid
     neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(backbone, config)
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
-        levels = neck.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.pyramid_channels)
+        levels = neck.levels if weights.pyramid else neck.default_levels()
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
     model = PyramidModel(backbone, neck, ordered_levels(levels), weights)
@@ -211,9 +224,24 @@ def _given_with_file(config: ModelConfig, module: nn.Module) -> tuple[Weights, B
 
 def _new_neck(backbone: Backbone, config: ModelConfig) -> Neck:
     """A neck over all taps that gives the asked levels."""
-    neck = NECKS[config.pyramid or DEFAULT_PYRAMID]
-    channels, levels = config.channels or DEFAULT_CHANNELS, tuple(config.levels or ())
-    return neck.for_levels(backbone.pyramid_channels, channels, levels, config.top_block)
+    kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    inputs = _one_tap(backbone, config) if kind.accepts_single_stride else backbone.pyramid_channels
+    return kind.for_levels(inputs, config.channels, tuple(config.levels or ()), config.top_block)
+
+
+def _one_tap(backbone: Backbone, config: ModelConfig) -> dict[int, int]:
+    """Level number and channels of the tap that `config` asks for, or of the last one."""
+    number = max(backbone.channels) if config.tap is None else int(config.tap[1:])
+    if number not in backbone.channels:
+        there = _listed(f"C{k}" for k in sorted(backbone.channels))
+        raise FpnxError(f"{backbone.name} has no tap {config.tap}: it gives {there}")
+    return {number: backbone.channels[number]}
+
+
+def _of_body(weights: Weights) -> Weights:
+    """The body's part of `weights`, for a pyramid without parameters."""
+    state = {key: value for key, value in weights.state.items() if key.startswith("body.")}
+    return replace(weights, state=state, pyramid=None, fpn=ModelPart(None, NO_PARAMETERS))
 
 
 def _neck_of_weights(held: CheckpointNeck, backbone: Backbone, config: ModelConfig, weights: Weights) -> Neck:
@@ -292,7 +320,11 @@ def save_weights(
 
 def _check_levels(levels: tuple[str, ...], backbone: Backbone, neck: Neck, weights: Weights) -> None:
     held = weights.pyramid
-    there = (() if held and held.strides else ordered_levels(f"C{k}" for k in backbone.nodes)) + neck.levels
+    if not neck.gives_taps and (taps := [name for name in levels if name.startswith("C")]):
+        raise FpnxError(f"level {taps[0]} beside pyramid {neck.kind}, which has P levels only: leave {taps[0]} out")
+    there = (
+        () if (held and held.strides) or not neck.gives_taps else ordered_levels(f"C{k}" for k in backbone.nodes)
+    ) + neck.levels
     absent = next((name for name in levels if name not in there), None)
     if absent is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from fpnx.core.config import InputConfig
 from fpnx.core.errors import FpnxError, ImageError
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "scaled_size"]
 
 PILLOW = {
     "nearest": Image.Resampling.NEAREST,
@@ -22,6 +23,11 @@ PILLOW = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(height, width) of an image of `size` at `scale`, rounded up."""
+    return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +93,11 @@ class Recipe:
             return None
         return self.padded((self.height, self.width))
 
-    def input_size(self, source: tuple[int, int], max_pixels: int | None = None) -> tuple[int, int]:
+    def input_size(self, source: tuple[int, int], max_pixels: int | None = None, scale: float = 1.0) -> tuple[int, int]:
         """(height, width) of an image of `source` (height, width) after resizing, before padding.
 
         Raises:
-            ImageError: it would have more than `max_pixels` pixels.
+            ImageError: at `scale` times that size it would have more than `max_pixels` pixels.
         """
         if self.sizing == "stretch":
             assert self.height is not None
@@ -101,10 +107,12 @@ class Recipe:
             size = source
         else:
             size = self._aspect_size(*source)
-        if max_pixels is not None and size[0] * size[1] > max_pixels:
+        height, width = scaled_size(size, scale)
+        if max_pixels is not None and height * width > max_pixels:
+            coarser = "" if scale == 1 else " or coarser --levels"
             raise ImageError(
-                f"the model's input would be {size[0]}×{size[1]} pixels, over the limit of {max_pixels}: "
-                "take a smaller --size, or raise --max-pixels"
+                f"the model's input would be {height}×{width} pixels, over the limit of {max_pixels}: "
+                f"take a smaller --size{coarser}, or raise --max-pixels"
             )
         return size
 
@@ -141,11 +149,12 @@ class Recipe:
             return images
         return F.pad(images, (0, size[1] - width, 0, size[0] - height))
 
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """One RGB image → (3, H, W) float32 network input, padding included."""
+    def __call__(self, picture: Image.Image, scale: float = 1.0) -> torch.Tensor:
+        """One RGB image → (3, H, W) float32 network input, padding included, at `scale` times the recipe's size."""
         size = self.input_size((picture.height, picture.width))
-        images = self.normalise(torch.from_numpy(np.array(self.resize(picture, size)))[None])
-        return self.pad(images, self.padded(size))[0].contiguous()
+        pixels = self.resize(picture, scaled_size(size, scale))
+        images = self.normalise(torch.from_numpy(np.array(pixels))[None])
+        return self.pad(images, scaled_size(self.padded(size), scale))[0].contiguous()
 
     def __str__(self) -> str:
         sizing = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, fx, nn
 
 from fpnx.core.errors import FpnxError
@@ -20,11 +22,10 @@ from fpnx.models.backbones.factory import (
 )
 from fpnx.models.necks.base import SEED_SCHEME, Neck, neck_shapes
 from fpnx.models.pictures import ImageLike, to_picture
+from fpnx.models.preprocessing import Recipe, scaled_size
 from fpnx.models.weights.resolve import Weights, parameters_hash
 
 __all__ = ["PyramidModel"]
-
-BATCH_SIZE = 8  # images of one size that `PyramidModel.features` computes at once
 
 
 class PyramidModel(nn.Module):
@@ -58,9 +59,35 @@ class PyramidModel(nn.Module):
         self._known_shapes: dict[tuple[int, int], dict[str, tuple[int, int, int]]] = {}
         self._sums: dict[str, int] = {}
         self._forward_to: dict[str, Callable[[nn.Module, Tensor], dict[str, Tensor]]] = {}
+        self._last_tap = f"C{max(backbone.channels)}"
         self._forward_to_deepest()  # now, since compiled code cannot make it
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    @property
+    def scales(self) -> dict[str, float]:
+        """For a pyramid of the image at several scales: the scale of each level, relative to the network's input."""
+        return {name: self.fpn.scales[name] for name in self.levels if name in self.fpn.scales}
+
+    @property
+    def largest_scale(self) -> float:
+        """The largest of `scales`; 1 where there are none."""
+        return max(self.scales.values(), default=1.0)
+
+    @property
+    def work(self) -> float:
+        """Pixels that go through the backbone, relative to one pass over the network's input."""
+        return sum(scale**2 for scale in self.scales.values()) or 1.0
+
+    def forward(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The levels of (B, 3, H, W) normalised images.
+
+        With the pyramid `"image"` also of `{"P4": (B, 3, 2 H, 2 W), ...}`, the image at the scale of each level, as
+        `transform` gives it. A single tensor is enlarged, which adds no detail.
+        """
+        if self.scales:
+            inputs = images if isinstance(images, Mapping) else self._rescaled(images)
+            (tap,) = self.fpn.taps_for(self.levels)
+            return {name: self.taps(inputs[name])[tap] for name in self.levels}
+        assert isinstance(images, Tensor)
         taps = self.taps(images)
         pyramid = self.fpn(taps, self.levels)
         return {name: pyramid[name] if name in pyramid else taps[name] for name in self.levels}
@@ -71,12 +98,10 @@ class PyramidModel(nn.Module):
         taps: dict[str, Tensor] = self.body(images) if forward is None else forward(self.body, images)
         return taps
 
-    @overload
-    def transform(self, images: ImageLike) -> Tensor: ...
-    @overload
-    def transform(self, images: Sequence[ImageLike]) -> list[Tensor]: ...
-    def transform(self, images: ImageLike | Sequence[ImageLike]) -> Tensor | list[Tensor]:
+    def transform(self, images: ImageLike | Sequence[ImageLike]) -> Any:
         """What the recipe makes of an image, or of each image of a list or tuple: (3, H, W) float32 on the CPU.
+
+        With the pyramid `"image"` it is a dict of them, the image at the scale of each level.
 
         Args:
             images: one or several, each a path, a Pillow image of any mode, a uint8 array (H, W, 3) or a uint8 tensor
@@ -89,7 +114,7 @@ class PyramidModel(nn.Module):
         """
         if isinstance(images, (list, tuple)):
             return [self.transform(image) for image in images]
-        return self.recipe(to_picture(images, PixelOptions(self.recipe.bands, self.recipe.source_range)))
+        return self._inputs(to_picture(images, PixelOptions(self.recipe.bands, self.recipe.source_range)))
 
     @overload
     def features(self, images: ImageLike) -> dict[str, Tensor]: ...
@@ -99,7 +124,7 @@ class PyramidModel(nn.Module):
         """The levels of an image, `{"P2": (C, H/4, W/4), ...}`, or a list of them for a list or tuple of images.
 
         As `fpnx.extract` stores them, padding included, to 1e-5 of each level's largest value. Computed on the model's
-        device in its dtype, without gradients, in batches of images of one size.
+        device in its dtype, without gradients, one image after the other.
 
         Args:
             images: as for `transform`.
@@ -111,23 +136,26 @@ class PyramidModel(nn.Module):
         """
         if self.training:
             raise FpnxError("the model is in training mode: call model.eval() first")
-        if not isinstance(images, (list, tuple)):
-            return self.features([images])[0]
-        parameter = next(self.parameters())
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        inputs = self.transform(images)
-        for i, image in enumerate(inputs):
-            self.shapes((image.shape[1], image.shape[2]))
-            by_size.setdefault(tuple(image.shape), []).append(i)
-        features: list[dict[str, Tensor]] = [{} for _ in inputs]
-        for same in by_size.values():
-            for start in range(0, len(same), BATCH_SIZE):
-                part = same[start : start + BATCH_SIZE]
-                with torch.no_grad():
-                    levels = self(torch.stack([inputs[i] for i in part]).to(parameter))
-                for row, i in enumerate(part):
-                    features[i] = {name: level[row].clone() for name, level in levels.items()}
-        return features
+        if isinstance(images, (list, tuple)):
+            return [self.features(image) for image in images]
+        picture = to_picture(images, PixelOptions(self.recipe.bands, self.recipe.source_range))
+        self.shapes(self.recipe.padded(self.recipe.input_size((picture.height, picture.width))))
+        inputs, like = self._inputs(picture), next(self.parameters())
+        with torch.no_grad():
+            if self.scales:
+                levels = self({name: image[None].to(like) for name, image in inputs.items()})
+            else:
+                levels = self(inputs[None].to(like))
+        return {name: level[0] for name, level in levels.items()}
+
+    def resize(self, picture: Image.Image, size: tuple[int, int], recipe: Recipe) -> Any:
+        """The pixels of the network's input for an upright RGB picture; see `Recipe.resize`.
+
+        With the pyramid `"image"` they are a tuple, one array at the scale of each level, all from the picture itself.
+        """
+        if self.scales:
+            return tuple(recipe.resize(picture, scaled_size(size, scale)) for scale in self.scales.values())
+        return recipe.resize(picture, size)
 
     def note_parameters(self) -> None:
         """Take the parameters to be those of `weights`; `current_weights` tells when they were changed afterwards."""
@@ -181,6 +209,22 @@ class PyramidModel(nn.Module):
             **self.weights.choices,
         }
 
+    def _inputs(self, picture: Image.Image) -> Any:
+        """The network's input of an upright RGB picture, or of each level by name."""
+        if self.scales:
+            return {name: self.recipe(picture, scale) for name, scale in self.scales.items()}
+        return self.recipe(picture)
+
+    def _rescaled(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) at the scale of each level, interpolated."""
+        height, width = images.shape[-2:]
+        return {
+            name: F.interpolate(images, size=scaled_size((height, width), scale), mode="bilinear", antialias=scale < 1)
+            if scale != 1
+            else images
+            for name, scale in self.scales.items()
+        }
+
     def _checksums(self) -> dict[str, int]:
         """The sum of all parameters and buffers of `body` and `fpn`, their bytes read as integers."""
         return {
@@ -198,7 +242,7 @@ class PyramidModel(nn.Module):
     def _forward_to_deepest(self) -> Callable[[nn.Module, Tensor], dict[str, Tensor]] | None:
         """The body's forward up to the deepest tap that `levels` need; None where that is all of it."""
         deepest = max(self._needed_taps(), key=level_number)
-        if deepest == f"C{max(self.fpn.in_channels)}" or not isinstance(self.body, fx.GraphModule):
+        if deepest == self._last_tap or not isinstance(self.body, fx.GraphModule):
             return None  # what is hooked runs whole
         if deepest not in self._forward_to:
             self._forward_to[deepest] = type(fx.GraphModule(self.body, _up_to(self.body.graph, deepest))).forward
@@ -242,8 +286,13 @@ class PyramidModel(nn.Module):
     def _shapes(self, size: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         if size in self._known_shapes:
             return self._known_shapes[size]
-        taps = tap_shapes(self.body, size)
-        levels = neck_shapes(self.fpn, taps, self.levels)
+        if self.scales:
+            (tap,) = self.fpn.taps_for(self.levels)
+            levels = {name: tap_shapes(self.body, scaled_size(size, scale))[tap] for name, scale in self.scales.items()}
+            taps = {}
+        else:
+            taps = tap_shapes(self.body, size)
+            levels = neck_shapes(self.fpn, taps, self.levels)
         shapes = self._known_shapes[size] = {name: (taps | levels)[name] for name in self.levels}
         return shapes
 

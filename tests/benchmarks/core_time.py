@@ -57,7 +57,7 @@ def core_time(backbone: str, sources: Sequence[ImageSource]) -> dict[str, object
         engine.prepare(size)
     pictures = [decode(source, config.max_pixels) for source in sources]
     pixels = [recipe.resize(picture, size) for picture in pictures]
-    images = engines["float32"].batch(pixels, [size] * BATCH_SIZE).contiguous()
+    images = engines["float32"].batch(pixels, size).contiguous()
     arrays = list(engines["float32"](pixels).arrays.values())
     with tempfile.TemporaryDirectory(dir=".") as folder:
         plain_model = PlainModel(baseline_model(model, recipe, Path(folder) / "parameters.pt")).eval()

@@ -162,6 +162,10 @@ def test_transform_takes_every_form_of_an_image(tmp_path: Path) -> None:
         many = model.transform(forms)
         assert [torch.equal(one, expected) for one in many] == [True] * len(forms)
         assert all(torch.equal(model.transform(form), expected) for form in forms)
+        with torch.no_grad():
+            levels = model(expected[None])
+        for form in forms:  # turned once, not twice
+            assert all(torch.equal(level, levels[name][0]) for name, level in model.features(form).items())
     assert model.transform([]) == []
 
 

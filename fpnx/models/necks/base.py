@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,10 @@ class Neck(nn.Module):
 
     Attributes:
         kind: the name of the neck, as `--pyramid` takes it.
-        accepts_single_stride: whether it makes its levels from one tap.
+        accepts_single_stride: whether it makes its levels from one tap, which `--tap` chooses.
+        gives_taps: whether C levels can be asked for beside its own.
+        scales: for levels that are the tap of the image at another size, that size relative to the network's input;
+            empty for all others.
         in_channels: channels of the taps, by level number: `{2: 256, 3: 512, 4: 1024, 5: 2048}`.
         channels: channels of every level.
         levels: names of all levels that it can give, fine to coarse.
@@ -34,16 +38,22 @@ class Neck(nn.Module):
 
     kind: ClassVar[str]
     accepts_single_stride: ClassVar[bool] = False
+    gives_taps: ClassVar[bool] = True
+    scales: Mapping[str, float] = MappingProxyType({})
     in_channels: dict[int, int]
     channels: int
     levels: tuple[str, ...]
 
     @classmethod
     def for_levels(
-        cls, in_channels: Mapping[int, int], channels: int, levels: Sequence[str], top_block: str | None
+        cls, in_channels: Mapping[int, int], channels: int | None, levels: Sequence[str], top_block: str | None
     ) -> Neck:
-        """A neck that gives `levels`; `top_block` None chooses what they need."""
+        """A neck that gives `levels`; None chooses the channels, and the top block that the levels need."""
         raise NotImplementedError
+
+    def default_levels(self) -> tuple[str, ...]:
+        """The levels where none are asked for: one for each tap."""
+        return tuple(f"P{k}" for k in sorted(self.in_channels))
 
     def forward(self, taps: Mapping[str, Tensor], levels: Collection[str] | None = None) -> dict[str, Tensor]:
         """The asked levels, fine to coarse; None gives all. What no level needs is not computed."""

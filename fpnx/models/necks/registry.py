@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
+from fpnx.models.necks.image_pyramid import ImagePyramid
 from fpnx.models.necks.pafpn import PAFPN
 
 __all__ = ["NECKS"]
 
-NECKS: dict[str, type[Neck]] = {"fpn": FPN, "pafpn": PAFPN}
+NECKS: dict[str, type[Neck]] = {"fpn": FPN, "pafpn": PAFPN, "image": ImagePyramid}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -91,6 +92,7 @@ class Weights:
         body, fpn: whether these parts are trained, and where their parameters come from.
         state: the parameters in fpnx's layout (`body.*`, `fpn.*`). Parts that are missing are drawn from the seed.
         pyramid: the pyramid in the file; None where there is none.
+        image_pyramid: in a file of a model with an image pyramid, its tap and levels; else None.
         norm_eps: epsilon of the body's batch norms; None keeps the network's own.
         stride_in_1x1: whether bottlenecks stride in their first 1×1 convolution instead of the 3×3 one.
         nodes: level number → node to tap, instead of the ends of the stages.
@@ -110,6 +112,7 @@ class Weights:
     fpn: ModelPart
     state: Mapping[str, Tensor]
     pyramid: CheckpointNeck | None = None
+    image_pyramid: tuple[str, tuple[str, ...]] | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool = False
     nodes: Mapping[int, str] | None = None
@@ -153,7 +156,8 @@ def resolve_weights(config: ModelConfig) -> Weights:
     is_name = config.weights in ("default", "imagenet") or not is_weights_file(config.weights)
     if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and is_name:
         return _from_timm(config)
-    choice = _resolve_alias(config.weights, backbone or DEFAULT_BACKBONE)
+    asked = "imagenet" if (config.weights, config.pyramid) == ("default", "image") else config.weights
+    choice = _resolve_alias(asked, backbone or DEFAULT_BACKBONE)
     if choice == "random":
         _refuse_facts(config, "random weights")
         name = backbone or DEFAULT_BACKBONE
@@ -253,7 +257,7 @@ def _from_published(published: PublishedWeights, config: ModelConfig) -> Weights
             f"weights {published.name} are for {published.backbone}, not for {config.backbone}: drop one of the two"
         )
     _refuse_facts(config, published.name)
-    if "pyramid" in published.trains and config.pyramid not in (None, "fpn"):
+    if "pyramid" in published.trains and config.pyramid not in (None, "fpn", "image"):
         raise FpnxError(f"pyramid {config.pyramid} contradicts {published.name}, which has fpn: {UNTRAINED}")
     file = cached_file(published, config.offline)
     weights = _from_file(file, published.backbone, config, published.recipe)
@@ -346,6 +350,9 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
                 levels=parse_levels(description["levels"]) if "levels" in description else None,
                 strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
             )
+        image_pyramid = None
+        if description.get("pyramid") == "image":
+            image_pyramid = (description["tap"], parse_levels(description.get("levels", "P3-P5")))
     except FpnxError as error:
         raise FpnxError(f"{escape(file)}: {error}") from error
     parts = description.get("parts", {})
@@ -363,6 +370,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         fpn=fpn,
         state=layout.state,
         pyramid=pyramid,
+        image_pyramid=image_pyramid,
         norm_eps=values.get("norm_eps"),
         stride_in_1x1=bool(values.get("stride_in_1x1")),
         nodes=unstrided[0] if unstrided else None,
@@ -404,13 +412,14 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
         "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
         "pyramid": description.get("pyramid", "fpn") in PYRAMIDS,
+        "tap": description.get("pyramid") != "image" or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
         and all(p[0] in (True, False, None) for p in parts.values()),
     }
     for name, is_valid in valid.items():
         if not is_valid:
-            value = escape(str(description[name]))[:60]
+            value = escape(str(description.get(name)))[:60]
             raise FpnxError(f"its description has {name} {value}, which fpnx never wrote")
     return description
 
