@@ -197,7 +197,7 @@ def test_features_are_those_of_extract(photos: Path, tmp_path: Path, size: int |
         (torch.zeros(3, 8, 8), r"a tensor \(3, 8, 8\) of float32"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"a tensor \(1, 3, 8, 8\)"),
         ("absent.jpg", "absent.jpg: No such file"),
-        (".", "not a regular file"),
+        (".", "it is a folder, not an image"),
         (b"bytes", "an object of type bytes"),
     ],
 )
