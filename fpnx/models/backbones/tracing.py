@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -16,6 +15,7 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from fpnx.models.backbones.local_tracer import LocalTracer
+from fpnx.models.backbones.registry import no_warnings
 from fpnx.models.torch_state import on_meta_device
 
 __all__ = ["Trace", "leaves", "meta_copy", "on_meta", "run_on_meta"]
@@ -38,8 +38,7 @@ class Trace:
 
     def __init__(self, network: nn.Module) -> None:
         tracer = _Tracer()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the network's own code warns that shapes become constants
+        with no_warnings(everywhere=True):  # the network's own code warns that shapes become constants
             self.graph = tracer.trace(network)
         self.network, self.names = network, tracer.names
 
