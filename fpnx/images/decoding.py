@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
@@ -14,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fpnx.core.errors import ImageError
 from fpnx.core.text import escape
+from fpnx.core.warning_filters import ignored_warnings
 from fpnx.images.reading import ImageSource, open_source
 
 __all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_size"]
@@ -134,14 +134,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
 @contextmanager
 def pillow_limits() -> Iterator[None]:
     """Inside the block, Pillow has no pixel limit of its own (`max_pixels` applies) and its warnings are off."""
-    limit = Image.MAX_IMAGE_PIXELS
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\b")
-        Image.MAX_IMAGE_PIXELS = None
+    with ignored_warnings(r"PIL\b"):
+        with _limit.lock:  # of the whole process: the last thread that leaves restores what the first one found
+            if not _limit.count:
+                _limit.before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            _limit.count += 1
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            with _limit.lock:
+                _limit.count -= 1
+                if not _limit.count:
+                    Image.MAX_IMAGE_PIXELS = _limit.before
+
+
+class _Limit:
+    def __init__(self) -> None:
+        self.lock, self.count, self.before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+
+
+_limit = _Limit()
 
 
 @contextmanager

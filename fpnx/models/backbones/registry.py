@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +16,7 @@ from torchvision import models
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import did_you_mean
+from fpnx.core.warning_filters import ignored_warnings
 
 __all__ = [
     "TIMM",
@@ -119,39 +117,11 @@ def timm_library() -> Any:
         return importlib.import_module("timm")
 
 
-@contextmanager
-def no_warnings(everywhere: bool = False) -> Iterator[None]:
-    """Suppress warnings that come from the code of torchvision, timm, torch and huggingface_hub, or `everywhere`.
-
-    Filters are those of the whole process. They are restored once no thread is in this context any more: by each
-    thread on its own, they would be restored to those of another thread, and stay.
-    """
-    with _suppressing.lock:
-        if not _suppressing.threads:
-            _suppressing.saved = warnings.catch_warnings()
-            _suppressing.saved.__enter__()
-        _suppressing.threads += 1
-        for category in (FutureWarning, UserWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", category=category, module=r"(torchvision|timm|torch|huggingface_hub)\b")
-        if everywhere:
-            warnings.simplefilter("ignore")
-    try:
-        yield
-    finally:
-        with _suppressing.lock:
-            _suppressing.threads -= 1
-            if not _suppressing.threads:
-                _suppressing.saved.__exit__(None, None, None)
-
-
-class _Suppressing:
-    """What `no_warnings` shares between threads."""
-
-    def __init__(self) -> None:
-        self.lock, self.threads, self.saved = threading.Lock(), 0, warnings.catch_warnings()
-
-
-_suppressing = _Suppressing()
+def no_warnings() -> AbstractContextManager[None]:
+    """Suppress warnings that come from the code of torchvision, timm, torch and huggingface_hub."""
+    return ignored_warnings(
+        r"(torchvision|timm|torch|huggingface_hub)\b", FutureWarning, UserWarning, DeprecationWarning
+    )
 
 
 class _ParametersOnMeta(TorchFunctionMode):

@@ -14,8 +14,8 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
+from fpnx.core.warning_filters import ignored_warnings
 from fpnx.models.backbones.local_tracer import LocalTracer
-from fpnx.models.backbones.registry import no_warnings
 from fpnx.models.torch_state import on_meta_device
 
 __all__ = ["Trace", "leaves", "meta_copy", "on_meta", "run_on_meta"]
@@ -38,7 +38,7 @@ class Trace:
 
     def __init__(self, network: nn.Module) -> None:
         tracer = _Tracer()
-        with no_warnings(everywhere=True):  # the network's own code warns that shapes become constants
+        with ignored_warnings():  # the network's own code warns that shapes become constants
             self.graph = tracer.trace(network)
         self.network, self.names = network, tracer.names
 

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from fpnx.core.errors import FpnxError
 from fpnx.core.files import atomic_write
 from fpnx.core.text import escape
+from fpnx.core.warning_filters import ignored_warnings
 
 __all__ = ["SUFFIXES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
 
@@ -121,8 +121,7 @@ def _read_torch(file: Path, zipped: bool) -> Any:
         if refused:
             raise pickle.UnpicklingError(f"it asks for {_first_names(refused)}, {UNSAFE}")
         placeholders = [(_Placeholder, name) for name in names]
-    with torch.serialization.safe_globals(placeholders), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.serialization.safe_globals(placeholders), ignored_warnings():
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
