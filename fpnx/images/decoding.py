@@ -6,7 +6,6 @@ import importlib.util
 import math
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fpnx.core.errors import ImageError
 from fpnx.core.image_notes import FLAT, MORE_FRAMES, NOT_A_NUMBER, PROFILE, TRANSPARENCY
 from fpnx.core.pixel_options import PixelOptions
 from fpnx.core.text import escape
+from fpnx.core.warning_filters import ignored_warnings
 from fpnx.images import tiff
 from fpnx.images.color_profile import is_srgb
 from fpnx.images.reading import ImageSource, open_source
@@ -200,14 +200,26 @@ def to_rgb(image: Image.Image, pixels: PixelOptions = AS_TAGGED, note: Note | No
 @contextmanager
 def pillow_limits() -> Iterator[None]:
     """Inside the block, Pillow has no pixel limit of its own (`max_pixels` applies) and its warnings are off."""
-    limit = Image.MAX_IMAGE_PIXELS
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\b")
-        Image.MAX_IMAGE_PIXELS = None
+    with ignored_warnings(r"PIL\b"):
+        with _limit.lock:  # of the whole process: the last thread that leaves restores what the first one found
+            if not _limit.count:
+                _limit.before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            _limit.count += 1
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            with _limit.lock:
+                _limit.count -= 1
+                if not _limit.count:
+                    Image.MAX_IMAGE_PIXELS = _limit.before
+
+
+class _Limit:
+    def __init__(self) -> None:
+        self.lock, self.count, self.before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+
+
+_limit = _Limit()
 
 
 @dataclass

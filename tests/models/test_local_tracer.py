@@ -8,6 +8,7 @@ import math
 import pickle
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, fx, nn
 from torchvision import models
 
@@ -182,6 +184,7 @@ def serve(network: nn.Module, expected: Tensor, image: Tensor, stop: threading.E
 def test_networks_of_the_caller_run_in_threads_beside_fpnx(photos: Path, tmp_path: Path) -> None:
     stop, image = threading.Event(), torch.ones(1, 3, 64, 64)
     networks: list[nn.Module] = [models.resnet18(weights=None).eval(), models.swin_t(weights=None).eval()]
+    filters, limit = list(warnings.filters), Image.MAX_IMAGE_PIXELS
     with torch.no_grad():
         outputs = [network(image) for network in networks]
     options: dict[str, Any] = {"weights": "random", "levels": "P3", "size": 64}
@@ -212,6 +215,7 @@ def test_networks_of_the_caller_run_in_threads_beside_fpnx(photos: Path, tmp_pat
         stop.set()
         runs, wrong = zip(*(future.result() for future in serving), strict=True)
     assert failures == []
+    assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS) == (filters, limit)
     assert list(wrong) == [[], []], "in the caller's threads"
     assert min(runs) > 1
     states = []

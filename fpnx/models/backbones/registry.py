@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +16,7 @@ from torchvision import models
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import did_you_mean
+from fpnx.core.warning_filters import ignored_warnings
 
 __all__ = [
     "TIMM",
@@ -120,13 +119,11 @@ def timm_library() -> Any:
         return importlib.import_module("timm")
 
 
-@contextmanager
-def no_warnings() -> Iterator[None]:
+def no_warnings() -> AbstractContextManager[None]:
     """Suppress warnings that come from the code of torchvision, timm, torch and huggingface_hub."""
-    with warnings.catch_warnings():
-        for category in (FutureWarning, UserWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", category=category, module=r"(torchvision|timm|torch|huggingface_hub)\b")
-        yield
+    return ignored_warnings(
+        r"(torchvision|timm|torch|huggingface_hub)\b", FutureWarning, UserWarning, DeprecationWarning
+    )
 
 
 class _ParametersOnMeta(TorchFunctionMode):

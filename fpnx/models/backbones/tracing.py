@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
+from fpnx.core.warning_filters import ignored_warnings
 from fpnx.models.backbones.local_tracer import LocalTracer
 from fpnx.models.torch_state import on_meta_device
 
@@ -38,8 +38,7 @@ class Trace:
 
     def __init__(self, network: nn.Module) -> None:
         tracer = _Tracer()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the network's own code warns that shapes become constants
+        with ignored_warnings():  # the network's own code warns that shapes become constants
             self.graph = tracer.trace(network)
         self.network, self.names = network, tracer.names
 

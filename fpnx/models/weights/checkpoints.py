@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor
 from fpnx.core.errors import FpnxError
 from fpnx.core.files import atomic_write
 from fpnx.core.text import escape
+from fpnx.core.warning_filters import ignored_warnings
 
 __all__ = ["AVERAGES", "SUFFIXES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
 
@@ -158,8 +158,7 @@ def _read_torch(file: BinaryIO, zipped: bool) -> Any:
             raise pickle.UnpicklingError(f"it asks for {_first_names(refused)}, {UNSAFE}")
         placeholders = [(_Placeholder, name) for name in names]
         file.seek(0)
-    with torch.serialization.safe_globals(placeholders), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.serialization.safe_globals(placeholders), ignored_warnings():
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
