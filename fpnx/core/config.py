@@ -99,9 +99,6 @@ class ExtractConfig(DistributedConfig, PictureConfig, RunConfig, OutputConfig, I
         plain = {name: getattr(self, name) for name in (*names, "dtype", "pool", "precision")}
         if os.path.isfile(self.weights):
             plain["weights"] = os.path.abspath(self.weights)
-        for name in ("weights_key", "weights_prefix"):  # earlier versions do not know them
-            if plain[name] is None:
-                del plain[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 

@@ -111,7 +111,7 @@ def test_a_prefix_that_is_found_is_said_and_changes_no_fingerprint(tmp_path, cap
     with fpnx.open(tmp_path / "o.h5") as store:
         found, fields = store.fingerprint, dict(store.config)
         assert (store.provenance.weights.prefix, store.provenance.weights.key) == ("encoder.", "state_dict")
-        assert "weights_prefix" not in store.provenance.options
+        assert store.provenance.options["weights_prefix"] is None
     assert not {"weights_prefix", "weights_key"} & set(fields)
     assert main([*arguments, "--weights-prefix", "encoder", "--weights-key", "state_dict"]) == 0
     with fpnx.open(tmp_path / "o.h5") as store:
