@@ -405,7 +405,8 @@ def _composed(
         np.subtract(255, layer, out=layer)
     size, mode = (values.shape[1], values.shape[0]), {1: "L", 3: "RGB", 4: "CMYK"}[colours]
     if values.shape[2] == colours:
-        return Image.frombytes(mode, size, layer.tobytes()).convert("RGB")
+        picture = Image.frombytes(mode, size, layer.tobytes())
+        return picture if mode == "RGB" else picture.convert("RGB")
     opacity, _ = map_to_bytes(values[..., colours:], sample, PixelOptions(value_range="full"))
     mode = {"L": "LA", "RGB": "RGBA"}[mode].replace("A", "a" if alpha == tiff.ASSOCIATED else "A")
     return _over_white(Image.frombytes(mode, size, np.concatenate([layer, opacity], axis=2).tobytes()), note)
