@@ -167,7 +167,7 @@ class InputConfig:
     # The default is the size from which Pillow raises an error: 2 × Image.MAX_IMAGE_PIXELS.
     max_pixels: int = option(178_956_970, "Refuse larger images and inputs.", "Input", metavar="N")
     bands: str | Iterable[int] | None = option(
-        None, "Red, green and blue, or one, of more bands, from 1.", "Input", metavar="R,G,B"
+        None, "Which bands are red, green and blue, or grey; from 1.", "Input", metavar="R,G,B|N"
     )
     value_range: str | Iterable[float] | None = option(
         None, "Values that become 0 and 255 (P: percentiles of each image).", "Input", metavar="full|LO,HI|P1,P99"

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from fpnx.core.errors import ImageError
 from fpnx.core.image_notes import FLAT, MORE_FRAMES, NOT_A_NUMBER, PROFILE, TRANSPARENCY
 from fpnx.core.pixel_options import PixelOptions
-from fpnx.core.text import escape
+from fpnx.core.text import escape, plural
 from fpnx.core.warning_filters import ignored_warnings
 from fpnx.images import tiff
 from fpnx.images.color_profile import is_srgb
@@ -176,8 +176,7 @@ def to_rgb(image: Image.Image, pixels: PixelOptions = AS_TAGGED, note: Note | No
     sample = _sample_type(image)
     white_is_zero = image.format == "TIFF" and _tag(image, PHOTOMETRIC, tiff.WHITE_IS_ZERO) == tiff.WHITE_IS_ZERO
     if sample is not None:
-        if pixels.bands is not None and max(pixels.bands) > 1:
-            raise ImageError(f"band {max(pixels.bands)} is not in it: it has one band")
+        _check_bands(pixels.bands, 1)
         values = _values(image, sample)
         grey = _mapped(values, sample, pixels, note)
         layer = Image.fromarray(255 - grey if white_is_zero else grey)
@@ -389,8 +388,7 @@ def _from_deep_png(file: BinaryIO, pixels: PixelOptions, note: Note) -> Image.Im
     values = imagecodecs.png_decode(file.read())  # a transparent colour becomes a band of alpha
     colours = values.shape[2] - (values.shape[2] + 1) % 2
     if pixels.bands is not None:
-        if max(pixels.bands) > values.shape[2]:
-            raise ImageError(f"band {max(pixels.bands)} is not in it: it has {values.shape[2]} bands")
+        _check_bands(pixels.bands, values.shape[2])
         values, colours = values[..., [band - 1 for band in pixels.bands]], len(pixels.bands)
     return _composed(values, colours, SampleType("u", 16), pixels, tiff.UNASSOCIATED, note)
 
@@ -425,7 +423,8 @@ def _composed(
         np.subtract(255, layer, out=layer)
     size, mode = (values.shape[1], values.shape[0]), {1: "L", 3: "RGB", 4: "CMYK"}[colours]
     if values.shape[2] == colours:
-        return Image.frombytes(mode, size, layer.tobytes()).convert("RGB")
+        picture = Image.frombytes(mode, size, layer.tobytes())
+        return picture if mode == "RGB" else picture.convert("RGB")
     opacity, _ = map_to_bytes(values[..., colours:], sample, PixelOptions(value_range="full"))
     mode = {"L": "LA", "RGB": "RGBA"}[mode].replace("A", "a" if alpha == tiff.ASSOCIATED else "A")
     return _over_white(Image.frombytes(mode, size, np.concatenate([layer, opacity], axis=2).tobytes()), note)
@@ -490,14 +489,16 @@ def _png_transparency(rawmode: str, transparency: object) -> object:
     return min(transparency, most) * 255 // most  # some versions of Pillow give 255 for 1
 
 
+def _check_bands(bands: tuple[int, ...] | None, count: int) -> None:
+    if bands is not None and max(bands) > count:
+        raise ImageError(f"band {max(bands)} is not in it: it has {plural(count, 'band')}")
+
+
 def _picked(image: Image.Image, bands: tuple[int, ...]) -> Image.Image:
     """Some bands of an image of 8 bits as grey or RGB; those of a palette, CMYK or YCbCr are red, green and blue."""
     plain = {"1": "L", "L": "L", "La": "LA", "LA": "LA", "RGBa": "RGBA", "RGBA": "RGBA"}.get(image.mode, "RGB")
     channels = (image if image.mode == plain else image.convert(plain)).split()
-    if max(bands) > len(channels):
-        raise ImageError(
-            f"band {max(bands)} is not in it: it has {len(channels)} band{'s' if len(channels) > 1 else ''}"
-        )
+    _check_bands(bands, len(channels))
     return Image.merge("RGB", [channels[band - 1] for band in (bands * 3)[:3]])
 
 

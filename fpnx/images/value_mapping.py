@@ -12,7 +12,7 @@ from fpnx.core.pixel_options import PixelOptions
 
 __all__ = ["SampleType", "map_to_bytes"]
 
-BLOCK = 1 << 20  # values that are mapped at once, so that the copies in float64 stay small
+BLOCK = 1 << 20  # values that are mapped at once, so that copies in float64, and wide indices, stay small
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def map_to_bytes(values: np.ndarray, sample: SampleType, options: PixelOptions) 
     if values.dtype.itemsize <= 2 and values.dtype.kind in "ui":
         index = np.dtype(f"u{values.dtype.itemsize}")
         table = np.arange(1 << 8 * index.itemsize, dtype=index).view(values.dtype.newbyteorder("="))
-        native = values.astype(table.dtype, copy=False)
-        np.take(_mapped(table, low, high), native.view(index), out=result)
+        mapped = _mapped(table, low, high).astype(np.uint8)
+        for source, target in zip(_blocks(values), _blocks(result), strict=True):
+            target[...] = mapped[np.ascontiguousarray(source, table.dtype).view(index)]
         return result, False
     nans = False
     for source, target in zip(_blocks(values), _blocks(result), strict=True):

@@ -152,6 +152,20 @@ def test_the_shards_equal_a_run_in_one_process(tmp_path: Path, images: Path, siz
                     assert np.abs(item["P4"] - expected).max() <= 1e-5 * np.abs(expected).max(), (shard, item.path)
 
 
+def test_options_of_pixels_and_notes_pass_through_the_workers(tmp_path: Path, images: Path) -> None:
+    for number in (8, 9):
+        picture = noise_image(number, (80, 64))
+        picture.putalpha(99)
+        picture.save(images / f"{number}.png")
+    result = run(images, tmp_path / "out.h5", shards=3, bands="3,2,1", value_range=(0, 200))
+    assert (result.done, result.image_notes) == (9, {}), "with bands, alpha is one of them"
+    with fpnx.open(tmp_path / "out.shard-00002-of-00003.h5") as store:
+        assert store.config["recipe"]["bands"] == [3, 2, 1]
+        assert store.config["recipe"]["source_range"] == "0,200"
+    result = run(images, tmp_path / "other.h5", shards=3)
+    assert result.to_json()["image_notes"] == {"transparency": 2}
+
+
 def test_the_same_command_continues_a_run(tmp_path: Path, images: Path) -> None:
     class DiedError(Exception):
         pass

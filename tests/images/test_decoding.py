@@ -190,6 +190,12 @@ def test_the_transparent_value_of_a_grey_png(tmp_path: Path, bits: int) -> None:
         assert notes == ["transparency"]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_entries_of_a_palette(tmp_path: Path, bits: int) -> None:
+    (tmp_path / "x.png").write_bytes(png([[0, 1]], bits, 3, palette=bytes([255, 0, 0, 0, 255, 0]), trns=b"\x80\xff"))
+    assert np.asarray(decode(image_source(tmp_path / "x.png"), LIMIT))[0].tolist() == [[255, 127, 127], [0, 255, 0]]
+
+
 def test_colour_pngs_of_sixteen_bits(tmp_path: Path) -> None:
     pytest.importorskip("imagecodecs")
     path = tmp_path / "x.png"

@@ -118,6 +118,29 @@ def test_hand_worked_values(tmp_path: Path) -> None:
     assert row(path) == [0, 128, 255]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_few_bits_and_palettes(tmp_path: Path, bits: int) -> None:
+    most, path = (1 << bits) - 1, tmp_path / "x.tif"
+    data = bytes([most << (8 - bits)])  # the first pixel is the largest value
+    for photometric, expected in ((1, 255), (0, 0)):
+        path.write_bytes(tiff(data, t256=[1], t257=[1], t258=[bits], t262=[photometric], t277=[1], t278=[1]))
+        assert row(path) == [expected]
+    colours = [0] * (3 << bits)  # all red values, then all green ones, then all blue ones
+    for plane, value in enumerate((250, 100, 7)):
+        colours[(plane << bits) + most] = 257 * value
+    path.write_bytes(tiff(data, t256=[1], t257=[1], t258=[bits], t262=[3], t277=[1], t278=[1], t320=colours))
+    assert np.asarray(decode(image_source(path), LIMIT)).tolist() == [[[250, 100, 7]]]
+    assert np.asarray(decode(image_source(path), LIMIT, PixelOptions((3, 2, 1)))).tolist() == [[[7, 100, 250]]]
+
+
+def test_inks(tmp_path: Path) -> None:
+    for dtype, scale in ((np.uint8, 1), (np.uint16, 257)):
+        for planar, shape in (("contig", (1, 1, 4)), ("separate", (4, 1, 1))):
+            inks = np.array([0, 255, 255, 0]).reshape(shape) * scale
+            path = write(tmp_path / "x.tif", inks, dtype, photometric="separated", planarconfig=planar)
+            assert np.asarray(decode(image_source(path), LIMIT)).tolist() == [[[255, 0, 0]]]
+
+
 def test_associated_alpha_is_not_applied_twice(tmp_path: Path) -> None:
     values = np.array([[[100, 100], [255, 255], [0, 0]]])
     for dtype, scale in ((np.uint8, 1), (np.uint16, 257)):
