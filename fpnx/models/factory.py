@@ -168,7 +168,7 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
         levels = neck.levels if weights.pyramid else neck.default_levels()
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
-    model = PyramidModel(backbone, neck, ordered_levels(levels), weights)
+    model = PyramidModel(backbone, neck, ordered_levels(levels), replace(weights, state={}))
     _fill(model, weights)
     model.note_parameters()
     return model.eval()
