@@ -95,7 +95,8 @@ def quick(arguments: list[str]) -> list[str]:
         arguments = [*arguments, "--size", "64"]
     if command == "benchmark":
         named = [] if "--backbone" in arguments else ["--backbone", "mobilenet_v2"]
-        arguments = [*arguments, *named, "--size", "64", "--channels", "8", "--repeats", "1"]
+        narrow = [] if "image" in arguments else ["--channels", "8"]
+        arguments = [*arguments, *named, "--size", "64", *narrow, "--repeats", "1"]
     return [{"800": "80", "1333": "133", "384": "64"}.get(argument, argument) for argument in arguments]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -87,8 +87,7 @@ class PyramidModel(nn.Module):
             inputs = images if isinstance(images, Mapping) else self._rescaled(images)
             (tap,) = self.fpn.taps_for(self.levels)
             return {name: self.taps(inputs[name])[tap] for name in self.levels}
-        assert isinstance(images, Tensor)
-        taps = self.taps(images)
+        taps = self.taps(cast(Tensor, images))
         pyramid = self.fpn(taps, self.levels)
         return {name: pyramid[name] if name in pyramid else taps[name] for name in self.levels}
 

@@ -90,8 +90,8 @@ class Weights:
         backbone: the network that they are for.
         recipe: their preprocessing.
         body, fpn: whether these parts are trained, and where their parameters come from.
-        state: the parameters in fpnx's layout (`body.*`, `fpn.*`), until they are in a model. Parts that are missing are
-            drawn from the seed.
+        state: the parameters in fpnx's layout (`body.*`, `fpn.*`), until they are in a model. Parts that are missing
+            are drawn from the seed.
         pyramid: the pyramid in the file; None where there is none.
         image_pyramid: in a file of a model with an image pyramid, its tap and levels; else None.
         norm_eps: epsilon of the body's batch norms; None keeps the network's own.
