@@ -75,7 +75,7 @@ class PngSink:
             }
             save_png(picture, self._png_paths[maps.path], {**metadata, "Software": f"fpnx {__version__}"})
             for level, counts in nonfinite.items():
-                self._nonfinite[level] += counts[position]
+                self._nonfinite[level] += int(counts[position])
                 if counts[position] and exceeds_float16(arrays[level]):
                     self._too_large.add(level)
             self.status[index] = DONE

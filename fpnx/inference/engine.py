@@ -40,7 +40,7 @@ class Features:
 
     Attributes:
         arrays: level → (B, C, H, W) in the stored dtype.
-        nonfinite: level → number of NaN and infinite values of each image.
+        nonfinite: level → number of NaN and infinite values of each image, an array on some devices.
     """
 
     arrays: Mapping[str, np.ndarray]

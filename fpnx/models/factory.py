@@ -44,6 +44,7 @@ __all__ = ["build_model", "create_model", "save_weights", "split_backbone"]
 
 DEFAULT_PYRAMID = "fpn"
 PARTS = ("body", "fpn")
+SMALLEST_EPS = 1e-45  # instead of 0, which some versions of torch refuse; the same in float32 for every variance
 
 
 def create_model(
@@ -271,7 +272,7 @@ def _adjust(body: nn.Module, weights: Weights) -> None:
     """Set the norms' epsilon and the bottlenecks' stride to those that the weights were trained with."""
     for name, module in body.named_modules():
         if isinstance(module, nn.BatchNorm2d) and weights.norm_eps is not None:
-            module.eps = weights.norm_eps
+            module.eps = weights.norm_eps or SMALLEST_EPS
         elif weights.stride_in_1x1 and re.fullmatch(r"layer[234]\.0\.conv[12]", name):
             module.stride = (2, 2) if name.endswith("1") else (1, 1)
 

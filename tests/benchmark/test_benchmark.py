@@ -283,7 +283,7 @@ def test_bad_requests_are_one_line(fpnx: Callable[..., Any], arguments: list[str
 def test_no_case_that_fits_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpnx.benchmark.case.available_memory", lambda: 1 << 20)
     with pytest.raises(FpnxError, match="nothing can be measured: mobilenet_v2 float32 batch 4 does not fit"):
-        benchmark(**TINY, batch_size=4, images=str(photos))
+        benchmark(**TINY, batch_size=4, images=str(photos), device="cpu")
 
 
 def test_a_config_is_one_extraction_for_each_combination() -> None:

@@ -470,7 +470,7 @@ def test_bands_and_a_range_are_read_kept_and_compared(fpnx: Run, tmp_path: Path)
     tifffile.imwrite(tmp_path / "bands/a.tif", values, photometric="minisblack", planarconfig="contig")
     scaled = np.rint(values[..., [3, 2, 1]] / 3000 * 255).astype(np.uint8)
     Image.fromarray(scaled).save(tmp_path / "plain/a.png")
-    options = (*TINY, "--levels", "P4")
+    options = (*TINY, "--levels", "P4", "--device", "cpu")  # a GPU's numbers differ from run to run
     assert fpnx("extract", "plain", *options, "-o", "plain.h5")[0] == 0
     code, out, _ = fpnx("extract", "bands", *options, "-o", "none.h5")
     assert code == 1

@@ -52,7 +52,7 @@ def job(tmp_path: Path, images: Path) -> ShardJob:
 def job_of(folder: Path, images: Path, run: str = "run", **options: Any) -> ShardJob:
     listing = find_images([images])
     records = [(source.name, source.bytes, source.mtime_ns) for source in listing.sources]
-    (folder / "list.txt").write_bytes(b"".join(manifest_lines(listing.root, records, 0)))
+    (folder / "list.txt").write_bytes(b"".join(manifest_lines(listing.root, records, {})))
     return ShardJob(run, __version__, str(folder / "list.txt"), str(folder / "out.h5"), SHARDS, {**OPTIONS, **options})
 
 

@@ -31,7 +31,10 @@ def plan(groups: list[str], cpus: int = 2, batch_size: int | None = None, device
     devices = tuple(torch.device(name) for name in device.split(","))
     sizes = [parse_size(name) for name in groups]
     layout = SimpleNamespace(padded_sizes=sizes, shapes=dict.fromkeys(sizes))
-    return SimpleNamespace(layout=layout, cpus=cpus, batch_size=batch_size, devices=devices, device=devices[0])
+    model = SimpleNamespace(largest_scale=1.0)
+    return SimpleNamespace(
+        layout=layout, cpus=cpus, batch_size=batch_size, devices=devices, device=devices[0], model=model
+    )
 
 
 @pytest.fixture
