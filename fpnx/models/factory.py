@@ -32,7 +32,6 @@ from fpnx.models.weights.resolve import CheckpointNeck, Weights, resolve_weights
 
 __all__ = ["build_model", "create_model", "save_weights", "split_backbone"]
 
-DEFAULT_CHANNELS = 256
 DEFAULT_PYRAMID = "fpn"
 PARTS = ("body", "fpn")
 UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
@@ -126,14 +125,15 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
     weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
     if weights.pyramid is None:
-        asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
-        backbone.check_levels(asked, config.top_block)
+        asked = config.levels or NECKS[config.pyramid or DEFAULT_PYRAMID].default_levels
+        backbone.check_levels([name for name in asked if name not in UNSTRIDED_LEVELS], config.top_block)
     with torch.random.fork_rng(devices=[]):  # modules draw parameters when they are made; these are replaced below
         held = weights.pyramid
         neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(backbone, config)
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
-        levels = neck.levels if weights.pyramid else tuple(f"P{k}" for k in backbone.pyramid_channels)
+        of_taps = tuple(f"P{k}" for k in backbone.pyramid_channels)
+        levels = neck.levels if weights.pyramid else neck.default_levels or of_taps
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
     model = PyramidModel(backbone, neck, ordered_levels(levels), weights)
@@ -178,7 +178,7 @@ def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
 def _new_neck(backbone: Backbone, config: ModelConfig) -> Neck:
     """A neck over all taps that gives the asked levels."""
     neck = NECKS[config.pyramid or DEFAULT_PYRAMID]
-    channels, levels = config.channels or DEFAULT_CHANNELS, tuple(config.levels or ())
+    channels, levels = config.channels or neck.default_channels, tuple(config.levels or ())
     return neck.for_levels(backbone.pyramid_channels, channels, levels, config.top_block)
 
 
@@ -199,9 +199,10 @@ def _neck_of_weights(held: CheckpointNeck, backbone: Backbone, config: ModelConf
             f"{owner} has laterals for {_listed(keys.in_channels)} channels, {backbone.name} gives {_listed(taps)}: "
             f"they must be its last taps"
         )
+    kind: Any = NECKS[held.kind]
+    if not issubclass(kind, FPN):
+        return kind(inputs, keys.channels, **held.settings)
     top_block = held.top_block or ("pool" if "P6" in (config.levels or ()) else None)
-    kind = NECKS[held.kind]
-    assert issubclass(kind, FPN), "files hold FPNs, and necks derived from them"
     return kind(inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides))
 
 

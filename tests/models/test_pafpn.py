@@ -159,11 +159,11 @@ def test_the_registry_has_the_kinds_that_the_option_takes() -> None:
 @pytest.mark.parametrize("kind", NECKS)
 def test_every_neck_keeps_the_interface(kind: str) -> None:
     neck = NECKS[kind].for_levels(CHANNELS, 4, ("P3", "P7"), None)
-    assert dict(neck.in_channels) == CHANNELS
+    assert neck.in_channels.items() <= CHANNELS.items()
     assert {"P3", "P7"} <= set(neck.levels)
-    taps = taps_of(25, 33)
+    taps = taps_of(57, 70)
     with torch.no_grad():
-        levels = neck(taps)
+        levels = neck.eval()(taps)
     shapes = {name: tuple(tap.shape[1:]) for name, tap in taps.items()}
     assert neck_shapes(neck, shapes, neck.levels) == {name: tuple(level.shape[1:]) for name, level in levels.items()}
     counted = [id(p) for modules in neck.parts().values() for module in modules for p in module.parameters()]
@@ -178,7 +178,7 @@ def test_every_neck_keeps_the_interface(kind: str) -> None:
     pairs = zip(first.parameters(), again.parameters(), other.parameters(), strict=True)
     for one, two, three in pairs:
         assert torch.equal(one, two)
-        assert not one.any() or not torch.equal(one, three)
+        assert not one.any() or not torch.equal(one, three) or one.ndim == 1, "weights of norms and fusions are 1"
     weights = [p for p in first.parameters() if p.ndim == 4 and p.shape[2] == 3]
     assert len({p.flatten()[0].item() for p in weights}) == len(weights), "two blocks have the same parameters"
 
@@ -222,9 +222,9 @@ def test_a_damaged_pafpn_file_is_refused_with_what_is_missing(tmp_path: Path) ->
     torch.save(content, path)
     with pytest.raises(FpnxError, match=r"1 missing \(fpn.pafpn_blocks.0.0.weight\)"):
         create_model(weights=str(path))
-    content = {"fpnx": content["fpnx"].replace('"pafpn"', '"bifpn"'), "state_dict": state}
+    content = {"fpnx": content["fpnx"].replace('"pafpn"', '"hourglass"'), "state_dict": state}
     torch.save(content, path)
-    with pytest.raises(FpnxError, match="its description has pyramid bifpn"):
+    with pytest.raises(FpnxError, match="its description has pyramid hourglass"):
         create_model(weights=str(path))
 
 

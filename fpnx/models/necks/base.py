@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fpnx.models.backbones.tracing import on_meta
 
-__all__ = ["SEED_SCHEME", "Neck", "draw_convolutions", "neck_shapes", "seeded_generator"]
+__all__ = ["SEED_SCHEME", "Neck", "draw_convolutions", "neck_shapes", "reset_norms", "seeded_generator"]
 
 SEED_SCHEME = 1  # how seeds become parameters; part of every fingerprint that holds a seed
 
@@ -26,6 +26,9 @@ class Neck(nn.Module):
 
     Attributes:
         kind: the name of the neck, as `--pyramid` takes it.
+        default_channels: channels of every level where none are asked for.
+        default_levels: the levels where none are asked for; empty: one for each tap.
+        choices: settings that parameters do not show, as `identity` names them, with their values.
         accepts_single_stride: whether it makes its levels from one tap.
         in_channels: channels of the taps, by level number: `{2: 256, 3: 512, 4: 1024, 5: 2048}`.
         channels: channels of every level.
@@ -33,6 +36,9 @@ class Neck(nn.Module):
     """
 
     kind: ClassVar[str]
+    default_channels: ClassVar[int] = 256
+    default_levels: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     accepts_single_stride: ClassVar[bool] = False
     in_channels: dict[int, int]
     channels: int
@@ -106,3 +112,10 @@ def draw_convolutions(block: nn.Module, seed: int, name: str) -> None:
             weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=seeded_generator(seed, name)))
             if convolution.bias is not None:
                 convolution.bias.zero_()
+
+
+def reset_norms(block: nn.Module) -> None:
+    """Set all batch norms of `block` to weight 1, bias 0, mean 0 and variance 1."""
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_parameters()

@@ -19,6 +19,8 @@ from fpnx.core.provenance import AS_GIVEN, ModelPart, Setting, WeightsInfo
 from fpnx.core.text import did_you_mean, escape
 from fpnx.models.backbones.factory import check_backbone_name
 from fpnx.models.backbones.registry import TIMM
+from fpnx.models.necks.fpn import FPN
+from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.checkpoints import SUFFIXES, read_checkpoint
 from fpnx.models.weights.framework_defaults import (
@@ -55,7 +57,7 @@ class CheckpointNeck:
     """The pyramid in a file: what its keys say, and what else had to be known.
 
     `first_level` None: the one whose taps have `keys.in_channels`. `levels` None: all of them. `strides` names the
-    levels where these are not one per stride.
+    levels where these are not one per stride. `settings` are further arguments of the neck's class.
     """
 
     keys: FpnKeys
@@ -65,6 +67,7 @@ class CheckpointNeck:
     levels: tuple[str, ...] | None = None
     strides: Mapping[str, int] = field(default_factory=dict)
     kind: str = "fpn"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +272,9 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         recipe, values, settings = resolve_facts(layout, facts, recipe, config, name, eps)
         unstrided = UNSTRIDED.get((name, layout.pyramid.in_channels)) if layout.pyramid else None
         pyramid = None
-        if layout.pyramid is not None:
+        if layout.pyramid is not None and not issubclass(NECKS[layout.pyramid.kind], FPN):
+            pyramid = _other_neck(layout.pyramid, description, config)
+        elif layout.pyramid is not None:
             top_block, source = resolve_top_block(
                 layout, layout.pyramid, facts, config.top_block, unstrided is not None
             )
@@ -311,6 +316,20 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
     )
 
 
+def _other_neck(keys: FpnKeys, description: Mapping[str, Any], config: ModelConfig) -> CheckpointNeck:
+    """The neck in a file that is no FPN, whose levels have no top block."""
+    if config.top_block is not None:
+        raise FpnxError(f"top block {config.top_block} is for fpn and pafpn, it has a {keys.kind}: drop the option")
+    stated = {name: description[name] for name in NECKS[keys.kind].choices if name in description}
+    return CheckpointNeck(
+        keys=keys,
+        kind=keys.kind,
+        first_level=description.get("first_level", keys.first_level),
+        levels=parse_levels(description["levels"]) if "levels" in description else None,
+        settings={**keys.settings, **stated},
+    )
+
+
 def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the description in one of fpnx's own files, or raise FpnxError if it has an invalid value."""
     parts = description.get("parts", {})
@@ -321,6 +340,7 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
         "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
         "pyramid": description.get("pyramid", "fpn") in PYRAMIDS,
+        **{name: description.get(name, values[0]) in values for name, values in _choices().items()},
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
         and all(p[0] in (True, False, None) for p in parts.values()),
@@ -330,6 +350,10 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
             value = escape(str(description[name]))[:60]
             raise FpnxError(f"its description has {name} {value}, which fpnx never wrote")
     return description
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    return {name: values for neck in NECKS.values() for name, values in neck.choices.items()}
 
 
 def _backbone_in(layout: StateDictLayout, description: Mapping[str, Any], requested: str | None) -> str:

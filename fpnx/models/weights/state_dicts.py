@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class FpnKeys:
     """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
 
     `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
-    `kind` is the neck's, as `--pyramid` takes it.
+    `kind` is the neck's, as `--pyramid` takes it; `settings` are further arguments of its class.
     """
 
     in_channels: tuple[int, ...]
@@ -39,6 +39,7 @@ class FpnKeys:
     top_in: int | None
     first_level: int | None = None
     kind: str = "fpn"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,8 @@ def _in_head(name: str, prefix: str = "") -> bool:
 
 def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> FpnKeys | None:
     """What `fpn.*` of a state dict in fpnx's layout says of its pyramid; None where there is none."""
+    if any(name.startswith("fpn.cells.") for name in state):
+        return bifpn_keys(state)
     laterals = [state[f"fpn.inner_blocks.{i}.0.weight"] for i in range(16) if f"fpn.inner_blocks.{i}.0.weight" in state]
     if not laterals:
         return None
@@ -128,6 +131,40 @@ def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> Fpn
         first_level=first_level,
         kind="pafpn" if "fpn.pafpn_blocks.0.0.weight" in state else "fpn",
     )
+
+
+def bifpn_keys(state: Mapping[str, Tensor]) -> FpnKeys | None:
+    """What `fpn.*` of a state dict in fpnx's layout says of a BiFPN; None where its cells are not whole."""
+    first = {name[len("fpn.cells.0.") :]: value for name, value in state.items() if name.startswith("fpn.cells.0.")}
+    levels = 1 + _count(first, r"top_down\.(\d+)\.")
+    depthwise, extra = first.get("top_down.0.depthwise.weight"), state.get("fpn.extra_block.0.weight")
+    if depthwise is None or levels < 2:
+        return None
+    channels = depthwise.shape[0]
+    places = [f"top_down.{k}.projections.0.0.weight" for k in range(levels - 1)]
+    places.append(f"bottom_up.{levels - 2}.projections.0.0.weight")
+    widths = [first[place].shape[1] if place in first else channels for place in places]
+    projected = [k for k, place in enumerate(places) if place in first]
+    # A tap with as many channels as the levels has no convolution: then it is P6 and P7 that are not taps.
+    taps = max(projected, default=-1) + 1 if extra is not None else levels - 2
+    return FpnKeys(
+        in_channels=tuple(widths[:taps]),
+        channels=channels,
+        norm="batch",
+        top_in=None,
+        kind="bifpn",
+        settings={
+            "cells": _count(state, r"fpn\.cells\.(\d+)\."),
+            "extra_levels": levels - taps,
+            "weighted": "top_down.0.weights" in first,
+            "bias": "top_down.0.pointwise.0.bias" in first,
+        },
+    )
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """How many numbers `pattern` finds at the start of names."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 def backbone_of(body: Mapping[str, Tensor], requested: str | None) -> str:
@@ -222,7 +259,7 @@ def _from_own(name: str) -> str | None:
     name = re.sub(r"^body\.(?=\d)", "body.features.", name)
     name = re.sub(r"^(fpn\.(?:inner|layer)_blocks\.\d+)\.(?=weight|bias)", r"\1.0.", name)
     blocks = r"(inner|layer|downsample|pafpn)_blocks\.\d+\.[01]\.\w+"
-    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias))"
+    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias)|extra_block\.[01]\.\w+|cells\.\d+\..+)"
     return name if re.fullmatch(known, name) else None
 
 
