@@ -23,6 +23,7 @@ from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.checkpoints import SUFFIXES, read_checkpoint
+from fpnx.models.weights.effdet import effdet_backbone, effdet_settings
 from fpnx.models.weights.framework_defaults import (
     OPENCV_NOTE,
     facts_in_file,
@@ -142,7 +143,7 @@ def resolve_weights(config: ModelConfig) -> Weights:
         drawn = ModelPart.drawn(config.seed)
         recipe = native_recipe(name)
         return Weights(name="random", backbone=name, recipe=recipe, body=drawn, fpn=drawn, state={})
-    if published := find_published(choice, backbone):
+    if not (backbone or "").startswith(TIMM) and (published := find_published(choice, backbone)):
         return _from_published(published, config)
     if _is_file(choice):
         return _from_file(Path(choice), backbone, config)
@@ -263,6 +264,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
     sha256 = _sha256(file)
     try:
         layout = recognize_layout(checkpoint.state, checkpoint.config)
+        is_effdet = layout.framework == "effdet"
         description = _check_description(checkpoint.description or {})
         name = _backbone_in(layout, description, backbone)
         if "recipe" in description:
@@ -273,7 +275,8 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         unstrided = UNSTRIDED.get((name, layout.pyramid.in_channels)) if layout.pyramid else None
         pyramid = None
         if layout.pyramid is not None and not issubclass(NECKS[layout.pyramid.kind], FPN):
-            pyramid = _other_neck(layout.pyramid, description, config)
+            stated = {**effdet_settings(layout.state, name), **description} if is_effdet else description
+            pyramid = _other_neck(layout.pyramid, stated, config)
         elif layout.pyramid is not None:
             top_block, source = resolve_top_block(
                 layout, layout.pyramid, facts, config.top_block, unstrided is not None
@@ -364,6 +367,8 @@ def _backbone_in(layout: StateDictLayout, description: Mapping[str, Any], reques
             raise FpnxError(f"it is for {name}, not for {requested}: drop --backbone or take another file")
         return check_backbone_name(name)
     body = {name[5:]: value for name, value in layout.state.items() if name.startswith("body.")}
+    if body and layout.framework == "effdet":
+        return effdet_backbone(layout.state, requested)
     if body:
         return backbone_of(body, requested)
     if requested is None:

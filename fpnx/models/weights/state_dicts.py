@@ -15,6 +15,7 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.text import escape
 from fpnx.models.backbones.factory import parameter_shapes
 from fpnx.models.backbones.registry import torchvision_names
+from fpnx.models.weights.effdet import from_effdet
 from fpnx.models.weights.mmdetection import read_config
 
 __all__ = ["StateDictLayout", "FpnKeys", "backbone_of", "fpn_keys", "recognize_layout", "without_head"]
@@ -48,8 +49,8 @@ class StateDictLayout:
 
     Attributes:
         framework: the file's layout: `"fpnx"`, `"torchvision"`, `"torchvision detection"`, `"detectron2"`,
-            `"detectron2 backbone"` (converted from torchvision's by its script), `"caffe2"` (Detectron's) or
-            `"mmdetection"`.
+            `"detectron2 backbone"` (converted from torchvision's by its script), `"caffe2"` (Detectron's),
+            `"mmdetection"` or `"effdet"`.
         state: the parameters: `body.*` with torchvision's names, and `fpn.*`.
         ignored: number of tensors that belong to heads.
         facts: what the file states beside its parameters, by the field names of `CheckpointConfig` and `Recipe`.
@@ -207,7 +208,8 @@ def _parameters(backbone: str) -> int:
     return int(models.get_model_weights(backbone).DEFAULT.meta["num_params"])
 
 
-LAYOUT_PATTERNS = {  # layout → start of a key that only this layout has
+LAYOUT_PATTERNS = {  # layout → start of a key that only this layout has; the first that matches counts
+    "effdet": r"fpn\.cell\.\d+\.fnode\.",
     "torchvision detection": r"backbone\.body\.",
     "fpnx": r"(body|fpn)\.",
     "detectron2": r"backbone\.bottom_up\.",
@@ -243,6 +245,8 @@ def _rename_rules(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Ren
         return r"backbone\.|stem\.|res\d", _from_detectron2(_first_level(framework, state))
     if framework == "caffe2":
         return r"(res|conv1|fpn)(?!.*_momentum$)", _from_caffe2
+    if framework == "effdet":
+        return r"(backbone|fpn)\.", from_effdet(state)
     if framework == "mmdetection":
         laterals = {match[1] for name in state if (match := re.match(r"neck\.lateral_convs\.(\d+)\.", name))}
         return r"(backbone|neck)\.", _from_mmdetection(len(laterals))
