@@ -38,7 +38,7 @@ __all__ = [
     "TOP_BLOCKS",
 ]
 
-PYRAMIDS = ("fpn", "pafpn", "bifpn")
+PYRAMIDS = ("fpn", "pafpn", "bifpn", "nasfpn")
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")

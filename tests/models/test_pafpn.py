@@ -10,7 +10,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpnx import FpnxError, create_model, save_weights
@@ -21,45 +20,10 @@ from fpnx.models.necks.base import neck_shapes
 from fpnx.models.necks.pafpn import PAFPN
 from fpnx.models.necks.registry import NECKS
 from tests.helpers.process import document
-from tests.helpers.reference_networks import ConvModule, randomise
+from tests.helpers.reference_networks import MMPAFPN, randomise
 
 CHANNELS = {2: 3, 3: 5, 4: 7, 5: 11}
 TINY = ["--weights", "random", "--backbone", "mobilenet_v2", "--size", "64", "--channels", "8"]
-
-
-class ReferencePAFPN(nn.Module):
-    """mmdetection's PAFPN (arXiv 1803.01534) in its own terms: `num_outs`, `add_extra_convs`, names of modules."""
-
-    def __init__(self, inputs: list[int], channels: int, num_outs: int, add_extra_convs: str, relu: bool) -> None:
-        super().__init__()
-        self.num_outs, self.extra, self.relu = num_outs, add_extra_convs, relu
-        count = len(inputs)
-        self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1) for n in inputs)
-        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in inputs)
-        self.downsample_convs = nn.ModuleList(ConvModule(channels, channels, 3, 2) for _ in range(count - 1))
-        self.pafpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in range(count - 1))
-        for i in range(num_outs - count if add_extra_convs else 0):
-            first = inputs[-1] if add_extra_convs == "on_input" and i == 0 else channels
-            self.fpn_convs.append(ConvModule(first, channels, 3, 2))
-
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
-        for i in range(len(laterals) - 1, 0, -1):
-            size = laterals[i - 1].shape[2:]
-            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=size, mode="nearest")
-        inter = [self.fpn_convs[i](x) for i, x in enumerate(laterals)]
-        for i in range(len(inter) - 1):
-            inter[i + 1] = inter[i + 1] + self.downsample_convs[i](inter[i])
-        outs = [inter[0], *(self.pafpn_convs[i - 1](inter[i]) for i in range(1, len(inter)))]
-        for i in range(len(outs), self.num_outs):
-            if not self.extra:
-                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
-            elif i == len(laterals):
-                source = {"on_input": inputs[-1], "on_lateral": laterals[-1], "on_output": outs[-1]}[self.extra]
-                outs.append(self.fpn_convs[i](source))
-            else:
-                outs.append(self.fpn_convs[i](F.relu(outs[-1]) if self.relu else outs[-1]))
-        return outs
 
 
 def in_reference_names(state: dict[str, Tensor], laterals: int) -> dict[str, Tensor]:
@@ -91,7 +55,14 @@ EXTRA = {None: (4, ""), "pool": (5, ""), "c5": (6, "on_input"), "p5": (6, "on_ou
 def test_equals_an_independent_reference(size: tuple[int, int], top_block: str | None, p7_relu: bool) -> None:
     neck = randomise(PAFPN(CHANNELS, 6, top_block, p7_relu=p7_relu))
     outs, extra = EXTRA[top_block]
-    reference = ReferencePAFPN(list(CHANNELS.values()), 6, outs, extra, p7_relu)
+    reference = MMPAFPN(
+        start_level=0,
+        num_outs=outs,
+        add_extra_convs=extra,
+        relu_before_extra_convs=p7_relu,
+        channels=6,
+        inputs=tuple(CHANNELS.values()),
+    )
     reference.load_state_dict(in_reference_names(neck.state_dict(), 4))
     taps = taps_of(*size)
     with torch.no_grad():

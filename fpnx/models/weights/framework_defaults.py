@@ -154,6 +154,8 @@ def _defaults(layout: StateDictLayout, backbone: str, detection_eps: float) -> t
         )
     elif framework == "mmdetection":
         recipe, eps, relu, in_1x1 = MMDETECTION_RECIPE, 1e-5, False, False
+        if layout.pyramid is not None and layout.pyramid.kind == "nasfpn":  # whose levels must divide each other
+            recipe = replace(recipe, pad_multiple=128)
     elif framework == "torchvision detection":
         recipe, eps, relu, in_1x1 = DETECTOR_RECIPE, detection_eps, True, False
     elif framework == "effdet":

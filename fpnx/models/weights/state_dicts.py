@@ -124,6 +124,17 @@ def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> Fpn
     norms = [name.rsplit(".", 1)[1] for name in state if re.match(r"fpn\.(inner|layer)_blocks\.\d+\.1\.", name)]
     norm = None if not norms else "batch" if "running_mean" in norms else "group"
     top = state.get("fpn.extra_blocks.p6.weight")
+    stacks = _count(state, r"fpn\.stacks\.(\d+)\.")
+    if stacks:
+        return FpnKeys(
+            in_channels=tuple(lateral.shape[1] for lateral in laterals),
+            channels=laterals[0].shape[0],
+            norm=norm,
+            top_in=None,
+            first_level=3,
+            kind="nasfpn",
+            settings={"stacks": stacks, "norm": norm},
+        )
     return FpnKeys(
         in_channels=tuple(lateral.shape[1] for lateral in laterals),
         channels=laterals[0].shape[0],
@@ -263,7 +274,7 @@ def _from_own(name: str) -> str | None:
     name = re.sub(r"^body\.(?=\d)", "body.features.", name)
     name = re.sub(r"^(fpn\.(?:inner|layer)_blocks\.\d+)\.(?=weight|bias)", r"\1.0.", name)
     blocks = r"(inner|layer|downsample|pafpn)_blocks\.\d+\.[01]\.\w+"
-    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias)|extra_block\.[01]\.\w+|cells\.\d+\..+)"
+    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias)|extra_block\.[01]\.\w+|(cells|stacks)\.\d+\..+)"
     return name if re.fullmatch(known, name) else None
 
 
@@ -310,10 +321,16 @@ def _from_mmdetection(laterals: int) -> Rename:
     def rename(name: str) -> str | None:
         if name.startswith("backbone."):
             return f"body.{name[9:]}"
-        match = re.fullmatch(r"neck\.(lateral|fpn)_convs\.(\d+)\.(conv|bn|gn)\.(\w+)", name)
+        if match := re.fullmatch(r"neck\.fpn_stages\.(\d+)\.(\w+)\.out_conv\.(conv|bn)\.(\w+)", name):
+            return f"fpn.stacks.{match[1]}.{match[2]}.{('conv', 'bn').index(match[3])}.{match[4]}"
+        if match := re.fullmatch(r"neck\.extra_downsamples\.(\d+)\.0\.(conv|bn)\.(\w+)", name):
+            return f"fpn.downsample_blocks.{match[1]}.{('conv', 'bn').index(match[2])}.{match[3]}"
+        match = re.fullmatch(r"neck\.(lateral|fpn|downsample|pafpn)_convs\.(\d+)\.(conv|bn|gn)\.(\w+)", name)
         if match is None:
             return None
         i, part = int(match[2]), 0 if match[3] == "conv" else 1
+        if match[1] in ("downsample", "pafpn"):
+            return f"fpn.{match[1]}_blocks.{i}.{part}.{match[4]}"
         if match[1] == "lateral" or i < laterals:
             blocks = "inner_blocks" if match[1] == "lateral" else "layer_blocks"
             return f"fpn.{blocks}.{i}.{part}.{match[4]}"
