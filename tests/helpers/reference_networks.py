@@ -309,11 +309,10 @@ class MMNASFPN(nn.Module):
     CELLS = ("gp_64_4", "sum_44_4", "sum_43_3", "sum_34_4", "gp_43_5", "sum_55_5", "gp_54_7", "sum_77_7", "gp_75_6")
 
     def __init__(
-        self, *, stack_times: int, channels: int = 32, norm: bool = True, inputs: tuple[int, ...] = ()
+        self, *, stack_times: int, channels: int = 32, norm: bool = True, inputs: tuple[int, ...] = (512, 1024, 2048)
     ) -> None:
         super().__init__()
         self.start = 1
-        inputs = inputs or (512, 1024, 2048)
         self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1, norm=norm) for n in inputs)
         self.extra_downsamples = nn.ModuleList(
             nn.Sequential(ConvModule(channels, channels, 1, norm=norm), nn.MaxPool2d(2, 2)) for _ in range(2)

@@ -55,14 +55,8 @@ EXTRA = {None: (4, ""), "pool": (5, ""), "c5": (6, "on_input"), "p5": (6, "on_ou
 def test_equals_an_independent_reference(size: tuple[int, int], top_block: str | None, p7_relu: bool) -> None:
     neck = randomise(PAFPN(CHANNELS, 6, top_block, p7_relu=p7_relu))
     outs, extra = EXTRA[top_block]
-    reference = MMPAFPN(
-        start_level=0,
-        num_outs=outs,
-        add_extra_convs=extra,
-        relu_before_extra_convs=p7_relu,
-        channels=6,
-        inputs=tuple(CHANNELS.values()),
-    )
+    names = {"start_level": 0, "num_outs": outs, "add_extra_convs": extra, "relu_before_extra_convs": p7_relu}
+    reference = MMPAFPN(**names, channels=6, inputs=tuple(CHANNELS.values()))
     reference.load_state_dict(in_reference_names(neck.state_dict(), 4))
     taps = taps_of(*size)
     with torch.no_grad():
