@@ -49,7 +49,8 @@ class StateDictLayout:
 
     Attributes:
         framework: the file's layout: `"fpnx"`, `"torchvision"`, `"torchvision detection"`, `"detectron2"`,
-            `"detectron2 backbone"` (converted from torchvision's by its script), `"caffe2"` (Detectron's),
+            `"detectron2 backbone"` (converted from torchvision's by its script, or by SoCo's with an FPN), `"caffe2"`
+            (Detectron's),
             `"mmdetection"` or `"effdet"`.
         state: the parameters: `body.*` with torchvision's names, and `fpn.*`.
         ignored: number of tensors that belong to heads.
@@ -253,7 +254,7 @@ def _rename_rules(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Ren
     if framework == "torchvision detection":
         return r"backbone\.", lambda name: _from_own(name[9:]) if name.startswith("backbone.") else None
     if framework.startswith("detectron2"):
-        return r"backbone\.|stem\.|res\d", _from_detectron2(_first_level(framework, state))
+        return r"backbone\.|stem\.|res\d|fpn_", _from_detectron2(_first_level(framework, state))
     if framework == "caffe2":
         return r"(res|conv1|fpn)(?!.*_momentum$)", _from_caffe2
     if framework == "effdet":
@@ -286,7 +287,7 @@ def _from_detectron2(first_level: int | None) -> Rename:
         if match := re.fullmatch(r"res([2-5])\.(\d+)\.(conv(\d)|shortcut)\.(norm\.)?(\w+)", name):
             inner = f"{'bn' if match[5] else 'conv'}{match[4]}" if match[4] else f"downsample.{1 if match[5] else 0}"
             return f"body.layer{int(match[1]) - 1}.{match[2]}.{inner}.{match[6]}"
-        if match := re.fullmatch(r"backbone\.fpn_(lateral|output)(\d)\.(norm\.)?(\w+)", name):
+        if match := re.fullmatch(r"(?:backbone\.)?fpn_(lateral|output)(\d)\.(norm\.)?(\w+)", name):
             blocks = "inner_blocks" if match[1] == "lateral" else "layer_blocks"
             return f"fpn.{blocks}.{int(match[2]) - (first_level or 0)}.{1 if match[3] else 0}.{match[4]}"
         if match := re.fullmatch(r"backbone\.top_block\.(p[67]\.(weight|bias))", name):
@@ -340,8 +341,8 @@ def _from_mmdetection(laterals: int) -> Rename:
 
 
 def _first_level(framework: str, state: Mapping[str, Tensor]) -> int | None:
-    found = [int(match[1]) for name in state if (match := re.match(r"backbone\.fpn_lateral(\d)\.", name))]
-    return min(found, default=None) if framework == "detectron2" else None
+    found = [int(match[1]) for name in state if (match := re.match(r"(?:backbone\.)?fpn_lateral(\d)\.", name))]
+    return min(found, default=None) if framework.startswith("detectron2") else None
 
 
 def _stated_facts(framework: str, state: Mapping[str, Tensor], config: str | None) -> dict[str, Any]:
