@@ -64,11 +64,14 @@ def create_model(
             those of named networks are. A copy is taken; its parameters stay as they are, only the pyramid is drawn,
             and `weights` must be `"default"` or `"random"`, which then mean the same.
         weights: `"default"`, `"imagenet"`, `"coco"`, `"random"`, a torchvision name such as
-            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, detectron2 or mmdetection.
-        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
-        pyramid: the kind of neck, `"fpn"` or `"pafpn"`; None: a file's own, else `"fpn"`.
-        channels: of every P level; None: a file's own, else 256.
-        top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
+            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, detectron2, mmdetection or effdet.
+        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5, for `"bifpn"` and
+            `"nasfpn"` P3…P7.
+        pyramid: the kind of neck, `"fpn"`, `"pafpn"`, `"bifpn"` or `"nasfpn"`; None: a file's own, else `"fpn"`.
+        channels: of every P level; None: a file's own, else 256, for `"bifpn"` 64. A BiFPN has as many cells as
+            EfficientDet's of that width.
+        top_block: of `"fpn"` and `"pafpn"`: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own,
+            else what `levels` need.
         seed: for the parts that have no trained parameters.
         offline: never download.
         size: of the recipe's output, as `InputConfig` has it: `"recipe"`, 448, (480, 640). A backbone that is built

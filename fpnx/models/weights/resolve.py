@@ -136,7 +136,7 @@ def resolve_weights(config: ModelConfig) -> Weights:
     backbone = None if config.backbone is None else check_backbone_name(config.backbone)
     if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and not _is_file(config.weights):
         return _from_timm(config)
-    choice = _resolve_alias(config.weights, backbone or DEFAULT_BACKBONE)
+    choice = _resolve_alias(config.weights, backbone or DEFAULT_BACKBONE, config.pyramid)
     if choice == "random":
         _refuse_facts(config, "random weights")
         name = backbone or DEFAULT_BACKBONE
@@ -187,11 +187,12 @@ def parameters_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _resolve_alias(choice: str, backbone: str) -> str:
+def _resolve_alias(choice: str, backbone: str, pyramid: str | None) -> str:
     """The full name that `default`, `imagenet` or `coco` stands for with `backbone`; other choices unchanged."""
     if choice == "default":
-        # The default never is a detector whose levels are not one per stride.
-        choice = "coco" if backbone in COCO and backbone not in {name for name, _ in UNSTRIDED} else "imagenet"
+        # The default never is a detector whose levels are not one per stride, nor one with another pyramid.
+        has_detector = backbone in COCO and backbone not in {name for name, _ in UNSTRIDED}
+        choice = "coco" if has_detector and pyramid in (None, "fpn") else "imagenet"
     if choice == "imagenet":
         return str(best_weights(backbone))
     if choice == "coco" and backbone not in COCO:
