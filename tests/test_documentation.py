@@ -30,6 +30,7 @@ import fpnx as package
 from fpnx.cli.main import app
 from fpnx.core.config import ExtractConfig
 from fpnx.core.provenance import Provenance
+from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from tests.helpers.documentation import PAGES, blocks, command_lines, lines_of, text_of, without_blocks
 from tests.helpers.files import ROOT, copied
@@ -422,7 +423,8 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
         assert set(file["pyramids/64x64/P3"].attrs) == keys_of("attribute", text[text.index("## Features") :])
     assert keys_of("attribute", text) == attributes | {"shard"}
     with h5py.File(files["several"], "r") as file:
-        assert keys_of("key", text) == set(config) | set(json.loads(file.attrs["config"]))
+        of_necks = (neck.for_levels({3: 8, 4: 8, 5: 8}, 8, (), None).identity() for neck in NECKS.values())
+        assert keys_of("key", text) == set(config).union(json.loads(file.attrs["config"]), *of_necks)
         assert config["recipe"].keys() == {field.name for field in fields(Recipe)}
     assert keys_of("key of `recipe`", text) == set(config["recipe"])
     with h5py.File(files["out.shard-00001-of-00002"], "r") as file:

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fpnx
+from fpnx.core.config import InputConfig
 from fpnx.core.errors import FpnxError
+from fpnx.models.weights.effdet import effdet_recipe
 from tests.helpers.effdet_reference import detector
 from tests.helpers.reference_networks import randomise
 
@@ -77,6 +79,21 @@ def test_a_file_has_effdet_s_preprocessing(tmp_path: Path) -> None:
         for name, wanted in zip(store.levels, expected, strict=True):
             assert np.abs(store[0][name] - wanted[0].numpy()).max() <= 1e-5 * wanted.abs().max().item()
         assert store.provenance.weights.layout == "effdet"
+
+
+def test_other_sizes_are_not_padded_to_the_model_s_square() -> None:
+    recipe = effdet_recipe("timm/tf_efficientnet_b6")
+    assert recipe.padded(recipe.input_size((480, 640))) == (1280, 1280)
+    square = recipe.sized(InputConfig(short_side=1536, long_side=1536))
+    assert (square.input_size((480, 640)), square.padded((1152, 1536))) == ((1152, 1536), (1536, 1536))
+    for config in (
+        InputConfig(size="320x448"), InputConfig(short_side=320), InputConfig(short_side=320, long_side=448),
+        InputConfig(size="native"),
+    ):  # fmt: skip
+        sized = recipe.sized(config)
+        assert sized.padded((320, 448)) == (320, 448)
+        assert sized.mean == recipe.mean
+    assert recipe.sized(InputConfig()) == recipe
 
 
 def test_such_a_model_is_saved_and_read_back(tmp_path: Path) -> None:
