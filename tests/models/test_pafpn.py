@@ -201,6 +201,18 @@ def test_an_fpn_s_fingerprint_does_not_name_the_kind() -> None:
     assert other.identity() == {**plain.identity(), "pyramid": "pafpn"}
 
 
+@pytest.mark.parametrize("kind", [kind for kind in PYRAMIDS if kind != "fpn"])
+def test_the_default_weights_of_other_kinds_are_those_of_imagenet(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FpnxError, match=r"weights ResNet50_Weights.IMAGENET1K_V2 cannot be had"):
+        create_model(pyramid=kind, offline=True)
+    for pyramid in (None, "fpn"):
+        with pytest.raises(FpnxError, match=r"weights MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1 cannot be had"):
+            create_model(pyramid=pyramid, offline=True)
+
+
 def test_from_images_to_a_file(fpnx: Callable[..., tuple[int, str, str]], photos: Path) -> None:
     assert fpnx("extract", photos, *TINY, "--pyramid", "pafpn", "-o", "pafpn.h5")[0] == 0
     assert fpnx("extract", photos, *TINY, "-o", "fpn.h5")[0] == 0
