@@ -47,7 +47,8 @@ QUICK = ("efficientdet_d0", "tf_efficientdet_d0", "tf_efficientdet_lite0")
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
 def test_levels_equal_effdet_s(name: str, tmp_path: Path) -> None:
-    reference = randomise(detector(name, SIZE))
+    size = (256, 384) if "d7x" in name else SIZE  # effdet itself pools no map whose one side is 1, as P7's would be
+    reference = randomise(detector(name, size), smallest_variance=0.1)
     path = save(reference, tmp_path / "model.pth", "model." if "lite" in name else "")
     model = fpnx.create_model(weights=str(path))
     backbone, side = MODELS[name]
@@ -55,7 +56,7 @@ def test_levels_equal_effdet_s(name: str, tmp_path: Path) -> None:
     assert model.weights.framework == "effdet"
     assert (model.recipe.short_side, model.recipe.long_side, model.recipe.pad_multiple) == (side, side, side)
     assert model.levels == ("P3", "P4", "P5", "P6", "P7")
-    images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         levels = model(images)
     for level, expected in zip(levels.values(), levels_of(reference, images), strict=False):
