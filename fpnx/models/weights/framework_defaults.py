@@ -11,7 +11,8 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.provenance import Setting
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.effdet import effdet_recipe
-from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout
+from fpnx.models.weights.neck_keys import FpnKeys
+from fpnx.models.weights.state_dicts import StateDictLayout
 from fpnx.models.weights.torchvision import DETECTOR_RECIPE, native_recipe
 
 __all__ = [

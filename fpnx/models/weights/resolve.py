@@ -23,7 +23,7 @@ from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.checkpoints import SUFFIXES, read_checkpoint
-from fpnx.models.weights.effdet import effdet_backbone, effdet_settings
+from fpnx.models.weights.effdet import effdet_settings
 from fpnx.models.weights.framework_defaults import (
     OPENCV_NOTE,
     facts_in_file,
@@ -31,7 +31,8 @@ from fpnx.models.weights.framework_defaults import (
     resolve_facts,
     resolve_top_block,
 )
-from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout, backbone_of, recognize_layout
+from fpnx.models.weights.neck_keys import FpnKeys
+from fpnx.models.weights.state_dicts import StateDictLayout, backbone_of, recognize_layout
 from fpnx.models.weights.timm import cached_timm_file, features_only_state, timm_recipe, timm_weights
 from fpnx.models.weights.torchvision import (
     COCO,
@@ -264,8 +265,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
     checkpoint = read_checkpoint(file)
     sha256 = _sha256(file)
     try:
-        layout = recognize_layout(checkpoint.state, checkpoint.config)
-        is_effdet = layout.framework == "effdet"
+        layout = recognize_layout(checkpoint.state, checkpoint.config, backbone=backbone)
         description = _check_description(checkpoint.description or {})
         name = _backbone_in(layout, description, backbone)
         if "recipe" in description:
@@ -276,8 +276,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         unstrided = UNSTRIDED.get((name, layout.pyramid.in_channels)) if layout.pyramid else None
         pyramid = None
         if layout.pyramid is not None and not issubclass(NECKS[layout.pyramid.kind], FPN):
-            stated = {**effdet_settings(layout.state, name), **description} if is_effdet else description
-            pyramid = _other_neck(layout.pyramid, stated, config)
+            pyramid = _other_neck(layout, name, description, config)
         elif layout.pyramid is not None:
             top_block, source = resolve_top_block(
                 layout, layout.pyramid, facts, config.top_block, unstrided is not None
@@ -320,17 +319,21 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
     )
 
 
-def _other_neck(keys: FpnKeys, description: Mapping[str, Any], config: ModelConfig) -> CheckpointNeck:
+def _other_neck(
+    layout: StateDictLayout, backbone: str, description: Mapping[str, Any], config: ModelConfig
+) -> CheckpointNeck:
     """The neck in a file that is no FPN, whose levels have no top block."""
+    keys = layout.pyramid
+    assert keys is not None
     if config.top_block is not None:
         raise FpnxError(f"top block {config.top_block} is for fpn and pafpn, it has a {keys.kind}: drop the option")
-    stated = {name: description[name] for name in NECKS[keys.kind].choices if name in description}
+    stated = effdet_settings(layout.state, backbone) if layout.framework == "effdet" else description
     return CheckpointNeck(
         keys=keys,
         kind=keys.kind,
         first_level=description.get("first_level", keys.first_level),
         levels=parse_levels(description["levels"]) if "levels" in description else None,
-        settings={**keys.settings, **stated},
+        settings={**keys.settings, **{name: stated[name] for name in NECKS[keys.kind].choices if name in stated}},
     )
 
 
@@ -367,9 +370,9 @@ def _backbone_in(layout: StateDictLayout, description: Mapping[str, Any], reques
         if requested not in (None, name):
             raise FpnxError(f"it is for {name}, not for {requested}: drop --backbone or take another file")
         return check_backbone_name(name)
+    if layout.backbone is not None:
+        return layout.backbone
     body = {name[5:]: value for name, value in layout.state.items() if name.startswith("body.")}
-    if body and layout.framework == "effdet":
-        return effdet_backbone(layout.state, requested)
     if body:
         return backbone_of(body, requested)
     if requested is None:

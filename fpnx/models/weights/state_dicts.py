@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +15,16 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.text import escape
 from fpnx.models.backbones.factory import parameter_shapes
 from fpnx.models.backbones.registry import torchvision_names
-from fpnx.models.weights.effdet import from_effdet
+from fpnx.models.weights.effdet import effdet_backbone, from_effdet
 from fpnx.models.weights.mmdetection import read_config
+from fpnx.models.weights.neck_keys import FpnKeys, fpn_keys
 
-__all__ = ["StateDictLayout", "FpnKeys", "backbone_of", "fpn_keys", "recognize_layout", "without_head"]
+__all__ = ["StateDictLayout", "backbone_of", "recognize_layout", "without_head"]
 
 PREFIXES = ("module.", "model.", "_orig_mod.")  # added by DistributedDataParallel, Lightning and torch.compile
 HEADS = ("fc.", "classifier.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits.")  # of torchvision's classifiers
 LARGE_HEADS = ("alexnet", "vgg")  # networks with most of their parameters in the head
 CANDIDATES = 16  # number of backbones that a file is compared with: the nearest in number of parameters
-
-
-@dataclass(frozen=True, kw_only=True)
-class FpnKeys:
-    """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
-
-    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
-    `kind` is the neck's, as `--pyramid` takes it; `settings` are further arguments of its class.
-    """
-
-    in_channels: tuple[int, ...]
-    channels: int
-    norm: str | None
-    top_in: int | None
-    first_level: int | None = None
-    kind: str = "fpn"
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +34,12 @@ class StateDictLayout:
     Attributes:
         framework: the file's layout: `"fpnx"`, `"torchvision"`, `"torchvision detection"`, `"detectron2"`,
             `"detectron2 backbone"` (converted from torchvision's by its script, or by SoCo's with an FPN), `"caffe2"`
-            (Detectron's),
-            `"mmdetection"` or `"effdet"`.
+            (Detectron's), `"mmdetection"` or `"effdet"`.
         state: the parameters: `body.*` with torchvision's names, and `fpn.*`.
         ignored: number of tensors that belong to heads.
         facts: what the file states beside its parameters, by the field names of `CheckpointConfig` and `Recipe`.
         pyramid: the pyramid in the file; None where there is none.
+        backbone: the backbone that the parameters are of, where that is known yet.
     """
 
     framework: str
@@ -63,20 +47,24 @@ class StateDictLayout:
     ignored: int
     facts: Mapping[str, Any]
     pyramid: FpnKeys | None
+    backbone: str | None = None
 
 
 Rename = Callable[[str], "str | None"]
 
 
-def recognize_layout(state: Mapping[str, Tensor], config: str | None = None) -> StateDictLayout:
+def recognize_layout(
+    state: Mapping[str, Tensor], config: str | None = None, *, backbone: str | None = None
+) -> StateDictLayout:
     """Recognise the layout of `state` by its keys, and rename the parameters of the backbone and the pyramid.
 
     Args:
         state: names → tensors, as in the file.
         config: the text of an mmdetection config.
+        backbone: the backbone that the user names; None finds it.
 
     Raises:
-        FpnxError: the backbone or the pyramid has keys that its layout does not have.
+        FpnxError: the backbone or the pyramid has keys that its layout does not have, or no backbone fits.
     """
     framework, state, without_prefix = _framework(state)
     pattern, rename = _rename_rules(framework, state)
@@ -103,7 +91,14 @@ def recognize_layout(state: Mapping[str, Tensor], config: str | None = None) -> 
         ignored, renamed = ignored + len(renamed) - len(without_heads), without_heads
     pyramid = fpn_keys(renamed, _first_level(framework, state))
     ignored += without_prefix
-    return StateDictLayout(framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid)
+    return StateDictLayout(
+        framework=framework,
+        state=renamed,
+        ignored=ignored,
+        facts=facts,
+        pyramid=pyramid,
+        backbone=effdet_backbone(renamed, backbone) if framework == "effdet" else None,
+    )
 
 
 def without_head(names: Iterable[str]) -> list[str]:
@@ -113,71 +108,6 @@ def without_head(names: Iterable[str]) -> list[str]:
 
 def _in_head(name: str, prefix: str = "") -> bool:
     return name.startswith(tuple(prefix + head for head in HEADS))
-
-
-def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> FpnKeys | None:
-    """What `fpn.*` of a state dict in fpnx's layout says of its pyramid; None where there is none."""
-    if any(name.startswith("fpn.cells.") for name in state):
-        return bifpn_keys(state)
-    laterals = [state[f"fpn.inner_blocks.{i}.0.weight"] for i in range(16) if f"fpn.inner_blocks.{i}.0.weight" in state]
-    if not laterals:
-        return None
-    norms = [name.rsplit(".", 1)[1] for name in state if re.match(r"fpn\.(inner|layer)_blocks\.\d+\.1\.", name)]
-    norm = None if not norms else "batch" if "running_mean" in norms else "group"
-    top = state.get("fpn.extra_blocks.p6.weight")
-    stacks = _count(state, r"fpn\.stacks\.(\d+)\.")
-    if stacks:
-        return FpnKeys(
-            in_channels=tuple(lateral.shape[1] for lateral in laterals),
-            channels=laterals[0].shape[0],
-            norm=norm,
-            top_in=None,
-            first_level=3,
-            kind="nasfpn",
-            settings={"stacks": stacks, "norm": norm},
-        )
-    return FpnKeys(
-        in_channels=tuple(lateral.shape[1] for lateral in laterals),
-        channels=laterals[0].shape[0],
-        norm=norm,
-        top_in=None if top is None else top.shape[1],
-        first_level=first_level,
-        kind="pafpn" if "fpn.pafpn_blocks.0.0.weight" in state else "fpn",
-    )
-
-
-def bifpn_keys(state: Mapping[str, Tensor]) -> FpnKeys | None:
-    """What `fpn.*` of a state dict in fpnx's layout says of a BiFPN; None where its cells are not whole."""
-    first = {name[len("fpn.cells.0.") :]: value for name, value in state.items() if name.startswith("fpn.cells.0.")}
-    levels = 1 + _count(first, r"top_down\.(\d+)\.")
-    depthwise, extra = first.get("top_down.0.depthwise.weight"), state.get("fpn.extra_block.0.weight")
-    if depthwise is None or levels < 2:
-        return None
-    channels = depthwise.shape[0]
-    places = [f"top_down.{k}.projections.0.0.weight" for k in range(levels - 1)]
-    places.append(f"bottom_up.{levels - 2}.projections.0.0.weight")
-    widths = [first[place].shape[1] if place in first else channels for place in places]
-    projected = [k for k, place in enumerate(places) if place in first]
-    # A tap with as many channels as the levels has no convolution: then it is P6 and P7 that are not taps.
-    taps = max(projected, default=-1) + 1 if extra is not None else levels - 2
-    return FpnKeys(
-        in_channels=tuple(widths[:taps]),
-        channels=channels,
-        norm="batch",
-        top_in=None,
-        kind="bifpn",
-        settings={
-            "cells": _count(state, r"fpn\.cells\.(\d+)\."),
-            "extra_levels": levels - taps,
-            "weighted": "top_down.0.weights" in first,
-            "bias": "top_down.0.pointwise.0.bias" in first,
-        },
-    )
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    """How many numbers `pattern` finds at the start of names."""
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 def backbone_of(body: Mapping[str, Tensor], requested: str | None) -> str:
