@@ -347,7 +347,7 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
         "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
         "pyramid": description.get("pyramid", "fpn") in PYRAMIDS,
-        **{name: description.get(name, values[0]) in values for name, values in _choices().items()},
+        **{name: description.get(name, values[0]) in values for name, values in _neck_choices().items()},
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
         and all(p[0] in (True, False, None) for p in parts.values()),
@@ -359,7 +359,7 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
     return description
 
 
-def _choices() -> dict[str, tuple[str, ...]]:
+def _neck_choices() -> dict[str, tuple[str, ...]]:
     return {name: values for neck in NECKS.values() for name, values in neck.choices.items()}
 
 
