@@ -31,6 +31,8 @@ import fpnx as package
 from fpnx.cli.main import app
 from fpnx.core.config import ExtractConfig
 from fpnx.core.provenance import Provenance
+from fpnx.models.necks.image_pyramid import ImagePyramid
+from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from tests.helpers.documentation import PAGES, blocks, command_lines, lines_of, text_of, without_blocks
 from tests.helpers.files import ROOT, copied
@@ -428,7 +430,13 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
     assert keys_of("attribute", text) == attributes | {"shard"}
     with h5py.File(files["several"], "r") as file:
         chosen = {"weights_key", "weights_prefix"}  # only where they chose among several sets of parameters
-        assert keys_of("key", text) == set(config) | set(json.loads(file.attrs["config"])) | chosen
+        of_necks = [
+            neck.for_levels({3: 8, 4: 8, 5: 8}, 8, (), None).identity()
+            for neck in NECKS.values()
+            if not neck.accepts_single_stride
+        ]
+        of_necks.append(ImagePyramid({5: 8}).identity())
+        assert keys_of("key", text) == set(config).union(json.loads(file.attrs["config"]), chosen, *of_necks)
         assert config["recipe"].keys() == {field.name for field in fields(Recipe)} - {"bands", "source_range"}
     assert keys_of("key of `recipe`", text) == {field.name for field in fields(Recipe)}
     with h5py.File(files["out.shard-00001-of-00002"], "r") as file:

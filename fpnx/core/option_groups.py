@@ -40,7 +40,7 @@ __all__ = [
     "TOP_BLOCKS",
 ]
 
-PYRAMIDS = ("fpn", "pafpn", "image")
+PYRAMIDS = ("fpn", "pafpn", "bifpn", "nasfpn", "image")
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")
@@ -123,9 +123,9 @@ class ModelConfig(CheckpointConfig):
     )
     seed: int = option(0, "For parts without trained parameters.", "Model", metavar="N")
     levels: str | Iterable[str] | None = option(
-        None, "Such as P2-P5 (default), P3-P7 or C3,P3.", "Model", metavar="LEVELS", complete="levels"
+        None, "Such as P2-P5 (default; bifpn and nasfpn P3-P7) or C3,P3.", "Model", metavar="LEVELS", complete="levels"
     )
-    channels: int | None = option(None, "Channels of every P level (default 256).", "Model", metavar="N")
+    channels: int | None = option(None, "Channels of every P level (default 256; bifpn 64).", "Model", metavar="N")
     top_block: str | None = option(
         None, "What P6 and P7 are made from (default: pool for P6 alone, else c5).", "Model", choices=TOP_BLOCKS
     )

@@ -78,14 +78,19 @@ def create_model(
             they are (`weights` is `"default"` or `"random"`, which then mean the same), or come from the file that
             `weights` names.
         weights: `"default"`, `"imagenet"`, `"coco"`, `"random"`, a torchvision name such as
-            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, timm, detectron2 or mmdetection.
+            `"ResNet50_Weights.IMAGENET1K_V2"`, or a file of fpnx, torchvision, timm, detectron2, mmdetection or
+            effdet.
         weights_key: the key of the file under which the parameters are, such as `"state_dict_ema"`; None finds it.
         weights_prefix: what stands before their names in the file, such as `"encoder_q."`; None finds it.
-        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
-        pyramid: the kind of neck, `"fpn"` or `"pafpn"`, or `"image"`; None: a file's own, else `"fpn"`.
+        levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5, for `"bifpn"` and
+            `"nasfpn"` P3…P7.
+        pyramid: the kind of neck, `"fpn"`, `"pafpn"`, `"bifpn"`, `"nasfpn"` or `"image"`; None: a file's own, else
+            `"fpn"`.
         tap: with `pyramid="image"`, the tap that is taken at several scales; None: the last.
-        channels: of every P level; None: a file's own, else 256.
-        top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
+        channels: of every P level; None: a file's own, else 256, for `"bifpn"` 64. A BiFPN has as many cells as
+            EfficientDet's of that width.
+        top_block: of `"fpn"` and `"pafpn"`: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own,
+            else what `levels` need.
         seed: for the parts that have no trained parameters.
         offline: never download.
         size: of the recipe's output, as `InputConfig` has it: `"recipe"`, 448, (480, 640). A backbone that is built
@@ -160,13 +165,13 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
         if backbone.size is not None:
             raise FpnxError(f"{backbone.name} takes inputs of one size, and pyramid image needs several: take another")
     elif weights.pyramid is None:
-        asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
-        backbone.check_levels(asked, config.top_block)
+        asked = config.levels or kind.default_levels
+        backbone.check_levels([name for name in asked if name not in UNSTRIDED_LEVELS], config.top_block)
     held = weights.pyramid
     neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(backbone, config)
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
-        levels = neck.levels if weights.pyramid else neck.default_levels()
+        levels = neck.levels if weights.pyramid else neck.levels_by_default()
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
     model = PyramidModel(backbone, neck, ordered_levels(levels), replace(weights, state={}))
@@ -227,7 +232,8 @@ def _new_neck(backbone: Backbone, config: ModelConfig) -> Neck:
     """A neck over all taps that gives the asked levels."""
     kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
     inputs = _one_tap(backbone, config) if kind.accepts_single_stride else backbone.pyramid_channels
-    return kind.for_levels(inputs, config.channels, tuple(config.levels or ()), config.top_block)
+    channels = config.channels or kind.default_channels
+    return kind.for_levels(inputs, channels, tuple(config.levels or ()), config.top_block)
 
 
 def _one_tap(backbone: Backbone, config: ModelConfig) -> dict[int, int]:
@@ -262,9 +268,10 @@ def _neck_of_weights(held: CheckpointNeck, backbone: Backbone, config: ModelConf
             f"{owner} has laterals for {_listed(keys.in_channels)} channels, {backbone.name} gives {_listed(taps)}: "
             f"they must be its last taps"
         )
+    kind: Any = NECKS[held.kind]
+    if not issubclass(kind, FPN):
+        return kind(inputs, keys.channels, **held.settings)
     top_block = held.top_block or ("pool" if "P6" in (config.levels or ()) else None)
-    kind = NECKS[held.kind]
-    assert issubclass(kind, FPN), "files hold FPNs, and necks derived from them"
     return kind(inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides))
 
 

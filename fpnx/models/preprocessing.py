@@ -48,7 +48,8 @@ class Recipe:
         value_range: pixels are scaled to 0..`value_range`.
         order: channel order of the input, `"RGB"` or `"BGR"`.
         mean, std: subtracted from the scaled pixels, and then divided by, for each channel in `order`.
-        pad_multiple: height and width are padded at the bottom and right with zeros to a multiple of this.
+        pad_multiple: height and width are padded at the bottom and right with zeros to a multiple of this; where it is
+            `long_side`, to a square.
     """
 
     sizing: str = "stretch"
@@ -68,7 +69,13 @@ class Recipe:
     source_range: str | None = None
 
     def sized(self, config: InputConfig) -> Recipe:
-        """This recipe with the sizing, bands and value range of `config`, where it sets them."""
+        """This recipe with the sizing, bands and value range of `config`, where it sets them.
+
+        One that pads to a square pads to the new square where the asked sides are equal, else not at all.
+        """
+        if self.pad_multiple == self.long_side and (config.short_side is not None or config.size != "recipe"):
+            side = config.long_side if config.long_side == config.short_side else None
+            return replace(self, pad_multiple=side or 1, long_side=None).sized(config)
         read = replace(self, bands=config.pixels.bands, source_range=config.pixels.value_range)
         if config.short_side is not None:
             return replace(

@@ -225,10 +225,9 @@ class ConvModule(nn.Module):
 class MMFPN(nn.Module):
     def __init__(
         self, *, start_level: int, num_outs: int, add_extra_convs: str = "", relu_before_extra_convs: bool = False,
-        channels: int = 32, norm: bool = False,
+        channels: int = 32, norm: bool = False, inputs: tuple[int, ...] = (256, 512, 1024, 2048),
     ) -> None:  # fmt: skip
         super().__init__()
-        inputs = (256, 512, 1024, 2048)
         self.start, self.outs = start_level, num_outs
         self.extra, self.relu = add_extra_convs, relu_before_extra_convs
         self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1, norm=norm) for n in inputs[start_level:])
@@ -255,11 +254,117 @@ class MMFPN(nn.Module):
 
 
 class MMDetector(nn.Module):
-    def __init__(self, style: str = "pytorch", **neck: object) -> None:
+    def __init__(self, style: str = "pytorch", kind: str = "FPN", **neck: object) -> None:
         super().__init__()
-        self.backbone, self.neck = MMResNet50(style), MMFPN(**neck)
+        kinds = {"FPN": MMFPN, "PAFPN": MMPAFPN, "NASFPN": MMNASFPN}
+        self.backbone, self.neck = MMResNet50(style), kinds[kind](**neck)
         self.bbox_head = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         outs = self.neck(self.backbone(x))
         return {f"P{i + 2 + self.neck.start}": out for i, out in enumerate(outs)}
+
+
+class MMMergingCell(nn.Module):
+    """mmcv's cells of NAS-FPN: `kind` is "sum" or "gp"; `out` whether a convolution follows."""
+
+    def __init__(self, kind: str, channels: int, norm: bool, out: bool) -> None:
+        super().__init__()
+        self.kind = kind
+        if out:
+            self.out_conv = nn.Module()
+            self.out_conv.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=True)
+            if norm:
+                self.out_conv.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, first: Tensor, second: Tensor, like: Tensor) -> Tensor:
+        first, second = self.resized(first, like), self.resized(second, like)
+        if self.kind == "gp":
+            merged = second + torch.sigmoid(F.adaptive_avg_pool2d(second, 1)) * first
+        else:
+            merged = first + second
+        if not hasattr(self, "out_conv"):
+            return merged
+        merged = self.out_conv.conv(F.relu(merged))
+        return self.out_conv.bn(merged) if hasattr(self.out_conv, "bn") else merged
+
+    @staticmethod
+    def resized(x: Tensor, like: Tensor) -> Tensor:
+        if x.shape[2:] == like.shape[2:]:
+            return x
+        if x.shape[2] < like.shape[2] or x.shape[3] < like.shape[3]:
+            return F.interpolate(x, size=like.shape[2:], mode="nearest")
+        parts, pads = [], []
+        for have, want in zip(x.shape[2:], like.shape[2:], strict=True):
+            part = (have + want - 1) // want
+            missing = part * want - have
+            parts.append(part)
+            pads = [missing // 2, missing - missing // 2, *pads]
+        return F.max_pool2d(F.pad(x, pads), parts, parts)
+
+
+class MMNASFPN(nn.Module):
+    """mmdetection's NASFPN over the last three of four taps."""
+
+    CELLS = ("gp_64_4", "sum_44_4", "sum_43_3", "sum_34_4", "gp_43_5", "sum_55_5", "gp_54_7", "sum_77_7", "gp_75_6")
+
+    def __init__(
+        self, *, stack_times: int, channels: int = 32, norm: bool = True, inputs: tuple[int, ...] = (512, 1024, 2048)
+    ) -> None:
+        super().__init__()
+        self.start = 1
+        self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1, norm=norm) for n in inputs)
+        self.extra_downsamples = nn.ModuleList(
+            nn.Sequential(ConvModule(channels, channels, 1, norm=norm), nn.MaxPool2d(2, 2)) for _ in range(2)
+        )
+        self.fpn_stages = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    name: MMMergingCell(name.split("_")[0], channels, norm, name not in ("gp_43_5", "gp_54_7"))
+                    for name in self.CELLS
+                }
+            )
+            for _ in range(stack_times)
+        )
+
+    def forward(self, taps: list[Tensor]) -> list[Tensor]:
+        p3, p4, p5 = (conv(tap) for conv, tap in zip(self.lateral_convs, taps[-3:], strict=True))
+        p6 = self.extra_downsamples[0](p5)
+        p7 = self.extra_downsamples[1](p6)
+        for stage in self.fpn_stages:
+            p4_1 = stage["gp_64_4"](p6, p4, p4)
+            p4_2 = stage["sum_44_4"](p4_1, p4, p4)
+            p3 = stage["sum_43_3"](p4_2, p3, p3)
+            p4 = stage["sum_34_4"](p3, p4_2, p4)
+            p5 = stage["sum_55_5"](p5, stage["gp_43_5"](p4, p3, p5), p5)
+            p7 = stage["sum_77_7"](p7, stage["gp_54_7"](p5, p4_2, p7), p7)
+            p6 = stage["gp_75_6"](p7, p5, p6)
+        return [p3, p4, p5, p6, p7]
+
+
+class MMPAFPN(MMFPN):
+    """mmdetection's PAFPN."""
+
+    def __init__(self, *, channels: int = 32, norm: bool = False, **options: object) -> None:
+        super().__init__(channels=channels, norm=norm, **options)
+        steps = len(self.lateral_convs) - 1
+        self.downsample_convs = nn.ModuleList(ConvModule(channels, channels, 3, 2, norm=norm) for _ in range(steps))
+        self.pafpn_convs = nn.ModuleList(ConvModule(channels, channels, 3, norm=norm) for _ in range(steps))
+
+    def forward(self, taps: list[Tensor]) -> list[Tensor]:
+        laterals = [conv(tap) for conv, tap in zip(self.lateral_convs, taps[self.start :], strict=True)]
+        for i in range(len(laterals) - 1, 0, -1):
+            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[2:])
+        sums = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
+        for i, conv in enumerate(self.downsample_convs):
+            sums[i + 1] = sums[i + 1] + conv(sums[i])
+        outs = sums[:1] + [conv(each) for conv, each in zip(self.pafpn_convs, sums[1:], strict=True)]
+        source = {"on_input": taps[-1], "on_lateral": laterals[-1], "on_output": outs[-1]}.get(self.extra)
+        for i in range(len(laterals), self.outs):
+            if source is None:
+                outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+            elif i == len(laterals):
+                outs.append(self.fpn_convs[i](source))
+            else:
+                outs.append(self.fpn_convs[i](F.relu(outs[-1]) if self.relu else outs[-1]))
+        return outs

@@ -24,7 +24,7 @@ from fpnx.models.weights.checkpoints import read_checkpoint
 from fpnx.models.weights.framework_defaults import DETECTRON2_RECIPE, MMDETECTION_RECIPE
 from fpnx.models.weights.mmdetection import read_config
 from fpnx.models.weights.state_dicts import recognize_layout
-from tests.helpers.reference_networks import D2Detector, D2ResNet, MMDetector, randomise
+from tests.helpers.reference_networks import D2FPN, D2Detector, D2ResNet, MMDetector, randomise
 
 RNG = np.random.default_rng(0)
 PICTURE = Image.fromarray(RNG.integers(0, 256, (53, 76, 3), dtype=np.uint8))
@@ -149,6 +149,27 @@ def test_detectron2_x101_defaults_differ(tmp_path):
     assert (model.recipe.order, model.recipe.std) == ("BGR", (57.375, 57.12, 58.395))
     assert model.weights.settings["stride_in_1x1"] == (False, "default")
     assert (model.weights.body.trained, model.weights.fpn.trained) == (None, False)
+
+
+def test_self_supervised_detectors_in_detectron2_s_layout(tmp_path):
+    """SoCo's converter writes the backbone and the FPN, with norms, without the module that holds them, for RGB."""
+    network = randomise(D2FPN(18, norm=True, stride_in_1x1=False))
+    state = {name.removeprefix("bottom_up."): value for name, value in network.state_dict().items()}
+    state |= {"box_head.conv1.weight": torch.ones(3), "fpn_lateral2.norm.num_batches_tracked": torch.tensor(7)}
+    (tmp_path / "current_detectron2_Head.pkl").write_bytes(as_pickle(state, 4))
+    model = fpnx.create_model(weights=str(tmp_path / "current_detectron2_Head.pkl"))
+    assert (model.backbone, model.weights.framework) == ("resnet18", "detectron2 backbone")
+    assert (model.recipe.order, model.recipe.mean, model.recipe.std) == ("RGB", RGB_MEAN, RGB_STD)
+    assert (model.recipe.short_side, model.recipe.long_side, model.recipe.pad_multiple) == (800, 1333, 32)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        levels, expected = model(images), network(images)
+    assert sorted(levels) == sorted(expected)
+    for name, level in levels.items():
+        assert (level - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+    (tmp_path / "odd.pkl").write_bytes(as_pickle({**state, "fpn_extra.weight": torch.ones(1)}, 4))
+    with pytest.raises(FpnxError, match=r"names that fpnx does not know: fpn_extra.weight"):
+        fpnx.create_model(weights=str(tmp_path / "odd.pkl"))
 
 
 def test_mean_and_std_are_read_from_old_detectron2_files(tmp_path):
@@ -288,7 +309,8 @@ def test_text_that_is_no_config_gives_no_facts(text):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("neck=dict(type='PAFPN')", "neck.type = PAFPN"),
+        ("neck=dict(type='BFP')", "neck.type = BFP"),
+        ("neck=dict(type='PAFPN', act_cfg=dict(type='ReLU'))", "neck.act_cfg"),
         ("neck=dict(type='FPN', act_cfg=dict(type='ReLU'))", "neck.act_cfg"),
         ("backbone=dict(type='ResNet', dilations=(1, 1, 1, 2))", "backbone.dilations"),
         ("backbone=dict(type='ResNetV1d')", "backbone.type = ResNetV1d"),

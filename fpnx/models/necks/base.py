@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fpnx.models.backbones.tracing import meta_copy
 from fpnx.models.torch_state import on_meta_device
 
-__all__ = ["SEED_SCHEME", "Neck", "draw_convolutions", "neck_shapes", "seeded_generator"]
+__all__ = ["SEED_SCHEME", "Neck", "draw_convolutions", "neck_shapes", "reset_norms", "seeded_generator"]
 
 SEED_SCHEME = 1  # how seeds become parameters; part of every fingerprint that holds a seed
 
@@ -27,6 +27,9 @@ class Neck(nn.Module):
 
     Attributes:
         kind: the name of the neck, as `--pyramid` takes it.
+        default_channels: channels of every level where none are asked for; 0: those of the tap.
+        default_levels: the levels where none are asked for; empty: one for each tap.
+        choices: settings that parameters do not show, as `identity` names them, with their values.
         accepts_single_stride: whether it makes its levels from one tap, which `--tap` chooses.
         gives_taps: whether C levels can be asked for beside its own.
         scales: for levels that are the tap of the image at another size, that size relative to the network's input;
@@ -37,6 +40,9 @@ class Neck(nn.Module):
     """
 
     kind: ClassVar[str]
+    default_channels: ClassVar[int] = 256
+    default_levels: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     accepts_single_stride: ClassVar[bool] = False
     gives_taps: ClassVar[bool] = True
     scales: Mapping[str, float] = MappingProxyType({})
@@ -46,14 +52,14 @@ class Neck(nn.Module):
 
     @classmethod
     def for_levels(
-        cls, in_channels: Mapping[int, int], channels: int | None, levels: Sequence[str], top_block: str | None
+        cls, in_channels: Mapping[int, int], channels: int, levels: Sequence[str], top_block: str | None
     ) -> Neck:
-        """A neck that gives `levels`; None chooses the channels, and the top block that the levels need."""
+        """A neck that gives `levels`; `top_block` None chooses what they need."""
         raise NotImplementedError
 
-    def default_levels(self) -> tuple[str, ...]:
-        """The levels where none are asked for: one for each tap."""
-        return tuple(f"P{k}" for k in sorted(self.in_channels))
+    def levels_by_default(self) -> tuple[str, ...]:
+        """The levels where none are asked for: `default_levels`, or else one for each tap."""
+        return self.default_levels or tuple(f"P{k}" for k in sorted(self.in_channels))
 
     def forward(self, taps: Mapping[str, Tensor], levels: Collection[str] | None = None) -> dict[str, Tensor]:
         """The asked levels, fine to coarse; None gives all. What no level needs is not computed."""
@@ -112,3 +118,10 @@ def draw_convolutions(block: nn.Module, seed: int, name: str) -> None:
             weight.copy_(drawn.uniform_(-bound, bound, generator=seeded_generator(seed, name)))
             if convolution.bias is not None:
                 convolution.bias.zero_()
+
+
+def reset_norms(block: nn.Module) -> None:
+    """Set all batch norms of `block` to weight 1, bias 0, mean 0 and variance 1."""
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.reset_parameters()

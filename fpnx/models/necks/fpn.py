@@ -12,7 +12,6 @@ from fpnx.models.necks.base import Neck, draw_convolutions
 
 __all__ = ["FPN"]
 
-DEFAULT_CHANNELS = 256
 CONV_TOP_BLOCKS = ("c5", "p5", "m5")  # named after their input: C_last, P_last or M_last
 
 
@@ -66,11 +65,11 @@ class FPN(Neck):
 
     @classmethod
     def for_levels(
-        cls, in_channels: Mapping[int, int], channels: int | None, levels: Sequence[str], top_block: str | None
+        cls, in_channels: Mapping[int, int], channels: int, levels: Sequence[str], top_block: str | None
     ) -> FPN:
         """A pyramid over all taps; P7 needs the top block `"c5"`, P6 alone `"pool"`."""
         needed = "c5" if "P7" in levels else "pool" if "P6" in levels else None
-        return cls(in_channels, channels or DEFAULT_CHANNELS, top_block or needed)
+        return cls(in_channels, channels, top_block or needed)
 
     def forward(self, taps: Mapping[str, Tensor], levels: Collection[str] | None = None) -> dict[str, Tensor]:
         """Taps `{"C2": (B, C, H, W), ...}` → the asked levels, fine to coarse; what no level needs is not computed."""

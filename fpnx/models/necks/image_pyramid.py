@@ -27,6 +27,7 @@ class ImagePyramid(Neck):
     """
 
     kind = "image"
+    default_channels = 0
     accepts_single_stride = True
     gives_taps = False
 
@@ -40,15 +41,15 @@ class ImagePyramid(Neck):
 
     @classmethod
     def for_levels(
-        cls, in_channels: Mapping[int, int], channels: int | None, levels: Sequence[str], top_block: str | None
+        cls, in_channels: Mapping[int, int], channels: int, levels: Sequence[str], top_block: str | None
     ) -> ImagePyramid:
         """The image pyramid of the tap; it has the tap's channels and no top block."""
         for name, value in (("channels", channels), ("top block", top_block)):
-            if value is not None:
+            if value:
                 raise FpnxError(f"{name} {value} beside pyramid image, whose levels are taps: leave {name} out")
         return cls(in_channels)
 
-    def default_levels(self) -> tuple[str, ...]:
+    def levels_by_default(self) -> tuple[str, ...]:
         """The tap's own level and the two finer ones, which take 21 times the work of one pass."""
         own = int(self.tap[1:])
         return tuple(name for name in self.levels if own - FINER_BY_DEFAULT <= int(name[1:]) <= own)

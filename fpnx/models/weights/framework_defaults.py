@@ -10,7 +10,9 @@ from fpnx.core.config import CheckpointConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.provenance import Setting
 from fpnx.models.preprocessing import Recipe
-from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout
+from fpnx.models.weights.effdet import effdet_recipe
+from fpnx.models.weights.neck_keys import FpnKeys
+from fpnx.models.weights.state_dicts import StateDictLayout
 from fpnx.models.weights.torchvision import DETECTOR_RECIPE, native_recipe
 
 __all__ = [
@@ -154,8 +156,12 @@ def _defaults(layout: StateDictLayout, backbone: str, detection_eps: float) -> t
         )
     elif framework == "mmdetection":
         recipe, eps, relu, in_1x1 = MMDETECTION_RECIPE, 1e-5, False, False
+        if layout.pyramid is not None and layout.pyramid.kind == "nasfpn":  # whose levels must divide each other
+            recipe = replace(recipe, pad_multiple=128)
     elif framework == "torchvision detection":
         recipe, eps, relu, in_1x1 = DETECTOR_RECIPE, detection_eps, True, False
+    elif framework == "effdet":
+        recipe, eps, relu, in_1x1 = effdet_recipe(backbone), None, True, False
     else:
         recipe, eps, relu, in_1x1 = native_recipe(backbone), None, True, False
     facts = _facts_of(recipe)

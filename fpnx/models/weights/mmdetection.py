@@ -22,7 +22,7 @@ def read_config(text: str) -> dict[str, Any]:
         short_side, long_side, pad_multiple, norm_eps. Empty if the text is not a Python config.
 
     Raises:
-        FpnxError: the network is not a plain ResNet with a plain FPN.
+        FpnxError: the network is not a plain ResNet with a plain FPN, PAFPN or NAS-FPN.
     """
     try:
         return {name: value for name, value in _facts(_evaluate(text)).items() if value is not None}
@@ -38,7 +38,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     if backbone:
         facts["stride_in_1x1"] = backbone.get("style", "pytorch") == "caffe"
         facts["norm_eps"] = _dict(backbone.get("norm_cfg")).get("eps", 1e-5)
-    if neck:
+    if neck and neck.get("type") != "NASFPN":  # which makes P6 and P7 in its own way
         facts["p7_relu"] = bool(neck.get("relu_before_extra_convs", False))
         facts["top_block"] = _top_block(neck)
     return facts | _preprocessing(config, model)
@@ -46,7 +46,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_variants(backbone: Mapping[str, Any], neck: Mapping[str, Any]) -> None:
     supported = {
-        "neck.type": neck.get("type", "FPN") == "FPN",
+        "neck.type": str(neck.get("type", "FPN")) in ("FPN", "PAFPN", "NASFPN"),
         "neck.act_cfg": neck.get("act_cfg") is None,
         "neck.upsample_cfg": _dict(neck.get("upsample_cfg")).get("mode", "nearest") == "nearest",
         "backbone.type": str(backbone.get("type", "ResNet")) in ("ResNet", "ResNeXt"),
@@ -58,7 +58,10 @@ def _refuse_variants(backbone: Mapping[str, Any], neck: Mapping[str, Any]) -> No
             part = {"neck": neck, "backbone": backbone}[name.partition(".")[0]]
             value = part.get(name.partition(".")[2])
             value = escape(value)[:40] if isinstance(value, str) else "something else"
-            raise FpnxError(f"the config inside has {name} = {value}: fpnx reads a plain ResNet or ResNeXt with an FPN")
+            raise FpnxError(
+                f"the config inside has {name} = {value}: fpnx reads a plain ResNet or ResNeXt with an FPN, PAFPN or "
+                "NASFPN"
+            )
 
 
 def _top_block(neck: Mapping[str, Any]) -> str | None:

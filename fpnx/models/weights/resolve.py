@@ -21,8 +21,11 @@ from fpnx.core.provenance import AS_GIVEN, ModelPart, Setting, WeightsInfo
 from fpnx.core.text import did_you_mean, escape
 from fpnx.models.backbones.factory import check_backbone_name
 from fpnx.models.backbones.registry import TIMM
+from fpnx.models.necks.fpn import FPN
+from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.checkpoints import SUFFIXES, Checkpoint, read_checkpoint
+from fpnx.models.weights.effdet import effdet_settings
 from fpnx.models.weights.framework_defaults import (
     OPENCV_NOTE,
     facts_in_file,
@@ -31,7 +34,8 @@ from fpnx.models.weights.framework_defaults import (
     resolve_top_block,
 )
 from fpnx.models.weights.key_matching import match_module
-from fpnx.models.weights.state_dicts import FpnKeys, StateDictLayout, recognize_layout, with_names_of
+from fpnx.models.weights.neck_keys import FpnKeys
+from fpnx.models.weights.state_dicts import StateDictLayout, recognize_layout, with_names_of
 from fpnx.models.weights.timm import cached_timm_file, features_only_state, timm_recipe, timm_weights
 from fpnx.models.weights.torchvision import (
     COCO,
@@ -69,7 +73,7 @@ class CheckpointNeck:
     """The pyramid in a file: what its keys say, and what else had to be known.
 
     `first_level` None: the one whose taps have `keys.in_channels`. `levels` None: all of them. `strides` names the
-    levels where these are not one per stride.
+    levels where these are not one per stride. `settings` are further arguments of the neck's class.
     """
 
     keys: FpnKeys
@@ -79,6 +83,7 @@ class CheckpointNeck:
     levels: tuple[str, ...] | None = None
     strides: Mapping[str, int] = field(default_factory=dict)
     kind: str = "fpn"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +162,7 @@ def resolve_weights(config: ModelConfig) -> Weights:
     is_name = config.weights in ("default", "imagenet") or not is_weights_file(config.weights)
     if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and is_name:
         return _from_timm(config)
-    asked = "imagenet" if (config.weights, config.pyramid) == ("default", "image") else config.weights
-    choice = _resolve_alias(asked, backbone or DEFAULT_BACKBONE)
+    choice = _resolve_alias(config.weights, backbone or DEFAULT_BACKBONE, config.pyramid)
     if choice == "random":
         _refuse_facts(config, "random weights")
         name = backbone or DEFAULT_BACKBONE
@@ -240,11 +244,12 @@ def parameters_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _resolve_alias(choice: str, backbone: str) -> str:
+def _resolve_alias(choice: str, backbone: str, pyramid: str | None) -> str:
     """The full name that `default`, `imagenet` or `coco` stands for with `backbone`; other choices unchanged."""
     if choice == "default":
-        # The default never is a detector whose levels are not one per stride.
-        choice = "coco" if backbone in COCO and backbone not in {name for name, _ in UNSTRIDED} else "imagenet"
+        # The default never is a detector whose levels are not one per stride, nor one with another pyramid.
+        has_detector = backbone in COCO and backbone not in {name for name, _ in UNSTRIDED}
+        choice = "coco" if has_detector and pyramid in (None, "fpn") else "imagenet"
     if choice == "imagenet":
         return str(best_weights(backbone))
     if choice == "coco" and backbone not in COCO:
@@ -337,7 +342,9 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         recipe, values, settings = resolve_facts(layout, facts, recipe, config, name, eps)
         unstrided = UNSTRIDED.get((name, layout.pyramid.in_channels)) if layout.pyramid else None
         pyramid = None
-        if layout.pyramid is not None:
+        if layout.pyramid is not None and not issubclass(NECKS[layout.pyramid.kind], FPN):
+            pyramid = _other_neck(layout, name, description, config)
+        elif layout.pyramid is not None:
             top_block, source = resolve_top_block(
                 layout, layout.pyramid, facts, config.top_block, unstrided is not None
             )
@@ -403,6 +410,24 @@ def _notes(checkpoint: Checkpoint, prefix: str, prefixes: Collection[str]) -> li
     ]
 
 
+def _other_neck(
+    layout: StateDictLayout, backbone: str, description: Mapping[str, Any], config: ModelConfig
+) -> CheckpointNeck:
+    """The neck in a file that is no FPN, whose levels have no top block."""
+    keys = layout.pyramid
+    assert keys is not None
+    if config.top_block is not None:
+        raise FpnxError(f"top block {config.top_block} is for fpn and pafpn, it has a {keys.kind}: drop the option")
+    stated = effdet_settings(layout.state, backbone) if layout.framework == "effdet" else description
+    return CheckpointNeck(
+        keys=keys,
+        kind=keys.kind,
+        first_level=description.get("first_level", keys.first_level),
+        levels=parse_levels(description["levels"]) if "levels" in description else None,
+        settings={**keys.settings, **{name: stated[name] for name in NECKS[keys.kind].choices if name in stated}},
+    )
+
+
 def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the description in one of fpnx's own files, or raise FpnxError if it has an invalid value."""
     parts = description.get("parts", {})
@@ -414,6 +439,7 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
         "pyramid": description.get("pyramid", "fpn") in PYRAMIDS,
         "tap": description.get("pyramid") != "image" or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
+        **{name: description.get(name, values[0]) in values for name, values in _neck_choices().items()},
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
         and all(p[0] in (True, False, None) for p in parts.values()),
@@ -423,6 +449,10 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
             value = escape(str(description.get(name)))[:60]
             raise FpnxError(f"its description has {name} {value}, which fpnx never wrote")
     return description
+
+
+def _neck_choices() -> dict[str, tuple[str, ...]]:
+    return {name: values for neck in NECKS.values() for name, values in neck.choices.items()}
 
 
 def _backbone_in(layout: StateDictLayout, description: Mapping[str, Any], requested: str | None) -> str:

@@ -12,26 +12,12 @@ from torch import Tensor
 
 from fpnx.core.errors import FpnxError
 from fpnx.models.backbones.registry import TIMM
+from fpnx.models.weights.effdet import effdet_backbone, from_effdet
 from fpnx.models.weights.key_matching import choose_prefix, first_names, match_backbone, tails
 from fpnx.models.weights.mmdetection import read_config
+from fpnx.models.weights.neck_keys import FpnKeys, fpn_keys
 
-__all__ = ["StateDictLayout", "FpnKeys", "fpn_keys", "recognize_layout", "with_names_of"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FpnKeys:
-    """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
-
-    `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
-    `kind` is the neck's, as `--pyramid` takes it.
-    """
-
-    in_channels: tuple[int, ...]
-    channels: int
-    norm: str | None
-    top_in: int | None
-    first_level: int | None = None
-    kind: str = "fpn"
+__all__ = ["StateDictLayout", "recognize_layout", "with_names_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +26,8 @@ class StateDictLayout:
 
     Attributes:
         framework: the file's layout: `"fpnx"`, `"torchvision"`, `"timm"`, `"torchvision detection"`, `"detectron2"`,
-            `"detectron2 backbone"` (converted from torchvision's by its script), `"caffe2"` (Detectron's) or
-            `"mmdetection"`.
+            `"detectron2 backbone"` (converted from torchvision's by its script, or by SoCo's with an FPN), `"caffe2"`
+            (Detectron's), `"mmdetection"` or `"effdet"`.
         state: the parameters: `body.*` with the backbone's names, and `fpn.*`.
         ignored: number of other tensors, which belong to heads and other networks.
         facts: what the file states beside its parameters, by the field names of `CheckpointConfig` and `Recipe`.
@@ -120,6 +106,7 @@ def recognize_layout(
     return StateDictLayout(
         framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid, prefix=used,
         automatic=automatic, beside=tuple(prefixes),
+        backbone=effdet_backbone(renamed, backbone) if framework == "effdet" else None,
     )  # fmt: skip
 
 
@@ -139,27 +126,10 @@ def with_names_of(layout: StateDictLayout, backbone: str | None) -> StateDictLay
     return replace(layout, state=state, ignored=ignored, backbone=match.name)
 
 
-def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> FpnKeys | None:
-    """What `fpn.*` of a state dict in fpnx's layout says of its pyramid; None where there is none."""
-    laterals = [state[f"fpn.inner_blocks.{i}.0.weight"] for i in range(16) if f"fpn.inner_blocks.{i}.0.weight" in state]
-    if not laterals:
-        return None
-    norms = [name.rsplit(".", 1)[1] for name in state if re.match(r"fpn\.(inner|layer)_blocks\.\d+\.1\.", name)]
-    norm = None if not norms else "batch" if "running_mean" in norms else "group"
-    top = state.get("fpn.extra_blocks.p6.weight")
-    return FpnKeys(
-        in_channels=tuple(lateral.shape[1] for lateral in laterals),
-        channels=laterals[0].shape[0],
-        norm=norm,
-        top_in=None if top is None else top.shape[1],
-        first_level=first_level,
-        kind="pafpn" if "fpn.pafpn_blocks.0.0.weight" in state else "fpn",
-    )
-
-
-LAYOUT_PATTERNS = {  # layout → start of a key that only this layout has
+LAYOUT_PATTERNS = {  # layout → start of a key that only this layout has; the first that matches counts
+    "effdet": r"fpn\.cell\.\d+\.fnode\.",
     "torchvision detection": r"backbone\.body\.",
-    "fpnx": r"fpn\.inner_blocks\.|body\.",
+    "fpnx": r"fpn\.(inner_blocks|cells)\.|body\.",
     "detectron2": r"backbone\.bottom_up\.",
     "detectron2 backbone": r"stem\.conv1\.(weight|norm\.)",
     "caffe2": r"res2_0_branch2a_w$",
@@ -192,9 +162,11 @@ def _rename_rules(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Ren
     if framework == "torchvision detection":
         return r"backbone\.", lambda name: _from_own(name[9:]) if name.startswith("backbone.") else None
     if framework.startswith("detectron2"):
-        return r"backbone\.|stem\.|res\d", _from_detectron2(_first_level(framework, state))
+        return r"backbone\.|stem\.|res\d|fpn_", _from_detectron2(_first_level(framework, state))
     if framework == "caffe2":
         return r"(res|conv1|fpn)(?!.*_momentum$)", _from_caffe2
+    if framework == "effdet":
+        return r"(backbone|fpn)\.", from_effdet(state)
     if framework == "mmdetection":
         laterals = {match[1] for name in state if (match := re.match(r"neck\.lateral_convs\.(\d+)\.", name))}
         return r"(backbone|neck)\.", _from_mmdetection(len(laterals))
@@ -206,7 +178,7 @@ def _from_own(name: str) -> str | None:
     name = re.sub(r"^body\.(?=\d)", "body.features.", name)
     name = re.sub(r"^(fpn\.(?:inner|layer)_blocks\.\d+)\.(?=weight|bias)", r"\1.0.", name)
     blocks = r"(inner|layer|downsample|pafpn)_blocks\.\d+\.[01]\.\w+"
-    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias))"
+    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias)|extra_block\.[01]\.\w+|(cells|stacks)\.\d+\..+)"
     return name if re.fullmatch(known, name) else None
 
 
@@ -218,7 +190,7 @@ def _from_detectron2(first_level: int | None) -> Rename:
         if match := re.fullmatch(r"res([2-5])\.(\d+)\.(conv(\d)|shortcut)\.(norm\.)?(\w+)", name):
             inner = f"{'bn' if match[5] else 'conv'}{match[4]}" if match[4] else f"downsample.{1 if match[5] else 0}"
             return f"body.layer{int(match[1]) - 1}.{match[2]}.{inner}.{match[6]}"
-        if match := re.fullmatch(r"backbone\.fpn_(lateral|output)(\d)\.(norm\.)?(\w+)", name):
+        if match := re.fullmatch(r"(?:backbone\.)?fpn_(lateral|output)(\d)\.(norm\.)?(\w+)", name):
             blocks = "inner_blocks" if match[1] == "lateral" else "layer_blocks"
             return f"fpn.{blocks}.{int(match[2]) - (first_level or 0)}.{1 if match[3] else 0}.{match[4]}"
         if match := re.fullmatch(r"backbone\.top_block\.(p[67]\.(weight|bias))", name):
@@ -253,10 +225,16 @@ def _from_mmdetection(laterals: int) -> Rename:
     def rename(name: str) -> str | None:
         if name.startswith("backbone."):
             return f"body.{name[9:]}"
-        match = re.fullmatch(r"neck\.(lateral|fpn)_convs\.(\d+)\.(conv|bn|gn)\.(\w+)", name)
+        if match := re.fullmatch(r"neck\.fpn_stages\.(\d+)\.(\w+)\.out_conv\.(conv|bn)\.(\w+)", name):
+            return f"fpn.stacks.{match[1]}.{match[2]}.{('conv', 'bn').index(match[3])}.{match[4]}"
+        if match := re.fullmatch(r"neck\.extra_downsamples\.(\d+)\.0\.(conv|bn)\.(\w+)", name):
+            return f"fpn.downsample_blocks.{match[1]}.{('conv', 'bn').index(match[2])}.{match[3]}"
+        match = re.fullmatch(r"neck\.(lateral|fpn|downsample|pafpn)_convs\.(\d+)\.(conv|bn|gn)\.(\w+)", name)
         if match is None:
             return None
         i, part = int(match[2]), 0 if match[3] == "conv" else 1
+        if match[1] in ("downsample", "pafpn"):
+            return f"fpn.{match[1]}_blocks.{i}.{part}.{match[4]}"
         if match[1] == "lateral" or i < laterals:
             blocks = "inner_blocks" if match[1] == "lateral" else "layer_blocks"
             return f"fpn.{blocks}.{i}.{part}.{match[4]}"
@@ -266,8 +244,8 @@ def _from_mmdetection(laterals: int) -> Rename:
 
 
 def _first_level(framework: str, state: Mapping[str, Tensor]) -> int | None:
-    found = [int(match[1]) for name in state if (match := re.match(r"backbone\.fpn_lateral(\d)\.", name))]
-    return min(found, default=None) if framework == "detectron2" else None
+    found = [int(match[1]) for name in state if (match := re.match(r"(?:backbone\.)?fpn_lateral(\d)\.", name))]
+    return min(found, default=None) if framework.startswith("detectron2") else None
 
 
 def _stated_facts(framework: str, state: Mapping[str, Tensor], config: str | None) -> dict[str, Any]:
