@@ -167,6 +167,7 @@ class BenchmarkConfig:
         repeatable=True,
     )
     tap: str | None = like(ModelConfig, "tap")
+    blocks: str | int | Iterable[int] | None = like(ModelConfig, "blocks")
     seed: int = like(ModelConfig, "seed")
     levels: str | Iterable[str] | None = like(ModelConfig, "levels")
     channels: int | None = like(ModelConfig, "channels")

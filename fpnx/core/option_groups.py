@@ -19,6 +19,7 @@ from fpnx.core.validation import (
     checked_size,
     format_size,
     freeze,
+    parse_blocks,
     parse_channels,
     parse_size,
     point_text,
@@ -96,7 +97,8 @@ class CheckpointConfig:
 class ModelConfig(CheckpointConfig):
     """Backbone, pyramid and parameters. `None`: the default of the weights or of the backbone.
 
-    `levels` takes `"P2-P5"`, `"C3,P3"` or a sequence of names, and is kept as a tuple, fine to coarse.
+    `levels` takes `"P2-P5"`, `"C3,P3"` or a sequence of names, and is kept as a tuple, fine to coarse. `blocks` takes
+    `"5,11"`, 11 or a sequence of numbers, and is kept as a tuple.
     """
 
     backbone: str | None = option(
@@ -121,6 +123,12 @@ class ModelConfig(CheckpointConfig):
     tap: str | None = option(
         None, "The map that pyramid image is made of (default: the last, such as C5).", "Model", metavar="C4|C5"
     )
+    blocks: str | int | Iterable[int] | None = option(
+        None,
+        "Blocks of a vision transformer whose maps are the tap, from 0, or from the end as -1 (default: the last).",
+        "Model",
+        metavar="N,…",
+    )
     seed: int = option(0, "For parts without trained parameters.", "Model", metavar="N")
     levels: str | Iterable[str] | None = option(
         None, "Such as P2-P5 (default), P3-P7 or C3,P3.", "Model", metavar="LEVELS", complete="levels"
@@ -139,6 +147,8 @@ class ModelConfig(CheckpointConfig):
             freeze(self, "tap", self.tap.upper())
             if not re.fullmatch(r"C[1-9]", self.tap):
                 raise FpnxError(f"tap {escape(self.tap)}: take one of the backbone's taps, such as C4 or C5")
+        if self.blocks is not None:
+            freeze(self, "blocks", parse_blocks(self.blocks))
         check_whole("seed", self.seed, 0, 2**63 - 1)
         if self.channels is not None:
             check_whole("channels", self.channels, 1, 65536)

@@ -21,10 +21,12 @@ from fpnx.models.backbones.factory import (
     backbone_from_module,
     create_backbone,
     parameter_shapes,
+    refuse_blocks,
 )
 from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.image_pyramid import ImagePyramid
+from fpnx.models.necks.no_neck import NoNeck
 from fpnx.models.necks.registry import NECKS
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
@@ -55,6 +57,7 @@ def create_model(
     levels: Any = ModelConfig.levels,
     pyramid: str | None = ModelConfig.pyramid,
     tap: str | None = ModelConfig.tap,
+    blocks: str | int | Iterable[int] | None = ModelConfig.blocks,
     channels: int | None = ModelConfig.channels,
     top_block: str | None = ModelConfig.top_block,
     seed: int = ModelConfig.seed,
@@ -83,6 +86,8 @@ def create_model(
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
         pyramid: the kind of neck, `"fpn"` or `"pafpn"`, or `"image"`; None: a file's own, else `"fpn"`.
         tap: with `pyramid="image"`, the tap that is taken at several scales; None: the last.
+        blocks: of a backbone whose maps have one stride (a vision transformer): the blocks whose maps are its tap, from 0
+            on, or -1 (the last), -2, …; several are concatenated along channels, in their order. None: the last.
         channels: of every P level; None: a file's own, else 256.
         top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
         seed: for the parts that have no trained parameters.
@@ -104,6 +109,7 @@ def create_model(
         levels=levels,
         pyramid=pyramid,
         tap=tap,
+        blocks=blocks,
         channels=channels,
         top_block=top_block,
         seed=seed,
@@ -151,14 +157,14 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
     if weights.image_pyramid is not None and config.pyramid in (None, "image"):
         tap, levels = weights.image_pyramid
         config = replace(config, pyramid="image", tap=config.tap or tap, levels=config.levels or levels)
-    kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    kind = _kind(backbone, config)
     if config.tap is not None and not kind.accepts_single_stride:
         raise FpnxError(f"tap {config.tap} is for pyramids of one tap: give --pyramid image beside it")
     if kind is ImagePyramid:
         weights = _of_body(weights)
         if backbone.size is not None:
             raise FpnxError(f"{backbone.name} takes inputs of one size, and pyramid image needs several: take another")
-    elif weights.pyramid is None:
+    elif weights.pyramid is None and kind is not NoNeck:
         asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
         backbone.check_levels(asked, config.top_block)
     held = weights.pyramid
@@ -166,12 +172,39 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
         levels = neck.levels if weights.pyramid else neck.default_levels()
+        levels = tuple(name for name in levels if weights.pyramid or backbone.stride(int(name[1:])) is not None)
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
     model = PyramidModel(backbone, neck, ordered_levels(levels), weights)
     _fill(model, weights)
     model.note_parameters()
     return model.eval()
+
+
+def _kind(backbone: Backbone, config: ModelConfig) -> type[Neck]:
+    """The kind of neck that `config` asks for, or the default one.
+
+    Raises:
+        FpnxError: it merges taps of several strides, and the backbone has maps of one.
+    """
+    kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    if backbone.one_stride is None or kind.accepts_single_stride:
+        return kind
+    merged = next((name for name in config.levels or () if name.startswith("P")), None)
+    asked = {
+        f"pyramid {config.pyramid}": config.pyramid,
+        f"level {merged}": merged,
+        f"channels {config.channels}": config.channels,
+        f"top block {config.top_block}": config.top_block,
+    }
+    (tap,) = backbone.channels
+    first = next((name for name, value in asked.items() if value is not None), None)
+    if first is not None:
+        raise FpnxError(
+            f"{first} on {backbone.name}: {kind.kind} merges maps of several strides, and all of its maps have stride "
+            f"{backbone.one_stride}: take --levels C{tap} or --pyramid image"
+        )
+    return NoNeck
 
 
 def _copied(model: PyramidModel, config: ModelConfig) -> PyramidModel:
@@ -194,10 +227,14 @@ def _copied(model: PyramidModel, config: ModelConfig) -> PyramidModel:
 def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
     weights = resolve_weights(config)
     recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
-    return weights, create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size)
+    blocks = config.blocks or weights.blocks
+    return weights, create_backbone(
+        weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size, blocks=blocks
+    )
 
 
 def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
+    refuse_blocks(type(module).__name__, config.blocks)
     if config.weights not in ("default", "random"):
         if is_weights_file(config.weights):
             return _given_with_file(config, module)
@@ -224,7 +261,7 @@ def _given_with_file(config: ModelConfig, module: nn.Module) -> tuple[Weights, B
 
 def _new_neck(backbone: Backbone, config: ModelConfig) -> Neck:
     """A neck over all taps that gives the asked levels."""
-    kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    kind = _kind(backbone, config)
     inputs = _one_tap(backbone, config) if kind.accepts_single_stride else backbone.pyramid_channels
     return kind.for_levels(inputs, config.channels, tuple(config.levels or ()), config.top_block)
 
@@ -307,6 +344,7 @@ def save_weights(
     parts = {name: ModelPart(True, AS_GIVEN) if name in chosen else getattr(weights, name) for name in PARTS}
     about = {
         "backbone": model.backbone,
+        **({"blocks": list(model.blocks)} if model.blocks else {}),
         **model.fpn.identity(),
         "first_level": min(model.fpn.in_channels),
         "norm_eps": model.weights.norm_eps,
@@ -324,10 +362,15 @@ def _check_levels(levels: tuple[str, ...], backbone: Backbone, neck: Neck, weigh
         raise FpnxError(f"level {taps[0]} beside pyramid {neck.kind}, which has P levels only: leave {taps[0]} out")
     there = (
         () if (held and held.strides) or not neck.gives_taps else ordered_levels(f"C{k}" for k in backbone.nodes)
-    ) + neck.levels
+    ) + tuple(name for name in neck.levels if held or backbone.stride(int(name[1:])) is not None)
     absent = next((name for name in levels if name not in there), None)
     if absent is None:
         return
+    if absent in neck.levels:
+        stride = f"{backbone.one_stride} has no {absent}"
+        raise FpnxError(
+            f"{backbone.name} of stride {stride}: its stride would be no whole number: take {_listed(there)}"
+        )
     if held is not None:
         raise FpnxError(f"{escape(weights.name)} has no level {absent}: it has {_listed(there)}; {UNTRAINED}")
     if (why := neck.explain_missing(absent)) is not None:

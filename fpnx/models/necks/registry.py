@@ -1,12 +1,13 @@
-"""The necks by name, as `--pyramid` takes them."""
+"""The necks by name, as `--pyramid` takes them; `none` is what a backbone without a pyramid has."""
 
 from __future__ import annotations
 
 from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.image_pyramid import ImagePyramid
+from fpnx.models.necks.no_neck import NoNeck
 from fpnx.models.necks.pafpn import PAFPN
 
 __all__ = ["NECKS"]
 
-NECKS: dict[str, type[Neck]] = {"fpn": FPN, "pafpn": PAFPN, "image": ImagePyramid}
+NECKS: dict[str, type[Neck]] = {"fpn": FPN, "pafpn": PAFPN, "image": ImagePyramid, "none": NoNeck}

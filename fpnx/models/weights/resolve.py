@@ -93,6 +93,7 @@ class Weights:
         state: the parameters in fpnx's layout (`body.*`, `fpn.*`). Parts that are missing are drawn from the seed.
         pyramid: the pyramid in the file; None where there is none.
         image_pyramid: in a file of a model with an image pyramid, its tap and levels; else None.
+        blocks: in a file of a model whose backbone has maps of one stride, the blocks that it taps; else None.
         norm_eps: epsilon of the body's batch norms; None keeps the network's own.
         stride_in_1x1: whether bottlenecks stride in their first 1×1 convolution instead of the 3×3 one.
         nodes: level number → node to tap, instead of the ends of the stages.
@@ -113,6 +114,7 @@ class Weights:
     state: Mapping[str, Tensor]
     pyramid: CheckpointNeck | None = None
     image_pyramid: tuple[str, tuple[str, ...]] | None = None
+    blocks: tuple[int, ...] | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool = False
     nodes: Mapping[int, str] | None = None
@@ -371,6 +373,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         state=layout.state,
         pyramid=pyramid,
         image_pyramid=image_pyramid,
+        blocks=tuple(description["blocks"]) if "blocks" in description else None,
         norm_eps=values.get("norm_eps"),
         stride_in_1x1=bool(values.get("stride_in_1x1")),
         nodes=unstrided[0] if unstrided else None,
@@ -411,7 +414,9 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "levels": isinstance(description.get("levels", []), list),
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
         "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
-        "pyramid": description.get("pyramid", "fpn") in PYRAMIDS,
+        "pyramid": description.get("pyramid", "fpn") in (*PYRAMIDS, "none"),
+        "blocks": isinstance(description.get("blocks", []), list)
+        and all(isinstance(number, int) and number >= 0 for number in description.get("blocks", [])),
         "tap": description.get("pyramid") != "image" or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
