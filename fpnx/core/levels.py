@@ -8,7 +8,15 @@ from collections.abc import Iterable
 
 from fpnx.core.errors import FpnxError
 
-__all__ = ["LEVELS", "level_number", "level_of_stride", "level_place", "ordered_levels", "parse_levels", "UNSTRIDED_LEVELS"]
+__all__ = [
+    "LEVELS",
+    "level_number",
+    "level_of_stride",
+    "level_place",
+    "ordered_levels",
+    "parse_levels",
+    "UNSTRIDED_LEVELS",
+]
 
 LEVELS = (*(f"C{k}" for k in range(2, 8)), *(f"P{k}" for k in range(2, 8)))
 # torchvision's level names, fine to coarse; used where there is not one level per stride (MobileNetV3).

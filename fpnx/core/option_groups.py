@@ -41,7 +41,7 @@ __all__ = [
     "TOP_BLOCKS",
 ]
 
-PYRAMIDS = ("fpn", "pafpn", "image")
+PYRAMIDS = ("fpn", "pafpn", "simple", "image")
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")
@@ -121,7 +121,10 @@ class ModelConfig(CheckpointConfig):
         None, "Kind of pyramid (default: that of the weights, or fpn).", "Model", choices=PYRAMIDS
     )
     tap: str | None = option(
-        None, "The map that pyramid image is made of (default: the last, such as C5).", "Model", metavar="C4|C5"
+        None,
+        "The map that pyramids image and simple are made of (default: the last, such as C5).",
+        "Model",
+        metavar="C4|C5",
     )
     blocks: str | int | Iterable[int] | None = option(
         None,

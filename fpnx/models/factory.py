@@ -28,6 +28,7 @@ from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.image_pyramid import ImagePyramid
 from fpnx.models.necks.no_neck import NoNeck
 from fpnx.models.necks.registry import NECKS
+from fpnx.models.necks.simple import SimplePyramid
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.models.weights.checkpoints import write_checkpoint
@@ -154,17 +155,32 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
 def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
     weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
-    if weights.image_pyramid is not None and config.pyramid in (None, "image"):
-        tap, levels = weights.image_pyramid
-        config = replace(config, pyramid="image", tap=config.tap or tap, levels=config.levels or levels)
+    held_by_file = weights.one_tap
+    if held_by_file is not None and config.pyramid in (None, held_by_file.kind):
+        config = replace(
+            config,
+            pyramid=held_by_file.kind,
+            tap=config.tap or held_by_file.tap,
+            levels=config.levels or held_by_file.levels,
+            channels=config.channels or held_by_file.channels,
+        )
+    elif held_by_file is not None and held_by_file.kind != "image" and config.pyramid != "image":
+        raise FpnxError(
+            f"pyramid {config.pyramid} contradicts {escape(weights.name)}, which has {held_by_file.kind}: {UNTRAINED}"
+        )
     kind = _kind(backbone, config)
     if config.tap is not None and not kind.accepts_single_stride:
-        raise FpnxError(f"tap {config.tap} is for pyramids of one tap: give --pyramid image beside it")
+        raise FpnxError(f"tap {config.tap} is for pyramids of one tap: give --pyramid image or simple beside it")
+    if kind is SimplePyramid and backbone.one_stride is None and config.tap is None:
+        raise FpnxError(
+            f"pyramid simple on {backbone.name}, which has maps of several strides: take --pyramid fpn, which merges them, "
+            f"or one map, as in --tap {_listed(f'C{k}' for k in backbone.channels if k == min(4, max(backbone.channels)))}"
+        )
     if kind is ImagePyramid:
         weights = _of_body(weights)
         if backbone.size is not None:
             raise FpnxError(f"{backbone.name} takes inputs of one size, and pyramid image needs several: take another")
-    elif weights.pyramid is None and kind is not NoNeck:
+    elif weights.pyramid is None and not kind.accepts_single_stride and kind is not NoNeck:
         asked = [name for name in config.levels or () if name not in UNSTRIDED_LEVELS]
         backbone.check_levels(asked, config.top_block)
     held = weights.pyramid
@@ -202,7 +218,7 @@ def _kind(backbone: Backbone, config: ModelConfig) -> type[Neck]:
     if first is not None:
         raise FpnxError(
             f"{first} on {backbone.name}: {kind.kind} merges maps of several strides, and all of its maps have stride "
-            f"{backbone.one_stride}: take --levels C{tap} or --pyramid image"
+            f"{backbone.one_stride}: take --levels C{tap}, --pyramid simple or --pyramid image"
         )
     return NoNeck
 
@@ -228,9 +244,7 @@ def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
     weights = resolve_weights(config)
     recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
     blocks = config.blocks or weights.blocks
-    return weights, create_backbone(
-        weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size, blocks=blocks
-    )
+    return weights, create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size, blocks=blocks)
 
 
 def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:

@@ -150,11 +150,11 @@ def test_a_run_from_end_to_end(fpnx_run: Any, tmp_path: Path) -> None:
 def test_native_sizes_that_are_no_multiple_fail_one_by_one(fpnx_run: Any, tmp_path: Path) -> None:
     photos, command = fpnx_run
     out = tmp_path / "out.h5"
-    code, _, err = command(
+    code, text, _ = command(
         "extract", photos, "-o", out, "--backbone", PATCH_14, "--weights", "random", "--size", "native"
     )
     assert code == 1
-    assert "0.png: timm/eva02_tiny_patch14_224 cannot take an input of 60×80: its sides are multiples of 14: the nearest size is 56×84" in " ".join(err.split())  # fmt: skip  # noqa: E501
+    assert f"0.png: {PATCH_14} cannot take an input of 60×80: its sides are multiples of 14: the nearest size" in text
     with fpnx.open(out) as store:
         assert store["1.png"]["C4"].shape == (192, 4, 6)
         assert "multiples of 14" in store.error(0)
@@ -224,7 +224,9 @@ def test_a_file_of_another_image_size_is_resized_as_timm_does_it(tmp_path: Path)
     larger = drawn(timm.create_model("vit_tiny_patch16_384", dynamic_img_size=True))
     torch.save(larger.state_dict(), tmp_path / "own.pth")
     model = fpnx.create_model(TINY, weights=str(tmp_path / "own.pth"))
-    theirs = timm.create_model(TINY[5:], checkpoint_path=str(tmp_path / "own.pth"), dynamic_img_size=True).eval()
+    theirs = timm.create_model(TINY[5:], dynamic_img_size=True).eval()
+    filtered = timm.models.vision_transformer.checkpoint_filter_fn(larger.state_dict(), theirs)
+    theirs.load_state_dict(filtered)
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         (expected,) = theirs.forward_intermediates(images, indices=[11], intermediates_only=True)

@@ -7,7 +7,14 @@ from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.image_pyramid import ImagePyramid
 from fpnx.models.necks.no_neck import NoNeck
 from fpnx.models.necks.pafpn import PAFPN
+from fpnx.models.necks.simple import SimplePyramid
 
 __all__ = ["NECKS"]
 
-NECKS: dict[str, type[Neck]] = {"fpn": FPN, "pafpn": PAFPN, "image": ImagePyramid, "none": NoNeck}
+NECKS: dict[str, type[Neck]] = {
+    "fpn": FPN,
+    "pafpn": PAFPN,
+    "simple": SimplePyramid,
+    "image": ImagePyramid,
+    "none": NoNeck,
+}

@@ -57,6 +57,7 @@ __all__ = [
 
 DEFAULT_BACKBONE = "resnet50"
 UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
+ONE_TAP = ("simple", "image")  # kinds of pyramids that are made of one tap
 CHOICES = ("weights_key", "weights_prefix")  # options that choose among the parameters in a file
 # Detectors whose levels are not one per stride: by the laterals' inputs, where the body is tapped, and the strides.
 UNSTRIDED: dict[tuple[str, tuple[int, ...]], tuple[dict[int, str], tuple[int, ...]]] = {
@@ -82,6 +83,16 @@ class CheckpointNeck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OneTapPyramid:
+    """The pyramid of one tap that a file's description names; `channels` is None where they are the tap's own."""
+
+    kind: str
+    tap: str
+    levels: tuple[str, ...]
+    channels: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """The parameters for a model, on the CPU, with the facts that belong to them.
 
@@ -92,7 +103,7 @@ class Weights:
         body, fpn: whether these parts are trained, and where their parameters come from.
         state: the parameters in fpnx's layout (`body.*`, `fpn.*`). Parts that are missing are drawn from the seed.
         pyramid: the pyramid in the file; None where there is none.
-        image_pyramid: in a file of a model with an image pyramid, its tap and levels; else None.
+        one_tap: in a file of a model with a pyramid of one tap, what it says of it; else None.
         blocks: in a file of a model whose backbone has maps of one stride, the blocks that it taps; else None.
         norm_eps: epsilon of the body's batch norms; None keeps the network's own.
         stride_in_1x1: whether bottlenecks stride in their first 1×1 convolution instead of the 3×3 one.
@@ -113,7 +124,7 @@ class Weights:
     fpn: ModelPart
     state: Mapping[str, Tensor]
     pyramid: CheckpointNeck | None = None
-    image_pyramid: tuple[str, tuple[str, ...]] | None = None
+    one_tap: OneTapPyramid | None = None
     blocks: tuple[int, ...] | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool = False
@@ -327,7 +338,11 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         description = _check_description(checkpoint.description or {})
         stated = description.get("backbone")
         layout = recognize_layout(
-            checkpoint.state, checkpoint.config, backbone=stated or backbone, prefix=config.weights_prefix
+            checkpoint.state,
+            checkpoint.config,
+            backbone=stated or backbone,
+            prefix=config.weights_prefix,
+            own=stated is not None,
         )
         layout = layout if stated else with_names_of(layout, backbone)
         name = _backbone_in(layout, description, backbone)
@@ -352,9 +367,14 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
                 levels=parse_levels(description["levels"]) if "levels" in description else None,
                 strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
             )
-        image_pyramid = None
-        if description.get("pyramid") == "image":
-            image_pyramid = (description["tap"], parse_levels(description.get("levels", "P3-P5")))
+        one_tap = None
+        if description.get("pyramid") in ONE_TAP:
+            one_tap = OneTapPyramid(
+                kind=description["pyramid"],
+                tap=description["tap"],
+                levels=parse_levels(description.get("levels", "P3-P5")),
+                channels=None if description["pyramid"] == "image" else description["channels"],
+            )
     except FpnxError as error:
         raise FpnxError(f"{escape(file)}: {error}") from error
     parts = description.get("parts", {})
@@ -372,7 +392,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         fpn=fpn,
         state=layout.state,
         pyramid=pyramid,
-        image_pyramid=image_pyramid,
+        one_tap=one_tap,
         blocks=tuple(description["blocks"]) if "blocks" in description else None,
         norm_eps=values.get("norm_eps"),
         stride_in_1x1=bool(values.get("stride_in_1x1")),
@@ -417,7 +437,8 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "pyramid": description.get("pyramid", "fpn") in (*PYRAMIDS, "none"),
         "blocks": isinstance(description.get("blocks", []), list)
         and all(isinstance(number, int) and number >= 0 for number in description.get("blocks", [])),
-        "tap": description.get("pyramid") != "image" or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
+        "tap": description.get("pyramid") not in ONE_TAP or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
+        "channels": description.get("pyramid") != "simple" or isinstance(description.get("channels"), int),
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())
         and all(p[0] in (True, False, None) for p in parts.values()),

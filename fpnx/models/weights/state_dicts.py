@@ -67,7 +67,12 @@ Rename = Callable[[str], "str | None"]
 
 
 def recognize_layout(
-    state: Mapping[str, Tensor], config: str | None = None, *, backbone: str | None = None, prefix: str | None = None
+    state: Mapping[str, Tensor],
+    config: str | None = None,
+    *,
+    backbone: str | None = None,
+    prefix: str | None = None,
+    own: bool = False,
 ) -> StateDictLayout:
     """Recognise the layout of `state` by its keys, and rename the parameters of the backbone and the pyramid.
 
@@ -76,12 +81,14 @@ def recognize_layout(
         config: the text of an mmdetection config.
         backbone: the backbone that the user names; None finds it.
         prefix: the prefix before the keys that the user names; None finds it.
+        own: the file says that fpnx wrote it.
 
     Raises:
         FpnxError: the backbone or the pyramid has keys that its layout does not have; no backbone fits, or it is
             another one; or several prefixes fit.
     """
-    framework, prefixes = _framework(state, backbone)
+    is_plain = own and any(name.startswith("body.") for name in state)
+    framework, prefixes = ("fpnx", [""]) if is_plain else _framework(state, backbone)
     if not prefixes:
         match = match_backbone(state, backbone, prefix)
         return StateDictLayout(
@@ -206,7 +213,7 @@ def _from_own(name: str) -> str | None:
     name = re.sub(r"^body\.(?=\d)", "body.features.", name)
     name = re.sub(r"^(fpn\.(?:inner|layer)_blocks\.\d+)\.(?=weight|bias)", r"\1.0.", name)
     blocks = r"(inner|layer|downsample|pafpn)_blocks\.\d+\.[01]\.\w+"
-    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias))"
+    known = rf"body\..+|fpn\.({blocks}|blocks\.P\d\.\d\.(weight|bias)|extra_blocks\.p\d\.(weight|bias))"
     return name if re.fullmatch(known, name) else None
 
 
