@@ -74,8 +74,8 @@ def overview(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def details(name: str) -> dict[str, Any]:
     """One backbone as a JSON object: taps, parameters, operations at its recipe's size, and weights with their files.
 
-    GFLOPs count a multiply-add as 2, for the taps and for a pyramid with `FPN_CHANNELS` channels, where the backbone has
-    maps of several strides. No weights are loaded.
+    GFLOPs count a multiply-add as 2, for the taps and for a pyramid with `FPN_CHANNELS` channels, where the backbone
+    has maps of several strides. No weights are loaded.
 
     Raises:
         FpnxError: a network without stages.
@@ -84,6 +84,7 @@ def details(name: str) -> dict[str, Any]:
     size = recipe.fixed_size
     assert size is not None
     stages = detect_stages(name).stages
+    blocks = stages.blocks if stages is not None else 0
     backbone = create_backbone(name, 0, size=size if detect_stages(name).keyword else None, meta=True)
     size = backbone.size or size
     with FlopCounterMode(display=False) as body_counter:
@@ -99,7 +100,7 @@ def details(name: str) -> dict[str, Any]:
             for tap in _taps(stages)
         ],
         "input_size": list(size),
-        "blocks": stages.blocks or None,
+        "blocks": blocks or None,
         "only_squares_in_multiples_of": backbone.side,
         "recipe": str(recipe),
         "parameters": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fpnx.core.errors import FpnxError
@@ -126,7 +126,7 @@ class ModelConfig(CheckpointConfig):
         "Model",
         metavar="C4|C5",
     )
-    blocks: str | int | Iterable[int] | None = option(
+    blocks: str | int | Sequence[int] | None = option(
         None,
         "Blocks of a vision transformer whose maps are the tap, from 0, or from the end as -1 (default: the last).",
         "Model",

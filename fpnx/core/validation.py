@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -52,7 +52,7 @@ def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def parse_blocks(blocks: str | int | Iterable[int]) -> tuple[int, ...]:
+def parse_blocks(blocks: str | int | Sequence[int]) -> tuple[int, ...]:
     """`"5,11"`, 11 or a sequence of numbers → numbers of blocks, in the same order; negative ones count from the end.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, ordered_levels
 from fpnx.core.provenance import AS_GIVEN, NO_PARAMETERS, ModelPart
 from fpnx.core.text import did_you_mean, escape
+from fpnx.core.validation import parse_blocks
 from fpnx.models.backbones.factory import (
     Backbone,
     backbone_from_module,
@@ -58,7 +59,7 @@ def create_model(
     levels: Any = ModelConfig.levels,
     pyramid: str | None = ModelConfig.pyramid,
     tap: str | None = ModelConfig.tap,
-    blocks: str | int | Iterable[int] | None = ModelConfig.blocks,
+    blocks: str | int | Sequence[int] | None = ModelConfig.blocks,
     channels: int | None = ModelConfig.channels,
     top_block: str | None = ModelConfig.top_block,
     seed: int = ModelConfig.seed,
@@ -87,8 +88,8 @@ def create_model(
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5.
         pyramid: the kind of neck, `"fpn"` or `"pafpn"`, or `"image"`; None: a file's own, else `"fpn"`.
         tap: with `pyramid="image"`, the tap that is taken at several scales; None: the last.
-        blocks: of a backbone whose maps have one stride (a vision transformer): the blocks whose maps are its tap, from 0
-            on, or -1 (the last), -2, …; several are concatenated along channels, in their order. None: the last.
+        blocks: of a backbone whose maps have one stride (a vision transformer): the blocks whose maps are its tap, from
+            0 on, or -1 (the last), -2, …; several are concatenated along channels, in their order. None: the last.
         channels: of every P level; None: a file's own, else 256.
         top_block: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own, else what `levels` need.
         seed: for the parts that have no trained parameters.
@@ -173,8 +174,8 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
         raise FpnxError(f"tap {config.tap} is for pyramids of one tap: give --pyramid image or simple beside it")
     if kind is SimplePyramid and backbone.one_stride is None and config.tap is None:
         raise FpnxError(
-            f"pyramid simple on {backbone.name}, which has maps of several strides: take --pyramid fpn, which merges them, "
-            f"or one map, as in --tap {_listed(f'C{k}' for k in backbone.channels if k == min(4, max(backbone.channels)))}"
+            f"pyramid simple on {backbone.name}, which has maps of several strides: take --pyramid fpn, which merges "
+            f"them, or one of them, as in --tap C{min(4, max(backbone.channels))}"
         )
     if kind is ImagePyramid:
         weights = _of_body(weights)
@@ -243,12 +244,16 @@ def _copied(model: PyramidModel, config: ModelConfig) -> PyramidModel:
 def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
     weights = resolve_weights(config)
     recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
-    blocks = config.blocks or weights.blocks
+    blocks = _blocks(config) or weights.blocks
     return weights, create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size, blocks=blocks)
 
 
+def _blocks(config: ModelConfig) -> tuple[int, ...] | None:
+    return None if config.blocks is None else parse_blocks(config.blocks)
+
+
 def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
-    refuse_blocks(type(module).__name__, config.blocks)
+    refuse_blocks(type(module).__name__, _blocks(config))
     if config.weights not in ("default", "random"):
         if is_weights_file(config.weights):
             return _given_with_file(config, module)

@@ -276,7 +276,7 @@ class PyramidModel(nn.Module):
         return one_size(self.backbone, size, self._side)
 
     def _no_multiple(self, size: tuple[int, int]) -> str:
-        """Why a backbone whose maps have one stride does not take `size` (height, width), and the nearest that it takes."""
+        """Why a backbone whose maps have one stride does not take `size` (height, width), and the nearest that is."""
         assert self.one_stride is not None
         multiple = math.ceil(self.one_stride / min([1.0, *self.scales.values()]))
         height, width = (max(multiple, math.floor(side / multiple + 0.5) * multiple) for side in size)

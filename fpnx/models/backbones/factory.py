@@ -346,7 +346,7 @@ def _detect_blocks(name: str) -> StageDetection | None:
             stages = find_blocks(name)
     except Exception:  # networks raise errors of any type for sizes and arguments that they cannot take
         return None
-    return stages and StageDetection(stages=stages)
+    return None if stages is None else StageDetection(stages=stages)
 
 
 def _detect_at_one_size(name: str, error: Exception) -> StageDetection:

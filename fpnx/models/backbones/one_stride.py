@@ -103,7 +103,8 @@ def chosen_blocks(name: str, asked: Sequence[int] | None, count: int) -> tuple[i
     for number in asked or (-1,):
         if not -count <= number < count:
             raise FpnxError(
-                f"{name} has no block {number}: it has {count}, from 0 to {count - 1}, or from -1 (the last) to -{count}"
+                f"{name} has no block {number}: it has {count}, from 0 to {count - 1}, or from -1 (the last) to "
+                f"-{count}"
             )
         numbers.append(number % count)
     twice = next((number for number in numbers if numbers.count(number) > 1), None)

@@ -105,8 +105,9 @@ class SimplePyramid(Neck):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw all convolutions by Kaiming uniform with a=1 and zero bias, each from its own generator for (seed, level,
-        position); norms begin as 1 and 0."""
+        """Draw all convolutions by Kaiming uniform with a=1 and zero bias; norms begin as 1 and 0.
+
+        Each has its own generator for (seed, level, position)."""
         for name, block in self.blocks.items():
             for i, layer in enumerate(block):
                 if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
