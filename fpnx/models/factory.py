@@ -245,7 +245,8 @@ def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
     weights = resolve_weights(config)
     recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
     blocks = _blocks(config) or weights.blocks
-    return weights, create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size, blocks=blocks)
+    backbone = create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size, blocks=blocks)
+    return weights, backbone if weights.size is None else replace(backbone, size=weights.size)
 
 
 def _blocks(config: ModelConfig) -> tuple[int, ...] | None:
@@ -364,6 +365,7 @@ def save_weights(
     about = {
         "backbone": model.backbone,
         **({"blocks": list(model.blocks)} if model.blocks else {}),
+        **({"size": list(model.size)} if model.size and model.one_stride else {}),
         **model.fpn.identity(),
         "first_level": min(model.fpn.in_channels),
         "norm_eps": model.weights.norm_eps,

@@ -269,6 +269,11 @@ class PyramidModel(nn.Module):
 
     def _one_size(self, size: tuple[int, int]) -> str:
         assert self.size is not None
+        if self.one_stride is not None:
+            return (
+                f"{self.weights.name} is for inputs of {self.size[0]}×{self.size[1]}, padding included, and not of "
+                f"{size[0]}×{size[1]}: it has position embeddings for that size alone: leave out the size"
+            )
         assert self._side is not None
         if size[0] == size[1] and size[0] % self._side == 0:
             built = f"{self.size[0]}×{self.size[1]}"

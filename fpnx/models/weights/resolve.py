@@ -43,6 +43,7 @@ from fpnx.models.weights.torchvision import (
     native_recipe,
     norm_eps_of,
 )
+from fpnx.models.weights.vitdet import VITDET_SIDE
 
 __all__ = [
     "UNTRAINED",
@@ -105,6 +106,7 @@ class Weights:
         pyramid: the pyramid in the file; None where there is none.
         one_tap: in a file of a model with a pyramid of one tap, what it says of it; else None.
         blocks: in a file of a model whose backbone has maps of one stride, the blocks that it taps; else None.
+        size: the only (height, width) of inputs, padding included, for which they are exact; None: any.
         norm_eps: epsilon of the body's batch norms; None keeps the network's own.
         stride_in_1x1: whether bottlenecks stride in their first 1×1 convolution instead of the 3×3 one.
         nodes: level number → node to tap, instead of the ends of the stages.
@@ -126,6 +128,7 @@ class Weights:
     pyramid: CheckpointNeck | None = None
     one_tap: OneTapPyramid | None = None
     blocks: tuple[int, ...] | None = None
+    size: tuple[int, int] | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool = False
     nodes: Mapping[int, str] | None = None
@@ -375,6 +378,16 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
                 levels=parse_levels(description.get("levels", "P3-P5")),
                 channels=None if description["pyramid"] == "image" else description["channels"],
             )
+        elif "fpn.blocks.P4.0.weight" in layout.state:  # ViTDet's
+            one_tap = OneTapPyramid(
+                kind="simple",
+                tap="C4",
+                levels=parse_levels("P2-P6"),
+                channels=layout.state["fpn.blocks.P4.0.weight"].shape[0],
+            )
+        size = (VITDET_SIDE, VITDET_SIDE) if layout.framework == "detectron2 ViTDet" else None
+        if "size" in description:
+            size = tuple(description["size"])
     except FpnxError as error:
         raise FpnxError(f"{escape(file)}: {error}") from error
     parts = description.get("parts", {})
@@ -393,6 +406,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         state=layout.state,
         pyramid=pyramid,
         one_tap=one_tap,
+        size=size,
         blocks=tuple(description["blocks"]) if "blocks" in description else None,
         norm_eps=values.get("norm_eps"),
         stride_in_1x1=bool(values.get("stride_in_1x1")),
@@ -438,6 +452,12 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "blocks": isinstance(description.get("blocks", []), list)
         and all(isinstance(number, int) and number >= 0 for number in description.get("blocks", [])),
         "tap": description.get("pyramid") not in ONE_TAP or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
+        "size": "size" not in description
+        or (
+            isinstance(description["size"], list)
+            and len(description["size"]) == 2
+            and all(isinstance(side, int) and side > 0 for side in description["size"])
+        ),
         "channels": description.get("pyramid") != "simple" or isinstance(description.get("channels"), int),
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())

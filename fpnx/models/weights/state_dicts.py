@@ -14,6 +14,7 @@ from fpnx.core.errors import FpnxError
 from fpnx.models.backbones.registry import TIMM
 from fpnx.models.weights.key_matching import choose_prefix, first_names, match_backbone, tails
 from fpnx.models.weights.mmdetection import read_config
+from fpnx.models.weights.vitdet import rename_vitdet, vitdet_backbone, vitdet_state
 
 __all__ = ["StateDictLayout", "FpnKeys", "fpn_keys", "recognize_layout", "with_names_of"]
 
@@ -40,8 +41,8 @@ class StateDictLayout:
 
     Attributes:
         framework: the file's layout: `"fpnx"`, `"torchvision"`, `"timm"`, `"torchvision detection"`, `"detectron2"`,
-            `"detectron2 backbone"` (converted from torchvision's by its script), `"caffe2"` (Detectron's) or
-            `"mmdetection"`.
+            `"detectron2 ViTDet"`, `"detectron2 backbone"` (converted from torchvision's by its script), `"caffe2"`
+            (Detectron's) or `"mmdetection"`.
         state: the parameters: `body.*` with the backbone's names, and `fpn.*`.
         ignored: number of other tensors, which belong to heads and other networks.
         facts: what the file states beside its parameters, by the field names of `CheckpointConfig` and `Recipe`.
@@ -123,10 +124,15 @@ def recognize_layout(
     facts = _stated_facts(framework, inner, config)
     if framework == "caffe2":
         renamed, facts = _add_norm_statistics(renamed, facts)
+    found: str | None = None
+    if framework == "detectron2 ViTDet":
+        renamed, found = vitdet_state(renamed), vitdet_backbone(renamed)
+        if backbone not in (None, found):
+            raise FpnxError(f"it is for {found}, not for {backbone}: drop --backbone or take another file")
     pyramid = fpn_keys(renamed, _first_level(framework, inner))
     return StateDictLayout(
         framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid, prefix=used,
-        automatic=automatic, beside=tuple(prefixes),
+        automatic=automatic, beside=tuple(prefixes), backbone=found,
     )  # fmt: skip
 
 
@@ -168,6 +174,7 @@ LAYOUT_PATTERNS = {  # layout → start of a key that only this layout has
     "torchvision detection": r"backbone\.body\.",
     "fpnx": r"fpn\.inner_blocks\.|body\.",
     "detectron2": r"backbone\.bottom_up\.",
+    "detectron2 ViTDet": r"backbone\.(simfp_\d\.|net\.blocks\.\d+\.attn\.rel_pos_h)",
     "detectron2 backbone": r"stem\.conv1\.(weight|norm\.)",
     "caffe2": r"res2_0_branch2a_w$",
     "mmdetection": r"neck\.(lateral|fpn)_convs\.",
@@ -198,6 +205,8 @@ def _rename_rules(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Ren
         return r"(body|fpn)\.", _from_own
     if framework == "torchvision detection":
         return r"backbone\.", lambda name: _from_own(name[9:]) if name.startswith("backbone.") else None
+    if framework == "detectron2 ViTDet":
+        return r"backbone\.", rename_vitdet
     if framework.startswith("detectron2"):
         return r"backbone\.|stem\.|res\d", _from_detectron2(_first_level(framework, state))
     if framework == "caffe2":
