@@ -59,13 +59,16 @@ def show_details(backbone: Mapping[str, Any]) -> None:
     side = backbone["only_squares_in_multiples_of"]
     if side:
         console.print(f"takes squares in multiples of {side} only")
-    console.print(
-        f"parameters: body {_millions(parameters['body'])}{with_head}, "
-        f"pyramid of {backbone['pyramid_channels']} channels {_millions(parameters['pyramid'])}"
-    )
-    console.print(
-        f"GFLOPs: body {gflops['body']:.2f}, pyramid {gflops['pyramid']:.2f} (a multiply-add counts as 2)", end="\n\n"
-    )
+    pyramid_parameters, pyramid_gflops = "", ""
+    if backbone["blocks"]:
+        (tap,) = (tap["level"] for tap in backbone["taps"])
+        console.print(f"blocks 0 to {backbone['blocks'] - 1} (--blocks); --levels {tap} by default, or --pyramid image")
+    else:
+        channels, count = backbone["pyramid_channels"], _millions(parameters["pyramid"])
+        pyramid_parameters = f", pyramid of {channels} channels {count}"
+        pyramid_gflops = f", pyramid {gflops['pyramid']:.2f}"
+    console.print(f"parameters: body {_millions(parameters['body'])}{with_head}{pyramid_parameters}")
+    console.print(f"GFLOPs: body {gflops['body']:.2f}{pyramid_gflops} (a multiply-add counts as 2)", end="\n\n")
     console.print(Text("--weights random: trains nothing; recipe " + backbone["recipe"]), soft_wrap=True)
     for each in backbone["weights"]:
         also = f" (also: {', '.join(each['also'])})" if each["also"] else ""

@@ -74,8 +74,8 @@ def overview(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def details(name: str) -> dict[str, Any]:
     """One backbone as a JSON object: taps, parameters, operations at its recipe's size, and weights with their files.
 
-    GFLOPs count a multiply-add as 2, for the taps and for a pyramid with `FPN_CHANNELS` channels. No weights are
-    loaded.
+    GFLOPs count a multiply-add as 2, for the taps and for a pyramid with `FPN_CHANNELS` channels, where the backbone
+    has maps of several strides. No weights are loaded.
 
     Raises:
         FpnxError: a network without stages.
@@ -83,30 +83,34 @@ def details(name: str) -> dict[str, Any]:
     recipe = native_recipe(name)
     size = recipe.fixed_size
     assert size is not None
+    stages = detect_stages(name).stages
+    blocks = stages.blocks if stages is not None else 0
     backbone = create_backbone(name, 0, size=size if detect_stages(name).keyword else None, meta=True)
     size = backbone.size or size
-    pyramid = on_meta(FPN(backbone.pyramid_channels, FPN_CHANNELS))
     with FlopCounterMode(display=False) as body_counter:
         taps = run_on_meta(backbone.body, size)
-    with FlopCounterMode(display=False) as pyramid_counter:
-        pyramid(taps)
+    pyramid = None if backbone.one_stride else on_meta(FPN(backbone.pyramid_channels, FPN_CHANNELS))
+    if pyramid is not None:
+        with FlopCounterMode(display=False) as pyramid_counter:
+            pyramid(taps)
     return {
         "name": name,
         "taps": [
             {**tap, "height": taps[tap["level"]].shape[2], "width": taps[tap["level"]].shape[3]}
-            for tap in _taps(detect_stages(name).stages)
+            for tap in _taps(stages)
         ],
         "input_size": list(size),
+        "blocks": blocks or None,
         "only_squares_in_multiples_of": backbone.side,
         "recipe": str(recipe),
         "parameters": {
             "body": _count(backbone.body),
-            "pyramid": _count(pyramid),
+            "pyramid": None if pyramid is None else _count(pyramid),
             "published": _count(build_network(name, meta=True)) if not name.startswith(TIMM) else None,
         },
         "gflops": {
             "body": body_counter.get_total_flops() / 1e9,
-            "pyramid": pyramid_counter.get_total_flops() / 1e9,
+            "pyramid": None if pyramid is None else pyramid_counter.get_total_flops() / 1e9,
             "multiply_add_counts_as": 2,
         },
         "pyramid_channels": FPN_CHANNELS,
@@ -146,9 +150,11 @@ def _published_facts(name: str) -> dict[str, Any]:
 
 
 def _taps(stages: Stages | None) -> list[dict[str, Any]]:
+    if stages is None:
+        return []
     return [
-        {"level": f"C{level}", "stride": 2**level, "node": tap.node, "channels": tap.channels}
-        for level, tap in sorted(stages.taps.items() if stages else [])
+        {"level": f"C{level}", "stride": stages.stride or 2**level, "node": tap.node, "channels": tap.channels}
+        for level, tap in sorted(stages.taps.items())
     ]
 
 

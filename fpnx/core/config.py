@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -167,6 +167,7 @@ class BenchmarkConfig:
         repeatable=True,
     )
     tap: str | None = like(ModelConfig, "tap")
+    blocks: str | int | Sequence[int] | None = like(ModelConfig, "blocks")
     seed: int = like(ModelConfig, "seed")
     levels: str | Iterable[str] | None = like(ModelConfig, "levels")
     channels: int | None = like(ModelConfig, "channels")

@@ -1,13 +1,22 @@
-"""Names of levels: C2 to C7 are taps, P2 to P7 pyramid levels; level k has stride 2^k."""
+"""Names of levels: C2 to C7 are taps, P2 to P7 pyramid levels; level k has stride 2^k, or the nearest that there is."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
 from fpnx.core.errors import FpnxError
 
-__all__ = ["LEVELS", "level_number", "level_place", "ordered_levels", "parse_levels", "UNSTRIDED_LEVELS"]
+__all__ = [
+    "LEVELS",
+    "level_number",
+    "level_of_stride",
+    "level_place",
+    "ordered_levels",
+    "parse_levels",
+    "UNSTRIDED_LEVELS",
+]
 
 LEVELS = (*(f"C{k}" for k in range(2, 8)), *(f"P{k}" for k in range(2, 8)))
 # torchvision's level names, fine to coarse; used where there is not one level per stride (MobileNetV3).
@@ -54,3 +63,8 @@ def level_place(name: str) -> int:
 def level_number(name: str) -> int:
     """k of `"Pk"` or `"Ck"`: the level of stride 2^k."""
     return int(name[1:])
+
+
+def level_of_stride(stride: float) -> int:
+    """k of the level whose stride 2^k is nearest to `stride`, as a ratio: 4 for 14 and 16."""
+    return round(math.log2(stride))

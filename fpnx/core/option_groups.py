@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fpnx.core.errors import FpnxError
@@ -19,6 +19,7 @@ from fpnx.core.validation import (
     checked_size,
     format_size,
     freeze,
+    parse_blocks,
     parse_channels,
     parse_size,
     point_text,
@@ -40,7 +41,7 @@ __all__ = [
     "TOP_BLOCKS",
 ]
 
-PYRAMIDS = ("fpn", "pafpn", "bifpn", "nasfpn", "image")
+PYRAMIDS = ("fpn", "pafpn", "bifpn", "nasfpn", "simple", "image")
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")
@@ -96,7 +97,8 @@ class CheckpointConfig:
 class ModelConfig(CheckpointConfig):
     """Backbone, pyramid and parameters. `None`: the default of the weights or of the backbone.
 
-    `levels` takes `"P2-P5"`, `"C3,P3"` or a sequence of names, and is kept as a tuple, fine to coarse.
+    `levels` takes `"P2-P5"`, `"C3,P3"` or a sequence of names, and is kept as a tuple, fine to coarse. `blocks` takes
+    `"5,11"`, 11 or a sequence of numbers, and is kept as a tuple.
     """
 
     backbone: str | None = option(
@@ -119,7 +121,16 @@ class ModelConfig(CheckpointConfig):
         None, "Kind of pyramid (default: that of the weights, or fpn).", "Model", choices=PYRAMIDS
     )
     tap: str | None = option(
-        None, "The map that pyramid image is made of (default: the last, such as C5).", "Model", metavar="C4|C5"
+        None,
+        "The map that pyramids image and simple are made of (default: the last, such as C5).",
+        "Model",
+        metavar="C4|C5",
+    )
+    blocks: str | int | Sequence[int] | None = option(
+        None,
+        "Blocks of a vision transformer whose maps are the tap, from 0, or from the end as -1 (default: the last).",
+        "Model",
+        metavar="N,…",
     )
     seed: int = option(0, "For parts without trained parameters.", "Model", metavar="N")
     levels: str | Iterable[str] | None = option(
@@ -139,6 +150,8 @@ class ModelConfig(CheckpointConfig):
             freeze(self, "tap", self.tap.upper())
             if not re.fullmatch(r"C[1-9]", self.tap):
                 raise FpnxError(f"tap {escape(self.tap)}: take one of the backbone's taps, such as C4 or C5")
+        if self.blocks is not None:
+            freeze(self, "blocks", parse_blocks(self.blocks))
         check_whole("seed", self.seed, 0, 2**63 - 1)
         if self.channels is not None:
             check_whole("channels", self.channels, 1, 65536)

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -22,6 +22,7 @@ __all__ = [
     "check_whole",
     "checked_size",
     "freeze",
+    "parse_blocks",
     "parse_channels",
     "format_size",
     "parse_pool",
@@ -49,6 +50,19 @@ def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
     if not 1 <= len(chosen) <= 100:
         raise FpnxError(f"{len(chosen)} channels: take from 1 to 100 numbers, such as 3,17 or 0-8")
     return tuple(chosen)
+
+
+def parse_blocks(blocks: str | int | Sequence[int]) -> tuple[int, ...]:
+    """`"5,11"`, 11 or a sequence of numbers → numbers of blocks, in the same order; negative ones count from the end.
+
+    Raises:
+        FpnxError: for anything else.
+    """
+    parts = [blocks] if isinstance(blocks, int) else blocks.split(",") if isinstance(blocks, str) else list(blocks)
+    for part in parts or [""]:
+        if isinstance(part, bool) or not re.fullmatch(r"\s*-?\d{1,4}\s*", str(part), re.ASCII):
+            raise FpnxError(f"block {str(part)!r}: take numbers such as 11, -1 or 5,8,11")
+    return tuple(map(int, parts))
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

@@ -20,6 +20,7 @@ from fpnx.inference.fpn_fusion import FusedFpn
 from fpnx.inference.neck_fusion import FusedNeck, fuse_neck
 from fpnx.inference.packed_conv import SIZES_PACKED, PackedConv2d, can_pack, is_activation, is_norm, packing
 from fpnx.models.backbones.local_tracer import LocalTracer
+from fpnx.models.backbones.one_stride import BlockMaps
 from fpnx.models.backbones.tracing import on_meta, run_on_meta
 from fpnx.models.pyramid_model import PyramidModel
 
@@ -110,6 +111,8 @@ def fuse_model(
     body: nn.Module
     if isinstance(model.body, fx.GraphModule):
         body = _fuse(_inline(model.body, needed), model.size or (SIDE, SIDE))
+    elif isinstance(model.body, BlockMaps):
+        body = copy.deepcopy(model.body)
     else:
         body = _Serialized(copy.deepcopy(model.body))
     for module in (body, neck):

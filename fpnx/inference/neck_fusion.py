@@ -6,6 +6,7 @@ import copy
 from collections.abc import Collection, Mapping
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from fpnx.inference.fpn_fusion import FusedFpn
@@ -55,8 +56,34 @@ def fuse_neck(
     return FusedNeck(neck, levels)
 
 
+def _merge_upsampling(sequence: nn.Sequential) -> None:
+    """Merge a 1×1 convolution into the transposed convolution before it, where that takes fewer operations."""
+    for i in reversed(range(len(sequence) - 1)):
+        up, after = sequence[i], sequence[i + 1]
+        if not (isinstance(up, nn.ConvTranspose2d) and type(after) is nn.Conv2d):
+            continue
+        plain = up.padding == up.output_padding == (0, 0) and up.dilation == (1, 1)
+        plain &= (
+            after.kernel_size == (1, 1) and after.groups == 1 and after.stride == (1, 1) and after.padding == (0, 0)
+        )
+        separate = up.out_channels * (up.in_channels + after.out_channels)
+        if not plain or up.groups != 1 or up.in_channels * after.out_channels >= separate:
+            continue
+        one = after.weight.detach().double().flatten(1)
+        bias = up.bias.detach().double() if up.bias is not None else one.new_zeros(up.out_channels)
+        bias = one @ bias + (after.bias.detach().double() if after.bias is not None else 0)
+        merged = nn.ConvTranspose2d(1, 1, up.kernel_size, up.stride, device="meta")  # whose parameters are not drawn
+        merged.in_channels, merged.out_channels = up.in_channels, after.out_channels
+        merged.weight = nn.Parameter(torch.einsum("imyx,om->ioyx", up.weight.detach().double(), one).float())
+        merged.bias = nn.Parameter(bias.float())
+        sequence[i] = merged
+        del sequence[i + 1]
+
+
 def _pack(module: nn.Module) -> None:
     """Replace every convolution below `module`, with the norm and activation that follow it in a sequence."""
+    if isinstance(module, nn.Sequential):
+        _merge_upsampling(module)
     for name, child in module.named_children():
         if PackedConv2d.takes(child) or (isinstance(child, nn.Sequential) and PackedConv2d.takes(child[0])):
             module.add_module(name, fuse_sequence(child))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,16 +16,20 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, ordered_levels
 from fpnx.core.provenance import AS_GIVEN, NO_PARAMETERS, ModelPart
 from fpnx.core.text import did_you_mean, escape
+from fpnx.core.validation import parse_blocks
 from fpnx.models.backbones.factory import (
     Backbone,
     backbone_from_module,
     create_backbone,
     parameter_shapes,
+    refuse_blocks,
 )
 from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.image_pyramid import ImagePyramid
+from fpnx.models.necks.no_neck import NoNeck
 from fpnx.models.necks.registry import NECKS
+from fpnx.models.necks.simple import SimplePyramid
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.models.weights.checkpoints import write_checkpoint
@@ -56,6 +60,7 @@ def create_model(
     levels: Any = ModelConfig.levels,
     pyramid: str | None = ModelConfig.pyramid,
     tap: str | None = ModelConfig.tap,
+    blocks: str | int | Sequence[int] | None = ModelConfig.blocks,
     channels: int | None = ModelConfig.channels,
     top_block: str | None = ModelConfig.top_block,
     seed: int = ModelConfig.seed,
@@ -87,6 +92,8 @@ def create_model(
         pyramid: the kind of neck, `"fpn"`, `"pafpn"`, `"bifpn"`, `"nasfpn"` or `"image"`; None: a file's own, else
             `"fpn"`.
         tap: with `pyramid="image"`, the tap that is taken at several scales; None: the last.
+        blocks: of a backbone whose maps have one stride (a vision transformer): the blocks whose maps are its tap, from
+            0 on, or -1 (the last), -2, …; several are concatenated along channels, in their order. None: the last.
         channels: of every P level; None: a file's own, else 256, for `"bifpn"` 64. A BiFPN has as many cells as
             EfficientDet's of that width.
         top_block: of `"fpn"` and `"pafpn"`: `"pool"` (P6), `"c5"`, `"p5"` or `"m5"` (P6 and P7); None: a file's own,
@@ -110,6 +117,7 @@ def create_model(
         levels=levels,
         pyramid=pyramid,
         tap=tap,
+        blocks=blocks,
         channels=channels,
         top_block=top_block,
         seed=seed,
@@ -154,17 +162,32 @@ def build_model(config: ModelConfig, module: nn.Module | None = None) -> Pyramid
 def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
     weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
-    if weights.image_pyramid is not None and config.pyramid in (None, "image"):
-        tap, levels = weights.image_pyramid
-        config = replace(config, pyramid="image", tap=config.tap or tap, levels=config.levels or levels)
-    kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    held_by_file = weights.one_tap
+    if held_by_file is not None and config.pyramid in (None, held_by_file.kind):
+        config = replace(
+            config,
+            pyramid=held_by_file.kind,
+            tap=config.tap or held_by_file.tap,
+            levels=config.levels or held_by_file.levels,
+            channels=config.channels or held_by_file.channels,
+        )
+    elif held_by_file is not None and held_by_file.kind != "image" and config.pyramid != "image":
+        raise FpnxError(
+            f"pyramid {config.pyramid} contradicts {escape(weights.name)}, which has {held_by_file.kind}: {UNTRAINED}"
+        )
+    kind = _kind(backbone, config)
     if config.tap is not None and not kind.accepts_single_stride:
-        raise FpnxError(f"tap {config.tap} is for pyramids of one tap: give --pyramid image beside it")
+        raise FpnxError(f"tap {config.tap} is for pyramids of one tap: give --pyramid image or simple beside it")
+    if kind is SimplePyramid and backbone.one_stride is None and config.tap is None:
+        raise FpnxError(
+            f"pyramid simple on {backbone.name}, which has maps of several strides: take --pyramid fpn, which merges "
+            f"them, or one of them, as in --tap C{min(4, max(backbone.channels))}"
+        )
     if kind is ImagePyramid:
         weights = _of_body(weights)
         if backbone.size is not None:
             raise FpnxError(f"{backbone.name} takes inputs of one size, and pyramid image needs several: take another")
-    elif weights.pyramid is None:
+    elif weights.pyramid is None and not kind.accepts_single_stride and kind is not NoNeck:
         asked = config.levels or kind.default_levels
         backbone.check_levels([name for name in asked if name not in UNSTRIDED_LEVELS], config.top_block)
     held = weights.pyramid
@@ -172,12 +195,39 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
     levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
     if not levels:
         levels = neck.levels if weights.pyramid else neck.levels_by_default()
+        levels = tuple(name for name in levels if weights.pyramid or backbone.stride(int(name[1:])) is not None)
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
     model = PyramidModel(backbone, neck, ordered_levels(levels), replace(weights, state={}))
     _fill(model, weights)
     model.note_parameters()
     return model.eval()
+
+
+def _kind(backbone: Backbone, config: ModelConfig) -> type[Neck]:
+    """The kind of neck that `config` asks for, or the default one.
+
+    Raises:
+        FpnxError: it merges taps of several strides, and the backbone has maps of one.
+    """
+    kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    if backbone.one_stride is None or kind.accepts_single_stride:
+        return kind
+    merged = next((name for name in config.levels or () if name.startswith("P")), None)
+    asked = {
+        f"pyramid {config.pyramid}": config.pyramid,
+        f"level {merged}": merged,
+        f"channels {config.channels}": config.channels,
+        f"top block {config.top_block}": config.top_block,
+    }
+    (tap,) = backbone.channels
+    first = next((name for name, value in asked.items() if value is not None), None)
+    if first is not None:
+        raise FpnxError(
+            f"{first} on {backbone.name}: {kind.kind} merges maps of several strides, and all of its maps have stride "
+            f"{backbone.one_stride}: take --levels C{tap}, --pyramid simple or --pyramid image"
+        )
+    return NoNeck
 
 
 def _copied(model: PyramidModel, config: ModelConfig) -> PyramidModel:
@@ -200,10 +250,17 @@ def _copied(model: PyramidModel, config: ModelConfig) -> PyramidModel:
 def _named(config: ModelConfig) -> tuple[Weights, Backbone]:
     weights = resolve_weights(config)
     recipe = weights.recipe.sized(config) if isinstance(config, InputConfig) else weights.recipe
-    return weights, create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size)
+    blocks = _blocks(config) or weights.blocks
+    backbone = create_backbone(weights.backbone, config.seed, weights.nodes, size=recipe.fixed_size, blocks=blocks)
+    return weights, backbone if weights.size is None else replace(backbone, size=weights.size)
+
+
+def _blocks(config: ModelConfig) -> tuple[int, ...] | None:
+    return None if config.blocks is None else parse_blocks(config.blocks)
 
 
 def _given(config: ModelConfig, module: nn.Module) -> tuple[Weights, Backbone]:
+    refuse_blocks(type(module).__name__, _blocks(config))
     if config.weights not in ("default", "random"):
         if is_weights_file(config.weights):
             return _given_with_file(config, module)
@@ -230,7 +287,7 @@ def _given_with_file(config: ModelConfig, module: nn.Module) -> tuple[Weights, B
 
 def _new_neck(backbone: Backbone, config: ModelConfig) -> Neck:
     """A neck over all taps that gives the asked levels."""
-    kind = NECKS[config.pyramid or DEFAULT_PYRAMID]
+    kind = _kind(backbone, config)
     inputs = _one_tap(backbone, config) if kind.accepts_single_stride else backbone.pyramid_channels
     channels = config.channels or kind.default_channels
     return kind.for_levels(inputs, channels, tuple(config.levels or ()), config.top_block)
@@ -315,6 +372,8 @@ def save_weights(
     parts = {name: ModelPart(True, AS_GIVEN) if name in chosen else getattr(weights, name) for name in PARTS}
     about = {
         "backbone": model.backbone,
+        **({"blocks": list(model.blocks)} if model.blocks else {}),
+        **({"size": list(model.size)} if model.size and model.one_stride else {}),
         **model.fpn.identity(),
         "first_level": min(model.fpn.in_channels),
         "norm_eps": model.weights.norm_eps,
@@ -332,10 +391,15 @@ def _check_levels(levels: tuple[str, ...], backbone: Backbone, neck: Neck, weigh
         raise FpnxError(f"level {taps[0]} beside pyramid {neck.kind}, which has P levels only: leave {taps[0]} out")
     there = (
         () if (held and held.strides) or not neck.gives_taps else ordered_levels(f"C{k}" for k in backbone.nodes)
-    ) + neck.levels
+    ) + tuple(name for name in neck.levels if held or backbone.stride(int(name[1:])) is not None)
     absent = next((name for name in levels if name not in there), None)
     if absent is None:
         return
+    if absent in neck.levels:
+        stride = f"{backbone.one_stride} has no {absent}"
+        raise FpnxError(
+            f"{backbone.name} of stride {stride}: its stride would be no whole number: take {_listed(there)}"
+        )
     if held is not None:
         raise FpnxError(f"{escape(weights.name)} has no level {absent}: it has {_listed(there)}; {UNTRAINED}")
     if (why := neck.explain_missing(absent)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast, overload
@@ -42,6 +43,8 @@ class PyramidModel(nn.Module):
         weights: where the parameters come from (`weights.body` and `weights.fpn` say what is trained), as it was when
             the model was made; see `current_weights`.
         size: the only (height, width) that the backbone takes, where it is built for one; else None.
+        one_stride: the stride of the backbone's only tap, where its maps all have one; else None.
+        blocks: then, the blocks whose maps are the tap, counted from 0.
     """
 
     def __init__(self, backbone: Backbone, neck: Neck, levels: tuple[str, ...], weights: Weights) -> None:
@@ -51,7 +54,10 @@ class PyramidModel(nn.Module):
         self.backbone = backbone.name
         self.channels = {f"C{k}": n for k, n in backbone.channels.items()} | dict.fromkeys(neck.levels, neck.channels)
         named = weights.pyramid.strides if weights.pyramid is not None else {}
-        self.strides = dict(named) or {name: 2 ** level_number(name) for name in self.channels}
+        self.strides = dict(named) or {
+            name: stride for name in self.channels if (stride := backbone.stride(level_number(name))) is not None
+        }
+        self.one_stride, self.blocks = backbone.one_stride, backbone.blocks
         self.size, self._side = backbone.size, backbone.side
         self.levels = levels
         self.weights = weights
@@ -182,6 +188,8 @@ class PyramidModel(nn.Module):
         try:
             return dict(self._shapes(size))
         except RuntimeError as error:
+            if self.one_stride is not None:
+                raise FpnxError(self._no_multiple(size)) from error
             least = self._least()
             hint = f": the smallest square it takes is {least}×{least}" if least else ""
             rounded = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
@@ -202,6 +210,7 @@ class PyramidModel(nn.Module):
             "seed": seeds[0] if seeds else None,
             "seed_scheme": SEED_SCHEME if seeds else None,
             "levels": list(self.levels),
+            **({"blocks": list(self.blocks)} if self.blocks else {}),
             **self.fpn.identity(),
             "norm_eps": self.weights.norm_eps,
             "stride_in_1x1": self.weights.stride_in_1x1,
@@ -259,11 +268,26 @@ class PyramidModel(nn.Module):
 
     def _one_size(self, size: tuple[int, int]) -> str:
         assert self.size is not None
+        if self.one_stride is not None:
+            return (
+                f"{self.weights.name} is for inputs of {self.size[0]}×{self.size[1]}, padding included, and not of "
+                f"{size[0]}×{size[1]}: it has position embeddings for that size alone: leave out the size"
+            )
         assert self._side is not None
         if size[0] == size[1] and size[0] % self._side == 0:
             built = f"{self.size[0]}×{self.size[1]}"
             return f"{self.backbone} was built for inputs of {built}: give size {size[0]} when it is made"
         return one_size(self.backbone, size, self._side)
+
+    def _no_multiple(self, size: tuple[int, int]) -> str:
+        """Why a backbone whose maps have one stride does not take `size` (height, width), and the nearest that is."""
+        assert self.one_stride is not None
+        multiple = math.ceil(self.one_stride / min([1.0, *self.scales.values()]))
+        height, width = (max(multiple, math.floor(side / multiple + 0.5) * multiple) for side in size)
+        text = f"{self.backbone} cannot take an input of {size[0]}×{size[1]}"
+        if (height, width) == size or not self._takes((height, width)):
+            return text
+        return f"{text}: its sides are multiples of {multiple}: the nearest size is {height}×{width}"
 
     def _least(self) -> int | None:
         """The side of the smallest square input, found by halving; None where 1024 is not taken either."""

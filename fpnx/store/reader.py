@@ -16,7 +16,7 @@ import numpy as np
 
 from fpnx.core.config import DTYPES
 from fpnx.core.errors import FpnxError, NotDoneError, StoreError
-from fpnx.core.levels import UNSTRIDED_LEVELS, level_number, parse_levels
+from fpnx.core.levels import UNSTRIDED_LEVELS, level_number, level_of_stride, parse_levels
 from fpnx.core.names import NameIndex
 from fpnx.core.provenance import Provenance
 from fpnx.core.sharding import ShardSlice
@@ -342,7 +342,7 @@ class Store:
             )
         check_bytes(dataset, dataset.size * dataset.dtype.itemsize)
         stride = int(dataset.attrs.get("stride", 0))
-        if stride < 1 or (level not in UNSTRIDED_LEVELS and stride != 2 ** level_number(level)):
+        if stride < 1 or (level not in UNSTRIDED_LEVELS and level_of_stride(stride) != level_number(level)):
             raise StoreError(f"{escape(self.path)} is not a whole fpnx file: {dataset.name} has another stride")
         self._checked.add((size, level))
         return dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fpnx.core.cache import load_entry, save_entry
 from fpnx.core.errors import FpnxError
 from fpnx.models.backbones.feature_extractor import create_feature_extractor
+from fpnx.models.backbones.one_stride import BlockMaps, build_blocks, chosen_blocks, find_blocks
 from fpnx.models.backbones.registry import (
     TIMM,
     build_network,
@@ -36,13 +37,15 @@ __all__ = [
     "backbone_from_module",
     "check_backbone_name",
     "cached_detection",
+    "has_one_stride",
     "one_size",
+    "refuse_blocks",
     "parameter_shapes",
     "detect_stages",
     "tap_shapes",
 ]
 
-CACHE_VERSION = 1  # of stage detection and its cache entries; another version makes entries on disk void
+CACHE_VERSION = 2  # of stage detection and its cache entries; another version makes entries on disk void
 # Builders' arguments for the input size. timm's name is first: timm before 1.0.31 takes the others and ignores them.
 SIZE_KEYWORDS = ("img_size", "input_size", "image_size")
 
@@ -58,6 +61,8 @@ class Backbone:
         channels: level number → channels of the tap.
         size: the only (height, width) that it takes; None: any size.
         side: with `size`, which is a square: its side is a multiple of this one.
+        one_stride: the stride of its only tap, of a network whose maps all have one, such as a vision transformer.
+        blocks: then, the blocks whose maps are the tap, counted from 0.
     """
 
     name: str
@@ -66,6 +71,16 @@ class Backbone:
     channels: Mapping[int, int]
     size: tuple[int, int] | None = None
     side: int | None = None
+    one_stride: int | None = None
+    blocks: tuple[int, ...] = ()
+
+    def stride(self, level: int) -> int | None:
+        """Stride of C_k or P_k in input pixels; None where it would be no whole number."""
+        if self.one_stride is None:
+            return 2**level
+        (tap,) = self.channels
+        stride = self.one_stride * 2.0 ** (level - tap)
+        return int(stride) if stride.is_integer() else None
 
     @property
     def pyramid_channels(self) -> dict[int, int]:
@@ -155,6 +170,7 @@ def create_backbone(
     *,
     size: tuple[int, int] | None = None,
     meta: bool = False,
+    blocks: Sequence[int] | None = None,
 ) -> Backbone:
     """The backbone `name` in eval mode on the CPU, with parameters initialised by its own code from `seed`.
 
@@ -162,13 +178,21 @@ def create_backbone(
         nodes: level number → node to tap, instead of the ends of its stages.
         size: (height, width) of the inputs; only networks that are built for one size need it.
         meta: build it on the meta device, without data.
+        blocks: those whose maps are the tap, of a network whose maps have one stride; None: the last.
 
     Raises:
-        FpnxError: unknown name, a network without stages, or a size that it cannot be built for.
+        FpnxError: unknown name, a network without stages, a size that it cannot be built for, or blocks that do not
+            exist.
     """
     detection = detect_stages(check_backbone_name(name))
     if detection.stages is None:
         raise FpnxError(f"{name} {detection.refused}: take another backbone (fpnx models lists them)")
+    seed = seeded_generator(seed, f"body.{name}").initial_seed()
+    if detection.stages.stride is not None:
+        numbers = chosen_blocks(name, blocks, detection.stages.blocks)
+        with isolated_torch_state(seed):
+            return _create_from_blocks(name, build_blocks(name, numbers, meta=meta), detection.stages, numbers)
+    refuse_blocks(name, blocks)
     side = native_side(name) if detection.keyword else None
     built_for = None
     if side is not None:
@@ -178,16 +202,35 @@ def create_backbone(
     stages = detection.stages
     if nodes is not None:
         stages = Stages(taps={level: TapPoint(node=node) for level, node in nodes.items()}, traced=True)
-    with isolated_torch_state(seeded_generator(seed, f"body.{name}").initial_seed()):
+    with isolated_torch_state(seed):
         network = build_network(name, built_for and built_for[0], detection.keyword, meta=meta)
         return _create(name, network, stages, built_for, side)
 
 
+def refuse_blocks(name: str, blocks: Sequence[int] | None) -> None:
+    """Raise FpnxError where `blocks` of a network are asked for whose maps have several strides."""
+    if blocks is not None:
+        asked = ",".join(map(str, blocks))
+        raise FpnxError(
+            f"blocks {asked} are for networks with maps of one stride, such as timm/vit_small_patch16_224, and {name} "
+            "has several: choose maps with --levels"
+        )
+
+
+def has_one_stride(name: str) -> bool:
+    """Whether the maps of the network `name` have one stride."""
+    stages = detect_stages(check_backbone_name(name)).stages
+    return stages is not None and stages.stride is not None
+
+
 @functools.lru_cache(maxsize=128)
 def parameter_shapes(name: str) -> Mapping[str, tuple[int, ...]]:
-    """Name → shape of all parameters and buffers of the network `name`, head included, without initialising it."""
+    """Name → shape of all parameters and buffers of the network `name`, without initialising it.
+
+    The head is included, except for networks whose maps have one stride.
+    """
     with isolated_torch_state():
-        network = build_network(check_backbone_name(name), meta=True)
+        network = build_blocks(name, meta=True) if has_one_stride(name) else build_network(name, meta=True)
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
@@ -244,6 +287,19 @@ def _create(
     )
 
 
+def _create_from_blocks(name: str, network: nn.Module, stages: Stages, blocks: tuple[int, ...]) -> Backbone:
+    ((level, tap),) = stages.taps.items()
+    assert stages.stride is not None
+    return Backbone(
+        name=name,
+        body=BlockMaps(network, blocks, f"C{level}").eval(),
+        nodes={level: tap.node},
+        channels={level: tap.channels * len(blocks)},
+        one_stride=stages.stride,
+        blocks=blocks,
+    )
+
+
 def one_size(name: str, size: tuple[int, int], side: int) -> str:
     """The message for a network that is built for one size and does not take `size` (height, width)."""
     return (
@@ -262,6 +318,9 @@ def _network_for_shapes(name: str, side: int | None = None, keyword: str | None 
 
 
 def _detect(name: str) -> StageDetection:
+    found = _detect_blocks(name)
+    if found is not None:
+        return found
     try:
         with no_warnings(), isolated_torch_state():
             network = _network_for_shapes(name)
@@ -278,6 +337,16 @@ def _detect(name: str) -> StageDetection:
             raise
         reason = " ".join(str(error).split())[:160]
         return StageDetection(stages=None, refused=f"offers no features_only that can be read ({reason})")
+
+
+def _detect_blocks(name: str) -> StageDetection | None:
+    """The tap of a network whose maps have one stride; None where it has no such tap for images of any size."""
+    try:
+        with no_warnings(), isolated_torch_state():
+            stages = find_blocks(name)
+    except Exception:  # networks raise errors of any type for sizes and arguments that they cannot take
+        return None
+    return None if stages is None else StageDetection(stages=stages)
 
 
 def _detect_at_one_size(name: str, error: Exception) -> StageDetection:
@@ -306,7 +375,8 @@ def _detection_from_entry(entry: Any) -> StageDetection | None:
         if entry["stages"] is None:
             return StageDetection(stages=None, refused=str(entry["refused"]))
         taps = {int(level): TapPoint(**tap) for level, tap in entry["stages"]["taps"].items()}
-        stages = Stages(taps=taps, traced=bool(entry["stages"]["traced"]))
+        found = entry["stages"]
+        stages = Stages(taps=taps, traced=bool(found["traced"]), stride=found["stride"], blocks=found["blocks"])
         return StageDetection(stages=stages, keyword=entry["keyword"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

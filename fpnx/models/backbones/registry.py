@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ def build_network(
     meta: bool = False,
     loaded: dict[str, torch.Tensor] | None = None,
     classifier: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> nn.Module:
     """The network `name` in eval mode, with parameters initialised by its own code.
 
@@ -78,8 +81,9 @@ def build_network(
         meta: build it on the meta device, without data.
         loaded: the state dict in a file that timm published for this network.
         classifier: build a timm network whole, with its head.
+        options: further arguments of the builder.
     """
-    options = {keyword: (side, side) if keyword == "input_size" else side} if keyword else {}
+    options = {**options, **({keyword: (side, side) if keyword == "input_size" else side} if keyword else {})}
     network: Any
     with no_warnings(), _ParametersOnMeta() if meta else nullcontext():
         if name.startswith(TIMM):

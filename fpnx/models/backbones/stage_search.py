@@ -42,11 +42,16 @@ class TapPoint:
 class Stages:
     """The taps of a network, by level number, one at the end of each stage.
 
-    `traced`: the taps are nodes of its torch.fx graph; if not, they are read by forward hooks.
+    Attributes:
+        traced: the taps are nodes of its torch.fx graph; if not, they are read by forward hooks.
+        stride: of a network whose maps all have one stride, that stride; its only tap is that of the nearest level.
+        blocks: then, number of blocks of which maps can be taken.
     """
 
     taps: Mapping[int, TapPoint]
     traced: bool
+    stride: int | None = None
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,10 @@ def _choose_taps(maps: Sequence[_FeatureMap]) -> dict[int, TapPoint]:
             best[feature_map.stride] = (depth, i)
     if len(best) < 2:
         strides = f"maps at stride {next(iter(best))} only" if best else "no maps at strides 4, 8, 16 or 32"
-        raise NoStagesError(f"has {strides}, and a pyramid needs several (a plain vision transformer keeps one stride)")
+        raise NoStagesError(
+            f"has {strides}, and a pyramid needs several (of vision transformers, those of timm are taken that resize "
+            "their position embeddings, such as timm/vit_base_patch16_224)"
+        )
     if [best[stride][1] for stride in sorted(best)] != sorted(i for _, i in best.values()):
         raise NoStagesError("does not go from fine to coarse: name a backbone, not a network with a decoder")
     chosen = {stride: maps[i] for stride, (_, i) in best.items()}

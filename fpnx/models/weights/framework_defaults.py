@@ -14,6 +14,7 @@ from fpnx.models.weights.effdet import effdet_recipe
 from fpnx.models.weights.neck_keys import FpnKeys
 from fpnx.models.weights.state_dicts import StateDictLayout
 from fpnx.models.weights.torchvision import DETECTOR_RECIPE, native_recipe
+from fpnx.models.weights.vitdet import VITDET_SIDE
 
 __all__ = [
     "DETECTRON2_RECIPE",
@@ -37,6 +38,14 @@ MMDETECTION_RECIPE = replace(
     order="RGB",
     mean=(123.675, 116.28, 103.53),
     std=(58.395, 57.12, 57.375),
+)
+VITDET_RECIPE = replace(
+    MMDETECTION_RECIPE,
+    short_side=VITDET_SIDE,
+    long_side=VITDET_SIDE,
+    rounding=DETECTRON2_RECIPE.rounding,
+    backend="pillow",
+    pad_multiple=VITDET_SIDE,
 )
 RESNEXT_STD = (57.375, 57.12, 58.395)  # of detectron2's X-101-32x8d
 BACKENDS = {"antialiased": "pillow", "plain": "tensor"}
@@ -154,6 +163,8 @@ def _defaults(layout: StateDictLayout, backbone: str, detection_eps: float) -> t
             True,
             False,
         )
+    elif framework == "detectron2 ViTDet":
+        recipe, eps, relu, in_1x1 = VITDET_RECIPE, None, True, False
     elif framework == "mmdetection":
         recipe, eps, relu, in_1x1 = MMDETECTION_RECIPE, 1e-5, False, False
         if layout.pyramid is not None and layout.pyramid.kind == "nasfpn":  # whose levels must divide each other

@@ -47,6 +47,7 @@ from fpnx.models.weights.torchvision import (
     native_recipe,
     norm_eps_of,
 )
+from fpnx.models.weights.vitdet import VITDET_SIDE
 
 __all__ = [
     "UNTRAINED",
@@ -61,6 +62,7 @@ __all__ = [
 
 DEFAULT_BACKBONE = "resnet50"
 UNTRAINED = "drop the option, or take --weights imagenet or random for an untrained pyramid"
+ONE_TAP = ("simple", "image")  # kinds of pyramids that are made of one tap
 CHOICES = ("weights_key", "weights_prefix")  # options that choose among the parameters in a file
 # Detectors whose levels are not one per stride: by the laterals' inputs, where the body is tapped, and the strides.
 UNSTRIDED: dict[tuple[str, tuple[int, ...]], tuple[dict[int, str], tuple[int, ...]]] = {
@@ -87,6 +89,16 @@ class CheckpointNeck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OneTapPyramid:
+    """The pyramid of one tap that a file's description names; `channels` is None where they are the tap's own."""
+
+    kind: str
+    tap: str
+    levels: tuple[str, ...]
+    channels: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """The parameters for a model, on the CPU, with the facts that belong to them.
 
@@ -98,7 +110,9 @@ class Weights:
         state: the parameters in fpnx's layout (`body.*`, `fpn.*`), until they are in a model. Parts that are missing
             are drawn from the seed.
         pyramid: the pyramid in the file; None where there is none.
-        image_pyramid: in a file of a model with an image pyramid, its tap and levels; else None.
+        one_tap: in a file of a model with a pyramid of one tap, what it says of it; else None.
+        blocks: in a file of a model whose backbone has maps of one stride, the blocks that it taps; else None.
+        size: the only (height, width) of inputs, padding included, for which they are exact; None: any.
         norm_eps: epsilon of the body's batch norms; None keeps the network's own.
         stride_in_1x1: whether bottlenecks stride in their first 1×1 convolution instead of the 3×3 one.
         nodes: level number → node to tap, instead of the ends of the stages.
@@ -118,7 +132,9 @@ class Weights:
     fpn: ModelPart
     state: Mapping[str, Tensor]
     pyramid: CheckpointNeck | None = None
-    image_pyramid: tuple[str, tuple[str, ...]] | None = None
+    one_tap: OneTapPyramid | None = None
+    blocks: tuple[int, ...] | None = None
+    size: tuple[int, int] | None = None
     norm_eps: float | None = None
     stride_in_1x1: bool = False
     nodes: Mapping[int, str] | None = None
@@ -331,7 +347,11 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         description = _check_description(checkpoint.description or {})
         stated = description.get("backbone")
         layout = recognize_layout(
-            checkpoint.state, checkpoint.config, backbone=stated or backbone, prefix=config.weights_prefix
+            checkpoint.state,
+            checkpoint.config,
+            backbone=stated or backbone,
+            prefix=config.weights_prefix,
+            own=stated is not None,
         )
         layout = layout if stated else with_names_of(layout, backbone)
         name = _backbone_in(layout, description, backbone)
@@ -358,9 +378,24 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
                 levels=parse_levels(description["levels"]) if "levels" in description else None,
                 strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
             )
-        image_pyramid = None
-        if description.get("pyramid") == "image":
-            image_pyramid = (description["tap"], parse_levels(description.get("levels", "P3-P5")))
+        one_tap = None
+        if description.get("pyramid") in ONE_TAP:
+            one_tap = OneTapPyramid(
+                kind=description["pyramid"],
+                tap=description["tap"],
+                levels=parse_levels(description.get("levels", "P3-P5")),
+                channels=None if description["pyramid"] == "image" else description["channels"],
+            )
+        elif "fpn.blocks.P4.0.weight" in layout.state:  # ViTDet's
+            one_tap = OneTapPyramid(
+                kind="simple",
+                tap="C4",
+                levels=parse_levels("P2-P6"),
+                channels=layout.state["fpn.blocks.P4.0.weight"].shape[0],
+            )
+        size = (VITDET_SIDE, VITDET_SIDE) if layout.framework == "detectron2 ViTDet" else None
+        if "size" in description:
+            size = tuple(description["size"])
     except FpnxError as error:
         raise FpnxError(f"{escape(file)}: {error}") from error
     parts = description.get("parts", {})
@@ -378,7 +413,9 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         fpn=fpn,
         state=layout.state,
         pyramid=pyramid,
-        image_pyramid=image_pyramid,
+        one_tap=one_tap,
+        size=size,
+        blocks=tuple(description["blocks"]) if "blocks" in description else None,
         norm_eps=values.get("norm_eps"),
         stride_in_1x1=bool(values.get("stride_in_1x1")),
         nodes=unstrided[0] if unstrided else None,
@@ -437,8 +474,17 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
         "levels": isinstance(description.get("levels", []), list),
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
         "top_block": description.get("top_block") in (None, *TOP_BLOCKS),
-        "pyramid": description.get("pyramid", "fpn") in PYRAMIDS,
-        "tap": description.get("pyramid") != "image" or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
+        "pyramid": description.get("pyramid", "fpn") in (*PYRAMIDS, "none"),
+        "blocks": isinstance(description.get("blocks", []), list)
+        and all(isinstance(number, int) and number >= 0 for number in description.get("blocks", [])),
+        "tap": description.get("pyramid") not in ONE_TAP or re.fullmatch(r"C[1-9]", str(description.get("tap"))),
+        "size": "size" not in description
+        or (
+            isinstance(description["size"], list)
+            and len(description["size"]) == 2
+            and all(isinstance(side, int) and side > 0 for side in description["size"])
+        ),
+        "channels": description.get("pyramid") != "simple" or isinstance(description.get("channels"), int),
         **{name: description.get(name, values[0]) in values for name, values in _neck_choices().items()},
         "parts": isinstance(parts, dict)
         and all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], str) for p in parts.values())

@@ -16,6 +16,7 @@ from fpnx.models.weights.effdet import effdet_backbone, from_effdet
 from fpnx.models.weights.key_matching import choose_prefix, first_names, match_backbone, tails
 from fpnx.models.weights.mmdetection import read_config
 from fpnx.models.weights.neck_keys import FpnKeys, fpn_keys
+from fpnx.models.weights.vitdet import rename_vitdet, vitdet_backbone, vitdet_state
 
 __all__ = ["StateDictLayout", "recognize_layout", "with_names_of"]
 
@@ -26,8 +27,8 @@ class StateDictLayout:
 
     Attributes:
         framework: the file's layout: `"fpnx"`, `"torchvision"`, `"timm"`, `"torchvision detection"`, `"detectron2"`,
-            `"detectron2 backbone"` (converted from torchvision's by its script, or by SoCo's with an FPN), `"caffe2"`
-            (Detectron's), `"mmdetection"` or `"effdet"`.
+            `"detectron2 ViTDet"`, `"detectron2 backbone"` (converted from torchvision's by its script, or by SoCo's
+            with an FPN), `"caffe2"` (Detectron's), `"mmdetection"` or `"effdet"`.
         state: the parameters: `body.*` with the backbone's names, and `fpn.*`.
         ignored: number of other tensors, which belong to heads and other networks.
         facts: what the file states beside its parameters, by the field names of `CheckpointConfig` and `Recipe`.
@@ -53,7 +54,12 @@ Rename = Callable[[str], "str | None"]
 
 
 def recognize_layout(
-    state: Mapping[str, Tensor], config: str | None = None, *, backbone: str | None = None, prefix: str | None = None
+    state: Mapping[str, Tensor],
+    config: str | None = None,
+    *,
+    backbone: str | None = None,
+    prefix: str | None = None,
+    own: bool = False,
 ) -> StateDictLayout:
     """Recognise the layout of `state` by its keys, and rename the parameters of the backbone and the pyramid.
 
@@ -62,12 +68,14 @@ def recognize_layout(
         config: the text of an mmdetection config.
         backbone: the backbone that the user names; None finds it.
         prefix: the prefix before the keys that the user names; None finds it.
+        own: the file says that fpnx wrote it.
 
     Raises:
         FpnxError: the backbone or the pyramid has keys that its layout does not have; no backbone fits, or it is
             another one; or several prefixes fit.
     """
-    framework, prefixes = _framework(state, backbone)
+    is_plain = own and any(name.startswith("body.") for name in state)
+    framework, prefixes = ("fpnx", [""]) if is_plain else _framework(state, backbone)
     if not prefixes:
         match = match_backbone(state, backbone, prefix)
         return StateDictLayout(
@@ -102,11 +110,17 @@ def recognize_layout(
     facts = _stated_facts(framework, inner, config)
     if framework == "caffe2":
         renamed, facts = _add_norm_statistics(renamed, facts)
+    found: str | None = None
+    if framework == "detectron2 ViTDet":
+        renamed, found = vitdet_state(renamed), vitdet_backbone(renamed)
+        if backbone not in (None, found):
+            raise FpnxError(f"it is for {found}, not for {backbone}: drop --backbone or take another file")
+    elif framework == "effdet":
+        found = effdet_backbone(renamed, backbone)
     pyramid = fpn_keys(renamed, _first_level(framework, inner))
     return StateDictLayout(
         framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid, prefix=used,
-        automatic=automatic, beside=tuple(prefixes),
-        backbone=effdet_backbone(renamed, backbone) if framework == "effdet" else None,
+        automatic=automatic, beside=tuple(prefixes), backbone=found,
     )  # fmt: skip
 
 
@@ -131,6 +145,7 @@ LAYOUT_PATTERNS = {  # layout → start of a key that only this layout has; the 
     "torchvision detection": r"backbone\.body\.",
     "fpnx": r"fpn\.(inner_blocks|cells)\.|body\.",
     "detectron2": r"backbone\.bottom_up\.",
+    "detectron2 ViTDet": r"backbone\.(simfp_\d\.|net\.blocks\.\d+\.attn\.rel_pos_h)",
     "detectron2 backbone": r"stem\.conv1\.(weight|norm\.)",
     "caffe2": r"res2_0_branch2a_w$",
     "mmdetection": r"neck\.(lateral|fpn)_convs\.",
@@ -161,6 +176,8 @@ def _rename_rules(framework: str, state: Mapping[str, Tensor]) -> tuple[str, Ren
         return r"(body|fpn)\.", _from_own
     if framework == "torchvision detection":
         return r"backbone\.", lambda name: _from_own(name[9:]) if name.startswith("backbone.") else None
+    if framework == "detectron2 ViTDet":
+        return r"backbone\.", rename_vitdet
     if framework.startswith("detectron2"):
         return r"backbone\.|stem\.|res\d|fpn_", _from_detectron2(_first_level(framework, state))
     if framework == "caffe2":
@@ -178,7 +195,8 @@ def _from_own(name: str) -> str | None:
     name = re.sub(r"^body\.(?=\d)", "body.features.", name)
     name = re.sub(r"^(fpn\.(?:inner|layer)_blocks\.\d+)\.(?=weight|bias)", r"\1.0.", name)
     blocks = r"(inner|layer|downsample|pafpn)_blocks\.\d+\.[01]\.\w+"
-    known = rf"body\..+|fpn\.({blocks}|extra_blocks\.p\d\.(weight|bias)|extra_block\.[01]\.\w+|(cells|stacks)\.\d+\..+)"
+    of_necks = r"blocks\.P\d\.\d\.(weight|bias)|extra_blocks\.p\d\.(weight|bias)|extra_block\.[01]\.\w+"
+    known = rf"body\..+|fpn\.({blocks}|{of_necks}|(cells|stacks)\.\d+\..+)"
     return name if re.fullmatch(known, name) else None
 
 

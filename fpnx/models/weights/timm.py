@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import escape
+from fpnx.models.backbones.factory import has_one_stride
+from fpnx.models.backbones.one_stride import build_blocks
 from fpnx.models.backbones.registry import TIMM, build_network, no_warnings, timm_library
 from fpnx.models.preprocessing import Recipe
 
@@ -149,13 +151,14 @@ def _logging_disabled(name: str) -> Iterator[None]:
 
 
 def features_only_state(weights: TimmWeights, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the state dict of a published file to that of timm's `features_only` network.
+    """Convert the state dict of a published file to that of the network that fpnx builds.
 
     Raises:
         FpnxError: timm cannot load it.
     """
     try:
-        return build_network(weights.name, loaded=state).state_dict()
+        build = build_blocks if has_one_stride(weights.backbone) else build_network
+        return build(weights.name, loaded=state).state_dict()
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FpnxError(f"timm cannot load the file of {weights.name}: {reason}") from error
