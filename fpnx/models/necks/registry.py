@@ -1,20 +1,13 @@
-"""The necks by name, as `--pyramid` takes them; `none` is what a backbone without a pyramid has."""
+"""The necks by name, as `--pyramid` takes them."""
 
 from __future__ import annotations
 
 from fpnx.models.necks.base import Neck
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.image_pyramid import ImagePyramid
-from fpnx.models.necks.no_neck import NoNeck
 from fpnx.models.necks.pafpn import PAFPN
 from fpnx.models.necks.simple import SimplePyramid
 
 __all__ = ["NECKS"]
 
-NECKS: dict[str, type[Neck]] = {
-    "fpn": FPN,
-    "pafpn": PAFPN,
-    "simple": SimplePyramid,
-    "image": ImagePyramid,
-    "none": NoNeck,
-}
+NECKS: dict[str, type[Neck]] = {"fpn": FPN, "pafpn": PAFPN, "simple": SimplePyramid, "image": ImagePyramid}
