@@ -27,6 +27,7 @@ class Neck(nn.Module):
 
     Attributes:
         kind: the name of the neck, as `--pyramid` takes it.
+        summary: what it is, in a few words for lists.
         accepts_single_stride: whether it makes its levels from one tap, which `--tap` chooses.
         gives_taps: whether C levels can be asked for beside its own.
         scales: for levels that are the tap of the image at another size, that size relative to the network's input;
@@ -37,6 +38,7 @@ class Neck(nn.Module):
     """
 
     kind: ClassVar[str]
+    summary: ClassVar[str] = ""
     accepts_single_stride: ClassVar[bool] = False
     gives_taps: ClassVar[bool] = True
     scales: Mapping[str, float] = MappingProxyType({})

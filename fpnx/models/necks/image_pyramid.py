@@ -27,6 +27,7 @@ class ImagePyramid(Neck):
     """
 
     kind = "image"
+    summary = "the same map of the photograph at several sizes, without training"
     accepts_single_stride = True
     gives_taps = False
 
