@@ -230,7 +230,8 @@ def models(
     else:
         names = catalogue.matching(name)
         rows = catalogue.entries(names)
-        console.show_json(catalogue.overview(rows)) if json else models_view.show_overview(names, rows)
+        kinds = catalogue.pyramids() if name is None else []
+        console.show_json(catalogue.overview(rows)) if json else models_view.show_overview(names, rows, kinds)
 
 
 @app.command()

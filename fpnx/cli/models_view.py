@@ -16,8 +16,13 @@ __all__ = ["show_details", "show_overview"]
 LEVELS = ("C2", "C3", "C4", "C5")
 
 
-def show_overview(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print a line for each backbone as soon as it is known: channels at strides 4 to 32, parameters, weights."""
+def show_overview(
+    names: Sequence[str], rows: Iterable[Mapping[str, Any]], kinds: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Print a line for each backbone as soon as it is known: channels at strides 4 to 32, parameters, weights.
+
+    The kinds of pyramid follow.
+    """
     console, refused = Console(highlight=False), []
     width = max(map(len, (*names, "backbone")))
 
@@ -38,7 +43,26 @@ def show_overview(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> No
         console.print("\nchannels at each stride; parameters of the whole classifier; weights are also names and files")
     for reason in refused:
         console.print(Text(reason), soft_wrap=True)
+    if kinds:
+        _show_pyramids(console, kinds)
     console.print("fpnx models NAME shows one of them; fpnx models timm/ lists those of timm, if it is installed")
+
+
+def _show_pyramids(console: Console, kinds: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `--pyramid` takes, and which backbones each kind is for."""
+    width = max(len(kind["name"]) for kind in kinds)
+    console.print("\nkinds of pyramid (--pyramid)")
+    for kind in kinds:
+        of = "one map: any backbone, --tap chooses the map" if kind["of_one_map"] else "maps of several strides"
+        console.print(Text(f"  {kind['name']:<{width}}  {kind['summary']}; of {of}"), soft_wrap=True)
+    single = ", ".join(kind["name"] for kind in kinds if kind["of_one_map"])
+    lines = (
+        "\nvision transformers have maps of one stride, and are given as they are: --levels C4 by default, --blocks",
+        f"chooses the blocks; of pyramids they take {single}",
+        "  timm/NAME  vit, deit, eva, dinov2, dinov3 and others: fpnx models timm/vit",
+        "  hf/NAME    backbones of Hugging Face, such as hf/facebook/dinov2-small, or a folder",
+    )
+    console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def show_details(backbone: Mapping[str, Any]) -> None:
@@ -60,9 +84,10 @@ def show_details(backbone: Mapping[str, Any]) -> None:
     if side:
         console.print(f"takes squares in multiples of {side} only")
     pyramid_parameters, pyramid_gflops = "", ""
+    console.print(f"--pyramid {', '.join(backbone['pyramids'])}")
     if backbone["blocks"]:
         (tap,) = (tap["level"] for tap in backbone["taps"])
-        console.print(f"blocks 0 to {backbone['blocks'] - 1} (--blocks); --levels {tap} by default, or --pyramid image")
+        console.print(f"--levels {tap} by default, the map of the last block; --blocks 0 to {backbone['blocks'] - 1}")
     else:
         channels, count = backbone["pyramid_channels"], _millions(parameters["pyramid"])
         pyramid_parameters = f", pyramid of {channels} channels {count}"

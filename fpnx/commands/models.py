@@ -10,21 +10,25 @@ from torchvision import models
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import did_you_mean
-from fpnx.models.backbones.factory import cached_detection, create_backbone, detect_stages
+from fpnx.models.backbones.factory import StageDetection, cached_detection, create_backbone, detect_stages
+from fpnx.models.backbones.huggingface import HF
 from fpnx.models.backbones.registry import TIMM, build_network, timm_library, torchvision_names
 from fpnx.models.backbones.stage_search import Stages
 from fpnx.models.backbones.tracing import on_meta, run_on_meta
 from fpnx.models.necks.fpn import FPN
+from fpnx.models.necks.registry import NECKS
 from fpnx.models.weights.timm import timm_weights
 from fpnx.models.weights.torchvision import COCO, best_weights, native_recipe, published_weights
 
-__all__ = ["FPN_CHANNELS", "details", "entries", "is_backbone", "matching", "overview"]
+__all__ = ["FPN_CHANNELS", "details", "entries", "is_backbone", "matching", "overview", "pyramids"]
 
 FPN_CHANNELS = 256  # channels of the pyramid whose parameters and operations are counted
 
 
 def is_backbone(name: str) -> bool:
     """Whether `name` is the full name of a network; a part of a name is not."""
+    if name.startswith(HF):
+        return len(name) > len(HF)
     return timm_library().is_model(name[len(TIMM) :]) if name.startswith(TIMM) else name in torchvision_names()
 
 
@@ -50,24 +54,39 @@ def matching(part: str | None = None) -> list[str]:
 def entries(names: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield one JSON object for each backbone; no weights are loaded.
 
-    It has the taps, the parameters of the whole classifier and the kinds of weights. A network without stages has the
-    reason as `refused` instead. Stages of torchvision's networks that are not in the cache are detected, a tenth of a
-    second each; timm's networks have taps only if they are in the cache.
+    It has the taps, the kinds of pyramid, the parameters of the whole classifier and the kinds of weights. A network
+    without stages has the reason as `refused` instead. Stages of torchvision's networks that are not in the cache are
+    detected, a tenth of a second each; timm's networks have taps and kinds only if they are in the cache.
     """
     for name in names:
         detection = cached_detection(name) if name.startswith(TIMM) else detect_stages(name)
         if detection is not None and detection.stages is None:
             yield {"name": name, "refused": detection.refused}
         else:
-            yield {"name": name, "taps": _taps(detection.stages if detection else None), **_published_facts(name)}
+            stages = detection.stages if detection else None
+            yield {
+                "name": name,
+                "taps": _taps(stages),
+                "pyramids": None if detection is None else _kinds(detection),
+                **_published_facts(name),
+            }
+
+
+def pyramids() -> list[dict[str, Any]]:
+    """The kinds of pyramid, each as a JSON object: its name, what it is, and whether it is made of one map."""
+    return [
+        {"name": name, "summary": neck.summary, "of_one_map": neck.accepts_single_stride}
+        for name, neck in NECKS.items()
+    ]
 
 
 def overview(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """`entries` as one JSON object: `backbones`, and those `refused` with the reason."""
+    """`entries` as one JSON object: `backbones`, those `refused` with the reason, and the kinds of `pyramids`."""
     listed = list(rows)
     return {
         "backbones": [row for row in listed if "refused" not in row],
         "refused": [{"name": row["name"], "reason": row["refused"]} for row in listed if "refused" in row],
+        "pyramids": pyramids(),
     }
 
 
@@ -101,12 +120,13 @@ def details(name: str) -> dict[str, Any]:
         ],
         "input_size": list(size),
         "blocks": blocks or None,
+        "pyramids": _kinds(detect_stages(name)),
         "only_squares_in_multiples_of": backbone.side,
         "recipe": str(recipe),
         "parameters": {
             "body": _count(backbone.body),
             "pyramid": None if pyramid is None else _count(pyramid),
-            "published": _count(build_network(name, meta=True)) if not name.startswith(TIMM) else None,
+            "published": None if name.startswith((TIMM, HF)) else _count(build_network(name, meta=True)),
         },
         "gflops": {
             "body": body_counter.get_total_flops() / 1e9,
@@ -120,6 +140,8 @@ def details(name: str) -> dict[str, Any]:
 
 def _weights(name: str) -> list[dict[str, Any]]:
     """All weights that `--weights` accepts by name for this backbone."""
+    if name.startswith(HF):
+        return []
     is_timm = name.startswith(TIMM)
     published: list[Any] = [*timm_weights(name)] if is_timm else [*published_weights(name)]
     aliases = {} if is_timm else {"imagenet": str(best_weights(name)), "coco": COCO.get(name)}
@@ -147,6 +169,17 @@ def _published_facts(name: str) -> dict[str, Any]:
     entries = list(models.get_model_weights(name))
     kinds = ["random", *(["imagenet"] if entries else []), *(["coco"] if name in COCO else [])]
     return {"parameters": entries[0].meta["num_params"] if entries else None, "weights": kinds}
+
+
+def _kinds(detection: StageDetection) -> list[str]:
+    """The kinds of pyramid that a backbone can have."""
+    several = detection.stages is not None and detection.stages.stride is None
+    any_size = detection.keyword is None
+    return [
+        name
+        for name, neck in NECKS.items()
+        if (several or neck.accepts_single_stride) and (any_size or name != "image")
+    ]
 
 
 def _taps(stages: Stages | None) -> list[dict[str, Any]]:

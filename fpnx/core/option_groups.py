@@ -128,7 +128,7 @@ class ModelConfig(CheckpointConfig):
     )
     blocks: str | int | Sequence[int] | None = option(
         None,
-        "Blocks of a vision transformer whose maps are the tap, from 0, or from the end as -1 (default: the last).",
+        "Blocks of a vision transformer that are its tap, from 0, or -1 (default: the last).",
         "Model",
         metavar="N,…",
     )

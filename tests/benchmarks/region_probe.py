@@ -101,7 +101,7 @@ def boxes(
             scales = np.array(item.input_size)[::-1] / np.array(item.source_size)[::-1]
             box = torch.tensor([[x, y, x + w, y + h]], dtype=torch.float32) * torch.tensor([*scales, *scales]).float()
             maps = torch.from_numpy(item[level].astype(np.float32))[None]
-            pooled = roi_align(maps, [box], 2, 1 / store.strides[level], sampling_ratio=2, aligned=True)
+            pooled = roi_align(maps, [box], 2, 1 / store.stride(level), sampling_ratio=2, aligned=True)
             features.append(pooled.mean(dim=(0, 2, 3)))
             classes.append(annotation["category_id"])
             sizes.append(math.sqrt(w * h))

@@ -67,7 +67,7 @@ def test_weights_are_those_that_fpnx_finds_by_name() -> None:
         ("fpnx extract photos/ --backbone resnet1", ["resnet101", "resnet152", "resnet18"]),
         ("fpnx models squeeze", ["squeezenet1_0", "squeezenet1_1"]),
         ("fpnx extract --weights ResNet50_", ["ResNet50_Weights.IMAGENET1K_V1", "ResNet50_Weights.IMAGENET1K_V2"]),
-        ("fpnx extract --pyramid ", ["fpn", "pafpn", "bifpn", "nasfpn"]),
+        ("fpnx extract --pyramid ", ["fpn", "pafpn", "bifpn", "nasfpn", "simple", "image"]),
         ("fpnx extract --levels C3,P6", ["C3,P6"]),
         ("fpnx extract --device c", ["cpu", "cuda"]),
         ("fpnx benchmark --precision float32,b", ["float32,bfloat16"]),

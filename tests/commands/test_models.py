@@ -10,6 +10,9 @@ import pytest
 import torch
 from torchvision import models
 
+from fpnx.cli.models_view import show_overview
+from fpnx.commands import models as models_command
+from fpnx.core.config import PYRAMIDS
 from tests.helpers.files import DATA
 from tests.helpers.process import document, process
 
@@ -82,6 +85,35 @@ def test_one_backbone(fpnx: Command, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert detector["trains"] == ["backbone", "pyramid"]
     assert detector["file_name"] == "retinanet_resnet50_fpn_coco-eeacb38b.pth"
     assert (detector["there"], "short side 800" in detector["recipe"]) == (False, True)
+
+
+def test_kinds_of_pyramid_and_what_takes_them(fpnx: Command) -> None:
+    code, out, _ = fpnx("models", "resnet18", "--json")
+    assert (code, document(out)["pyramids"]) == (0, list(PYRAMIDS))
+    code, out, _ = fpnx("models", "maxvit_t", "--json")
+    assert document(out)["pyramids"] == [kind for kind in PYRAMIDS if kind != "image"]
+    assert all(kind["summary"] for kind in models_command.pyramids())
+    pytest.importorskip("timm")
+    name = "timm/eva02_tiny_patch14_224"
+    code, out, _ = fpnx("models", name, "--json")
+    result = document(out)
+    assert (result["pyramids"], result["blocks"]) == (["simple", "image"], 12)
+    assert [(tap["level"], tap["stride"], tap["height"]) for tap in result["taps"]] == [("C4", 14, 16)]
+    code, out, _ = fpnx("models", name)
+    for text in ("C4         14       192         16 × 16  blocks.11", "--pyramid simple, image", "--blocks 0 to 11"):
+        assert text in out
+    assert code == 0
+    rows = document(fpnx("models", name[:-4], "--json")[1])["backbones"]  # it is in the cache now
+    assert [row["pyramids"] for row in rows if row["name"] == name] == [["simple", "image"]]
+
+
+def test_the_kinds_are_listed_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    show_overview([], [], models_command.pyramids())
+    text = capsys.readouterr().out
+    for kind in PYRAMIDS:
+        assert f"  {kind} " in text
+    assert "of pyramids they take simple, image" in text
+    assert "hf/NAME" in text
 
 
 def test_one_backbone_as_text(fpnx: Command) -> None:

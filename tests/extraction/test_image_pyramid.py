@@ -186,7 +186,7 @@ def test_pictures_are_drawn(photos: Path, tmp_path: Path) -> None:
         ({"top_block": "pool"}, "top block pool beside pyramid image"),
         ({"tap": "C9"}, "no tap C9: it gives C2, C3, C4, C5"),
         ({"tap": "P3"}, "tap P3: take one of the backbone's taps"),
-        ({"tap": "C4", "pyramid": "fpn"}, "give --pyramid image beside it"),
+        ({"tap": "C4", "pyramid": "fpn"}, "give --pyramid image or simple beside it"),
         ({"backbone": "maxvit_t"}, "maxvit_t takes inputs of one size"),
         ({"size": 300, "max_pixels": 1_000_000}, r"1200×1200 pixels, over the limit.* coarser --levels"),
     ],

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fpnx.core.cache import load_entry, save_entry
 from fpnx.core.errors import FpnxError
 from fpnx.models.backbones.feature_extractor import create_feature_extractor
-from fpnx.models.backbones.one_stride import BlockMaps, build_blocks, chosen_blocks, find_blocks
+from fpnx.models.backbones.huggingface import HF
+from fpnx.models.backbones.one_stride import block_maps, build_blocks, chosen_blocks, find_blocks
 from fpnx.models.backbones.registry import (
     TIMM,
     build_network,
@@ -292,7 +293,7 @@ def _create_from_blocks(name: str, network: nn.Module, stages: Stages, blocks: t
     assert stages.stride is not None
     return Backbone(
         name=name,
-        body=BlockMaps(network, blocks, f"C{level}").eval(),
+        body=block_maps(name, network, stages, blocks).eval(),
         nodes={level: tap.node},
         channels={level: tap.channels * len(blocks)},
         one_stride=stages.stride,
@@ -333,10 +334,10 @@ def _detect(name: str) -> StageDetection:
     except NoStagesError as error:
         return StageDetection(stages=None, refused=str(error))
     except (RuntimeError, NotImplementedError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        if not name.startswith(TIMM):
+        if not name.startswith((TIMM, HF)):
             raise
         reason = " ".join(str(error).split())[:160]
-        return StageDetection(stages=None, refused=f"offers no features_only that can be read ({reason})")
+        return StageDetection(stages=None, refused=f"offers no maps that can be read ({reason})")
 
 
 def _detect_blocks(name: str) -> StageDetection | None:
@@ -355,6 +356,8 @@ def _detect_at_one_size(name: str, error: Exception) -> StageDetection:
     Raises:
         Exception: `error`, if its builder has no argument for the size.
     """
+    if name.startswith(HF):
+        raise error
     side = native_side(name)
     for keyword in SIZE_KEYWORDS:
         try:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_of_stride
+from fpnx.models.backbones.huggingface import HF, HfBlockMaps, HfMaps, block_count, hf_network
 from fpnx.models.backbones.registry import TIMM, build_network
-from fpnx.models.backbones.stage_search import Stages, TapPoint
+from fpnx.models.backbones.stage_search import PROBE_SIZES, Stages, TapPoint
 from fpnx.models.backbones.tracing import run_on_meta
 
-__all__ = ["BlockMaps", "build_blocks", "chosen_blocks", "find_blocks"]
+__all__ = ["BlockMaps", "block_maps", "build_blocks", "chosen_blocks", "find_blocks"]
 
 PROBE_CELLS = ((28, 42), (20, 9))  # sizes of maps (height, width) with which a network is tried
 
@@ -57,6 +58,9 @@ def build_blocks(
         blocks, meta, loaded: their numbers; the others as for `build_network`.
     """
     network: Any = None
+    if name.startswith(HF):
+        network = hf_network(name, [number % block_count(name) for number in blocks])
+        return nn.Module.to(network, "meta") if meta else nn.Module.eval(network)
     for options in ({"dynamic_img_size": True}, {}):  # position embeddings are resized to the image
         try:
             network = build_network(name, options=options, meta=meta, loaded=loaded, classifier=True)
@@ -74,6 +78,8 @@ def find_blocks(name: str) -> Stages | None:
     Raises:
         Exception: of any kind, where the network does not take images of several sizes.
     """
+    if name.startswith(HF):
+        return _find_hf_blocks(name)
     if not name.startswith(TIMM):
         return None
     network: Any = build_network(name, meta=True, classifier=True)
@@ -91,6 +97,31 @@ def find_blocks(name: str) -> Stages | None:
             return None
     tap = TapPoint(node=info[-1].get("module", f"blocks.{len(info) - 1}"), channels=found.shape[1])
     return Stages(taps={level_of_stride(stride): tap}, traced=False, stride=int(stride), blocks=len(info))
+
+
+def block_maps(name: str, network: nn.Module, stages: Stages, blocks: Sequence[int]) -> nn.Module:
+    """The module that gives the only tap of a network that `build_blocks` has built for these blocks."""
+    (level,) = stages.taps
+    if name.startswith(HF):
+        assert stages.stride is not None
+        return HfBlockMaps(network, stages.stride, f"C{level}")
+    return BlockMaps(network, blocks, f"C{level}")
+
+
+def _find_hf_blocks(name: str) -> Stages | None:
+    """The blocks of a backbone of transformers whose maps all have one stride; None for others."""
+    count = block_count(name)
+    network = HfMaps(hf_network(name)).to("meta").eval()
+    size = PROBE_SIZES[0]
+    maps = run_on_meta(network, size)
+    strides = {(size[0] / each.shape[2], size[1] / each.shape[3]) for each in maps}
+    if len(strides) != 1 or count < 2:
+        return None
+    ((stride, other),) = strides
+    if stride != other or stride != int(stride):
+        return None
+    tap = TapPoint(node=f"stage{count}", channels=maps[-1].shape[1])
+    return Stages(taps={level_of_stride(stride): tap}, traced=False, stride=int(stride), blocks=count)
 
 
 def chosen_blocks(name: str, asked: Sequence[int] | None, count: int) -> tuple[int, ...]:

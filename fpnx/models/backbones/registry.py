@@ -1,4 +1,4 @@
-"""Registry of named networks: torchvision's classifiers, and timm's models as `timm/NAME`."""
+"""Registry of named networks: torchvision's classifiers, timm's models as `timm/NAME`, transformers' as `hf/NAME`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torchvision import models
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import did_you_mean
 from fpnx.core.warning_filters import ignored_warnings
+from fpnx.models.backbones.huggingface import HF, HfMaps, hf_digest, hf_network, load_hf_config
 
 __all__ = [
     "TIMM",
@@ -43,12 +44,14 @@ def torchvision_names() -> tuple[str, ...]:
 
 
 def check_name(name: str) -> str:
-    """Return `name` if torchvision or timm has a network of that name.
+    """Return `name` if torchvision, timm or transformers has a network of that name.
 
     Raises:
-        FpnxError: unknown name, with the nearest known one; or timm is not installed.
+        FpnxError: unknown name, with the nearest known one; or timm or transformers is not installed.
     """
-    if name.startswith(TIMM):
+    if name.startswith(HF):
+        load_hf_config(name)
+    elif name.startswith(TIMM):
         timm = timm_library()
         if not timm.is_model(name[len(TIMM) :]):
             guess = did_you_mean(name, [f"{TIMM}{known}" for known in timm.list_models()])
@@ -86,7 +89,9 @@ def build_network(
     options = {**options, **({keyword: (side, side) if keyword == "input_size" else side} if keyword else {})}
     network: Any
     with no_warnings(), _ParametersOnMeta() if meta else nullcontext():
-        if name.startswith(TIMM):
+        if name.startswith(HF):
+            network = HfMaps(hf_network(name))
+        elif name.startswith(TIMM):
             network = _timm_network(name, options, loaded, classifier)
         else:
             network = models.get_model(name, weights=None, **options)
@@ -106,6 +111,8 @@ def native_side(name: str) -> int:
 
 def builder_versions(name: str) -> str:
     """The versions of the libraries that `build_network(name)` depends on, as one line."""
+    if name.startswith(HF):
+        return f"torch {torch.__version__}, {hf_digest(name)}"
     return f"torch {torch.__version__}, " + (
         f"timm {version('timm')}" if name.startswith(TIMM) else f"torchvision {version('torchvision')}"
     )

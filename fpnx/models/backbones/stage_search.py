@@ -242,8 +242,8 @@ def _choose_taps(maps: Sequence[_FeatureMap]) -> dict[int, TapPoint]:
     if len(best) < 2:
         strides = f"maps at stride {next(iter(best))} only" if best else "no maps at strides 4, 8, 16 or 32"
         raise NoStagesError(
-            f"has {strides}, and a pyramid needs several (of vision transformers, those of timm are taken that resize "
-            "their position embeddings, such as timm/vit_base_patch16_224)"
+            f"has {strides}, and a pyramid needs several (of vision transformers take one of timm that is "
+            "for any size, such as timm/vit_base_patch16_224)"
         )
     if [best[stride][1] for stride in sorted(best)] != sorted(i for _, i in best.values()):
         raise NoStagesError("does not go from fine to coarse: name a backbone, not a network with a decoder")

@@ -30,6 +30,7 @@ class Neck(nn.Module):
         default_channels: channels of every level where none are asked for; 0: those of the tap.
         default_levels: the levels where none are asked for; empty: one for each tap.
         choices: settings that parameters do not show, as `identity` names them, with their values.
+        summary: what it is, in a few words for lists.
         accepts_single_stride: whether it makes its levels from one tap, which `--tap` chooses.
         gives_taps: whether C levels can be asked for beside its own.
         scales: for levels that are the tap of the image at another size, that size relative to the network's input;
@@ -43,6 +44,7 @@ class Neck(nn.Module):
     default_channels: ClassVar[int] = 256
     default_levels: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    summary: ClassVar[str] = ""
     accepts_single_stride: ClassVar[bool] = False
     gives_taps: ClassVar[bool] = True
     scales: Mapping[str, float] = MappingProxyType({})

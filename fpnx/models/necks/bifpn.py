@@ -53,6 +53,7 @@ class BiFPN(Neck):
     """
 
     kind = "bifpn"
+    summary = "EfficientDet's BiFPN, weighted and repeated"
     default_channels = 64
     default_levels = ("P3", "P4", "P5", "P6", "P7")
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {

@@ -35,6 +35,7 @@ class FPN(Neck):
     """
 
     kind = "fpn"
+    summary = "Feature Pyramid Network, top-down"
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ class ImagePyramid(Neck):
 
     kind = "image"
     default_channels = 0
+    summary = "the same map of the photograph at several sizes, without training"
     accepts_single_stride = True
     gives_taps = False
 

@@ -40,6 +40,7 @@ class NASFPN(Neck):
     """
 
     kind = "nasfpn"
+    summary = "NAS-FPN, seven searched merging cells, repeated"
     default_levels = ("P3", "P4", "P5", "P6", "P7")
 
     def __init__(

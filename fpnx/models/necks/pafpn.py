@@ -27,6 +27,7 @@ class PAFPN(FPN):
     """
 
     kind = "pafpn"
+    summary = "Path Aggregation Network, top-down and bottom-up"
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The necks by name, as `--pyramid` takes them; `none` is what a backbone without a pyramid has."""
+"""The necks by name, as `--pyramid` takes them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from fpnx.models.necks.bifpn import BiFPN
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.image_pyramid import ImagePyramid
 from fpnx.models.necks.nasfpn import NASFPN
-from fpnx.models.necks.no_neck import NoNeck
 from fpnx.models.necks.pafpn import PAFPN
 from fpnx.models.necks.simple import SimplePyramid
 
@@ -20,5 +19,4 @@ NECKS: dict[str, type[Neck]] = {
     "nasfpn": NASFPN,
     "simple": SimplePyramid,
     "image": ImagePyramid,
-    "none": NoNeck,
 }

@@ -51,6 +51,7 @@ class SimplePyramid(Neck):
     """
 
     kind = "simple"
+    summary = "ViTDet's simple feature pyramid"
     accepts_single_stride = True
 
     def __init__(self, in_channels: Mapping[int, int], channels: int = 256) -> None:

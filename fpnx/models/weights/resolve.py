@@ -19,7 +19,10 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, parse_levels
 from fpnx.core.provenance import AS_GIVEN, ModelPart, Setting, WeightsInfo
 from fpnx.core.text import did_you_mean, escape
-from fpnx.models.backbones.factory import check_backbone_name
+from fpnx.core.validation import parse_blocks
+from fpnx.models.backbones.factory import check_backbone_name, detect_stages
+from fpnx.models.backbones.huggingface import HF, load_hf_config, pretrained_hf_state
+from fpnx.models.backbones.one_stride import chosen_blocks
 from fpnx.models.backbones.registry import TIMM
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.registry import NECKS
@@ -174,6 +177,10 @@ def resolve_weights(config: ModelConfig) -> Weights:
     Raises:
         FpnxError: an unknown name, a contradiction with `config.backbone`, or a file that cannot be downloaded or read.
     """
+    if (config.backbone or "").startswith(HF):
+        load_hf_config(str(config.backbone), config.offline)
+        if config.weights in ("default", "imagenet"):
+            return _from_hugging_face(config)
     backbone = None if config.backbone is None else check_backbone_name(config.backbone)
     is_name = config.weights in ("default", "imagenet") or not is_weights_file(config.weights)
     if config.weights != "random" and (backbone or config.weights).startswith(TIMM) and is_name:
@@ -253,8 +260,12 @@ def weights_from_module(module: nn.Module, name: str, config: ModelConfig) -> We
 
 def parameters_hash(module: nn.Module) -> str:
     """sha256 (hex) of all parameters and buffers of a module, with their names, dtypes and shapes."""
+    return _state_hash(module.state_dict())
+
+
+def _state_hash(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for key, value in module.state_dict().items():
+    for key, value in state.items():
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -320,6 +331,29 @@ def _from_timm(config: ModelConfig) -> Weights:
         state={f"body.{name}": value for name, value in features_only_state(published, state).items()},
         file=str(file),
         sha256=_sha256(file),
+    )
+
+
+def _from_hugging_face(config: ModelConfig) -> Weights:
+    """The weights that are published with a backbone of transformers, or are in its folder."""
+    name = str(config.backbone)
+    _refuse_facts(config, name)
+    blocks = None
+    stages = detect_stages(name).stages
+    if stages is not None and stages.stride is not None:
+        asked = None if config.blocks is None else parse_blocks(config.blocks)
+        blocks = chosen_blocks(name, asked, stages.blocks)
+    state, source, note = pretrained_hf_state(name, config.offline, blocks)
+    return Weights(
+        name=name,
+        backbone=name,
+        recipe=native_recipe(name),
+        body=ModelPart(True, name),
+        fpn=ModelPart.drawn(config.seed),
+        state={f"body.{key}": value for key, value in state.items()},
+        note=note or None,
+        file=source,
+        sha256=_state_hash(state),
     )
 
 

@@ -17,8 +17,10 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 
 from fpnx.core.errors import FpnxError
+from fpnx.models.backbones.huggingface import HF
 from fpnx.models.backbones.registry import TIMM, timm_library, torchvision_names
 from fpnx.models.preprocessing import Recipe
+from fpnx.models.weights.huggingface import hf_recipe
 from fpnx.models.weights.timm import downloads_forbidden, timm_recipe
 
 __all__ = [
@@ -176,6 +178,8 @@ def classification_recipe(weights: WeightsEnum) -> Recipe:
 
 def native_recipe(backbone: str) -> Recipe:
     """The recipe of the backbone's default weights; random weights use it too."""
+    if backbone.startswith(HF):
+        return hf_recipe(backbone)
     if backbone.startswith(TIMM):
         config = timm_library().get_pretrained_cfg(backbone[len(TIMM) :])
         return timm_recipe(config if config is not None else {})
