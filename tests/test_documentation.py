@@ -426,7 +426,7 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
         assert set(file["pyramids/64x64/P3"].attrs) == keys_of("attribute", text[text.index("## Features") :])
     assert keys_of("attribute", text) == attributes | {"shard"}
     with h5py.File(files["several"], "r") as file:
-        chosen = {"weights_key", "weights_prefix"}  # only where they chose among several sets of parameters
+        chosen = {"weights_key", "weights_prefix", "blocks", "tap"}  # only with some options and backbones
         assert keys_of("key", text) == set(config) | set(json.loads(file.attrs["config"])) | chosen
         assert config["recipe"].keys() == {field.name for field in fields(Recipe)} - {"bands", "source_range"}
     assert keys_of("key of `recipe`", text) == {field.name for field in fields(Recipe)}

@@ -93,7 +93,7 @@ class PyramidModel(nn.Module):
             inputs = images if isinstance(images, Mapping) else self._rescaled(images)
             (tap,) = self.fpn.taps_for(self.levels)
             return {name: self.taps(inputs[name])[tap] for name in self.levels}
-        assert isinstance(images, Tensor)
+        assert not isinstance(images, Mapping)  # not "is a Tensor": it may be traced
         taps = self.taps(images)
         pyramid = self.fpn(taps, self.levels)
         return {name: pyramid[name] if name in pyramid else taps[name] for name in self.levels}
