@@ -429,7 +429,7 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
         assert set(file["pyramids/64x64/P3"].attrs) == keys_of("attribute", text[text.index("## Features") :])
     assert keys_of("attribute", text) == attributes | {"shard"}
     with h5py.File(files["several"], "r") as file:
-        chosen = {"weights_key", "weights_prefix"}  # only where they chose among several sets of parameters
+        chosen = {"weights_key", "weights_prefix", "blocks", "tap"}  # only with some options and backbones
         of_necks = [
             neck.for_levels({3: 8, 4: 8, 5: 8}, 8, (), None).identity()
             for neck in NECKS.values()

@@ -33,9 +33,7 @@ __all__ = [
 SIZES_SHOWN = 3
 FAILURES_SHOWN = 20
 LARGE_OUTPUT = 20e9  # bytes; above it, options that need less space are shown
-UNTRAINED = (
-    "P levels are a random projection of C: take --pyramid image, --levels C2-C5, or weights with a trained pyramid"
-)
+UNTRAINED = "P levels are a random projection of C: take --pyramid image, {taps}, or weights with a trained pyramid"
 
 
 def show_result(result: Result) -> None:
@@ -177,7 +175,8 @@ def show_plan(plan: PlanSummary) -> None:
     _show_rows(console, *rows)
     if plan.has_pyramid and weights.pyramid.trained is False:
         named = f" (--weights {plan.trained_pyramid})" if plan.trained_pyramid else ""
-        console.print(f"note: {UNTRAINED}{named}", soft_wrap=True)
+        taps = "its map as a C level" if plan.pyramid == "simple" else "--levels C2-C5"
+        console.print(f"note: {UNTRAINED.format(taps=taps)}{named}", soft_wrap=True)
     if plan.bytes_needed > LARGE_OUTPUT and config.format != "png":
         console.print(_smaller_outputs(plan), soft_wrap=True)
     _show_levels(console, plan.levels)

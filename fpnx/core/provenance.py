@@ -62,7 +62,11 @@ class ModelPart:
 
 
 def describe_pyramid(kind: str, part: ModelPart) -> str:
-    """`"untrained (random, seed 0)"`, or `"pafpn, untrained (random, seed 0)"` for a pyramid that is no FPN."""
+    """`"untrained (random, seed 0)"`, or `"pafpn, untrained (random, seed 0)"` for a pyramid that is no FPN.
+
+    Without a pyramid: `"none"`."""
+    if kind == "none":
+        return kind
     return str(part) if kind == "fpn" else f"{escape(kind)}, {part}"
 
 

@@ -183,8 +183,9 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
             f"pyramid simple on {backbone.name}, which has maps of several strides: take --pyramid fpn, which merges "
             f"them, or one of them, as in --tap C{min(4, max(backbone.channels))}"
         )
-    if kind is ImagePyramid:
+    if kind in (ImagePyramid, NoNeck):
         weights = _of_body(weights)
+    if kind is ImagePyramid:
         if backbone.size is not None:
             raise FpnxError(f"{backbone.name} takes inputs of one size, and pyramid image needs several: take another")
     elif weights.pyramid is None and not kind.accepts_single_stride and kind is not NoNeck:

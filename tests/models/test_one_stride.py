@@ -90,6 +90,7 @@ def test_the_default_is_the_last_block_as_a_raw_tap() -> None:
     assert (model.levels, model.blocks, model.one_stride) == (("C4",), (11,), 16)
     assert model.channels == {"C4": 192}
     assert list(model.fpn.state_dict()) == []
+    assert model.weights.fpn.source == "no parameters"
     assert not any(name.startswith(("head", "norm.")) for name in model.body.state_dict())
     shallow = fpnx.create_model(TINY, weights="random", blocks=3)
     assert "blocks.3.norm1.weight" in shallow.body.state_dict()
