@@ -17,6 +17,7 @@ from fpnx.models.backbones.stage_search import Stages
 from fpnx.models.backbones.tracing import on_meta, run_on_meta
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.registry import NECKS
+from fpnx.models.weights.huggingface import hf_weights
 from fpnx.models.weights.timm import timm_weights
 from fpnx.models.weights.torchvision import COCO, best_weights, native_recipe, published_weights
 
@@ -141,7 +142,7 @@ def details(name: str) -> dict[str, Any]:
 def _weights(name: str) -> list[dict[str, Any]]:
     """All weights that `--weights` accepts by name for this backbone."""
     if name.startswith(HF):
-        return []
+        return [hf_weights(name)]
     is_timm = name.startswith(TIMM)
     published: list[Any] = [*timm_weights(name)] if is_timm else [*published_weights(name)]
     aliases = {} if is_timm else {"imagenet": str(best_weights(name)), "coco": COCO.get(name)}

@@ -1,4 +1,4 @@
-"""Processors and memory that this process may use, and control of glibc's memory allocator."""
+"""Processors, memory and network that this process may use, and control of glibc's memory allocator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_memory", "release_freed_memory", "keep_freed_memory", "usable_cpus"]
+from fpnx.core.errors import FpnxError
+from fpnx.core.text import escape
+
+__all__ = ["available_memory", "downloads_forbidden", "release_freed_memory", "keep_freed_memory", "usable_cpus"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -95,3 +98,15 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def downloads_forbidden() -> bool:
+    """Whether the environment variable `FPNX_OFFLINE` forbids downloads.
+
+    Raises:
+        FpnxError: its value is neither true nor false.
+    """
+    value = os.environ.get("FPNX_OFFLINE", "")
+    if value.lower() not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
+        raise FpnxError(f"FPNX_OFFLINE={escape(value)}: take 1, which forbids downloads, or 0")
+    return value.lower() in ("1", "true", "yes", "on")

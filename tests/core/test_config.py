@@ -21,8 +21,8 @@ from fpnx.core.config import (
 )
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
+from fpnx.core.system import downloads_forbidden
 from fpnx.core.text import format_bytes, plural
-from fpnx.models.weights.timm import downloads_forbidden
 
 
 @pytest.mark.parametrize(

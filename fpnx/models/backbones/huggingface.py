@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fpnx.core.errors import FpnxError
+from fpnx.core.system import downloads_forbidden
 from fpnx.core.text import escape
 from fpnx.core.warning_filters import ignored_warnings
 
@@ -29,6 +30,7 @@ __all__ = [
     "HfMaps",
     "block_count",
     "hf_digest",
+    "hf_folder",
     "hf_network",
     "hf_preprocessor",
     "load_hf_config",
@@ -161,11 +163,16 @@ def pretrained_hf_state(name: str, offline: bool, blocks: Sequence[int] | None) 
     return dict(network.state_dict()), str(folder), note
 
 
+def hf_folder(name: str) -> Path:
+    """The local folder with the config of `name`."""
+    load_hf_config(name)
+    return _configs[name][1]
+
+
 def hf_preprocessor(name: str) -> dict[str, Any]:
     """The config of the image processor of `name`; empty where it has none."""
-    load_hf_config(name)
     try:
-        found = json.loads((_configs[name][1] / "preprocessor_config.json").read_text())
+        found = json.loads((hf_folder(name) / "preprocessor_config.json").read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -196,7 +203,7 @@ def _folder(name: str, patterns: list[str], needed: str | None, offline: bool) -
     _library()
     import huggingface_hub
 
-    forbidden = offline or os.environ.get("FPNX_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    forbidden = offline or downloads_forbidden()
     try:
         with _quiet():
             folder = huggingface_hub.snapshot_download(asked, allow_patterns=patterns, local_files_only=forbidden)

@@ -1,13 +1,14 @@
-"""The recipe of a Hugging Face backbone, from the config of its image processor."""
+"""The recipe of a Hugging Face backbone, from the config of its image processor, and where its weights are."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from fpnx.models.backbones.huggingface import hf_preprocessor, load_hf_config
+from fpnx.models.backbones.huggingface import HF, hf_folder, hf_preprocessor, load_hf_config
 from fpnx.models.preprocessing import Recipe
 
-__all__ = ["hf_recipe"]
+__all__ = ["hf_recipe", "hf_weights"]
 
 RESAMPLINGS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 DEFAULT_SIDE = 224
@@ -37,6 +38,22 @@ def hf_recipe(name: str) -> Recipe:
         mean=tuple(mean),
         std=tuple(std),
     )
+
+
+def hf_weights(name: str) -> dict[str, Any]:
+    """What `fpnx models` says of the weights that belong to `hf/NAME`, as a JSON object."""
+    folder, asked = hf_folder(name), name[len(HF) :]
+    files = sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    return {
+        "name": "default",
+        "also": [],
+        "trains": ["backbone"],
+        "recipe": str(hf_recipe(name)),
+        "url": asked if Path(asked).expanduser().is_dir() else f"https://huggingface.co/{asked}",
+        "file_name": files[0].name if files else "model.safetensors",
+        "file": str(files[0] if files else folder / "model.safetensors"),
+        "there": bool(files),
+    }
 
 
 def _sides(size: Any) -> tuple[int, int]:

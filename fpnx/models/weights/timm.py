@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import escape
+from fpnx.core.system import downloads_forbidden
 from fpnx.models.backbones.factory import has_one_stride
 from fpnx.models.backbones.one_stride import build_blocks
 from fpnx.models.backbones.registry import TIMM, build_network, no_warnings, timm_library
@@ -26,7 +26,6 @@ __all__ = [
     "TimmWeights",
     "cached_timm_file",
     "classifier_names",
-    "downloads_forbidden",
     "features_only_state",
     "filter_checkpoint",
     "timm_recipe",
@@ -188,15 +187,3 @@ def filter_checkpoint(backbone: str, state: dict[str, Tensor]) -> Mapping[str, T
         return state
     names = {name: value for name, value in dict(filtered).items() if isinstance(value, Tensor)}
     return names if not any(value.is_meta for value in names.values()) else state
-
-
-def downloads_forbidden() -> bool:
-    """Whether the environment variable `FPNX_OFFLINE` forbids downloads.
-
-    Raises:
-        FpnxError: its value is neither true nor false.
-    """
-    value = os.environ.get("FPNX_OFFLINE", "")
-    if value.lower() not in ("", "0", "1", "false", "true", "no", "yes", "off", "on"):
-        raise FpnxError(f"FPNX_OFFLINE={escape(value)}: take 1, which forbids downloads, or 0")
-    return value.lower() in ("1", "true", "yes", "on")

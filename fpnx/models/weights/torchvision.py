@@ -17,11 +17,12 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 
 from fpnx.core.errors import FpnxError
+from fpnx.core.system import downloads_forbidden
 from fpnx.models.backbones.huggingface import HF
 from fpnx.models.backbones.registry import TIMM, timm_library, torchvision_names
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.huggingface import hf_recipe
-from fpnx.models.weights.timm import downloads_forbidden, timm_recipe
+from fpnx.models.weights.timm import timm_recipe
 
 __all__ = [
     "COCO",
