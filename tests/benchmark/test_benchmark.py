@@ -247,7 +247,7 @@ def shown_on_a_terminal(result: BenchmarkResult) -> str:
         (["--backbone", "resnet5"], "did you mean resnet50?"),
         (["--batch-size", "0"], "batch size 0"),
         (["--batch-size", "1,1"], "batch size 1 is given twice"),
-        (["--batch-size", "1,,8"], "batch size '1,,8': a value is missing"),
+        (["--batch-size", "1,,8"], "batch size '1,,8': a value is empty"),
         (["--precision", "float32,half"], "precision 'half'"),
         (["--repeats", "0"], "repeats 0"),
         (["--images", "empty"], "no images in empty"),

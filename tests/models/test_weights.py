@@ -207,7 +207,7 @@ def test_impossible_requests_name_the_alternatives(options, message):
 
 
 @pytest.mark.parametrize("offline", [True, False])
-@pytest.mark.parametrize("weights", ["default", "coco", "RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1"])
+@pytest.mark.parametrize("weights", ["coco", "RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1"])
 def test_another_pyramid_than_the_weights_have_is_refused_before_any_download(weights, offline, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # an empty cache, and no way to a server
     for name in ("HTTPS_PROXY", "https_proxy"):
