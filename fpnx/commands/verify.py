@@ -56,6 +56,8 @@ def verify(
         from fpnx.extraction.recompute import Recomputation, recompute_options
 
         # Images or weights that are missing are reported before the whole file is read.
+        if isinstance(backbone, (str, type)):
+            raise FpnxError(f"backbone {backbone!r:.60}: take the nn.Module that fpnx.extract was given")
         options = recompute_options(store, backbone, weights, device, offline)
         recomputation = Recomputation(store, against, options, sample, backbone)
         structure = verify_structure(store, listener)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fpnx.core.config import ExtractConfig, InputConfig, ModelConfig
@@ -360,10 +361,14 @@ def save_weights(
         FpnxError: where the file cannot be written, or could not be read back: the backbone is a module of the
             caller's own, which no name stands for.
     """
+    if not isinstance(model, PyramidModel):
+        raise FpnxError(f"save_weights takes a model that create_model made, and not a {type(model).__name__}")
+    if trained is not None and not isinstance(trained, (str, Iterable)):
+        raise FpnxError(f"trained {trained!r}: take {' or '.join(PARTS)}, or both")
     chosen = {trained} if isinstance(trained, str) else set(trained or ())
     for name in sorted(map(str, chosen)):
         if name not in PARTS:
-            raise FpnxError(f"trained {escape(name)}: take {' or '.join(PARTS)}{did_you_mean(name, PARTS)}")
+            raise FpnxError(f"trained {escape(name)!r}: take {' or '.join(PARTS)}{did_you_mean(name, PARTS)}")
     if model.weights.name == AS_GIVEN:
         raise FpnxError(
             f"{escape(path)} could not be read back: the backbone {model.backbone} is a module of yours, which no name "
@@ -426,6 +431,11 @@ def _fill(model: PyramidModel, weights: Weights) -> None:
             f"{key} {tuple(given[key].shape)} for {tuple(own[key].shape)}"
             for key in set(given) & set(own)
             if given[key].shape != own[key].shape
+        ),
+        "without plain values": sorted(
+            f"{key} {value.layout if value.layout != torch.strided else value.device}".replace("torch.", "")
+            for key, value in given.items()
+            if value.layout != torch.strided or value.is_meta
         ),
         "not of floating-point numbers": sorted(
             f"{key} {str(given[key].dtype).removeprefix('torch.')}"

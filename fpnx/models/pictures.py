@@ -36,11 +36,15 @@ def to_picture(image: Any, pixels: PixelOptions) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         return _read(os.fsencode(image), pixels)
     if isinstance(image, Image.Image):
+        if not (image.width and image.height):
+            raise _not_an_image("a Pillow image without pixels")
         try:
             return upright_rgb(image, pixels)
         except (OSError, ValueError) as error:  # a lazily read file
             raise ImageError(f"an image that Pillow cannot read: {error}") from error
     if isinstance(image, torch.Tensor):
+        if image.layout != torch.strided or image.is_meta:
+            raise _not_an_image("a tensor that is sparse or without values")
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
             raise _not_an_image(f"a tensor {tuple(image.shape)} of {str(image.dtype).removeprefix('torch.')}")
         return Image.fromarray(image.detach().permute(1, 2, 0).cpu().contiguous().numpy())

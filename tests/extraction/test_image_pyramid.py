@@ -210,6 +210,19 @@ def test_default_weights_are_those_of_a_classifier() -> None:
         fpnx.create_model("resnet50", pyramid="image", offline=True)
 
 
+@pytest.mark.parametrize(
+    ("tap", "default", "all_levels"),
+    [("C2", ("P2",), ("P2", "P3")), ("C3", ("P2", "P3"), ("P2", "P3", "P4"))],
+)
+def test_levels_of_early_taps_begin_at_p2(
+    photos: Path, tmp_path: Path, tap: str, default: tuple[str, ...], all_levels: tuple[str, ...]
+) -> None:
+    assert fpnx.create_model(**IMAGE, tap=tap).fpn.levels == all_levels
+    fpnx.extract(photos / "a.jpg", tmp_path / "out.h5", **IMAGE, tap=tap, size=64)
+    with fpnx.open(tmp_path / "out.h5") as store:
+        assert store.levels == default
+
+
 def test_saved_weights_come_back(tmp_path: Path) -> None:
     model = fpnx.create_model(**IMAGE, tap="C4", seed=3)
     fpnx.save_weights(model, tmp_path / "m.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,28 @@ def test_saved_weights_say_what_was_trained(tmp_path: Path, trained: object, tol
     assert (str(read.weights.body), str(read.weights.fpn)) == told
 
 
+def test_what_is_no_model_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(fpnx.FpnxError, match="takes a model that create_model made, and not a Linear"):
+        fpnx.save_weights(nn.Linear(1, 1), tmp_path / "m.pth")
+    model = fpnx.create_model("mobilenet_v2", weights="random", levels="P4")
+    with pytest.raises(fpnx.FpnxError, match="trained 3: take body or fpn, or both"):
+        fpnx.save_weights(model, tmp_path / "m.pth", trained=3)
+    fpnx.extract(photos, tmp_path / "own.h5", backbone=own_network(), levels="P3", size=64)
+    with pytest.raises(fpnx.FpnxError, match=r"backbone 'mobilenet_v2': take the nn\.Module"):
+        fpnx.verify(tmp_path / "own.h5", against=photos, backbone="mobilenet_v2")
+
+
+@pytest.mark.parametrize("change", [lambda value: value.to("meta"), lambda value: value.to_sparse()])
+def test_parameters_without_plain_values_are_refused(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    state = fpnx.create_model("mobilenet_v2", weights="random", levels="C4").state_dict()
+    torch.save({name: change(value) if value.ndim == 4 else value for name, value in state.items()}, tmp_path / "w.pth")
+    with pytest.raises(fpnx.FpnxError, match=r"w\.pth.*without plain values"):
+        fpnx.create_model("mobilenet_v2", weights=str(tmp_path / "w.pth"), levels="C4")
+
+
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     model = fpnx.create_model("mobilenet_v2", weights="random", levels="P4")
-    with pytest.raises(fpnx.FpnxError, match="trained neck: take body or fpn"):
+    with pytest.raises(fpnx.FpnxError, match="trained 'neck': take body or fpn"):
         fpnx.save_weights(model, tmp_path / "m.pth", trained=["neck"])

@@ -97,9 +97,8 @@ def load_hf_config(name: str, offline: bool = False) -> Any:
             with _quiet():
                 config = transformers.AutoConfig.from_pretrained(folder)
                 known = type(config) in transformers.AutoBackbone._model_mapping
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise FpnxError(f"transformers cannot read the config of {escape(name)}: {reason}") from error
+        except Exception as error:  # its checks of values raise errors of many types
+            raise _unreadable(name, error) from error
         if not known:
             raise FpnxError(
                 f"{escape(name)} is a {type(config).__name__.removesuffix('Config')}, of which transformers "
@@ -126,9 +125,18 @@ def hf_network(name: str, blocks: Sequence[int] | None = None) -> nn.Module:
     Args:
         blocks: numbers of the stages or blocks, from 0; None: all, and the stem.
     """
-    with _quiet():
-        network: nn.Module = _library().AutoBackbone.from_config(_config_for(name, blocks))
+    config = _config_for(name, blocks)
+    try:
+        with _quiet():
+            network: nn.Module = _library().AutoBackbone.from_config(config)
+    except Exception as error:  # such as a division by a patch size of 0
+        raise _unreadable(name, error) from error
     return network.eval()
+
+
+def _unreadable(name: str, error: Exception) -> FpnxError:
+    reason = " ".join(str(error).split())[:160]
+    return FpnxError(f"transformers cannot use the config of {escape(name)}: {reason}: take another, or mend it")
 
 
 def pretrained_hf_state(name: str, offline: bool, blocks: Sequence[int] | None) -> tuple[dict[str, Tensor], str, str]:

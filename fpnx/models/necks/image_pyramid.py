@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fpnx.core.errors import FpnxError
+from fpnx.core.levels import LEVELS
 from fpnx.models.necks.base import Neck
 
 __all__ = ["ImagePyramid"]
@@ -37,7 +38,8 @@ class ImagePyramid(Neck):
         ((number, channels),) = in_channels.items()
         self.in_channels, self.channels = dict(in_channels), channels
         self.tap = f"C{number}"
-        self.scales = {f"P{k}": 2.0 ** (number - k) for k in range(max(number - FINER, 1), number + COARSER + 1)}
+        self.scales = {f"P{k}": 2.0 ** (number - k) for k in range(number - FINER, number + COARSER + 1)}
+        self.scales = {name: scale for name, scale in self.scales.items() if name in LEVELS}
         self.levels = tuple(self.scales)
 
     @classmethod
