@@ -325,11 +325,11 @@ class Trigger(Listener):
 
 def test_an_object_that_appears_during_the_run_is_not_replaced(bucket: Bucket, photos: Path, tmp_path: Path) -> None:
     target = f"{bucket.url}/out.h5"
-    with pytest.raises(StoreError, match="cannot be read as HDF5"):
+    with pytest.raises(StoreError, match="is not an HDF5 file"):
         package.extract(photos, target, listener=Trigger("verifying", lambda: bucket.put("out.h5", b"other")), **SMALL)
     assert bucket.get("out.h5") == b"other"
     assert scratch(tmp_path) == ["out.h5"]
-    with pytest.raises(StoreError, match="cannot be read as HDF5"):
+    with pytest.raises(StoreError, match="is not an HDF5 file"):
         package.extract(photos, target, resume=True, **SMALL)
     assert package.extract(photos, target, overwrite=True, **SMALL).done == 6
     assert scratch(tmp_path) == []
@@ -480,9 +480,9 @@ def test_objects_that_are_not_fpnx_files_are_refused(bucket: Bucket, fpnx: Calla
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["x"] = np.zeros(5)
     for content, reason in (
-        (b"no HDF5", "cannot be read as HDF5"),
+        (b"no HDF5", "is not an HDF5 file"),
         ((tmp_path / "x.h5").read_bytes(), "not one of fpnx's"),
-        ((tmp_path / "x.h5").read_bytes()[:-100], "cannot be read as HDF5"),
+        ((tmp_path / "x.h5").read_bytes()[:-100], "is truncated"),
     ):
         code, _, err = fpnx("info", bucket.put("x.h5", content))
         assert (code, err.count("\n")) == (2, 1)
