@@ -160,8 +160,7 @@ class BenchmarkConfig:
     pyramid: str | Iterable[str] | None = like(
         ModelConfig,
         "pyramid",
-        help="Kind of pyramid; repeat it to compare several.",
-        metavar="|".join(PYRAMIDS),
+        help=f"{', '.join(PYRAMIDS[:-1])} or {PYRAMIDS[-1]}; repeat it to compare several.",
         choices=(),
         complete=PYRAMIDS,
         repeatable=True,

@@ -118,7 +118,11 @@ class ModelConfig(CheckpointConfig):
         None, "What stands before their names in it, where several fit.", "Model", metavar="PREFIX"
     )
     pyramid: str | None = option(
-        None, "Kind of pyramid (default: that of the weights, or fpn).", "Model", choices=PYRAMIDS
+        None,
+        f"{', '.join(PYRAMIDS[:-1])} or {PYRAMIDS[-1]} (default: that of the weights, or fpn).",
+        "Model",
+        metavar="KIND",
+        choices=PYRAMIDS,
     )
     tap: str | None = option(
         None,
