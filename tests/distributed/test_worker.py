@@ -102,7 +102,7 @@ def test_a_worker_builds_its_model_once(job: ShardJob, monkeypatch: pytest.Monke
 
     built, build = [], fpnx.inference.engine_cache.build_model
     monkeypatch.setattr(
-        fpnx.inference.engine_cache, "build_model", lambda config: built.append(config) or build(config)
+        fpnx.inference.engine_cache, "build_model", lambda *request: built.append(request) or build(*request)
     )
     worker = Worker(job, no_stop)
     assert [worker(index).state for index in range(SHARDS)] == ["complete"] * 2
