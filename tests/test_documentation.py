@@ -102,6 +102,11 @@ def quick(arguments: list[str]) -> list[str]:
     return [{"800": "80", "1333": "133", "384": "64"}.get(argument, argument) for argument in arguments]
 
 
+def is_slow(line: str) -> bool:
+    """The table of all backbones, which measures each of them where the cache is empty, and benchmarks of several."""
+    return line == "fpnx models" or line.startswith("fpnx benchmark --")
+
+
 def names_weights(arguments: list[str]) -> bool:
     """Whether a command asks for published weights, which no test can download."""
     weights = value_of("--weights", arguments)
@@ -110,8 +115,7 @@ def names_weights(arguments: list[str]) -> bool:
 
 @pytest.mark.parametrize(
     "line",
-    # The table of all backbones measures each of them where the cache is empty.
-    [pytest.param(line, marks=pytest.mark.slow if line == "fpnx models" else ()) for line in command_lines()],
+    [pytest.param(line, marks=pytest.mark.slow if is_slow(line) else ()) for line in command_lines()],
 )
 def test_command_lines(
     line: str, place: Path, fpnx: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -50,6 +50,7 @@ def holds(model: nn.Module, state: dict[str, Tensor]) -> bool:
 # --- one prefix, one key ---
 
 
+@pytest.mark.slow
 def test_the_first_convolution_and_the_parts_of_every_torchvision_network_are_known():
     for name in torchvision_names():
         shapes = parameter_shapes(name)
