@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fpnx import FpnxError, create_model, save_weights
 from fpnx.core.config import ExtractConfig
-from fpnx.inference.graph_fusion import fuse_model
 from fpnx.models.factory import build_model
 from fpnx.models.necks.nasfpn import NASFPN
+from tests.helpers.necks import assert_levels_equal, check_executed_form, random_taps
 from tests.helpers.process import document
 from tests.helpers.reference_networks import MMNASFPN, MMDetector, randomise
 
@@ -34,15 +34,6 @@ def in_fpnx_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def taps_of(height: int, width: int) -> dict[str, Tensor]:
-    """Taps of which C3 has that size."""
-    generator, taps = torch.Generator().manual_seed(0), {}
-    for k, channels in CHANNELS.items():
-        taps[f"C{k}"] = torch.randn(2, channels, height, width, generator=generator)
-        height, width = -(-height // 2), -(-width // 2)
-    return taps
-
-
 @pytest.mark.parametrize("size", [(32, 48), (29, 38), (25, 34), (28, 28), (13, 100)], ids=str)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("stacks", [1, 3])
@@ -52,13 +43,11 @@ def test_equals_an_independent_reference(size: tuple[int, int], norm: bool, stac
     )
     neck = NASFPN(CHANNELS, 6, stacks, norm="batch" if norm else None).eval()
     neck.load_state_dict(in_fpnx_names(reference.state_dict()))
-    taps = taps_of(*size)
+    taps = random_taps(CHANNELS, *size)
     with torch.no_grad():
         levels, expected = neck(taps), reference(list(taps.values()))
     assert list(levels) == ["P3", "P4", "P5", "P6", "P7"]
-    for level, wanted in zip(levels.values(), expected, strict=True):
-        assert level.shape == wanted.shape
-        assert (level - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert_levels_equal(levels.values(), expected)
 
 
 def test_one_stack_by_hand() -> None:
@@ -96,9 +85,9 @@ def test_what_no_level_needs_is_not_computed(levels: tuple[str, ...], cells: int
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     with torch.no_grad():
-        some = neck(taps_of(16, 24), levels)
+        some = neck(random_taps(CHANNELS, 16, 24), levels)
         assert len(ran) == 7 + cells, ran
-        every = neck(taps_of(16, 24))
+        every = neck(random_taps(CHANNELS, 16, 24))
     assert list(some) == list(levels)
     assert all(torch.equal(some[level], every[level]) for level in levels)
 
@@ -107,16 +96,8 @@ def test_what_no_level_needs_is_not_computed(levels: tuple[str, ...], cells: int
 def test_the_executed_form_gives_the_same(levels: str | None) -> None:
     model = create_model("mobilenet_v2", weights="random", levels=levels, channels=16, pyramid="nasfpn")
     randomise(model.fpn, smallest_variance=0.1)
-    fused = fuse_model(model)
+    fused = check_executed_form(model, ((128, 192), (129, 200)))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.neck.modules()), "norms are folded"
-    for size in ((128, 192), (129, 200)):
-        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-        with torch.inference_mode():
-            expected = model(images)
-            for found in (fused(images), fused.pack(images)):
-                assert list(found) == list(expected)
-                for name, level in expected.items():
-                    assert (found[name] - level).abs().max() <= 1e-5 * level.abs().max(), name
 
 
 def test_levels_without_a_choice_are_those_of_the_paper() -> None:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fpnx import FpnxError, create_model, save_weights
 from fpnx.core.config import PYRAMIDS, ExtractConfig
-from fpnx.inference.graph_fusion import fuse_model
 from fpnx.models.factory import build_model
 from fpnx.models.necks.base import neck_shapes
 from fpnx.models.necks.pafpn import PAFPN
 from fpnx.models.necks.registry import NECKS
+from tests.helpers.necks import assert_levels_equal, check_executed_form, random_taps
 from tests.helpers.process import document
 from tests.helpers.reference_networks import MMPAFPN, randomise
 
@@ -38,14 +38,6 @@ def in_reference_names(state: dict[str, Tensor], laterals: int) -> dict[str, Ten
     return renamed
 
 
-def taps_of(height: int, width: int) -> dict[str, Tensor]:
-    generator, taps = torch.Generator().manual_seed(0), {}
-    for k, channels in CHANNELS.items():
-        taps[f"C{k}"] = torch.randn(2, channels, height, width, generator=generator)
-        height, width = -(-height // 2), -(-width // 2)
-    return taps
-
-
 EXTRA = {None: (4, ""), "pool": (5, ""), "c5": (6, "on_input"), "p5": (6, "on_output"), "m5": (6, "on_lateral")}
 
 
@@ -58,13 +50,11 @@ def test_equals_an_independent_reference(size: tuple[int, int], top_block: str |
     names = {"start_level": 0, "num_outs": outs, "add_extra_convs": extra, "relu_before_extra_convs": p7_relu}
     reference = MMPAFPN(**names, channels=6, inputs=tuple(CHANNELS.values()))
     reference.load_state_dict(in_reference_names(neck.state_dict(), 4))
-    taps = taps_of(*size)
+    taps = random_taps(CHANNELS, *size)
     with torch.no_grad():
         levels, expected = neck(taps), reference(list(taps.values()))
     assert list(levels) == [f"P{k}" for k in range(2, 2 + outs)]
-    for level, wanted in zip(levels.values(), expected, strict=True):
-        assert level.shape == wanted.shape
-        assert (level - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert_levels_equal(levels.values(), expected)
 
 
 def test_two_levels_by_hand() -> None:
@@ -109,9 +99,9 @@ def test_what_no_level_needs_is_not_computed(
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     with torch.no_grad():
-        some = neck(taps_of(32, 40), levels)
+        some = neck(random_taps(CHANNELS, 32, 40), levels)
         assert len(ran) == convolutions[top_block], ran
-        every = neck(taps_of(32, 40))
+        every = neck(random_taps(CHANNELS, 32, 40))
     assert list(some) == list(levels)
     assert all(torch.equal(some[level], every[level]) for level in levels)
 
@@ -126,7 +116,7 @@ def test_every_neck_keeps_the_interface(kind: str) -> None:
     neck = NECKS[kind].for_levels(CHANNELS, 4, ("P3", "P7"), None)
     assert neck.in_channels.items() <= CHANNELS.items()
     assert {"P3", "P7"} <= set(neck.levels)
-    taps = taps_of(57, 70)
+    taps = random_taps(CHANNELS, 57, 70)
     with torch.no_grad():
         levels = neck.eval()(taps)
     shapes = {name: tuple(tap.shape[1:]) for name, tap in taps.items()}
@@ -152,15 +142,7 @@ def test_every_neck_keeps_the_interface(kind: str) -> None:
 def test_the_executed_form_gives_the_same(levels: str) -> None:
     model = create_model("mobilenet_v2", weights="random", levels=levels, channels=32, pyramid="pafpn")
     randomise(model.fpn)
-    fused = fuse_model(model)
-    for size in ((64, 96), (97, 131)):
-        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-        with torch.inference_mode():
-            expected = model(images)
-            for found in (fused(images), fused.pack(images)):
-                assert list(found) == list(expected)
-                for name, level in expected.items():
-                    assert (found[name] - level).abs().max() <= 1e-5 * level.abs().max(), name
+    check_executed_form(model, ((64, 96), (97, 131)))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
