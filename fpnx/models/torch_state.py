@@ -31,6 +31,7 @@ RANDOM = frozenset({
     nn.init.trunc_normal_, nn.init.uniform_, nn.init.xavier_normal_, nn.init.xavier_uniform_,
 })  # fmt: skip
 AUTOCAST_DEVICES = ("cpu", "cuda")
+CHANGED = FACTORIES | RANDOM
 
 
 @contextmanager
@@ -79,6 +80,8 @@ class _Defaults(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func not in CHANGED and torch.get_default_dtype() is torch.float32:  # nearly every call of a network
+            return func(*args, **kwargs)
         values = [
             item for value in (*args, *kwargs.values()) for item in (value if type(value) in (list, tuple) else [value])
         ]
