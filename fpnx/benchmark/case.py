@@ -30,7 +30,6 @@ from fpnx.images.decoding import decode
 from fpnx.inference.devices import arithmetic
 from fpnx.inference.engine import Engine
 from fpnx.inference.graph_fusion import FusedModel
-from fpnx.models.preprocessing import scaled_size
 from fpnx.store.file_layout import FileLayout
 from fpnx.store.writer import Writer
 
@@ -196,14 +195,13 @@ class BenchmarkCase:
 
     def _time_compute(self, pixels: Sequence[Any]) -> dict[str, float]:
         """Seconds of each stage from pixels to arrays; keeps the network's inputs and the arrays."""
-        timer, scales = self._timer, self.plan.model.scales
+        timer = self._timer
         self._batches, self._arrays = [], {}
         with torch.inference_mode(), arithmetic(self.plan.device, self.plan.precision):
             timer.start()
-            if scales:
-                for i, (level, scale) in enumerate(scales.items()):
-                    maps = self._time_pass([image[i] for image in pixels], scaled_size(self.size, scale))
-                    self._arrays[level] = next(iter(maps.values()))
+            if self.plan.model.scales:
+                for level, images, padded in self.engine.passes(pixels):
+                    self._arrays[level] = next(iter(self._time_pass(images, padded).values()))
             else:
                 self._arrays = self._time_pass(pixels, self.size)
         return timer.seconds()

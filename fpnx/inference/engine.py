@@ -88,12 +88,14 @@ class Engine:
         """
         if not self._scales:
             return self._features(pixels, self.recipe.padded(pixels[0].shape[:2]))
-        parts = {}
+        return _joined({level: self._features(images, padded) for level, images, padded in self.passes(pixels)})
+
+    def passes(self, pixels: Sequence[Any]) -> Iterator[tuple[str, Sequence[np.ndarray], tuple[int, int]]]:
+        """Of a pyramid of scaled images: each level, with the images at its scale and their padded (height, width)."""
         for i, (level, scale) in enumerate(self._scales.items()):
             images = [image[i] for image in pixels]
             padded = self.recipe.padded(scaled_size(images[0].shape[:2], 1 / scale))
-            parts[level] = self._features(images, scaled_size(padded, scale))
-        return _joined(parts)
+            yield level, images, scaled_size(padded, scale)
 
     def _features(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> Features:
         """Features of images (h, w, 3), 0..255, which are padded to one size (height, width)."""
