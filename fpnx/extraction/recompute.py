@@ -117,7 +117,9 @@ class Recomputation:
         device, config = resolve_device(self._config.device), self._config
         if config.precision == "tf32" and device.type != "cuda":
             config = replace(config, precision="float32")  # differs less than the tolerance of reduced precisions
-        return Engine(model, recipe, config, device)
+        engine = Engine(model, recipe, config, device)
+        model.to("meta")  # the engine has copies of its parameters, and resizing needs none
+        return engine
 
     def compare(self) -> tuple[float, list[str]]:
         """Recompute the sample → the largest relative difference, and all problems, one line each."""
