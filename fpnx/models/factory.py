@@ -90,9 +90,9 @@ def create_model(
         weights_prefix: what stands before their names in the file, such as `"encoder_q."`; None finds it.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None: a file's own levels, else P2…P5, for `"bifpn"` and
             `"nasfpn"` P3…P7.
-        pyramid: the kind of neck, `"fpn"`, `"pafpn"`, `"bifpn"`, `"nasfpn"` or `"image"`; None: a file's own, else
-            `"fpn"`.
-        tap: with `pyramid="image"`, the tap that is taken at several scales; None: the last.
+        pyramid: the kind of neck, `"fpn"`, `"pafpn"`, `"bifpn"`, `"nasfpn"`, `"simple"` or `"image"`; None: a file's
+            own, else `"fpn"`.
+        tap: with `pyramid="image"` or `"simple"`, the tap that the levels are made of; None: the last.
         blocks: of a backbone whose maps have one stride (a vision transformer): the blocks whose maps are its tap, from
             0 on, or -1 (the last), -2, …; several are concatenated along channels, in their order. None: the last.
         channels: of every P level; None: a file's own, else 256, for `"bifpn"` 64. A BiFPN has as many cells as
@@ -186,10 +186,9 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
         )
     if kind in (ImagePyramid, NoNeck):
         weights = _of_body(weights)
-    if kind is ImagePyramid:
-        if backbone.size is not None:
-            raise FpnxError(f"{backbone.name} takes inputs of one size, and pyramid image needs several: take another")
-    elif weights.pyramid is None and not kind.accepts_single_stride and kind is not NoNeck:
+    if kind is ImagePyramid and backbone.size is not None:
+        raise FpnxError(f"{backbone.name} takes inputs of one size, and pyramid image needs several: take another")
+    if weights.pyramid is None and not kind.accepts_single_stride and kind is not NoNeck:
         asked = config.levels or kind.default_levels
         backbone.check_levels([name for name in asked if name not in UNSTRIDED_LEVELS], config.top_block)
     held = weights.pyramid

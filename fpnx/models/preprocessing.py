@@ -14,6 +14,7 @@ from PIL import Image
 
 from fpnx.core.config import InputConfig
 from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.pixel_options import PixelOptions
 
 __all__ = ["Recipe", "scaled_size"]
 
@@ -92,6 +93,11 @@ class Recipe:
             return read
         height, width = config.size
         return replace(read, sizing="stretch", height=height, width=width, short_side=None, long_side=None)
+
+    @property
+    def pixels(self) -> PixelOptions:
+        """Which bands and values of an image file are read."""
+        return PixelOptions(self.bands, self.source_range)
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_number
-from fpnx.core.pixel_options import PixelOptions
 from fpnx.core.provenance import AS_GIVEN, ModelPart
 from fpnx.models.backbones.factory import (
     Backbone,
@@ -119,7 +118,7 @@ class PyramidModel(nn.Module):
         """
         if isinstance(images, (list, tuple)):
             return [self.transform(image) for image in images]
-        return self._inputs(to_picture(images, PixelOptions(self.recipe.bands, self.recipe.source_range)))
+        return self._inputs(to_picture(images, self.recipe.pixels))
 
     @overload
     def features(self, images: ImageLike) -> dict[str, Tensor]: ...
@@ -143,7 +142,7 @@ class PyramidModel(nn.Module):
             raise FpnxError("the model is in training mode: call model.eval() first")
         if isinstance(images, (list, tuple)):
             return [self.features(image) for image in images]
-        picture = to_picture(images, PixelOptions(self.recipe.bands, self.recipe.source_range))
+        picture = to_picture(images, self.recipe.pixels)
         self.shapes(self.recipe.padded(self.recipe.input_size((picture.height, picture.width))))
         inputs, like = self._inputs(picture), next(self.parameters())
         with torch.no_grad():
