@@ -178,7 +178,7 @@ def test_pictures_are_drawn(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"levels": "C3,P4"}, "level C3 beside pyramid image, which has P levels only"),
         ({"levels": "P7"}, r"mobilenet_v2 has no level P7: it gives P2, P3, P4, P5, P6$"),
@@ -191,8 +191,8 @@ def test_pictures_are_drawn(photos: Path, tmp_path: Path) -> None:
         ({"size": 300, "max_pixels": 1_000_000}, r"1200×1200 pixels, over the limit.* coarser --levels"),
     ],
 )
-def test_what_does_not_go_is_refused(photos: Path, tmp_path: Path, options: dict, told: str) -> None:
-    with pytest.raises(fpnx.FpnxError, match=told):
+def test_what_does_not_go_is_refused(photos: Path, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(fpnx.FpnxError, match=message):
         fpnx.extract(photos, tmp_path / "out.h5", **{**IMAGE, **options})
     assert not list(tmp_path.glob("out*"))
 

@@ -88,7 +88,7 @@ def test_verify_needs_the_module(photos: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"levels": "P3"}, "levels beside a model, which has its own"),
         ({"weights": "random"}, "weights beside a model"),
@@ -97,16 +97,16 @@ def test_verify_needs_the_module(photos: Path, tmp_path: Path, capsys: pytest.Ca
         ({"engine": "ray"}, "do not get a module|pip install"),
     ],
 )
-def test_options_that_a_model_has_itself_are_refused(photos: Path, tmp_path: Path, options: dict, told: str) -> None:
+def test_options_that_a_model_has_itself_are_refused(photos: Path, tmp_path: Path, options: dict, message: str) -> None:
     model = fpnx.create_model(own_network(), levels="P4")
-    with pytest.raises(fpnx.FpnxError, match=told):
+    with pytest.raises(fpnx.FpnxError, match=message):
         fpnx.extract(photos, tmp_path / "out.h5", backbone=model, **options)
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(("backbone", "told"), [(nn.Linear, "is a class"), (3, "take a name or an nn.Module")])
-def test_what_is_no_backbone_is_refused(photos: Path, tmp_path: Path, backbone: object, told: str) -> None:
-    with pytest.raises(fpnx.FpnxError, match=told):
+@pytest.mark.parametrize(("backbone", "message"), [(nn.Linear, "is a class"), (3, "take a name or an nn.Module")])
+def test_what_is_no_backbone_is_refused(photos: Path, tmp_path: Path, backbone: object, message: str) -> None:
+    with pytest.raises(fpnx.FpnxError, match=message):
         fpnx.extract(photos, tmp_path / "out.h5", backbone=backbone)
 
 
@@ -124,20 +124,20 @@ def test_weights_of_an_own_network_are_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "told"),
+    ("trained", "message"),
     [
         (None, ("untrained (random, seed 0)", "as given")),
         ("fpn", ("untrained (random, seed 0)", "trained (as given)")),
         (("body", "fpn"), ("trained (as given)", "trained (as given)")),
     ],
 )
-def test_saved_weights_say_what_was_trained(tmp_path: Path, trained: object, told: tuple[str, str]) -> None:
+def test_saved_weights_say_what_was_trained(tmp_path: Path, trained: object, message: tuple[str, str]) -> None:
     model = fpnx.create_model("mobilenet_v2", weights="random", levels="P4")
     with torch.no_grad():
         model.fpn.inner_blocks[-1][0].bias.add_(1)
     fpnx.save_weights(model, tmp_path / "m.safetensors", trained=trained)
     read = fpnx.create_model(weights=str(tmp_path / "m.safetensors"))
-    assert (str(read.weights.body), str(read.weights.fpn)) == told
+    assert (str(read.weights.body), str(read.weights.fpn)) == message
 
 
 def test_what_is_no_model_is_refused(photos: Path, tmp_path: Path) -> None:

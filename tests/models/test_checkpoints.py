@@ -515,7 +515,7 @@ def test_damaged_and_other_files_are_refused_in_one_line(kind, tmp_path):
 
 
 @pytest.mark.parametrize("backbone", [None, "resnet18", "timm/resnet10t"])
-def test_damaged_safetensors_are_told_in_fpnxs_words(backbone, tmp_path):
+def test_damaged_safetensors_are_described_in_fpnxs_words(backbone, tmp_path):
     if backbone == "timm/resnet10t":
         pytest.importorskip("timm")
     safetensors.torch.save_file({"a": torch.ones(100)}, tmp_path / "whole.safetensors")

@@ -187,7 +187,7 @@ def test_features_are_those_of_extract(photos: Path, tmp_path: Path, size: int |
 
 
 @pytest.mark.parametrize(
-    ("image", "told"),
+    ("image", "message"),
     [
         (None, "an object of type NoneType is not an image: take a path"),
         (7, "an object of type int"),
@@ -204,12 +204,12 @@ def test_features_are_those_of_extract(photos: Path, tmp_path: Path, size: int |
         (b"bytes", "an object of type bytes"),
     ],
 )
-def test_what_is_no_image_is_refused(image: object, told: str) -> None:
+def test_what_is_no_image_is_refused(image: object, message: str) -> None:
     model = fpnx.create_model("mobilenet_v2", weights="random", levels="P5")
     for call in (model.transform, model.features):
-        with pytest.raises(FpnxError, match=told):
+        with pytest.raises(FpnxError, match=message):
             call(image)
-        with pytest.raises(FpnxError, match=told):
+        with pytest.raises(FpnxError, match=message):
             call([image])
 
 
@@ -231,7 +231,7 @@ def test_a_truncated_picture_names_its_path(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"backbone": "resnet5"}, "did you mean resnet50"),
         ({"levels": "P7", "top_block": "pool"}, "does not come by pool"),
@@ -243,8 +243,8 @@ def test_a_truncated_picture_names_its_path(photos: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_made(options: dict[str, object], told: str) -> None:
-    with pytest.raises(FpnxError, match=told) as raised:
+def test_what_cannot_be_made(options: dict[str, object], message: str) -> None:
+    with pytest.raises(FpnxError, match=message) as raised:
         fpnx.create_model(**{"weights": "random", **options})  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
 
@@ -276,17 +276,17 @@ def test_saved_weights_come_back(tmp_path: Path, suffix: str, levels: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("backbone", "told"),
+    ("backbone", "message"),
     [
         (3, "backbone 3: take a name or an nn.Module"),
         (torch.nn.Conv2d, "backbone Conv2d is a class: give an instance of it"),
     ],
     ids=["number", "class"],
 )
-def test_what_is_no_backbone_is_told(backbone, told):
+def test_what_is_no_backbone_is_refused(backbone, message):
     with pytest.raises(FpnxError) as caught:
         fpnx.create_model(backbone)
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 # Compiled models
