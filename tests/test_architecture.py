@@ -22,11 +22,11 @@ PACKAGE = ROOT / "fpnx"
 LAYERS = """
 cli
 commands
-distributed benchmark
+distributed benchmark training
 extraction
-inference visualization
+inference visualization evaluation
 models
-images store
+images store labels
 remote
 core
 """

@@ -1,0 +1,1 @@
+"""Label files of every supported format, read into one typed result."""

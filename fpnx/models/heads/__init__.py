@@ -1,0 +1,1 @@
+"""Heads: modules that turn pyramid levels into classes, boxes or masks."""

@@ -1,0 +1,127 @@
+"""The interface of heads: modules that turn pyramid levels into predictions, and levels with targets into losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor, nn
+
+__all__ = ["Detections", "Geometry", "Head", "Prediction", "Pyramid", "Target"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a batch of network inputs, all (height, width) in pixels.
+
+    Attributes:
+        padded: of the input tensor, the same for all images of the batch.
+        sizes: of each image after resizing, before padding.
+    """
+
+    padded: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a head should predict for one image, in pixels of the network's input.
+
+    Attributes:
+        boxes: (n, 4) float32, x1, y1, x2, y2.
+        labels: (n,) int64, class indices from 0.
+        masks: (n, H, W) bool of the padded input's size; None for heads without masks.
+        classes: (classes,) float32 of 0 and 1, for classification; None otherwise.
+        semantic: (H, W) int64 class indices of the padded input's size, 255 where there is none; None otherwise.
+    """
+
+    boxes: Tensor | None = None
+    labels: Tensor | None = None
+    masks: Tensor | None = None
+    classes: Tensor | None = None
+    semantic: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """The objects that a head found in one image, best first, in pixels of the network's input.
+
+    Attributes:
+        boxes: (n, 4) float32, x1, y1, x2, y2.
+        scores: (n,) float32, 0 to 1.
+        labels: (n,) int64, class indices from 0.
+        masks: (n, H, W) float32 probabilities of the padded input's size; None for heads without masks.
+        proposals: (m, 4) float32 boxes of the region proposal network, best first; None for heads without one.
+        levels: (n,) names of the levels that the boxes come from; empty where the head does not say.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+    proposals: Tensor | None = None
+    levels: tuple[str, ...] = ()
+
+
+# Of one image: detections; (classes,) float32 logits; or (classes, H, W) float32 logits of the padded input's size.
+Prediction: TypeAlias = "Detections | Tensor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pyramid:
+    """What a head is built on.
+
+    Attributes:
+        channels: channels of each level, by name, fine to coarse.
+        strides: stride of each level, by name.
+    """
+
+    channels: Mapping[str, int]
+    strides: Mapping[str, int]
+
+
+class Head(nn.Module):
+    """Turns levels `{"P3": (B, C, H, W), ...}` into predictions, or levels and targets into losses.
+
+    A subclass stands in `fpnx.models.heads.registry.HEADS` under its `kind`. Its `state_dict` has the names that
+    torchvision's detectors have behind the backbone: `rpn.*`, `roi_heads.*` or `head.*`.
+
+    Attributes:
+        kind: the name of the head, as `--head` takes it.
+        task: `"classification"`, `"detection"` or `"semantic"`.
+        summary: what it is, in a few words for lists.
+        needs_masks: whether its targets have masks.
+        default_levels: the levels that it takes by default, fine to coarse.
+        levels: the levels that this head takes.
+        classes: number of classes, background not counted.
+    """
+
+    kind: ClassVar[str]
+    task: ClassVar[str]
+    summary: ClassVar[str] = ""
+    needs_masks: ClassVar[bool] = False
+    default_levels: ClassVar[tuple[str, ...]] = ()
+    levels: tuple[str, ...]
+    classes: int
+
+    @classmethod
+    def for_pyramid(cls, pyramid: Pyramid, classes: int, settings: Mapping[str, Any]) -> Head:
+        """A head for these levels; `settings` are those that `settings()` of another one returned, or empty."""
+        raise NotImplementedError
+
+    def initialize(self, seed: int) -> None:
+        """Draw all parameters from `seed`, the same on every machine."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What parameters do not show, as plain values for a saved file; `for_pyramid` takes them."""
+        raise NotImplementedError
+
+    def losses(self, levels: Mapping[str, Tensor], geometry: Geometry, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The losses by name, each a scalar; their sum is minimised. Needs training mode."""
+        raise NotImplementedError
+
+    def predict(self, levels: Mapping[str, Tensor], geometry: Geometry) -> list[Prediction]:
+        """One prediction for each image. Needs eval mode."""
+        raise NotImplementedError
