@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -47,7 +46,7 @@ class Neck(nn.Module):
     summary: ClassVar[str] = ""
     accepts_single_stride: ClassVar[bool] = False
     gives_taps: ClassVar[bool] = True
-    scales: Mapping[str, float] = MappingProxyType({})
+    scales: Mapping[str, float] = {}
     in_channels: dict[int, int]
     channels: int
     levels: tuple[str, ...]
