@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +158,7 @@ def rice_codes(rounded: RoundedMap) -> str:
         parts.append(bytes([parameter]))
         if parameter == ALL_ZERO:
             continue
-        ends = np.cumsum((values >> parameter).astype(np.int64) + (1 + parameter))
+        ends = np.cumsum(values >> parameter, dtype=np.int64) + np.arange(1, len(values) + 1) * (1 + parameter)
         bits = np.zeros(int(ends[-1]), np.uint8)
         bits[ends - (1 + parameter)] = 1
         for bit in range(parameter):
@@ -207,12 +208,11 @@ def _for_each_map(
     progress: Callable[[int], None],
 ) -> None:
     for position, row in enumerate(rows):
-        for level in levels:
-            try:
-                features = item_maps(Item(store, row), NO_PHOTO).read(level)
-            except FpnxError:  # an unreadable row, which is reported when it is drawn
-                continue
-            function(level, features)
+        with suppress(FpnxError):  # an unreadable row, which is reported when it is drawn
+            maps = item_maps(Item(store, row), NO_PHOTO)
+            for level in levels:
+                with suppress(FpnxError):
+                    function(level, maps.read(level))
         progress(position + 1)
 
 

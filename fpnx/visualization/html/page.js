@@ -306,7 +306,7 @@
     byId("mode").value = state.mode;
     const error = maps.reduce((a, panel) => Math.max(a, panel.facts.error), 0);
     byId("hint").textContent = state.mode !== "similarity" ? ""
-      : `cosine with the marked cell, 95 % within ${formatNumber(error)} of the exact one; Esc goes back`;
+      : `cosine with the marked cell, 95 % within ${Number(error.toPrecision(2))} of the exact one; Esc goes back`;
     for (const button of visible) drawThumbnail(button, Number(button.dataset.position));
     resize();
     updateReadout();
