@@ -17,13 +17,15 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 import fpnx
-from fpnx.commands.visualize import visualize
+from fpnx.cli.views import show_pictures
+from fpnx.commands.visualize import VisualizeResult, visualize
 from fpnx.core.config import VisualizeConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.visualization.heatmaps import heatmap, similarity
-from fpnx.visualization.html.encoding import coordinates, measure_statistics, rice_codes, round_map
+from fpnx.visualization.html.encoding import coordinates, measure_statistics, rice_codes, round_map, similarity_error
 from fpnx.visualization.html.page import SIMILARITY_ERROR, write_page
+from fpnx.visualization.html.page import Page as WrittenPage
 from fpnx.visualization.image_maps import item_maps
 from tests.helpers.files import noise_image
 
@@ -149,16 +151,17 @@ def test_coordinates_keep_cosines(made: Path) -> None:
         rounded = round_map(exact, step / 127)
         unit = rounded.values / np.linalg.norm(rounded.values, axis=0)
         errors = np.abs(unit.T @ unit - cosines)
-        assert rounded.error == pytest.approx(np.percentile(errors, 95), rel=0.2)  # measured on some of the cells
-        assert 0.004 < rounded.error / step < 0.009
+        measured = similarity_error(exact, step / 127)
+        assert measured == pytest.approx(np.percentile(errors, 95), rel=0.2)  # it takes some of the cells
+        assert 0.004 < measured / step < 0.009
 
 
 def test_cells_without_a_direction_have_no_coordinates() -> None:
     features = np.array([[3.0, 0, np.nan, np.inf], [4, 0, 1, 1]])[:, None]
     exact = coordinates(features, np.eye(2))
-    assert exact.T == pytest.approx(np.array([[0.6, 0.8], [0, 0], [0, 0], [0, 0]]))
+    assert np.allclose(exact.T, [[0.6, 0.8], [0, 0], [0, 0], [0, 0]])
     assert round_map(exact, 1 / 127).values.T.tolist() == [[76, 102], [0, 0], [0, 0], [0, 0]]
-    assert round_map(exact[:, 1:], 1 / 127).error == 0
+    assert similarity_error(exact[:, 1:], 1 / 127) == 0
 
 
 def test_a_cell_that_rounds_to_zero_keeps_its_largest_coordinate() -> None:
@@ -214,6 +217,14 @@ def test_images_are_left_out_before_similarity_is_too_coarse(made: Path, tmp_pat
     with pytest.raises(FpnxError, match="not one image fits"):
         write(made, tmp_path / "none.html", 201_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half.html"]
+
+
+def test_the_command_says_how_many_images_are_in_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    written = WrittenPage("out.html", 49_000_000, images=6, left_out=18, similarity_error=0.05)
+    show_pictures(VisualizeResult(None, (), written, (), 0))
+    out = capsys.readouterr().out
+    assert "images in out.html: 6 of 24, 49.0 MB" in out
+    assert "a page is at most 50.0 MB: --images takes others" in out
 
 
 def test_an_image_that_fills_the_page_is_coarse_and_the_page_says_so(made: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ __all__ = [
     "measure_statistics",
     "rice_codes",
     "round_map",
-    "unit_vectors",
+    "similarity_error",
 ]
 
 PLAIN_MODES = ("energy", "mean", "max", "std")
@@ -58,14 +58,12 @@ class RoundedMap:
     Attributes:
         values: (C, H·W) int8.
         parameters: (C,) uint8 Rice parameters with which each direction takes the fewest bits; 255 for only zeros.
-        code_bytes: length of `rice_codes`.
-        error: 95th percentile of the absolute error of cosines between the map's cells.
+        code_bytes: how many bytes `rice_codes` packs.
     """
 
     values: np.ndarray
     parameters: np.ndarray
     code_bytes: int
-    error: float
 
 
 def measure_statistics(
@@ -80,7 +78,7 @@ def measure_statistics(
     def add_moments(level: str, features: np.ndarray) -> None:
         cells = sample_cells(features)
         moments.setdefault(level, Moments(cells.shape[1])).add(cells)
-        unit_moments.setdefault(level, Moments(cells.shape[1])).add(unit_vectors(cells))
+        unit_moments.setdefault(level, Moments(cells.shape[1])).add(_unit_vectors(cells))
         for mode in PLAIN_MODES:
             extremes[level][mode] += value_range(heatmap(features, mode))
 
@@ -128,22 +126,32 @@ def coordinates(features: np.ndarray, directions: np.ndarray) -> np.ndarray:
 
     Zero for a cell of length 0, and for one with a value that is not finite.
     """
-    cells = unit_vectors(features.reshape(len(features), -1).T.astype(np.float64))
+    cells = _unit_vectors(features.reshape(len(features), -1).T.astype(np.float64))
     cells[~np.isfinite(cells).all(axis=1)] = 0.0
     return directions.astype(np.float32) @ np.ascontiguousarray(cells.T, np.float32)
 
 
 def round_map(exact: np.ndarray, step: float) -> RoundedMap:
-    """Round (C, n) `coordinates` to multiples of `step`, at least 1/127.
-
-    The largest coordinate of a cell that is not zero does not become zero: the cell has a direction still.
-    """
-    values = np.rint(exact / step).astype(np.int8)
-    vanished = np.flatnonzero(~values.any(axis=0) & exact.any(axis=0))
-    largest = np.abs(exact[:, vanished]).argmax(axis=0)
-    values[largest, vanished] = np.sign(exact[largest, vanished])
+    """Round (C, n) `coordinates` to multiples of `step`, at least 1/127."""
+    values = _round(exact, step)
     parameters, bits = _rice_parameters(_unsigned(values))
-    return RoundedMap(values, parameters, len(parameters) + int((-(-bits // 8)).sum()), _error(exact, values))
+    return RoundedMap(values, parameters, len(parameters) + int((-(-bits // 8)).sum()))
+
+
+def similarity_error(exact: np.ndarray, step: float) -> float:
+    """95th percentile of the absolute error of cosines between cells, with coordinates rounded to multiples of `step`.
+
+    Measured between at most 16 and at most 4096 cells, evenly spaced over those that are not zero.
+    """
+    there = np.flatnonzero(exact.any(axis=0))
+    if not there.size:
+        return 0.0
+    cells = exact[:, there[:: -(-len(there) // ERROR_CELLS)]]
+    rounded = _round(cells, step).astype(np.float32)
+    rounded /= np.linalg.norm(rounded, axis=0)
+    every = -(-cells.shape[1] // ERROR_REFERENCES)
+    errors = rounded[:, ::every].T @ rounded - cells[:, ::every].T @ cells
+    return float(np.percentile(np.abs(errors), 95))
 
 
 def rice_codes(rounded: RoundedMap) -> str:
@@ -167,10 +175,19 @@ def rice_codes(rounded: RoundedMap) -> str:
     return base64.b64encode(b"".join(parts)).decode()
 
 
-def unit_vectors(cells: np.ndarray) -> np.ndarray:
+def _unit_vectors(cells: np.ndarray) -> np.ndarray:
     """(n, C) cells scaled to length 1; NaN for cells of length 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return cells / np.sqrt(np.einsum("nc,nc->n", cells, cells, dtype=np.float64))[:, None]
+
+
+def _round(exact: np.ndarray, step: float) -> np.ndarray:
+    """int8 multiples of `step`; where a cell would become zero, its largest coordinate becomes 1 or -1 instead."""
+    values = np.rint(exact * np.float32(1 / step)).astype(np.int8)
+    vanished = np.flatnonzero(~values.any(axis=0) & exact.any(axis=0))
+    largest = np.abs(exact[:, vanished]).argmax(axis=0)
+    values[largest, vanished] = np.sign(exact[largest, vanished])
+    return values
 
 
 def _unsigned(values: np.ndarray) -> np.ndarray:
@@ -184,20 +201,6 @@ def _rice_parameters(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     zero = ~values.any(axis=1)
     parameters = np.where(zero, ALL_ZERO, lengths.argmin(axis=0)).astype(np.uint8)
     return parameters, np.where(zero, 0, lengths.min(axis=0))
-
-
-def _error(exact: np.ndarray, values: np.ndarray) -> float:
-    """95th percentile of the absolute error of cosines, between at most 16 and 4096 evenly spaced cells."""
-    there = np.flatnonzero(exact.any(axis=0))
-    if not there.size:
-        return 0.0
-    cells = there[:: -(-len(there) // ERROR_CELLS)]
-    references = cells[:: -(-len(cells) // ERROR_REFERENCES)]
-    rounded = values[:, cells].astype(np.float32)
-    rounded /= np.linalg.norm(rounded, axis=0)
-    chosen = np.searchsorted(cells, references)
-    cosines = exact[:, references].T @ exact[:, cells]
-    return float(np.percentile(np.abs(rounded[:, chosen].T @ rounded - cosines), 95))
 
 
 def _for_each_map(

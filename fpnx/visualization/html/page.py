@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -31,6 +32,7 @@ from fpnx.visualization.html.encoding import (
     measure_statistics,
     rice_codes,
     round_map,
+    similarity_error,
 )
 from fpnx.visualization.image_maps import ImageMaps, describe_model
 from fpnx.visualization.panels import colour_table
@@ -112,12 +114,13 @@ def write_page(
                 skipped.append(f"{escape(maps_by_store[0].path)}: {error}")
                 continue
             room = limit_bytes - TAIL_BYTES - written
-            rounded = _round_to_fit(block, room, room // max(1, total - count - len(skipped)), alone=not count)
-            if rounded is None:
+            fitting = _round_to_fit(block, room, room // max(1, total - count - len(skipped)), alone=not count)
+            if fitting is None:
                 break
-            for (position, level), map_ in rounded.items():
-                block.values["files"][position]["maps"][level]["directions"] = rice_codes(map_)
-                errors[position][level] = max(errors[position][level], map_.error)
+            step, rounded = fitting
+            for (position, level), exact in block.exact.items():
+                block.values["files"][position]["maps"][level]["directions"] = rice_codes(rounded[position, level])
+                errors[position][level] = max(errors[position][level], similarity_error(exact, step))
             written += file.write(_data(f"image-{count}", block.values))
             count += 1
         over_limit = max(0, total - count - len(skipped))
@@ -177,25 +180,32 @@ def _image_block(
 
 def _round_to_fit(
     block: _ImageBlock, room: int, share: int, *, alone: bool
-) -> dict[tuple[int, str], RoundedMap] | None:
-    """The maps of an image, rounded to the finest step with which it takes at most `share` bytes.
+) -> tuple[float, dict[tuple[int, str], RoundedMap]] | None:
+    """The finest of `SIMILARITY_STEPS` with which an image takes at most `share` bytes, and its maps rounded so.
 
     If none does within `SIMILARITY_ERROR`, the coarsest step within it, if that fits into `room`. `alone`: otherwise
     the finest step that fits into `room`, whatever the error. None where the image does not fit.
     """
     other_bytes = len(_data("image-000000", block.values))
-    fitting = None
-    for step in SIMILARITY_STEPS:
-        rounded = {key: round_map(exact, step) for key, exact in block.exact.items()}
-        coarse = max((map_.error for map_ in rounded.values()), default=0.0) > SIMILARITY_ERROR
-        if coarse and (fitting is not None or not alone):
-            break
-        code_bytes = sum(-(-map_.code_bytes // 3) * 4 for map_ in rounded.values())
-        if other_bytes + code_bytes <= room:
-            fitting = rounded
-            if coarse or other_bytes + code_bytes <= share:
-                break
-    return fitting
+    rounded: dict[float, dict[tuple[int, str], RoundedMap]] = {}
+
+    def length(step: float) -> int:
+        if step not in rounded:
+            rounded[step] = {key: round_map(exact, step) for key, exact in block.exact.items()}
+        return other_bytes + sum(-(-map_.code_bytes // 3) * 4 for map_ in rounded[step].values())
+
+    def too_coarse(step: float) -> bool:
+        return max((similarity_error(exact, step) for exact in block.exact.values()), default=0.0) > SIMILARITY_ERROR
+
+    step = SIMILARITY_STEPS[0]
+    if length(step) > share:
+        within = SIMILARITY_STEPS[: max(1, bisect_right(SIMILARITY_STEPS, False, key=too_coarse))]
+        step = within[-1]
+        if length(step) <= share:
+            step = within[bisect_left(within, True, key=lambda finer: length(finer) <= share)]
+        elif alone:
+            step = next((coarse for coarse in SIMILARITY_STEPS[len(within) - 1 :] if length(coarse) <= room), step)
+    return (step, rounded[step]) if length(step) <= room else None
 
 
 def _photo(maps: ImageMaps) -> str:
