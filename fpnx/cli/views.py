@@ -81,9 +81,15 @@ def show_pictures(result: VisualizeResult) -> None:
     if result.folder is not None:
         console.print(Text(f"pictures in {escape(result.folder)}: {len(result.pictures)}"), soft_wrap=True)
     if (page := result.page) is not None:
-        omitted = f"; {page.left_out} did not fit into {format_bytes(page.limit_bytes)}" if page.left_out else ""
-        line = f"images in {escape(page.path)}: {page.images}, {format_bytes(page.bytes)}{omitted}"
+        of_all = f" of {page.images + page.left_out}" if page.left_out else ""
+        line = f"images in {escape(page.path)}: {page.images}{of_all}, {format_bytes(page.bytes)}"
         console.print(Text(line), soft_wrap=True)
+        if page.left_out:
+            console.print(
+                f"a page is at most {format_bytes(page.limit_bytes)}: --images takes others, fewer --levels make room "
+                f"for more",
+                soft_wrap=True,
+            )
 
 
 def show_merged(result: Merged) -> None:

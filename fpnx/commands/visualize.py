@@ -137,6 +137,7 @@ def visualize(
             page = write_page(
                 Path(html),
                 selection.images(),
+                len(selection.rows),
                 selection.stores,
                 selection.names,
                 config,

@@ -108,10 +108,10 @@ class Moments:
         explained[:rank] = variances[:rank] / (variances.sum() or 1.0)
         return Basis(mean, components, explained, np.zeros(COMPONENTS), np.zeros(COMPONENTS))
 
-    def directions(self, count: int) -> np.ndarray:
-        """(k, C) orthonormal rows that keep most of the cells' squared length, without centring; k ≤ `count`."""
+    def directions(self) -> np.ndarray:
+        """(C, C) orthonormal rows by decreasing share of the cells' squared length, without centring."""
         _, vectors = np.linalg.eigh(self._outer)
-        return np.ascontiguousarray(vectors[:, ::-1][:, :count].T)
+        return np.ascontiguousarray(vectors[:, ::-1].T)
 
 
 def heatmap(

@@ -17,13 +17,15 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 import fpnx
-from fpnx.commands.visualize import visualize
+from fpnx.cli.views import show_pictures
+from fpnx.commands.visualize import VisualizeResult, visualize
 from fpnx.core.config import VisualizeConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
-from fpnx.visualization.heatmaps import heatmap
-from fpnx.visualization.html.encoding import DIRECTIONS, encode_map, measure_statistics, quantize, unit_vectors
-from fpnx.visualization.html.page import write_page
+from fpnx.visualization.heatmaps import heatmap, similarity
+from fpnx.visualization.html.encoding import coordinates, measure_statistics, rice_codes, round_map, similarity_error
+from fpnx.visualization.html.page import SIMILARITY_ERROR, write_page
+from fpnx.visualization.html.page import Page as WrittenPage
 from fpnx.visualization.image_maps import item_maps
 from tests.helpers.files import noise_image
 
@@ -87,47 +89,151 @@ def test_decoded_values_equal_the_stored_ones(made: Path) -> None:
             assert decoded(map_["pca"], "u1", 12, 12, 3).max() > 200
 
 
-def test_similarity_from_directions_approximates_the_exact_one(made: Path) -> None:
+def unrice(codes: str, count: int, cells: int) -> np.ndarray:
+    """Decode `rice_codes` bit by bit."""
+    data, position, values = base64.b64decode(codes), 0, np.zeros((count, cells), int)
+
+    def bit() -> int:
+        nonlocal position
+        position += 1
+        return data[(position - 1) // 8] >> (7 - (position - 1) % 8) & 1
+
+    for row in values:
+        position = -(-position // 8) * 8
+        parameter = sum(bit() << i for i in range(7, -1, -1))
+        if parameter == 255:
+            continue
+        for cell in range(cells):
+            unsigned = 0
+            while not bit():
+                unsigned += 1
+            for _ in range(parameter):
+                unsigned = 2 * unsigned + bit()
+            row[cell] = unsigned // 2 if unsigned % 2 == 0 else -(unsigned + 1) // 2
+    assert -(-position // 8) == len(data)
+    return values
+
+
+def test_rice_codes_by_hand() -> None:
+    exact = np.array([[0, 1, -1, 0], [0, 0, 0, 0], [0.6, 0, 0, -0.8]])
+    rounded = round_map(exact, 0.1)
+    assert rounded.values.tolist() == [[0, 10, -10, 0], [0, 0, 0, 0], [6, 0, 0, -8]]
+    # 0, 20, 19, 0 take 4 × (1 + 3) + 4 bits with p = 3; 12, 0, 0, 15 take 4 × (1 + 2) + 6, or 4 × (1 + 3) + 2
+    assert rounded.parameters.tolist() == [3, 255, 2]
+    bits = "1000 001100 001011 1000", "000100 100 100 000111"
+    packed = [int(row.replace(" ", "").ljust(24, "0"), 2).to_bytes(3, "big") for row in bits]
+    codes = b"\x03" + packed[0] + b"\xff" + b"\x02" + packed[1]
+    assert base64.b64decode(rice_codes(rounded)) == codes
+    assert rounded.code_bytes == len(codes)
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 28])
+def test_rice_codes_keep_every_value(step: int) -> None:
+    rng = np.random.default_rng(step)
+    exact = rng.laplace(size=(9, 50)) * np.logspace(0, -3, 9)[:, None]
+    exact /= np.linalg.norm(exact, axis=0)
+    exact[:, :3] = np.eye(9)[:, :3] * (-1, 1, -1)  # the ends of the range
+    rounded = round_map(exact, step / 127)
+    assert unrice(rice_codes(rounded), 9, 50).tolist() == rounded.values.tolist()
+    assert np.abs(rounded.values).max() == round(127 / step)
+
+
+def test_coordinates_keep_cosines(made: Path) -> None:
     with fpnx.open(made / "out.h5") as store:
-        statistics = measure_statistics(store, ["P3"])["P3"]
-        assert statistics.directions.shape == (DIRECTIONS, 24)
-        assert statistics.directions @ statistics.directions.T == pytest.approx(np.eye(DIRECTIONS), abs=1e-9)
-        cells = store[0]["P3"].reshape(24, -1).T.astype(np.float64)
-        exact = unit_vectors(cells) @ unit_vectors(cells).T
-        approximate = unit_vectors(quantize(cells, statistics.directions).astype(np.float64))
-        errors = np.abs(approximate @ approximate.T - exact)
-        assert np.percentile(errors, 90) < 0.05
-        assert 0 < statistics.error < 0.1
-        fields = encode_map(store[0]["P3"], statistics)
-        assert decoded(fields["directions"], "i1", 12, 12, DIRECTIONS).any()
+        directions = measure_statistics(store, ["P3"])["P3"].directions
+        assert directions @ directions.T == pytest.approx(np.eye(24), abs=1e-9)
+        features = store[0]["P3"]
+    exact = coordinates(features, directions)
+    cosines = np.stack([similarity(features, (i // 12, i % 12)).ravel() for i in range(144)])
+    assert exact.T @ exact == pytest.approx(cosines, abs=1e-5)
+    assert (exact[0] ** 2).sum() == (exact**2).sum(axis=1).max()  # the first direction keeps the most
+    for step in (1, 8):
+        rounded = round_map(exact, step / 127)
+        unit = rounded.values / np.linalg.norm(rounded.values, axis=0)
+        errors = np.abs(unit.T @ unit - cosines)
+        measured = similarity_error(exact, step / 127)
+        assert measured == pytest.approx(np.percentile(errors, 95), rel=0.2)  # it takes some of the cells
+        assert 0.004 < measured / step < 0.009
 
 
-def test_cells_of_length_zero_quantize_to_zero() -> None:
-    cells = np.array([[3.0, 4.0], [0, 0], [np.nan, 1], [np.inf, 1]])
-    assert quantize(cells, np.eye(2)).tolist() == [[76, 102], [0, 0], [0, 0], [0, 0]]
+def test_cells_without_a_direction_have_no_coordinates() -> None:
+    features = np.array([[3.0, 0, np.nan, np.inf], [4, 0, 1, 1]])[:, None]
+    exact = coordinates(features, np.eye(2))
+    assert np.allclose(exact.T, [[0.6, 0.8], [0, 0], [0, 0], [0, 0]])
+    assert round_map(exact, 1 / 127).values.T.tolist() == [[76, 102], [0, 0], [0, 0], [0, 0]]
+    assert similarity_error(exact[:, 1:], 1 / 127) == 0
 
 
-def test_images_over_the_size_limit_are_left_out_and_counted(made: Path, tmp_path: Path) -> None:
+def test_a_cell_that_rounds_to_zero_keeps_its_largest_coordinate() -> None:
+    exact = np.array([[0.3, -0.5, 0], [0.4, 0.5, 0]])
+    assert round_map(exact, 1.1).values.tolist() == [[0, -1, 0], [1, 0, 0]]
+
+
+def write(made: Path, path: Path, limit_bytes: int, left_out: int = 0) -> Any:
+    """The page of `out.h5`, with its limit of bytes."""
     with fpnx.open(made / "out.h5") as store:
         images = [[item_maps(item)] for item in store]
+        config = VisualizeConfig()
+        return write_page(path, images, len(images), [store], ["out.h5"], config, left_out, Listener(), limit_bytes)
 
-        def write(name: str, limit_bytes: int) -> Any:
-            arguments = (images, [store], ["out.h5"], VisualizeConfig(), 5, Listener(), limit_bytes)
-            return write_page(tmp_path / name, *arguments)
 
-        whole = write("whole.html", 10**8)
-        assert (whole.images, whole.left_out) == (4, 0)
-        assert whole.bytes == (tmp_path / "whole.html").stat().st_size
-        half = write("half.html", 200_000 + whole.bytes // 2)
-        assert 0 < half.images < 4
-        assert half.images + half.left_out == 4
-        assert half.bytes <= half.limit_bytes
-        notes = " ".join(blocks(tmp_path / "half.html")["index"]["notes"])
-        assert f"{half.left_out} images were left out" in notes
-        assert "5 more images of the file are not in this page" in notes
-        with pytest.raises(FpnxError, match="not one image fits"):
-            write("none.html", 201_000)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["half.html", "whole.html"]
+RESERVED = 200_000  # bytes for what follows the images
+
+
+def image_bytes(path: Path) -> tuple[int, int]:
+    """Bytes of a page up to the end of its images, and those of the codes in it."""
+    before = path.read_text().partition('<script type="application/json" id="index">')[0]
+    return len(before), sum(map(len, re.findall(r'"directions":"([^"]*)"', before)))
+
+
+def test_similarity_is_coarser_before_an_image_is_left_out(made: Path, tmp_path: Path) -> None:
+    whole = write(made, tmp_path / "whole.html", 10**8)
+    assert (whole.images, whole.left_out) == (4, 0)
+    assert whole.bytes == (tmp_path / "whole.html").stat().st_size
+    assert whole.similarity_error < 0.01
+    images, codes = image_bytes(tmp_path / "whole.html")
+    tight = write(made, tmp_path / "tight.html", RESERVED + images - codes // 4)
+    assert (tight.images, tight.left_out) == (4, 0)
+    assert whole.similarity_error < tight.similarity_error <= SIMILARITY_ERROR
+    assert tight.bytes < whole.bytes
+    for page, name in ((whole, "whole.html"), (tight, "tight.html")):
+        index = blocks(tmp_path / name)["index"]
+        errors = [level["error"] for level in index["files"][0]["levels"].values()]
+        assert max(errors) == page.similarity_error
+        assert f"within {page.similarity_error:.2g} of the exact" in " ".join(index["notes"])
+
+
+def test_images_are_left_out_before_similarity_is_too_coarse(made: Path, tmp_path: Path) -> None:
+    images, _ = image_bytes(made / "page.html")
+    half = write(made, tmp_path / "half.html", RESERVED + images // 2, left_out=5)
+    assert 0 < half.images < 4
+    assert half.images + half.left_out == 4
+    assert half.bytes <= half.limit_bytes
+    assert half.similarity_error <= SIMILARITY_ERROR
+    notes = " ".join(blocks(tmp_path / "half.html")["index"]["notes"])
+    assert f"These are {half.images} of 4 images" in notes
+    assert "5 more images of the file are not in this page" in notes
+    assert "coarse" not in notes
+    with pytest.raises(FpnxError, match="not one image fits"):
+        write(made, tmp_path / "none.html", 201_000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half.html"]
+
+
+def test_the_command_says_how_many_images_are_in_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    written = WrittenPage("out.html", 49_000_000, images=6, left_out=18, similarity_error=0.05)
+    show_pictures(VisualizeResult(None, (), written, (), 0))
+    out = capsys.readouterr().out
+    assert "images in out.html: 6 of 24, 49.0 MB" in out
+    assert "a page is at most 50.0 MB: --images takes others" in out
+
+
+def test_an_image_that_fills_the_page_is_coarse_and_the_page_says_so(made: Path, tmp_path: Path) -> None:
+    text = (made / "page.html").read_text().partition('<script type="application/json" id="image-1">')[0]
+    codes = sum(map(len, re.findall(r'"directions":"([^"]*)"', text)))
+    page = write(made, tmp_path / "page.html", RESERVED + len(text) - codes * 2 // 3)
+    assert page.images == 1
+    assert page.similarity_error > SIMILARITY_ERROR
+    assert "That is coarse" in " ".join(blocks(tmp_path / "page.html")["index"]["notes"])
 
 
 def test_a_missing_photograph_is_named_in_the_page(made: Path, tmp_path: Path) -> None:
@@ -226,6 +332,40 @@ def test_hovering_shows_the_value_of_the_cell(page: Page, made: Path) -> None:
     assert match is not None, text
     assert (int(match[1]), int(match[2])) == (0, 11)
     assert float(match[3]) == pytest.approx(float(exact[0, 11]), rel=1e-3)
+
+
+@pytest.mark.parametrize("level", ["C3", "P3", "P5"])
+def test_similarity_equals_the_exact_one(page: Page, made: Path, level: str) -> None:
+    with fpnx.open(made / "out.h5") as store:
+        item = next(item for item in store if item.path == page.locator("h2").text_content())
+        features = item[level]
+    height, width = features.shape[1:]
+    page.locator("#level").select_option(level)
+    view = page.locator(".view:has(canvas)")
+    y, x = height // 3, width // 2
+    page.mouse.click(*point_of(view, (x + 0.5) / width, (y + 0.5) / height))
+    exact = similarity(features, (y, x))
+    shown = np.full_like(exact, np.nan)
+    for row, column in [*zip(range(height), range(width), strict=True), (y, x), (0, width - 1), (height - 1, 0)]:
+        page.mouse.move(*point_of(view, (column + 0.5) / width, (row + 0.5) / height))
+        match = re.fullmatch(rf"{level} cell \(y {row}, x {column}\): similarity (.+)", readout(page))
+        assert match is not None, readout(page)
+        shown[row, column] = float(match[1])
+    read = np.isfinite(shown)
+    assert shown[read] == pytest.approx(exact[read], abs=0.02)
+    assert shown[y, x] == 1
+
+
+def test_a_page_of_coarse_steps_works(browser: Browser, made: Path, tmp_path: Path) -> None:
+    images, codes = image_bytes(made / "page.html")
+    write(made, tmp_path / "page.html", RESERVED + images - codes // 3)
+    with browser.new_context() as context, context.new_page() as page:
+        page.goto((tmp_path / "page.html").resolve().as_uri())
+        page.locator("#mode").select_option("similarity")
+        error = re.search(r"95 % within ([\d.]+) of the exact", page.locator("#hint").text_content() or "")
+        assert error is not None
+        assert 0.02 < float(error[1]) <= SIMILARITY_ERROR
+        assert len(set(canvases(page))) > 1
 
 
 def readout(page: Page) -> str:

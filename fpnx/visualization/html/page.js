@@ -1,14 +1,18 @@
 
 "use strict";
 (() => {
-  const NOT_FINITE = 65535, NOT_FINITE_COLOUR = [150, 150, 150], THUMBNAIL_WIDTH = 92, THUMBNAIL_HEIGHT = 128;
+  const NOT_FINITE = 65535, ALL_ZERO = 255, NOT_FINITE_COLOUR = [150, 150, 150], THUMBNAIL_WIDTH = 92, THUMBNAIL_HEIGHT = 128;
   const byId = id => document.getElementById(id);
   const createElement = (tag, attributes = {}, ...children) => {
     const element = Object.assign(document.createElement(tag), attributes);
     element.append(...children);
     return element;
   };
-  const decodeBase64 = text => Uint8Array.from(atob(text), character => character.charCodeAt(0));
+  const decodeBase64 = text => {
+    const characters = atob(text), bytes = new Uint8Array(characters.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+    return bytes;
+  };
   const readoutHint = byId("readout").textContent;
   const index = JSON.parse(byId("index").textContent);
   const colours = decodeBase64(index.colours);
@@ -42,31 +46,61 @@
     x: Math.min(map.width - 1, Math.floor(point.x / map.reach[1] * map.width)),
   });
 
-  // Cosine of every cell with the one at `point`, from `count` int8 directions a cell.
-  const similarity = (map, point, count) => {
-    const vectors = new Int8Array((map.vectors ??= decodeBase64(map.directions)).buffer);
-    const { y, x } = cellAt(map, point), reference = (y * map.width + x) * count;
-    const cosines = new Float64Array(map.height * map.width);
-    const norm = start => {
-      let sum = 0;
-      for (let k = 0; k < count; k++) sum += vectors[start + k] ** 2;
-      return Math.sqrt(sum);
+  // Coordinates of a map's cells in `count` directions, decoded once from Rice's code: Int8Array of count × cells, and
+  // the length of each cell.
+  const directionsOf = (map, count) => {
+    if (map.vectors) return map.vectors;
+    const bytes = decodeBase64(map.directions), cells = map.height * map.width;
+    const values = new Int8Array(count * cells), squares = new Float64Array(cells);
+    let position = 0;  // in bits
+    const next = () => {  // at least 25 bits from `position`, as the highest bits of 32
+      const at = position >>> 3;
+      return (bytes[at] << 24 | bytes[at + 1] << 16 | bytes[at + 2] << 8 | bytes[at + 3]) << (position & 7);
     };
-    const referenceNorm = norm(reference);
-    for (let i = 0; i < cosines.length; i++) {
-      let sum = 0;
-      for (let k = 0; k < count; k++) sum += vectors[reference + k] * vectors[i * count + k];
-      const product = referenceNorm * norm(i * count);
-      cosines[i] = product ? Math.min(1, Math.max(-1, sum / product)) : NaN;
+    for (let k = 0; k < count; k++) {
+      const low = bytes[position >>> 3];
+      position += 8;
+      if (low === ALL_ZERO) continue;
+      for (let i = 0; i < cells; i++) {
+        let unsigned = 0, zeros;
+        while ((zeros = Math.clz32(next())) > 24) {
+          unsigned += 25;
+          position += 25;
+        }
+        unsigned += zeros;
+        position += zeros + 1;
+        if (low) unsigned = unsigned << low | next() >>> (32 - low);
+        position += low;
+        const value = unsigned >> 1 ^ -(unsigned & 1);
+        values[k * cells + i] = value;
+        squares[i] += value * value;
+      }
+      position = (position + 7 | 7) - 7;  // the next whole byte
     }
-    return cosines;
+    map.directions = "";
+    return map.vectors = { values, lengths: squares.map(Math.sqrt) };
+  };
+
+  // Cosine of every cell with the one at `point`, from coordinates in `count` directions.
+  const similarity = (map, point, count) => {
+    const { values, lengths } = directionsOf(map, count), cells = map.height * map.width;
+    const { y, x } = cellAt(map, point), reference = y * map.width + x;
+    const products = new Float64Array(cells);
+    for (let k = 0; k < count; k++) {
+      const start = k * cells, factor = values[start + reference];
+      if (factor) for (let i = 0; i < cells; i++) products[i] += factor * values[start + i];
+    }
+    return products.map((product, i) => {
+      const length = lengths[reference] * lengths[i];
+      return length ? Math.min(1, Math.max(-1, product / length)) : NaN;
+    });
   };
 
   // What a map shows in a mode: values with their range, or colours.
   const displayedData = (map, facts, mode) => {
     if (mode === "pca") return { colours: map.colours ??= decodeBase64(map.pca) };
     if (mode === "similarity") {
-      const cosines = similarity(map, state.point, facts.directions);
+      const cosines = similarity(map, state.point, facts.channels);
       return { values: cosines, low: cosines.reduce((a, b) => (b < a ? b : a), 1), high: 1 };
     }
     const [low, high] = state.scale === "image" ? [map[mode].low, map[mode].high] : facts.ranges[mode];
@@ -211,11 +245,6 @@
       }
     });
     for (const text of index.notes) note(text);
-    const facts = index.files.flatMap(file => Object.entries(file.levels));
-    const largestError = facts.reduce((a, [, level]) => Math.max(a, level.error), 0);
-    note(`Similarity is computed here from at most ${Math.max(...facts.map(([, level]) => level.directions))} ` +
-      `directions of each level's channels, in 8 bits: 95 % of it lies within ${formatNumber(largestError)} of the ` +
-      `exact cosine.`);
     refresh();
   };
 
@@ -275,7 +304,9 @@
       ends.replaceChildren(...labels.map(label => createElement("span", { textContent: label })));
     }
     byId("mode").value = state.mode;
-    byId("hint").textContent = state.mode === "similarity" ? "cosine with the marked cell; Esc goes back" : "";
+    const error = maps.reduce((a, panel) => Math.max(a, panel.facts.error), 0);
+    byId("hint").textContent = state.mode !== "similarity" ? ""
+      : `cosine with the marked cell, 95 % within ${Number(error.toPrecision(2))} of the exact one; Esc goes back`;
     for (const button of visible) drawThumbnail(button, Number(button.dataset.position));
     resize();
     updateReadout();

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -22,7 +23,17 @@ from fpnx.core.files import atomic_write
 from fpnx.core.text import escape
 from fpnx.store.reader import Store
 from fpnx.visualization.figure import chosen_levels
-from fpnx.visualization.html.encoding import PLAIN_MODES, LevelStatistics, encode_map, measure_statistics
+from fpnx.visualization.html.encoding import (
+    PLAIN_MODES,
+    LevelStatistics,
+    RoundedMap,
+    coordinates,
+    encode_map,
+    measure_statistics,
+    rice_codes,
+    round_map,
+    similarity_error,
+)
 from fpnx.visualization.image_maps import ImageMaps, describe_model
 from fpnx.visualization.panels import colour_table
 
@@ -32,17 +43,31 @@ PAGE_BYTES = 50_000_000
 TAIL_BYTES = 200_000  # reserved for what follows the images: the index and the script
 PHOTO_SIDE = 640  # pixels of the longer side of a source image
 MAX_SKIPPED_NOTES = 100
+SIMILARITY_STEPS = tuple(n / 127 for n in (1, 1.5, 2, 3, 4, 5, 6, 7, 10, 14, 20, 28))  # from fine to coarse
+SIMILARITY_ERROR = 0.05  # of the cosine: images are left out before it becomes larger
+
+
+@dataclass
+class _ImageBlock:
+    """The JSON values of an image, and the coordinates of its maps by position of the file and level."""
+
+    values: dict[str, Any]
+    exact: dict[tuple[int, str], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page that was written, with the number of images in it and of those left out because of `limit_bytes`."""
+    """A page that was written, with the number of images in it and of those left out because of `limit_bytes`.
+
+    In each image, 95 % of the cosines between cells of a level are within `similarity_error` of the exact ones.
+    """
 
     path: str
     bytes: int
     images: int
     left_out: int
     limit_bytes: int = PAGE_BYTES
+    similarity_error: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """All of this as plain values."""
@@ -52,6 +77,7 @@ class Page:
 def write_page(
     path: Path,
     images: Iterable[Sequence[ImageMaps]],
+    total: int,
     stores: Sequence[Store],
     names: Sequence[str],
     config: VisualizeConfig,
@@ -59,9 +85,14 @@ def write_page(
     listener: Listener,
     limit_bytes: int = PAGE_BYTES,
 ) -> Page:
-    """Write the page. Images that would make it larger than `limit_bytes` are left out; the page says how many.
+    """Write the page, at most `limit_bytes` long, with similarity as exact as there is room for.
 
-    `images` yields, for each image, its maps in each store; `left_out` counts images that are left out already.
+    Each image may take an equal share of the room that is left: its coordinates are rounded to the finest of
+    `SIMILARITY_STEPS` that fits. Where even an error of `SIMILARITY_ERROR` takes more, later images are left out, and
+    the page says how many. Only an image that does not fit alone is rounded more.
+
+    `images` yields, for each of at most `total` images, its maps in each store; `left_out` counts images that are left
+    out already.
 
     Raises:
         FpnxError: where it cannot be written, or no image fits.
@@ -71,27 +102,37 @@ def write_page(
         measure_statistics(store, chosen, lambda done, total: listener.progress("maps measured", done, total))
         for store, chosen in zip(stores, levels, strict=True)
     ]
+    errors = [dict.fromkeys(file_statistics, 0.0) for file_statistics in statistics]
     skipped: list[str] = []
-    count = over_limit = 0
+    count = 0
     with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
         written = file.write(_head())
         for maps_by_store in images:
             try:
-                block = _data(f"image-{count}", _image_block(maps_by_store, levels, statistics))
+                block = _image_block(maps_by_store, levels, statistics)
             except FpnxError as error:
                 skipped.append(f"{escape(maps_by_store[0].path)}: {error}")
                 continue
-            if over_limit or written + len(block) + TAIL_BYTES > limit_bytes:
-                over_limit += 1
-                continue
-            written += file.write(block)
+            room = limit_bytes - TAIL_BYTES - written
+            fitting = _round_to_fit(block, room, room // max(1, total - count - len(skipped)), alone=not count)
+            if fitting is None:
+                break
+            step, rounded = fitting
+            for (position, level), exact in block.exact.items():
+                block.values["files"][position]["maps"][level]["directions"] = rice_codes(rounded[position, level])
+                errors[position][level] = max(errors[position][level], similarity_error(exact, step))
+            written += file.write(_data(f"image-{count}", block.values))
             count += 1
+        over_limit = max(0, total - count - len(skipped))
         if not count and over_limit:
             raise FpnxError(f"not one image fits into a page of {limit_bytes / 1e6:.0f} MB: take coarser --levels")
-        notes = _notes(count, over_limit, left_out, skipped, limit_bytes)
+        largest_error = max((error for by_level in errors for error in by_level.values()), default=0.0)
+        notes = _notes(count, over_limit, left_out, skipped, limit_bytes, largest_error)
         files = [
-            _file_index(store, name, chosen, file_statistics)
-            for store, name, chosen, file_statistics in zip(stores, names, levels, statistics, strict=True)
+            _file_index(store, name, chosen, file_statistics, file_errors)
+            for store, name, chosen, file_statistics, file_errors in zip(
+                stores, names, levels, statistics, errors, strict=True
+            )
         ]
         table = base64.b64encode(colour_table(config.colormap).tobytes()).decode()
         index = {
@@ -104,17 +145,18 @@ def write_page(
             "perImage": config.per_image,
         }
         written += file.write(_data("index", index) + _tail())
-    return Page(str(path), path.stat().st_size, count, over_limit, limit_bytes)
+    return Page(str(path), path.stat().st_size, count, over_limit, limit_bytes, largest_error)
 
 
 def _image_block(
     maps_by_store: Sequence[ImageMaps],
     levels: Sequence[Sequence[str]],
     statistics: Sequence[dict[str, LevelStatistics]],
-) -> dict[str, Any]:
+) -> _ImageBlock:
     first = maps_by_store[0]
     files: list[dict[str, Any]] = []
-    for maps, chosen, file_statistics in zip(maps_by_store, levels, statistics, strict=True):
+    exact: dict[tuple[int, str], np.ndarray] = {}
+    for position, (maps, chosen, file_statistics) in enumerate(zip(maps_by_store, levels, statistics, strict=True)):
         if maps.missing:
             files.append({"missing": escape(maps.missing)})
             continue
@@ -123,15 +165,47 @@ def _image_block(
             features = maps.read(level)
             covered_size = maps.covered_size(level, features.shape[1:])
             shares = [covered / side for covered, side in zip(covered_size, maps.source_size, strict=True)]
-            encoded[level] = {**encode_map(features, file_statistics[level]), "reach": shares}
+            encoded[level] = {**encode_map(features, file_statistics[level]), "reach": shares, "directions": ""}
+            exact[position, level] = coordinates(features, file_statistics[level].directions)
         files.append({"seen": list(maps.input_size), "maps": encoded})
-    return {
+    values = {
         "name": escape(first.path),
         "size": list(first.source_size),
         "remark": escape(first.photo.note),
         "photo": _photo(first),
         "files": files,
     }
+    return _ImageBlock(values, exact)
+
+
+def _round_to_fit(
+    block: _ImageBlock, room: int, share: int, *, alone: bool
+) -> tuple[float, dict[tuple[int, str], RoundedMap]] | None:
+    """The finest of `SIMILARITY_STEPS` with which an image takes at most `share` bytes, and its maps rounded so.
+
+    If none does within `SIMILARITY_ERROR`, the coarsest step within it, if that fits into `room`. `alone`: otherwise
+    the finest step that fits into `room`, whatever the error. None where the image does not fit.
+    """
+    other_bytes = len(_data("image-000000", block.values))
+    rounded: dict[float, dict[tuple[int, str], RoundedMap]] = {}
+
+    def length(step: float) -> int:
+        if step not in rounded:
+            rounded[step] = {key: round_map(exact, step) for key, exact in block.exact.items()}
+        return other_bytes + sum(-(-map_.code_bytes // 3) * 4 for map_ in rounded[step].values())
+
+    def too_coarse(step: float) -> bool:
+        return max((similarity_error(exact, step) for exact in block.exact.values()), default=0.0) > SIMILARITY_ERROR
+
+    step = SIMILARITY_STEPS[0]
+    if length(step) > share:
+        within = SIMILARITY_STEPS[: max(1, bisect_right(SIMILARITY_STEPS, False, key=too_coarse))]
+        step = within[-1]
+        if length(step) <= share:
+            step = within[bisect_left(within, True, key=lambda finer: length(finer) <= share)]
+        elif alone:
+            step = next((coarse for coarse in SIMILARITY_STEPS[len(within) - 1 :] if length(coarse) <= room), step)
+    return (step, rounded[step]) if length(step) <= room else None
 
 
 def _photo(maps: ImageMaps) -> str:
@@ -146,7 +220,11 @@ def _photo(maps: ImageMaps) -> str:
 
 
 def _file_index(
-    store: Store, name: str, levels: Sequence[str], statistics: dict[str, LevelStatistics]
+    store: Store,
+    name: str,
+    levels: Sequence[str],
+    statistics: dict[str, LevelStatistics],
+    errors: dict[str, float],
 ) -> dict[str, Any]:
     return {
         "name": escape(name),
@@ -156,9 +234,8 @@ def _file_index(
                 "stride": store.stride(level),
                 "ranges": {mode: _finite(values) for mode, values in statistics[level].ranges.items()},
                 "explained": [float(share) for share in statistics[level].basis.explained],
-                "channels": int(statistics[level].directions.shape[1]),
-                "directions": int(statistics[level].directions.shape[0]),
-                "error": statistics[level].error,
+                "channels": len(statistics[level].directions),
+                "error": errors[level],
             }
             for level in levels
             if level in statistics
@@ -170,12 +247,25 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [float(value) if np.isfinite(value) else 0.0 for value in values]
 
 
-def _notes(count: int, over_limit: int, left_out: int, skipped: Sequence[str], limit_bytes: int) -> list[str]:
+def _notes(
+    count: int, over_limit: int, left_out: int, skipped: Sequence[str], limit_bytes: int, error: float
+) -> list[str]:
+    size = f"{limit_bytes / 1e6:.0f} MB"
     notes = [f"{count} images, made by fpnx {__version__}."]
-    if left_out:
-        notes.append(f"{left_out} more images of the file are not in this page: --limit takes more.")
     if over_limit:
-        notes.append(f"{over_limit} images were left out: a page is at most {limit_bytes / 1e6:.0f} MB.")
+        notes.append(
+            f"These are {count} of {count + over_limit} images: a page is at most {size}. --images takes others, and "
+            f"fewer --levels make room for more."
+        )
+    if left_out:
+        notes.append(f"{left_out} more images of the file are not in this page: --limit takes more, --images others.")
+    if count:
+        notes.append(
+            f"Similarity is computed from all channels, rounded: in each image, 95 % of a level's cosines are within "
+            f"{error:.2g} of the exact ones."
+        )
+    if error > SIMILARITY_ERROR:
+        notes.append(f"That is coarse, because one image alone fills {size}: fewer --levels make it finer.")
     notes += [f"Skipped: {text}" for text in skipped[:MAX_SKIPPED_NOTES]]
     return notes
 
