@@ -60,7 +60,7 @@ def state_of_the_process() -> dict[str, Any]:
     matmul: Any = torch.backends.cuda.matmul
     return {
         "dtype": torch.get_default_dtype(),
-        "device": (torch.get_default_device(), _device.CURRENT_DEVICE),
+        "device": _device.CURRENT_DEVICE,
         "torch generator": torch.get_rng_state().tolist(),
         "numpy generator": [part.tolist() if isinstance(part, np.ndarray) else part for part in numbers],
         "python generator": random.getstate(),
