@@ -73,7 +73,7 @@ def read_csv(source: LabelSource) -> LabelSet:
     multi_label = any(len(labels) > 1 for labels in found.values())
     if not multi_label:  # an image without a class can only be meant where each may have any number of them
         for path in [path for path, labels in found.items() if not labels]:
-            dropped.add(NO_LABEL, escape(path))
+            dropped.add(NO_LABEL, path)
             del found[path]
     categories, index = _categories({label for labels in found.values() for label in labels})
     if not categories:

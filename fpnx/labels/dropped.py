@@ -42,7 +42,7 @@ class DropCounter:
         """Count one. `what` names it, such as `"annotation 17"`, and `image` is its image."""
         if reason not in self._counts:
             self._counts[reason] = 0
-            self._examples[reason] = f"{what} of {escape(image)}" if image else what
+            self._examples[reason] = escape(f"{what} of {image}" if image else what)
         self._counts[reason] += 1
 
     @property

@@ -77,9 +77,8 @@ def read_labels(
     source = LabelSource(os.fsdecode(labels), images, os.fsdecode(root))
     kind = _format_of(source)
     if task is not None and task not in TASKS_OF[kind]:
-        raise FpnxError(
-            f"labels {escape(source.path)}: {IN_WORDS[kind]} can be used for {' and '.join(TASKS_OF[kind])}, not for {task}"
-        )
+        tasks = " and ".join(TASKS_OF[kind])
+        raise FpnxError(f"labels {escape(source.path)}: {IN_WORDS[kind]} can be used for {tasks}, not for {task}")
     found = READERS[kind](source)
     return from_outlines(found) if task == "semantic" and found.task == "detection" else found
 
