@@ -20,7 +20,6 @@ __all__ = [
     "box_problem",
 ]
 
-# Reasons, as they follow a number: "12 empty boxes".
 EMPTY_BOX = "empty boxes"
 REVERSED_BOX = "reversed boxes"
 NOT_A_NUMBER = "boxes with values that are not finite numbers"
@@ -55,8 +54,8 @@ class DropCounter:
         return {reason: Dropped(count, self._examples[reason]) for reason, count in self._counts.items()}
 
     def words(self) -> str:
-        """All reasons in one line: `"3 empty boxes, such as annotation 17 of a.jpg; 1 …"`."""
-        return "; ".join(f"{each.count} {why}, such as {each.example}" for why, each in self.result().items())
+        """All reasons in one line: `"empty boxes (3), such as annotation 17 of a.jpg; …"`."""
+        return "; ".join(f"{why} ({each.count}), such as {each.example}" for why, each in self.result().items())
 
 
 def box_problem(x1: float, y1: float, x2: float, y2: float) -> str | None:

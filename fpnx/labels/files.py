@@ -57,11 +57,11 @@ def read_text(path: str) -> str:
     return as_text(read_bytes(path), path)
 
 
-def as_text(content: bytes, path: str) -> str:
-    """Bytes as text; see `read_text`."""
+def as_text(content: bytes, path: str, whole: bool = True) -> str:
+    """Bytes as text, see `read_text`; a part of a file (not `whole`) may end within a character."""
     bom, encoding = next(((bom, name) for bom, name in BOMS if content.startswith(bom)), (b"", "utf-8"))
     try:
-        return content[len(bom) :].decode(encoding)
+        return codecs.getincrementaldecoder(encoding)().decode(content[len(bom) :], whole)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise FpnxError(

@@ -100,8 +100,7 @@ def _format_of(source: LabelSource) -> str:
         raise FpnxError(f"{where}: the file is empty")
     if _is_xml(start):
         return "voc"
-    # What is cut in a character at its end is no reason to refuse it here.
-    text = as_text(start if len(start) < START else start[: start.rfind(b"\n") + 1] or start[:1], source.path)
+    text = as_text(start, source.path, whole=len(start) < START)
     stripped = text.lstrip()
     if stripped.startswith(("{", "[")):
         return "coco"

@@ -114,9 +114,8 @@ class LabelSummary:
         if self.crowds:
             lines.append(f"not trained on: {plural(self.crowds, 'region')} of many objects (crowd, difficult)")
         if self.clipped:
-            lines.append(f"cut off at the edge of their image: {self.clipped} boxes" if self.clipped > 1 else
-                         "cut off at the edge of its image: 1 box")  # fmt: skip
-        lines += [f"left out: {each.count} {reason}, such as {each.example}" for reason, each in self.dropped.items()]
+            lines.append(f"boxes cut off at the edge of their image: {self.clipped}")
+        lines += [f"left out: {reason} ({each.count}), such as {each.example}" for reason, each in self.dropped.items()]
         return lines + [f"note: {remark}" for remark in self.remarks]
 
     @property

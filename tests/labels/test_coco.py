@@ -192,7 +192,7 @@ def broken(**changes: Any) -> str:
         (broken(annotations={}), "annotations must be a list, not dict"),
         (broken(images=None), "images must be a list, not NoneType"),
         (broken(annotations=[]), "no annotation can be used, since there is none"),
-        (broken(annotations=[box(1, 8, [1, 1, 1, 1])]), r"no annotation can be used: 1 objects of an unknown class, such "
+        (broken(annotations=[box(1, 8, [1, 1, 1, 1])]), r"no annotation can be used: objects of an unknown class \(1\), such "
                                                         r"as annotation 1 \(category_id 8\) of a.jpg"),
         (broken(categories=[]), "no categories"),
         (broken(categories=[{"name": "cat"}]), "a category needs a whole number as id"),
@@ -201,7 +201,7 @@ def broken(**changes: Any) -> str:
         (broken(images=[]), "no images"),
         (broken(images=["a.jpg"]), "image 1 of the list is no JSON object with an id"),
         (broken(images=[{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]), "two images have the id 1, a and b"),
-        (broken(images=[{"id": 1, "file_name": 5}]), "no images: 1 images without a file name"),
+        (broken(images=[{"id": 1, "file_name": 5}]), "no images: images without a file name"),
         (broken(annotations=[{"segments_info": [], "image_id": 1}]), "COCO's panoptic format"),
     ],
 )  # fmt: skip

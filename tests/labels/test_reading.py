@@ -41,6 +41,14 @@ def test_the_name_of_a_file_does_not_matter(tmp_path: Path) -> None:
             assert labels.images[0].name == "a.jpg"
 
 
+def test_a_file_whose_beginning_ends_within_a_character(tmp_path: Path) -> None:
+    for encoding in ("utf-8", "utf-16"):
+        for shift in range(4):
+            text = f"path,label\n{'x' * shift}.jpg,cat\n" + "\U0001f600.jpg,cat\n" * 10000
+            (tmp_path / "labels").write_bytes(text.encode(encoding))
+            assert len(read_labels(tmp_path / "labels", ["a.jpg"]).images) == 2
+
+
 def test_folders_are_told_by_what_is_in_them(tmp_path: Path) -> None:
     files(tmp_path / "voc", {"a.xml": VOC, "notes.txt": "hello"})
     files(tmp_path / "yolo", YOLO)
