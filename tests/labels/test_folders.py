@@ -24,8 +24,14 @@ def test_one_class() -> None:
 
 
 def test_parts_of_a_data_set_are_no_classes() -> None:
-    for names in (["train/cat/1.jpg", "val/cat/2.jpg"], ["train/cat/1.jpg"], ["Train/a/1.jpg", "test/b.jpg", "x/c.jpg"]):
-        with pytest.raises(FpnxError, match="are parts of a data set .*, not classes: give the images of one, such as /x/"):
+    for names in (
+        ["train/cat/1.jpg", "val/cat/2.jpg"],
+        ["train/cat/1.jpg"],
+        ["Train/a/1.jpg", "test/b.jpg", "x/c.jpg"],
+    ):
+        with pytest.raises(
+            FpnxError, match=r"are parts of a data set .*, not classes: give the images of one, such as /x/"
+        ):
             read_labels("folders", names, "/x")
     assert len(read_labels("folders", ["train/1.jpg", "boat/1.jpg"]).categories) == 2  # a train
 

@@ -32,6 +32,7 @@ def save(path: Path, values: object, mode: str = "L") -> Path:
 
 def grey_png(path: Path, rows: list[bytes], width: int, bits: int) -> None:
     """A grey PNG with `bits` for each pixel, written by hand."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -78,8 +79,8 @@ def test_names_of_classes(name: str, tmp_path: Path) -> None:
 def test_names_off_by_one_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "masks/a.png", [[0, 2]])
     files(tmp_path, {"masks/classes.txt": "cat\ndog"})
-    with pytest.raises(FpnxError, match=r"values up to 2, and classes.txt names 2, for the values 0 to 1 \(is the first "
-                                        r"line, for the background at value 0, missing\?\)"):  # fmt: skip
+    with pytest.raises(FpnxError, match=r"values up to 2, and classes.txt names 2, for the values 0 to 1 \(is the "
+                                        r"first line, for the background at value 0, missing\?\)"):  # fmt: skip
         read_labels(tmp_path / "masks", ["a.jpg"], tmp_path / "images")
 
 

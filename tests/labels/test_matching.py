@@ -65,7 +65,9 @@ def test_base_names_are_not_guessed() -> None:
     found = match(["1.jpg", "b.jpg"], ["x/1.jpg", "y/1.jpg", "b.jpg"])
     assert found.indices == (None, None, 1)
     assert (found.ambiguous, found.absent, found.unlabelled) == (("1.jpg",), (), ("x/1.jpg", "y/1.jpg"))
-    with pytest.raises(FpnxError, match="none of the 2 images has labels for certain, since 1.jpg in the labels fits several"):
+    with pytest.raises(
+        FpnxError, match=r"none of the 2 images has labels for certain, since 1\.jpg in the labels fits several"
+    ):
         match(["1.jpg"], ["x/1.jpg", "y/1.jpg"])
     # Nor is one of two entries chosen for an image.
     found = match(["x/1.jpg", "y/1.jpg", "z/2.jpg"], ["1.jpg", "2.jpg"])
@@ -96,8 +98,8 @@ def test_both_sides_are_reported() -> None:
 
 
 def test_nothing_fits_shows_a_name_of_each_side() -> None:
-    with pytest.raises(FpnxError, match="labels l.json: none of the 2 images has labels: an image is named x/a.jpg, and in "
-                                        "the labels there is y/b.jpg; give the images"):  # fmt: skip
+    with pytest.raises(FpnxError, match=r"labels l\.json: none of the 2 images has labels: an image is named x/a\.jpg, "
+                                        r"and in the labels there is y/b\.jpg; give the images"):  # fmt: skip
         match(["y/b.jpg"], ["x/a.jpg", "c.jpg"])
     with pytest.raises(FpnxError, match="0 images, and labels of 1"):
         match(["a.jpg"], [])

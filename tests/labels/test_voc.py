@@ -14,7 +14,9 @@ from tests.helpers.labels import files
 
 
 def thing(name: str, *corners: object, more: str = "") -> str:
-    box = "".join(f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
+    box = "".join(
+        f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+    )
     return f"<object><name>{name}</name>{more}<bndbox>{box}</bndbox></object>"
 
 
@@ -71,7 +73,9 @@ def test_sizes_of_zero_are_unknown(tmp_path: Path) -> None:
 
 def test_the_image_is_that_of_the_file_name_or_of_the_xml_file(tmp_path: Path) -> None:
     contents = {"one.xml": "IMG_1.jpg", "b.xml": "no-such.jpg", "deep/c.xml": "C:\\photos\\c.jpg", "d.xml": "d"}
-    files(tmp_path / "ann", {name: annotation(thing("x", 1, 1, 4, 4), filename=says) for name, says in contents.items()})
+    files(
+        tmp_path / "ann", {name: annotation(thing("x", 1, 1, 4, 4), filename=says) for name, says in contents.items()}
+    )
     images = ["IMG_1.jpg", "b.png", "deep/c.jpg", "c.jpg", "d.jpg"]
     labels = read_labels(tmp_path / "ann", images, tmp_path / "photos")
     assert sorted(image.name for image in labels.images) == ["IMG_1.jpg", "b.png", "d.jpg", "deep/c.jpg"]
