@@ -33,7 +33,8 @@ def read_bytes(path: str, most: int = -1) -> bytes:
     if is_url(os.fsencode(path)):
         url = checked(os.fsencode(path))
         info = remote.object_info(url)
-        return remote.read(url, info) if most < 0 else remote.read(url, info, 0, min(most, max(info.bytes, 0)))
+        end = min(most, info.bytes) if most >= 0 and info.bytes >= 0 else None  # -1: a server that gives no size
+        return remote.read(url, info, 0, end)[: most if most >= 0 else None]
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):

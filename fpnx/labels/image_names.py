@@ -75,11 +75,18 @@ class ImageNames:
         if self._full is None:
             self._full = _PartsIndex(map(_parts, self._names), self._root)
         parts = _parts(name)
-        if (match := self._full.find(parts, 1)) is not None:
-            return match
+        full = self._full.find(parts, 1)
+        if full is not None and not full.longer:
+            return full
         if self._reduced is None:
             self._reduced = _PartsIndex((_reduced(_parts(name)) for name in self._names), _reduced(self._root, True))
-        return self._reduced.find(_reduced(parts), 1 + RANKS)
+        reduced = self._reduced.find(_reduced(parts), 1 + RANKS)
+        # `images/a.jpg` is `a.jpg` for certain, where the folder only says that it is an image.
+        return (
+            full
+            if reduced is None or (full is not None and (reduced.longer or reduced.index == AMBIGUOUS))
+            else reduced
+        )
 
     def assign(self, entries: Iterable[Sequence[str]], *, longer: bool = True) -> list[int | None]:
         """The image of each entry of a label source.

@@ -78,6 +78,8 @@ def test_the_surest_name_wins() -> None:
     assert pairs(["train/1.jpg", "1.jpg"], ["1.jpg"]) == {"1.jpg": "1.jpg"}
     assert pairs(["x/y/1.jpg"], ["1.jpg", "y/1.jpg"]) == {"y/1.jpg": "x/y/1.jpg"}
     assert pairs(["a.png", "a.jpg"], ["a.jpg"]) == {"a.jpg": "a.jpg"}
+    assert pairs(["b.jpg", "images/a.jpg"], ["a.jpg", "b.jpg"]) == {"a.jpg": "images/a.jpg", "b.jpg": "b.jpg"}
+    assert pairs(["b.jpg", "other/a.jpg"], ["a.jpg", "b.jpg"]) == {"b.jpg": "b.jpg"}
 
 
 def test_the_root_tells_folders_apart() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from fpnx.core.errors import FpnxError
 from fpnx.labels.reading import read_labels
 from tests.helpers.labels import box, coco_file, files
+from tests.helpers.object_stores import web_server
 
 VOC = (
     "<annotation><filename>a.jpg</filename><object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
@@ -47,6 +48,16 @@ def test_a_file_whose_beginning_ends_within_a_character(tmp_path: Path) -> None:
             text = f"path,label\n{'x' * shift}.jpg,cat\n" + "\U0001f600.jpg,cat\n" * 10000
             (tmp_path / "labels").write_bytes(text.encode(encoding))
             assert len(read_labels(tmp_path / "labels", ["a.jpg"]).images) == 2
+
+
+def test_a_file_on_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    content = Path(coco_file(tmp_path / "coco", [box(1, 1, [0, 0, 1, 1])], {"a.jpg": (9, 9)})).read_bytes()
+    with web_server() as server:
+        for manners in ({}, {"length": False, "ranges": False}):
+            assert read_labels(server.put("set/labels", content, **manners), ["a.jpg"]).format == "coco"
+        assert read_labels(server.put("l.csv", b"a.jpg,cat\n"), ["a.jpg"]).format == "csv"
+        refused("no_such.json: ", f"{server.url}/no_such.json", ["a.jpg"])
 
 
 def test_folders_are_told_by_what_is_in_them(tmp_path: Path) -> None:

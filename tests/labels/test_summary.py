@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fpnx.images.decoding import decode, upright_size
 from fpnx.labels.annotations import Dropped
+from fpnx.labels.geometry import fit_to_image
 from fpnx.labels.matching import match_labels
 from fpnx.labels.reading import read_labels
 from fpnx.labels.summary import LabelSummary, summarize
+from tests.helpers.files import image_source
 from tests.helpers.labels import box, coco_file, files
 
 IMAGES = ["a.jpg", "b.jpg", "c.jpg", "new.jpg"]
@@ -90,6 +93,30 @@ def test_sizes_of_images_come_before_those_of_labels(tmp_path: Path) -> None:
     ]
     assert "EXIF" in found.remarks[0]
     assert "scaled" in found.remarks[1]
+
+
+def test_boxes_of_a_photograph_that_its_exif_orientation_turns(tmp_path: Path) -> None:
+    """Stored lying, shown upright: the box is that of the upright picture, whichever size the labels say."""
+    upright = np.zeros((120, 80, 3), np.uint8)
+    upright[20:60, 10:40] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.png", exif=exif)
+    source = image_source(tmp_path / "a.png")
+    size = upright_size(source, 10**6)
+    assert size == (120, 80)
+    for said in ((120, 80), (80, 120)):
+        path = coco_file(tmp_path / "l.json", [box(1, 1, [10, 20, 30, 40])], {"a.png": said})
+        labels = read_labels(path, ["a.png"])
+        found = summarize(labels, match_labels(labels, ["a.png"]), [size])
+        assert (found.objects, found.clipped, found.dropped) == (1, 0, {})
+        assert ["EXIF" in remark for remark in found.remarks] == ([] if said == size else [True])
+        fitted = fit_to_image(labels.images[0], size).labels.boxes
+        assert fitted is not None
+        x1, y1, x2, y2 = fitted[0].astype(int).tolist()
+        pixels = np.asarray(decode(source, 10**6))
+        assert (pixels[y1:y2, x1:x2] == 255).all()
+        assert pixels.astype(int).sum() == 255 * 3 * 30 * 40
 
 
 def test_shares_have_a_size_only_with_that_of_the_image(tmp_path: Path) -> None:
