@@ -82,11 +82,9 @@ class ImageNames:
             self._reduced = _PartsIndex((_reduced(_parts(name)) for name in self._names), _reduced(self._root, True))
         reduced = self._reduced.find(_reduced(parts), 1 + RANKS)
         # `images/a.jpg` is `a.jpg` for certain, where the folder only says that it is an image.
-        return (
-            full
-            if reduced is None or (full is not None and (reduced.longer or reduced.index == AMBIGUOUS))
-            else reduced
-        )
+        if full is not None and (reduced is None or reduced.longer or reduced.index == AMBIGUOUS):
+            return full
+        return reduced
 
     def assign(self, entries: Iterable[Sequence[str]], *, longer: bool = True) -> list[int | None]:
         """The image of each entry of a label source.

@@ -55,8 +55,8 @@ def test_a_file_on_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     content = Path(coco_file(tmp_path / "coco", [box(1, 1, [0, 0, 1, 1])], {"a.jpg": (9, 9)})).read_bytes()
     with web_server() as server:
         for manners in ({}, {"length": False, "ranges": False}):
-            assert read_labels(server.put("set/labels", content, **manners), ["a.jpg"]).format == "coco"
-        assert read_labels(server.put("l.csv", b"a.jpg,cat\n"), ["a.jpg"]).format == "csv"
+            assert read_labels(server.put("/set/labels", content, **manners), ["a.jpg"]).format == "coco"
+        assert read_labels(server.put("/l.csv", b"a.jpg,cat\n"), ["a.jpg"]).format == "csv"
         refused("no_such.json: ", f"{server.url}/no_such.json", ["a.jpg"])
 
 
