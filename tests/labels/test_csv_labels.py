@@ -74,6 +74,8 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
         ("a.jpg,cat\nb.jpg\n", "line 2: 1 columns; every line needs a path and a label"),
         ('a.jpg,"cat\nb.jpg,dog', r"line 2: not a table \(unexpected end of data\)"),
         ("a.jpg," + "x" * 200000, r"line 1: not a table \(field larger than field limit"),
+        (",\n;,\n", "no row with a path and a label"),
+        (",,\n , ,\n", "all lines are empty"),
         ("path,label\n", "no row with a path and a label"),
         ("a.jpg,\n", r"no row with a path and a label: rows without a label \(1\), such as a.jpg"),
     ],
