@@ -20,6 +20,8 @@ __all__ = [
     "box_problem",
 ]
 
+MAX_EXAMPLE = 300  # characters
+
 EMPTY_BOX = "empty boxes"
 REVERSED_BOX = "reversed boxes"
 NOT_A_NUMBER = "boxes with values that are not finite numbers"
@@ -41,7 +43,7 @@ class DropCounter:
         """Count one. `what` names it, such as `"annotation 17"`, and `image` is its image."""
         if reason not in self._counts:
             self._counts[reason] = 0
-            self._examples[reason] = escape(f"{what} of {image}" if image else what)
+            self._examples[reason] = escape(f"{what} of {image}" if image else what)[:MAX_EXAMPLE]
         self._counts[reason] += 1
 
     @property

@@ -130,7 +130,8 @@ class LabelSummary:
         shown = present[:MAX_CLASSES]
         names = [escape(each.category.name) for each in shown]
         width = max(map(len, [*names, "class"]))
-        heads = ("objects", "small", "medium", "large", "images") if detection else ("images",)
+        sized = ("small", "medium", "large") if any(each.small + each.medium + each.large for each in present) else ()
+        heads = ("objects", *sized, "images") if detection else ("images",)
         table = [f"  {'class':<{width}}" + "".join(f"{head:>9}" for head in heads)] if shown else []
         for name, each in zip(names, shown, strict=True):
             table.append(f"  {name:<{width}}" + "".join(f"{getattr(each, head):>9}" for head in heads))

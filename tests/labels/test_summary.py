@@ -121,7 +121,9 @@ def test_boxes_of_a_photograph_that_its_exif_orientation_turns(tmp_path: Path) -
 
 def test_shares_have_a_size_only_with_that_of_the_image(tmp_path: Path) -> None:
     files(tmp_path, {"a.txt": "0 .5 .5 .5 .5\n0 .5 .5 .01 .01\n", "classes.txt": "cat"})
-    unknown = summary(tmp_path, ["a.jpg"]).classes[0]
+    found = summary(tmp_path, ["a.jpg"])
+    assert found.lines()[2:] == ["  class  objects   images", "  cat          2        1"]
+    unknown = found.classes[0]
     assert (unknown.objects, unknown.small, unknown.medium, unknown.large) == (2, 0, 0, 0)
     known = summary(tmp_path, ["a.jpg"], [(400, 600)]).classes[0]
     assert (known.objects, known.small, known.medium, known.large) == (2, 1, 0, 1)
