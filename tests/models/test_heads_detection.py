@@ -317,21 +317,6 @@ def test_boxes_are_pooled_from_the_level_of_equation_1() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_come_from_the_seed_alone(kind: str) -> None:
-    state = torch.get_rng_state()
-    first, again, other = head_of(kind), head_of(kind), head_of(kind)
-    torch.rand(3)
-    torch.set_rng_state(state)
-    other.initialize(1)
-    assert torch.equal(torch.get_rng_state(), state)
-    ours, same, different = first.state_dict(), again.state_dict(), other.state_dict()
-    assert all(torch.equal(ours[name], same[name]) for name in ours)
-    drawn = [name for name, value in ours.items() if value.unique().numel() > 1]
-    assert drawn
-    assert not any(torch.equal(ours[name], different[name]) for name in drawn)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_and_a_head_from_settings_give_the_same(kind: str) -> None:
     settings = {"channels": 64} | ({"convolutions": 2} if kind in ("fcos", "retinanet") else {"box_features": 48})
     head = livelier(head_of(kind, **settings))
