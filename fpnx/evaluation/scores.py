@@ -9,7 +9,7 @@ from typing import Any
 from fpnx.core.text import escape, plural
 from fpnx.labels.annotations import Task
 
-__all__ = ["ClassRow", "Confusion", "Scores", "finite_mean", "share"]
+__all__ = ["ClassRow", "Confusion", "Scores", "Value", "finite_mean", "share"]
 
 MAX_ROWS = 40  # of the table of classes in the text
 MAX_NAME = 32  # characters of a class in the text
