@@ -199,7 +199,7 @@ def _shape(kind: int, x: int, y: int, side: int, size: tuple[int, int]) -> Shape
     }[CLASSES[kind]]
     rows, columns = (np.indices(size) + 0.5 - np.array([y, x]).reshape(2, 1, 1)) / side
     inside = {
-        "square": (0 < rows) & (rows < 1) & (0 < columns) & (columns < 1),
+        "square": (rows > 0) & (rows < 1) & (columns > 0) & (columns < 1),
         "circle": np.hypot(rows - 0.5, columns - 0.5) < 0.5,
         "triangle": (rows < 1) & (np.abs(columns - 0.5) < rows / 2),
     }[CLASSES[kind]]
