@@ -83,6 +83,7 @@ class Trainer:
         labels: names the classes.
         make: makes targets, for scores of pixels.
         config: the options.
+        epochs: how many, or `"auto"`.
         learning_rate: the peak.
         precision: as `RunConfig.precision` has it, resolved.
         processes: of which this is one.
@@ -107,6 +108,7 @@ class Trainer:
         make: TargetMaker,
         config: TrainConfig,
         *,
+        epochs: int | str,
         learning_rate: float,
         precision: str,
         processes: Processes,
@@ -123,7 +125,7 @@ class Trainer:
         uses_scaler = precision == "float16" and processes.device.type == "cuda"
         self._scaler = torch.amp.GradScaler("cuda", enabled=uses_scaler)
         steps = len(batches_of_epoch(source, self._training, config.batch_size, config.seed, 0))
-        self.schedule = Schedule(config.epochs, steps, config.patience)
+        self.schedule = Schedule(epochs, steps, config.patience)
         self._validation = _in_order(source, validation, config.batch_size)
         self._updates = 0
         self.history: list[Epoch] = []
@@ -223,9 +225,8 @@ class Trainer:
         losses, images, stopped = self._joined(losses, counts, len(batch.indices))
         if stopped or not images:
             return {}, images, stopped
-        total = torch.stack(list(losses.values())).sum() if losses else None
-        if total is not None:
-            self._scaler.scale(total).backward()
+        if batch.indices:
+            self._scaler.scale(torch.stack(list(losses.values())).sum()).backward()
         processes.sum_gradients(self._parameters)
         values = processes.sum(torch.tensor([float(each.detach()) for each in losses.values()], device=device))
         self._scaler.unscale_(self._optimiser)
