@@ -61,9 +61,7 @@ class TrainConfig(InputConfig, ModelConfig):
     )
     weight_decay: float = option(0.05, "Of AdamW, for weights of two axes or more.", "Training", metavar="X")
     ema: float = option(0.99, "Decay of the moving average of the weights; 0: none.", "Training", metavar="X")
-    augment: str = option(
-        "auto", "auto: flips, sizes, crops and colours of images.", "Training", choices=AUGMENTATIONS
-    )
+    augment: str = option("auto", "auto: flips, sizes, crops and colours of images.", "Training", choices=AUGMENTATIONS)
     unfreeze: str | int = option(
         0, "Also train the backbone's last N stages, or all.", "Training", metavar="N|all", complete=("all",)
     )
@@ -92,7 +90,9 @@ class TrainConfig(InputConfig, ModelConfig):
         if not self.labels:
             raise FpnxError("no labels: give --labels FILE, or --labels folders where each folder is a class")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
-            raise FpnxError(f"device {self.device!r}: take auto, cpu, cuda, cuda:1 or mps; several: start with torchrun")
+            raise FpnxError(
+                f"device {self.device!r}: take auto, cpu, cuda, cuda:1 or mps; several: start with torchrun"
+            )
         freeze(self, "epochs", auto_or_whole("epochs", self.epochs, MAX_EPOCHS))
         freeze(self, "workers", auto_or_whole("workers", self.workers, 1024))
         freeze(self, "unfreeze", _stages(self.unfreeze))

@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ __all__ = [
 AHEAD = 2  # batches that are read before they are needed
 
 # What the network takes: normalised images (B, 3, H, W); for an image pyramid one such tensor for each level; or maps.
-Inputs = Tensor | Mapping[str, Tensor]
+Inputs: TypeAlias = "Tensor | Mapping[str, Tensor]"
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,9 @@ from fpnx.core.files import replace_file
 from fpnx.core.text import escape
 from fpnx.training.loop import Epoch
 
-__all__ = ["check_log", "draw_history", "write_log"]
+__all__ = ["draw_history", "write_log"]
 
 SMALLEST_SCORES = 6  # scores of the plot, the first ones
-
-
-def check_log(path: str | None) -> None:
-    """Refuse a file that cannot be written, before any work.
-
-    Raises:
-        FpnxError: naming it.
-    """
-    if path is None:
-        return
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        why = "is a folder" if target.is_dir() else f"cannot be written: {escape(target.parent)} does not exist"
-        raise FpnxError(f"{escape(path)} {why}: name another file")
 
 
 def write_log(path: str, epochs: Sequence[Epoch]) -> None:

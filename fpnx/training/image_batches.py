@@ -116,10 +116,10 @@ class ImageBatches:
                 return str(error)
 
         sizes: list[Hashable] = []
-        for name, size in zip(self.names, self._threads.map(measure, self._images), strict=True):
-            if isinstance(size, str):
-                report(name, size)
-            sizes.append(None if isinstance(size, str) else size)
+        for name, measured in zip(self.names, self._threads.map(measure, self._images), strict=True):
+            if isinstance(measured, str):
+                report(name, measured)
+            sizes.append(None if isinstance(measured, str) else measured)
         return sizes
 
     def _load(self, index: int, draw: Draw | None) -> _Sample | tuple[int, str]:

@@ -18,7 +18,6 @@ from fpnx.core.interrupts import StopRequest
 from fpnx.core.train_config import TrainConfig
 from fpnx.evaluation.scores import Scores
 from fpnx.inference.devices import compute_dtype
-from fpnx.labels.annotations import LabelSet
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.training.batches import Batch, Draw, Source, batches_of_epoch, random_seed, read_ahead, share_of
 from fpnx.training.network import Network
@@ -80,8 +79,7 @@ class Trainer:
         network: on the device of `processes`.
         source: of the images.
         training, validation: indices of the images to train on, and of those that are held out.
-        labels: names the classes.
-        make: makes targets, for scores of pixels.
+        make: makes the targets.
         config: the options.
         epochs: how many, or `"auto"`.
         learning_rate: the peak.
@@ -104,7 +102,6 @@ class Trainer:
         source: Source,
         training: Sequence[int],
         validation: Sequence[int],
-        labels: LabelSet,
         make: TargetMaker,
         config: TrainConfig,
         *,
@@ -115,7 +112,7 @@ class Trainer:
         listener: Listener,
         stop: StopRequest,
     ) -> None:
-        self._network, self._source, self._labels, self._make = network, source, labels, make
+        self._network, self._source, self._make = network, source, make
         self._config, self._processes, self._listener, self._stop = config, processes, listener, stop
         self._training, self._precision = list(training), precision
         self._averaged = network.averaged_copy() if config.ema else network
@@ -278,7 +275,7 @@ class Trainer:
             return None
         self._averaged.eval()
         scores, failed = validation_scores(
-            self._averaged, self._source, self._validation, self._labels, self._make, self._processes, self._autocast
+            self._averaged, self._source, self._validation, self._make, self._processes, self._autocast
         )
         self._note_failures(failed)
         return scores
@@ -299,7 +296,9 @@ class Trainer:
         best = max((each.score for each in self.history if each.score is not None), default=-math.inf)
         if epoch.score is None or epoch.score >= best:
             self.best, self.best_scores = epoch.number, scores
-            self.best_state = {name: value.detach().cpu().clone() for name, value in self._averaged.trained_state().items()}
+            self.best_state = {
+                name: value.detach().cpu().clone() for name, value in self._averaged.trained_state().items()
+            }
         self.history.append(epoch)
         if self._validation:
             self.schedule.after_epoch([each.score for each in self.history])
@@ -341,9 +340,7 @@ def _in_order(source: Source, chosen: Sequence[int], batch_size: int) -> list[li
     by_shape: dict[Any, list[int]] = {}
     for index in chosen:
         by_shape.setdefault(source.shapes[index], []).append(index)
-    return [
-        indices[i : i + batch_size] for indices in by_shape.values() for i in range(0, len(indices), batch_size)
-    ]
+    return [indices[i : i + batch_size] for indices in by_shape.values() for i in range(0, len(indices), batch_size)]
 
 
 @contextmanager

@@ -78,9 +78,9 @@ class Network(nn.Module):
     def levels(self, inputs: Inputs) -> dict[str, Tensor]:
         """The levels that the head takes."""
         if self.model.scales:
-            return dict(inputs) if self.from_taps else self._frozen(self.model, inputs)  # type: ignore[arg-type]
+            return dict(inputs) if self.from_taps else self._frozen(self.model, inputs)
         if self.from_taps:
-            taps: Mapping[str, Tensor] = inputs  # type: ignore[assignment]
+            taps: Any = inputs
         else:
             taps = self.model.taps(inputs) if self._trains_body else self._frozen(self.model.taps, inputs)
         if not self._pyramid_levels:

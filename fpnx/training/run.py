@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fpnx.core.errors import FpnxError, Interrupted
+from fpnx.core.errors import Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.files import lock
 from fpnx.core.interrupts import StopRequest, handle_signals
@@ -25,12 +25,13 @@ from fpnx.store.output_path import check_output
 from fpnx.store.writer import part_path
 from fpnx.training.checkpoint import read_progress, write_progress
 from fpnx.training.data import TrainingData, open_data
-from fpnx.training.history import check_log, draw_history, write_log
+from fpnx.training.history import draw_history, write_log
 from fpnx.training.loop import Trainer
 from fpnx.training.network import Network
 from fpnx.training.processes import Processes, joined_processes, process_rank
 from fpnx.training.result import TrainResult
 from fpnx.training.schedule import AUTO_WITHOUT_SCORES
+from fpnx.training.tap_batches import TapBatches
 
 __all__ = ["run_training"]
 
@@ -58,7 +59,7 @@ def run_training(
     first = process_rank() == 0
     listener = (listener or Listener()) if first else Listener()
     if first:
-        _check_output(output, config)
+        check_output(output, config, output.name)
     with ExitStack() as stack:
         processes = stack.enter_context(joined_processes(config.device))
         stop = stack.enter_context(handle_signals(listener))
@@ -98,7 +99,8 @@ class _Run:
             unfreeze=config.unfreeze,
             freeze_pyramid=config.freeze_pyramid,
         ).to(processes.device)
-        data.start(self._network.input_levels)
+        if isinstance(data.source, TapBatches):
+            data.source.read_maps(self._network.input_levels)
         self._identity = {"options": config.effective(), **data.identity}
 
     def finish(self) -> TrainResult:
@@ -110,7 +112,6 @@ class _Run:
             data.source,
             data.training,
             data.validation,
-            data.labels,
             data.make,
             config,
             epochs=self._epochs(),
@@ -155,13 +156,20 @@ class _Run:
     def _epochs(self) -> int | str:
         if self._config.epochs == "auto" and not self._data.validation:
             self._listener.message(
-                f"no image is held out, so nothing tells when to stop: {AUTO_WITHOUT_SCORES} epochs (--epochs N sets them)"
+                f"no image is held out, which would tell when to stop: {AUTO_WITHOUT_SCORES} epochs are trained "
+                "(--epochs N sets their number)"
             )
             return AUTO_WITHOUT_SCORES
         return self._config.epochs
 
     def _write(self, trainer: Trainer, result: TrainResult) -> None:
-        raise NotImplementedError
+        self._network.load_trained(trainer.best_state)
+        if self._config.plot is not None:
+            draw_history(self._config.plot, trainer.history)
+        from fpnx.models.weights.checkpoints import write_checkpoint
+
+        state = {**self._data.model.state_dict(), **self._network.head.state_dict()}
+        write_checkpoint(self._output, state, {})
 
     def _interrupted(self, trainer: Trainer) -> Interrupted:
         signum = self._stop.signum or 2
@@ -199,14 +207,6 @@ class _Run:
             epochs=config.epochs,
             epochs_before=len(trainer.history),
         )
-
-
-def _check_output(output: Path, config: TrainConfig) -> None:
-    if output.suffix != ".safetensors":
-        raise FpnxError(f"output {escape(output)}: trained weights are safetensors: name it {escape(output)}.safetensors")
-    check_output(output, config, "model.safetensors")
-    check_log(config.log)
-    check_log(config.plot)
 
 
 def _precision(config: TrainConfig, processes: Processes) -> str:

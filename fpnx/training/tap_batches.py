@@ -15,6 +15,7 @@ from fpnx.labels.annotations import ImageLabels
 from fpnx.models.heads.base import Geometry
 from fpnx.store.reader import Store
 from fpnx.training.batches import Batch, Draw
+from fpnx.training.model import check_maps
 from fpnx.training.targets import TargetMaker, padded_target
 
 __all__ = ["TapBatches"]
@@ -27,8 +28,10 @@ class TapBatches:
         store: the file, or all shards of a run.
         rows: of the images in it, all of which are done.
         labels: of each of these images.
-        levels: names of the maps to read.
         make: makes the targets.
+
+    Attributes:
+        levels: names of the maps to read, set before the first batch.
     """
 
     def __init__(
@@ -36,19 +39,19 @@ class TapBatches:
         store: Store,
         rows: Sequence[int],
         labels: Sequence[ImageLabels],
-        levels: Sequence[str],
         make: TargetMaker,
     ) -> None:
         self.names = [escape(store.paths[row]) for row in rows]
         self.labels = labels
         self.shapes: list[Hashable] = [store.padded_sizes[row] for row in rows]
         self.usable = list(range(len(rows)))
-        self._store, self._rows, self._levels, self._make = store, list(rows), tuple(levels), make
+        self._store, self._rows, self._make = store, list(rows), make
+        self.levels: tuple[str, ...] = ()
 
     def batch(self, indices: Sequence[int], draw: Draw | None) -> Batch:
         """The batch of some images of one shape; stored maps cannot be augmented, and `draw` has no effect."""
         rows = [self._rows[index] for index in indices]
-        maps = {level: _as_tensor(self._store.read(level, rows)) for level in self._levels}
+        maps = {level: _as_tensor(self._store.read(level, rows)) for level in self.levels}
         sizes = [_pair(self._store.input_sizes[row]) for row in rows]
         source_sizes = [_pair(self._store.source_sizes[row]) for row in rows]
         padded: Any = self.shapes[indices[0]]
@@ -63,6 +66,15 @@ class TapBatches:
             targets=targets,
             source_sizes=tuple(source_sizes),
         )
+
+    def read_maps(self, levels: Sequence[str]) -> None:
+        """Set the maps that batches hold.
+
+        Raises:
+            FpnxError: the file does not have them.
+        """
+        check_maps(self._store, tuple(levels))
+        self.levels = tuple(levels)
 
     def close(self) -> None:
         """The store is closed by who opened it."""

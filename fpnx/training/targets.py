@@ -8,8 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fpnx.labels.annotations import ImageLabels
+from fpnx.labels.annotations import ImageLabels, LabelSet, Segment, Task
+from fpnx.labels.geometry import fit_to_image
 from fpnx.labels.segments import scale_segment, segment_mask
+from fpnx.labels.semantic import class_map
 from fpnx.models.heads.base import Target
 
 __all__ = ["IGNORED", "TargetMaker", "padded_target", "resized_target"]
@@ -19,17 +21,20 @@ IGNORED = 255  # class of pixels without a class
 
 @dataclass(frozen=True)
 class TargetMaker:
-    """Makes targets of one task.
+    """Makes targets from labels.
 
     Attributes:
-        task: `"classification"`, `"detection"` or `"semantic"`.
-        classes: how many there are.
+        labels: names task and classes.
         masks: whether detection needs the outlines.
     """
 
-    task: str
-    classes: int
+    labels: LabelSet
     masks: bool = False
+
+    @property
+    def task(self) -> Task:
+        """What the targets are for."""
+        return self.labels.task
 
     def __call__(self, labels: ImageLabels, source: tuple[int, int], size: tuple[int, int]) -> Target:
         """The target of an image of `source` (height, width) pixels that is resized to `size`, without padding.
@@ -38,53 +43,40 @@ class TargetMaker:
         its box as mask.
 
         Raises:
-            ImageError: a mask that is not of the image's size.
+            ImageError: a mask that cannot be read, or is of another size than the image.
+            FpnxError: outlines need faster-coco-eval, which is not installed.
         """
         if self.task == "classification":
-            classes = torch.zeros(self.classes)
+            classes = torch.zeros(len(self.labels.categories))
             classes[torch.from_numpy(labels.classes)] = 1.0
             return Target(classes=classes)
         if self.task == "semantic":
-            return Target(semantic=torch.from_numpy(_nearest(_semantic(labels, source), size)))
-        return self._objects(labels, source, size)
-
-    def _objects(self, labels: ImageLabels, source: tuple[int, int], size: tuple[int, int]) -> Target:
-        factors = _factors(labels, source, size)
-        boxes = np.zeros((0, 4)) if labels.boxes is None else labels.boxes * np.array([*factors, *factors])
-        boxes = np.clip(boxes, 0, np.array([size[1], size[0], size[1], size[0]]))
-        crowd = labels.crowd if len(labels.crowd) == len(boxes) else np.zeros(len(boxes), bool)
-        kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1) & ~crowd)
+            return Target(semantic=torch.from_numpy(_nearest(class_map(self.labels, labels, source), size)))
+        objects = fit_to_image(labels, source).labels
+        boxes = np.zeros((0, 4)) if objects.boxes is None else objects.boxes
+        factors = size[1] / source[1], size[0] / source[0]
+        kept = np.flatnonzero(~objects.crowd) if len(boxes) else np.zeros(0, np.int64)
+        boxes = boxes[kept] * np.array([*factors, *factors])
         masks = None
         if self.masks:
-            drawn = [self._mask(labels, i, boxes[i], factors, size) for i in kept.tolist()]
+            segments = objects.segments or (None,) * len(objects.classes)
+            drawn = [_mask(segments[i], box, factors, size) for i, box in zip(kept.tolist(), boxes, strict=True)]
             masks = torch.from_numpy(np.stack(drawn) if drawn else np.zeros((0, *size), bool))
         return Target(
-            boxes=torch.from_numpy(boxes[kept].astype(np.float32)),
-            labels=torch.from_numpy(labels.classes[kept]),
+            boxes=torch.from_numpy(boxes.astype(np.float32)),
+            labels=torch.from_numpy(objects.classes[kept]),
             masks=masks,
         )
 
-    def _mask(
-        self, labels: ImageLabels, i: int, box: np.ndarray, factors: tuple[float, float], size: tuple[int, int]
-    ) -> np.ndarray:
-        segment = labels.segments[i] if labels.segments else None
-        if segment is not None:
-            return segment_mask(scale_segment(segment, *factors, size), size)
-        mask = np.zeros(size, bool)
-        left, top, right, bottom = (round(value) for value in box.tolist())
-        mask[top : max(bottom, top + 1), left : max(right, left + 1)] = True
-        return mask
 
-
-def _factors(labels: ImageLabels, source: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """By which x and y of the labels are multiplied."""
-    if labels.relative:
-        return float(size[1]), float(size[0])
-    return size[1] / source[1], size[0] / source[0]
-
-
-def _semantic(labels: ImageLabels, source: tuple[int, int]) -> np.ndarray:
-    raise NotImplementedError
+def _mask(segment: Segment | None, box: np.ndarray, factors: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+    """(height, width) bool of an object in an image of `size`."""
+    if segment is not None:
+        return segment_mask(scale_segment(segment, *factors, size), size)
+    mask = np.zeros(size, bool)
+    left, top, right, bottom = (round(value) for value in box.tolist())
+    mask[top : max(bottom, top + 1), left : max(right, left + 1)] = True
+    return mask
 
 
 def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -117,4 +109,3 @@ def resized_target(target: Target, before: tuple[int, int], size: tuple[int, int
     if target.semantic is not None:
         changed["semantic"] = torch.from_numpy(_nearest(target.semantic.numpy(), size))
     return replace(target, **changed)
-

@@ -13,7 +13,7 @@ from fpnx.evaluation.detection_scores import detection_scores
 from fpnx.evaluation.detections import to_source
 from fpnx.evaluation.scores import Scores
 from fpnx.evaluation.semantic import PixelCounts, class_map
-from fpnx.labels.annotations import LabelSet
+from fpnx.labels.geometry import fit_to_image
 from fpnx.models.heads.base import Detections
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.training.batches import Batch, Source, read_ahead, share_of
@@ -28,7 +28,6 @@ def validation_scores(
     network: Network,
     source: Source,
     batches: Sequence[Sequence[int]],
-    labels: LabelSet,
     make: TargetMaker,
     processes: Processes,
     autocast: Any,
@@ -51,7 +50,7 @@ def validation_scores(
             for place, (index, prediction) in enumerate(zip(batch.indices, predictions, strict=True))
         ]
     ordered = sorted(processes.gather(found), key=lambda item: item[0])
-    return _scores(labels, source, ordered), processes.gather(failed)
+    return _scores(make, source, ordered), processes.gather(failed)
 
 
 def _in_source_pixels(
@@ -64,18 +63,20 @@ def _in_source_pixels(
         return to_source(source.names[index], prediction, size, source_size)
     if make.task == "classification":
         return prediction.float().cpu().numpy()
-    counts = PixelCounts(make.classes)
+    counts = PixelCounts(len(make.labels.categories))
     labelled = make(source.labels[index], source_size, source_size).semantic
     assert labelled is not None
     counts.add(labelled.numpy(), class_map(prediction, size, source_size))
     return counts
 
 
-def _scores(labels: LabelSet, source: Source, found: Sequence[tuple[int, Any]]) -> Scores:
+def _scores(make: TargetMaker, source: Source, found: Sequence[tuple[int, Any]]) -> Scores:
+    labels = make.labels
     truth = [source.labels[index] for index, _ in found]
     values = [value for _, value in found]
     if labels.task == "detection":
-        return detection_scores(labels.categories, truth, values)
+        fitted = [fit_to_image(each, value.size).labels for each, value in zip(truth, values, strict=True)]
+        return detection_scores(labels.categories, fitted, values)
     if labels.task == "classification":
         logits = np.stack(values) if values else np.zeros((0, len(labels.categories)), np.float32)
         return classification_scores(labels.categories, truth, logits, multi_label=labels.multi_label)
