@@ -124,7 +124,7 @@ class Trainer:
         steps = len(batches_of_epoch(source, self._training, config.batch_size, config.seed, 0))
         self.schedule = Schedule(epochs, steps, config.patience)
         self._validation = _in_order(source, validation, config.batch_size)
-        self._updates = 0
+        self._updates, self._loss_names = 0, list[str]()
         self.history: list[Epoch] = []
         self.best, self.best_scores, self.best_state = 0, None, dict[str, Tensor]()
         self.failed: dict[str, str] = {}
@@ -218,8 +218,7 @@ class Trainer:
         with _seeded(seed, device):
             if batch.indices:
                 losses = self.losses_of(batch)
-        counts = self._network.head.loss_counts(losses, len(batch.indices))
-        losses, images, stopped = self._joined(losses, counts, len(batch.indices))
+        losses, images, stopped = self._joined(losses, len(batch.indices))
         if stopped or not images:
             return {}, images, stopped
         if batch.indices:
@@ -238,14 +237,15 @@ class Trainer:
         self._average()
         return dict(zip(losses, values.tolist(), strict=True)), images, False
 
-    def _joined(
-        self, losses: dict[str, Tensor], counts: Mapping[str, float], images: int
-    ) -> tuple[dict[str, Tensor], int, bool]:
+    def _joined(self, losses: dict[str, Tensor], images: int) -> tuple[dict[str, Tensor], int, bool]:
         """The losses as this process's part of those of the joint batch, the images of it, and whether to stop."""
         stop = float(self._stop.signum is not None)
         if self._processes.count == 1:
             return losses, images, bool(stop)
-        names = sorted(set(sum(self._processes.gather([sorted(losses)]), [])))
+        if not self._loss_names:
+            self._loss_names = sorted(set(self._processes.gather(sorted(losses))))
+        names = self._loss_names
+        counts = self._network.head.loss_counts(losses, images) if losses else {}
         local = torch.tensor([float(images), stop, *(float(counts.get(name, 0.0)) for name in names)])
         joint = self._processes.sum(local.double()).tolist()
         weights = {
