@@ -179,7 +179,9 @@ def _images(
         height, width = _whole(record.get("height")), _whole(record.get("width"))
         position = by_name.setdefault(name, len(found))
         if position == len(found):
-            found.append((name.replace("\\", "/"), (height, width) if height and width and height > 0 < width else None))
+            found.append(
+                (name.replace("\\", "/"), (height, width) if height and width and height > 0 < width else None)
+            )
         if by_id.setdefault(record["id"], position) != position:
             both = f"{escape(found[by_id[record['id']]][0])} and {escape(name)}"
             raise FpnxError(f"{where}: two images have the id {escape(str(record['id']))}, {both}: give each its own")

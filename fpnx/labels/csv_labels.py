@@ -20,16 +20,33 @@ __all__ = ["read_csv"]
 DELIMITERS = (",", "\t", ";")
 SEPARATORS = re.compile(r"[;|]")  # between labels of one image
 PATH_COLUMNS = frozenset(
-    "path paths file files filename file_name filepath file_path image images image_path img name image_name".split()
+    [
+        "path",
+        "paths",
+        "file",
+        "files",
+        "filename",
+        "file_name",
+        "filepath",
+        "file_path",
+        "image",
+        "images",
+        "image_path",
+        "img",
+        "name",
+        "image_name",
+    ]
 )
-LABEL_COLUMNS = frozenset("label labels class classes class_name category categories target tag tags".split())
-BOX_COLUMNS = frozenset("bbox box xmin x_min x1 left".split())
+LABEL_COLUMNS = frozenset(
+    ["label", "labels", "class", "classes", "class_name", "category", "categories", "target", "tag", "tags"]
+)
+BOX_COLUMNS = frozenset(["bbox", "box", "xmin", "x_min", "x1", "left"])
 NO_LABEL, NO_PATH = "rows without a label", "rows without a path"
 WHOLE = re.compile(r"[+-]?\d{1,18}")
 
 
 def read_csv(source: LabelSource) -> LabelSet:
-    """Read a table. Its first line may name the columns; other columns than the path and the label are then passed over.
+    """Read a table. Its first line may name the columns; columns beside the path and the label are then passed over.
 
     Labels that are all whole numbers are the ids of the classes; others are numbered in the order of their names.
 

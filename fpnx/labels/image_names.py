@@ -16,7 +16,20 @@ AMBIGUOUS = -1
 DRIVE = re.compile(r"^[A-Za-z]:")
 # Folders that tell images from their labels, and nothing else: `images/a.jpg` belongs to `labels/a.txt`.
 KIND_FOLDERS = frozenset(
-    "images image imgs img jpegimages labels label masks mask annotations annotation segmentationclass".split()
+    [
+        "images",
+        "image",
+        "imgs",
+        "img",
+        "jpegimages",
+        "labels",
+        "label",
+        "masks",
+        "mask",
+        "annotations",
+        "annotation",
+        "segmentationclass",
+    ]
 )
 
 

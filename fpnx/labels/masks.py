@@ -66,8 +66,8 @@ def read_masks(source: LabelSource) -> LabelSet:
     categories, remarks = _categories(values, source, where)
     if values in ([], [0]) and any(IGNORED in mask.values for mask in masks):
         raise FpnxError(
-            f"{where}: the masks hold only {', '.join(map(str, [*values, IGNORED]))}, and 255 stands for no class: give "
-            f"objects another value, such as 1"
+            f"{where}: the masks hold only {', '.join(map(str, [*values, IGNORED]))}, and 255 stands for no class: "
+            f"give objects another value, such as 1"
         )
     index = {category.id: position for position, category in enumerate(categories)}
     images: dict[str, ImageLabels] = {}
@@ -91,8 +91,8 @@ def read_masks(source: LabelSource) -> LabelSet:
 
 
 def mask_files(source: LabelSource) -> list[str]:
-    """Absolute paths of the PNGs that may be masks: all in a folder below the images' own; in another one those that are
-    no images of the run, or belong to an image of another format with the same name."""
+    """Absolute paths of the PNGs that may be masks: all in a folder below the images' own; in another one those that
+    are no images of the run, or belong to an image of another format with the same name."""
     folder, root = os.path.abspath(source.path), os.path.abspath(source.root or ".")
     files = list_files(folder, (".png",))
     if folder != root and folder.startswith(os.path.join(root, "")):
@@ -170,4 +170,3 @@ def _categories(values: list[int], source: LabelSource, where: str) -> tuple[tup
             f"{len(names) - 1}{hint}"
         )
     return tuple(Category(number, name) for number, name in enumerate(names)), ()
-

@@ -81,10 +81,10 @@ def _nothing_fits(labels: LabelSet, images: Sequence[str], ambiguous: Sequence[s
         return FpnxError(f"{where}: {plural(len(images), 'image')}, and labels of {len(labels.images)}")
     if ambiguous:
         return FpnxError(
-            f"{where}: none of the {plural(len(images), 'image')} has labels for certain, since {escape(ambiguous[0])} in "
-            f"the labels fits several images: name them in the labels with their folders, as in {escape(images[0])}"
+            f"{where}: none of the {plural(len(images), 'image')} has labels for certain, since {escape(ambiguous[0])} "
+            f"in the labels fits several images: name them in the labels with their folders, as in {escape(images[0])}"
         )
     return FpnxError(
-        f"{where}: none of the {plural(len(images), 'image')} has labels: an image is named {escape(images[0])}, and in "
-        f"the labels there is {escape(labels.images[0].name)}; give the images and labels that belong together"
+        f"{where}: none of the {plural(len(images), 'image')} has labels: an image is named {escape(images[0])}, and "
+        f"in the labels there is {escape(labels.images[0].name)}; give the images and labels that belong together"
     )

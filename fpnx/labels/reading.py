@@ -78,7 +78,7 @@ def read_labels(
     kind = _format_of(source)
     if task is not None and task not in TASKS_OF[kind]:
         raise FpnxError(
-            f"labels {escape(source.path)}: {IN_WORDS[kind]} are for {' or '.join(TASKS_OF[kind])}, not for {task}"
+            f"labels {escape(source.path)}: {IN_WORDS[kind]} can be used for {' and '.join(TASKS_OF[kind])}, not for {task}"
         )
     found = READERS[kind](source)
     return from_outlines(found) if task == "semantic" and found.task == "detection" else found

@@ -1,4 +1,5 @@
-"""YOLO's text files: `class cx cy w h` or `class x1 y1 x2 y2 …` on each line, in shares of the image's width and height.
+"""YOLO's text files: `class cx cy w h` or `class x1 y1 x2 y2 …` on each line, in shares of the image's width and
+height.
 
 Each image has a text file with its name, beside it or in `labels/` where the image is in `images/`. The classes are
 named in `data.yaml` or `classes.txt`.
@@ -202,7 +203,9 @@ def _read_data_file(path: str, where: str) -> _DataFile:
     try:
         import yaml
     except ImportError:
-        raise FpnxError(f"{where}: reading YAML needs PyYAML, which is not installed: pip install 'fpnx[train]'") from None
+        raise FpnxError(
+            f"{where}: reading YAML needs PyYAML, which is not installed: pip install 'fpnx[train]'"
+        ) from None
     try:
         document = yaml.load(read_text(path), yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
