@@ -51,6 +51,9 @@ class TrainConfig(InputConfig, ModelConfig):
         None, "classify, fcos, retinanet, faster_rcnn, mask_rcnn or semantic.", "Training", metavar="NAME",
         choices=HEAD_NAMES,
     )  # fmt: skip
+    convolutions: int | None = option(
+        None, "Of fcos and retinanet, before the last one (default 4).", "Training", metavar="N"
+    )
     epochs: str | int = option(
         "auto", "auto: until the validation score no longer rises.", "Training", metavar="auto|N", complete=("auto",)
     )
@@ -97,6 +100,8 @@ class TrainConfig(InputConfig, ModelConfig):
         freeze(self, "workers", auto_or_whole("workers", self.workers, 1024))
         freeze(self, "unfreeze", _stages(self.unfreeze))
         freeze(self, "val", _validation(self.val))
+        if self.convolutions is not None:
+            check_whole("convolutions", self.convolutions, 1, 16)
         check_whole("patience", self.patience, 1, MAX_EPOCHS)
         check_whole("batch size", self.batch_size, 1, 65536)
         for name, least, most in (("learning_rate", 0.0, 10.0), ("weight_decay", -1.0, 10.0), ("ema", -1.0, 1.0)):

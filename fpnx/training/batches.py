@@ -87,11 +87,13 @@ class Source(Protocol):
         names: of the images, in a fixed order.
         labels: of each image.
         shapes: a key for each image; those with equal keys may share a batch.
+        left_out: name → reason, of images that are known not to be readable; they are never asked for.
     """
 
     names: Sequence[str]
     labels: Sequence[ImageLabels]
     shapes: Sequence[Hashable]
+    left_out: Mapping[str, str]
 
     def batch(self, indices: Sequence[int], draw: Draw | None) -> Batch:
         """The batch of some images of one shape; `draw` None: without augmentation."""

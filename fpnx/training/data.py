@@ -21,14 +21,14 @@ from fpnx.images.listing import find_images
 from fpnx.labels.annotations import ImageLabels, LabelSet
 from fpnx.labels.matching import Matched, match_labels
 from fpnx.labels.reading import read_labels
+from fpnx.labels.summary import summarize
 from fpnx.models.heads.base import Head
 from fpnx.models.heads.registry import default_head, find_head
-from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.store.reader import DONE, Store
 from fpnx.store.shard_set import open_store
 from fpnx.training.batches import Source
-from fpnx.training.image_batches import ImageBatches
+from fpnx.training.image_batches import ImageBatches, header_sizes
 from fpnx.training.model import model_for_images, model_of_store
 from fpnx.training.split import held_out
 from fpnx.training.tap_batches import TapBatches
@@ -47,8 +47,7 @@ class TrainingData:
     Attributes:
         labels: of all images, with those of the validation; names the classes.
         head: kind of the head.
-        model: its levels are those of the head.
-        recipe: the preprocessing.
+        model: its levels are those of the head, its recipe is the preprocessing.
         make: makes targets.
         source: the labelled images.
         training, validation: indices in `source`.
@@ -62,7 +61,6 @@ class TrainingData:
     labels: LabelSet
     head: str
     model: PyramidModel
-    recipe: Recipe
     make: TargetMaker
     source: Source
     training: list[int]
@@ -84,13 +82,25 @@ class _Labelled:
         places: of the images among all names.
         each: the labels of each of these images.
         validation: positions in `places` of those that have labels for validation; None where none are set apart.
+        sets: (what for, labels, matches) of each label file.
     """
 
     labels: LabelSet
-    matched: Matched
     places: list[int]
     each: list[ImageLabels]
     validation: list[int] | None
+    sets: Sequence[tuple[str, LabelSet, Matched]]
+
+    def described(self, sizes: Sequence[tuple[int, int] | None]) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """What the labels hold, in lines and as values for JSON; `sizes` are those of the images at `places`."""
+        known = dict(zip(self.places, sizes, strict=True))
+        lines: list[str] = []
+        facts: dict[str, Any] = {}
+        for name, labels, matched in self.sets:
+            summary = summarize(labels, matched, [known.get(place) for place in range(len(matched.images))])
+            lines += [*([f"for {name}:"] if facts else []), *summary.lines()]
+            facts |= {name: summary.to_json()} if facts else summary.to_json()
+        return tuple(lines), facts
 
 
 @contextmanager
@@ -132,25 +142,13 @@ def _from_images(inputs: Sequence[str | os.PathLike[str]], config: TrainConfig, 
     names = [os.fsdecode(source.name) for source in listing.sources]
     found = _labelled(names, os.fsdecode(listing.root), config, listener)
     kind = _head(config, found.labels)
-    model, recipe = model_for_images(config, kind)
+    model = model_for_images(config, kind)
     make = TargetMaker(found.labels, masks=kind.needs_masks)
-    failed: dict[str, str] = {}
-
-    def report(name: str, reason: str) -> None:
-        failed[name] = reason
-        listener.message(f"left out {name}: {reason}")
-
-    source = ImageBatches(
-        [listing.sources[place] for place in found.places],
-        found.each,
-        model,
-        recipe,
-        make,
-        max_pixels=config.max_pixels,
-        workers=config.workers if isinstance(config.workers, int) else min(MAX_DECODE_THREADS, usable_cpus()),
-        report=report,
-    )
-    return _data(found, kind, model, recipe, make, source, config, escape(listing.root), names)
+    workers = config.workers if isinstance(config.workers, int) else min(MAX_DECODE_THREADS, usable_cpus())
+    images = [listing.sources[place] for place in found.places]
+    sizes = header_sizes(images, config.max_pixels, workers, listener)
+    source = ImageBatches(images, found.each, sizes, model, make, max_pixels=config.max_pixels, workers=workers)
+    return _data(found, kind, model, make, source, config, escape(listing.root), names, sizes)
 
 
 def _from_store(store: Store, config: TrainConfig, listener: Listener) -> TrainingData:
@@ -164,26 +162,26 @@ def _from_store(store: Store, config: TrainConfig, listener: Listener) -> Traini
     names = [store.paths[row] for row in done]
     found = _labelled(names, store.root, config, listener)
     kind = _head(config, found.labels)
-    model, recipe = model_of_store(store, config, kind)
+    model = model_of_store(store, config, kind)
     make = TargetMaker(found.labels, masks=kind.needs_masks)
     rows = [done[place] for place in found.places]
     source = TapBatches(store, rows, found.each, make)
-    return _data(found, kind, model, recipe, make, source, config, escape(store.path), names, stored=True)
+    sizes = [(int(height), int(width)) for height, width in store.source_sizes[rows]]
+    return _data(found, kind, model, make, source, config, escape(store.path), names, sizes)
 
 
 def _data(
     found: _Labelled,
     kind: type[Head],
     model: PyramidModel,
-    recipe: Recipe,
     make: TargetMaker,
-    source: Any,
+    source: ImageBatches | TapBatches,
     config: TrainConfig,
     where: str,
     names: Sequence[str],
-    stored: bool = False,
+    sizes: Sequence[tuple[int, int] | str],
 ) -> TrainingData:
-    usable = list(source.usable)
+    usable, stored = list(source.usable), isinstance(source, TapBatches)
     if not usable:
         raise FpnxError(f"none of the {plural(len(found.places), 'labelled image')} in {where} can be read")
     if found.validation is None:
@@ -196,11 +194,11 @@ def _data(
     training = [i for i in usable if i not in kept]
     if not training:
         raise FpnxError("all labelled images are for validation, and none is left to train on: take other --labels")
+    lines, facts = found.described([None if isinstance(size, str) else size for size in sizes])
     return TrainingData(
         labels=found.labels,
         head=kind.kind,
         model=model,
-        recipe=recipe,
         make=make,
         source=source,
         training=training,
@@ -208,15 +206,15 @@ def _data(
         stored=stored,
         augments=not stored and config.augment != "none",
         where=where,
-        label_lines=(),
-        label_facts={},
+        label_lines=lines,
+        label_facts=facts,
         identity={
             "source": "maps" if stored else "images",
             "images": _digest([names[place] for place in found.places]),
             "labels": _digest([_plain(each) for each in found.each]),
             "classes": [[category.id, category.name] for category in found.labels.categories],
             "model": model.identity(),
-            "recipe": recipe.to_json(),
+            "recipe": model.recipe.to_json(),
         },
     )
 
@@ -242,7 +240,7 @@ def _labelled(names: list[str], root: str, config: TrainConfig, listener: Listen
     by_place = {place: labels.images[i] for place, i in enumerate(matched.indices) if i is not None}
     if isinstance(config.val, float):
         places = sorted(by_place)
-        return _Labelled(labels, matched, places, [by_place[place] for place in places], None)
+        return _Labelled(labels, places, [by_place[place] for place in places], None, [("training", labels, matched)])
     others = read_labels(config.val, names, root, labels.task)
     of_others = match_labels(others, names, root)
     translate = _class_translation(others, labels)
@@ -257,7 +255,8 @@ def _labelled(names: list[str], root: str, config: TrainConfig, listener: Listen
     joined = by_place | apart
     places = sorted(joined)
     validation = [position for position, place in enumerate(places) if place in apart]
-    return _Labelled(labels, matched, places, [joined[place] for place in places], validation)
+    sets = [("training", labels, matched), ("validation", others, of_others)]
+    return _Labelled(labels, places, [joined[place] for place in places], validation, sets)
 
 
 def _class_translation(others: LabelSet, labels: LabelSet) -> Callable[[np.ndarray], np.ndarray]:

@@ -12,19 +12,39 @@ from PIL import Image
 from torch import Tensor
 
 from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.events import Listener
 from fpnx.core.text import escape
 from fpnx.images.decoding import PixelBudget, decode, upright_size
 from fpnx.images.reading import ImageSource
 from fpnx.labels.annotations import ImageLabels
 from fpnx.models.heads.base import Geometry, Target
-from fpnx.models.preprocessing import Recipe, scaled_size
+from fpnx.models.preprocessing import scaled_size
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.training.augmentation import augmented
 from fpnx.training.batches import Batch, Draw, Inputs, empty_batch, random_seed
 from fpnx.training.targets import TargetMaker, padded_target, resized_target
 
-__all__ = ["ImageBatches"]
+__all__ = ["ImageBatches", "header_sizes"]
+
+
+def header_sizes(
+    images: Sequence[ImageSource], max_pixels: int, workers: int, listener: Listener
+) -> list[tuple[int, int] | str]:
+    """(height, width) of each upright image, from its header; the reason where it cannot be read."""
+
+    def measure(image: ImageSource) -> tuple[int, int] | str:
+        try:
+            return upright_size(image, max_pixels)
+        except ImageError as error:
+            return str(error)
+
+    sizes: list[tuple[int, int] | str] = []
+    with ThreadPoolExecutor(max(workers, 4), "fpnx-headers") as threads:
+        for i, measured in enumerate(threads.map(measure, images)):
+            sizes.append(measured)
+            listener.progress("headers", i + 1, len(images))
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -44,37 +64,38 @@ class ImageBatches:
     Args:
         images: the files.
         labels: of each image.
-        model: whose input the batches are; its `recipe` is not read.
-        recipe: the preprocessing.
+        sizes: (height, width) of each, as `header_sizes` gives them.
+        model: whose input the batches are, by its recipe.
         make: makes the targets.
         max_pixels: of an image and of the input.
         workers: threads that decode.
-        report: called with the name and the reason for each image whose header cannot be read; these have no shape,
-            and are left out of `usable`.
 
     Attributes:
-        names, labels, shapes: see `Source`.
-        usable: indices of the images whose headers could be read.
+        names, labels, shapes: see `Source`; images that cannot be read have no shape, None.
+        usable: indices of the others.
+        left_out: name → reason, of those that cannot be read.
     """
 
     def __init__(
         self,
         images: Sequence[ImageSource],
         labels: Sequence[ImageLabels],
+        sizes: Sequence[tuple[int, int] | str],
         model: PyramidModel,
-        recipe: Recipe,
         make: TargetMaker,
         *,
         max_pixels: int,
         workers: int,
-        report: Callable[[str, str], None],
     ) -> None:
         self.names = [escape(image.name) for image in images]
         self.labels = labels
-        self._images, self._model, self._recipe, self._make = images, model, recipe, make
+        self._images, self._model, self._recipe, self._make = images, model, model.recipe, make
         self._max_pixels, self._budget = max_pixels, PixelBudget(max_pixels)
         self._threads = ThreadPoolExecutor(workers, "fpnx-decode", torch.set_num_threads, (1,))
-        self.shapes: list[Hashable] = self._padded_sizes(report)
+        self.left_out: dict[str, str] = {}
+        self.shapes: list[Hashable] = [
+            self._padded_size(name, size) for name, size in zip(self.names, sizes, strict=True)
+        ]
         self.usable = [i for i, shape in enumerate(self.shapes) if shape is not None]
 
     def batch(self, indices: Sequence[int], draw: Draw | None) -> Batch:
@@ -98,29 +119,20 @@ class ImageBatches:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _padded_sizes(self, report: Callable[[str, str], None]) -> list[Hashable]:
-        """The padded input size of each image, of which headers are read where sizes depend on them; else None."""
-        recipe, scale = self._recipe, self._model.largest_scale
-        if recipe.sizing == "stretch":
-            size = recipe.padded(recipe.input_size((1, 1), self._max_pixels, scale))
-            self._model.shapes(size)
-            return [size] * len(self._images)
-
-        def measure(image: ImageSource) -> tuple[int, int] | str:
-            try:
-                source = upright_size(image, self._max_pixels)
-                padded = recipe.padded(recipe.input_size(source, self._max_pixels, scale))
-                self._model.shapes(padded)
-                return padded
-            except FpnxError as error:
-                return str(error)
-
-        sizes: list[Hashable] = []
-        for name, measured in zip(self.names, self._threads.map(measure, self._images), strict=True):
-            if isinstance(measured, str):
-                report(name, measured)
-            sizes.append(None if isinstance(measured, str) else measured)
-        return sizes
+    def _padded_size(self, name: str, size: tuple[int, int] | str) -> tuple[int, int] | None:
+        """The padded input size of an image; None where the model cannot take it."""
+        if isinstance(size, str):
+            self.left_out[name] = size
+            return None
+        try:
+            padded = self._recipe.padded(self._recipe.input_size(size, self._max_pixels, self._model.largest_scale))
+            self._model.shapes(padded)
+        except FpnxError as error:
+            if self._recipe.fixed_size is not None:
+                raise
+            self.left_out[name] = str(error)
+            return None
+        return padded
 
     def _load(self, index: int, draw: Draw | None) -> _Sample | tuple[int, str]:
         try:

@@ -127,7 +127,7 @@ class Trainer:
         self._updates, self._loss_names = 0, list[str]()
         self.history: list[Epoch] = []
         self.best, self.best_scores, self.best_state = 0, None, dict[str, Tensor]()
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = dict(source.left_out)
 
     best_scores: Scores | None
 

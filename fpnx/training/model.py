@@ -13,28 +13,26 @@ from fpnx.core.text import escape
 from fpnx.core.train_config import TrainConfig
 from fpnx.extraction.plan import fingerprint_fields
 from fpnx.extraction.recompute import recompute_options
-from fpnx.models.factory import build_model
+from fpnx.models.factory import NeckPlan, build_model
 from fpnx.models.heads.base import Head
-from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.store.reader import Store, different_fields
 
 __all__ = ["check_maps", "model_for_images", "model_of_store"]
 
-# Kinds of pyramids on which a head takes its own levels; the others have levels of their own.
-WITH_LEVELS_OF_HEAD = (None, "fpn", "pafpn")
 ABOVE_MAPS = ("levels", "pyramid", "channels", "top_block", "tap", "seed", "offline", "weights")
 OF_BODY = ("backbone", "weights", "norm_eps", "stride_in_1x1", "blocks", "recipe")  # fields of a store's config
 
 
-def model_for_images(config: TrainConfig, head: type[Head]) -> tuple[PyramidModel, Recipe]:
-    """The model that options ask for, with the levels of the head by default, and its preprocessing."""
-    model = _built(config, head)
-    return model, model.recipe.sized(config)
+def model_for_images(config: TrainConfig, head: type[Head]) -> PyramidModel:
+    """The model that options ask for, with the levels of the head by default."""
+    model = _built(config, head, config.neck_variant)
+    model.recipe = model.recipe.sized(config)
+    return model
 
 
-def model_of_store(store: Store, config: TrainConfig, head: type[Head]) -> tuple[PyramidModel, Recipe]:
-    """The model whose maps a file holds, with the pyramid that options ask for; and its preprocessing.
+def model_of_store(store: Store, config: TrainConfig, head: type[Head]) -> PyramidModel:
+    """The model whose maps a file holds, with the pyramid that options ask for.
 
     Raises:
         FpnxError: the file does not say how it was made, the weights are others, or an option is about the backbone.
@@ -57,9 +55,9 @@ def model_of_store(store: Store, config: TrainConfig, head: type[Head]) -> tuple
         tap=config.tap or (made_with.tap if kind in ("image", "simple") else None),
         pool="none",
     )
-    model = _built(asked, head)
-    recipe = model.recipe.sized(made_with)
-    now = fingerprint_fields(model, recipe, made_with)
+    model = _built(asked, head, config.neck_variant)
+    model.recipe = model.recipe.sized(made_with)
+    now = fingerprint_fields(model, model.recipe, made_with)
     before = {name: value for name, value in store.config.items() if name in OF_BODY}
     different = different_fields(before, {name: value for name, value in now.items() if name in OF_BODY})
     if different:
@@ -71,7 +69,7 @@ def model_of_store(store: Store, config: TrainConfig, head: type[Head]) -> tuple
         model.fpn.initialize(config.seed)
         model.weights = replace(model.weights, fpn=ModelPart.drawn(config.seed))
         model.note_parameters()
-    return model, recipe
+    return model
 
 
 def check_maps(store: Store, levels: tuple[str, ...]) -> None:
@@ -93,11 +91,6 @@ def check_maps(store: Store, levels: tuple[str, ...]) -> None:
         )
 
 
-def _built(config: Any, head: type[Head]) -> PyramidModel:
-    if config.levels is not None or config.pyramid not in WITH_LEVELS_OF_HEAD or not head.default_levels:
-        return build_model(config)
-    try:
-        top_block = config.top_block or head.default_top_block
-        return build_model(replace(config, levels=head.default_levels, top_block=top_block))
-    except FpnxError:  # a backbone or a file of weights that has other levels
-        return build_model(config)
+def _built(config: Any, head: type[Head], variant: str) -> PyramidModel:
+    plan = NeckPlan(levels=head.default_levels, top_block=head.default_top_block, variant=variant)
+    return build_model(config, plan=plan)

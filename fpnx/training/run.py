@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +19,11 @@ from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.text import escape, plural
 from fpnx.core.train_config import TrainConfig
 from fpnx.core.training_summary import TrainingSummary
+from fpnx.extraction.run import library_versions
 from fpnx.images.decoding import pillow_limits
 from fpnx.inference.devices import arithmetic, resolve_precision
 from fpnx.models.heads.registry import create_head
+from fpnx.models.heads.trained_file import TrainedModel, save_trained
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.remote.client import connections
 from fpnx.store.output_path import check_output
@@ -90,8 +95,9 @@ class _Run:
         self._data, self._output, self._config = data, output, config
         self._processes, self._listener, self._stop = processes, listener, stop
         self._precision = precision
-        settings = {"multi_label": True} if data.labels.multi_label and data.head == "classify" else {}
-        head = create_head(data.head, data.model, len(data.labels.categories), seed=config.seed, settings=settings)
+        head = create_head(
+            data.head, data.model, len(data.labels.categories), seed=config.seed, settings=self._head_settings()
+        )
         self._network = Network(
             data.model,
             head,
@@ -153,6 +159,14 @@ class _Run:
         self._processes.wait()
         return result
 
+    def _head_settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        if self._config.convolutions is not None:
+            settings["convolutions"] = self._config.convolutions
+        if self._data.labels.multi_label and self._data.head == "classify":
+            settings["multi_label"] = True
+        return settings
+
     def _epochs(self) -> int | str:
         if self._config.epochs == "auto" and not self._data.validation:
             self._listener.message(
@@ -166,10 +180,27 @@ class _Run:
         self._network.load_trained(trainer.best_state)
         if self._config.plot is not None:
             draw_history(self._config.plot, trainer.history)
-        from fpnx.models.weights.checkpoints import write_checkpoint
-
-        state = {**self._data.model.state_dict(), **self._network.head.state_dict()}
-        write_checkpoint(self._output, state, {})
+        facts = {
+            "identity": self._identity,
+            "best_epoch": trainer.best,
+            "history": [epoch.to_json() for epoch in trainer.history],
+            "images": {"training": len(self._data.training), "validation": len(self._data.validation)},
+            "failed": dict(trainer.failed),
+            "versions": library_versions(),
+            "command": [escape(argument) for argument in sys.argv[:64]],
+            "device": str(self._processes.device),
+            "precision": self._precision,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        trained = TrainedModel(
+            model=self._data.model,
+            head=self._network.head,
+            categories=self._data.labels.categories,
+            task=self._data.labels.task,
+            scores={} if result.scores is None else result.scores.to_json(),
+            facts=facts,
+        )
+        save_trained(self._output, trained, parts=self._network.trained_parts)
 
     def _interrupted(self, trainer: Trainer) -> Interrupted:
         signum = self._stop.signum or 2
@@ -197,7 +228,7 @@ class _Run:
             pyramid=model.fpn.kind,
             levels=model.levels,
             weights=model.weights.info,
-            recipe=str(data.recipe),
+            recipe=str(data.model.recipe),
             augmented=data.augments,
             parameters=self._network.parameter_counts(),
             device=str(self._processes.device),

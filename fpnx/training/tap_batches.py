@@ -31,6 +31,7 @@ class TapBatches:
         make: makes the targets.
 
     Attributes:
+        names, labels, shapes, usable, left_out: as `ImageBatches` has them.
         levels: names of the maps to read, set before the first batch.
     """
 
@@ -45,6 +46,7 @@ class TapBatches:
         self.labels = labels
         self.shapes: list[Hashable] = [store.padded_sizes[row] for row in rows]
         self.usable = list(range(len(rows)))
+        self.left_out: dict[str, str] = {}
         self._store, self._rows, self._make = store, list(rows), make
         self.levels: tuple[str, ...] = ()
 
