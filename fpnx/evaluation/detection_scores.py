@@ -9,7 +9,7 @@ import numpy as np
 
 from fpnx.evaluation.coco_library import coco_library
 from fpnx.evaluation.detections import SourceDetections
-from fpnx.evaluation.scores import ClassRow, Scores, Value
+from fpnx.evaluation.scores import ClassRow, Scores, Value, share
 from fpnx.labels.annotations import Category, ImageLabels
 from fpnx.labels.segments import segment_rle
 
@@ -19,6 +19,7 @@ MAX_DETECTIONS = (1, 10, 100)  # of an image, best first, as COCO counts them
 MAX_PROPOSALS = (20, 100, 1000)
 SIZES = {"s": "small", "m": "medium", "l": "large"}  # COCO's: below 32² and 96² square pixels of the source image
 EVERY_SIZE = 0
+PROPOSAL_IMAGES = 256
 
 
 def detection_scores(
@@ -130,24 +131,32 @@ def _found_masks(found: Sequence[SourceDetections]) -> list[list[dict[str, Any]]
     ]
 
 
-def _proposal_scores(truth: list[list[dict[str, Any]]], found: Sequence[SourceDetections]) -> dict[str, Value]:
+def _proposal_scores(truth: Sequence[Sequence[dict[str, Any]]], found: Sequence[SourceDetections]) -> dict[str, Value]:
     """Average recall of the proposals; all objects are of one class."""
-    objects = [[{**annotation, "category_id": 1} for annotation in image] for image in truth]
-    proposals: list[list[dict[str, Any]]] = []
-    for image in found:
-        boxes = np.empty((0, 4)) if image.proposals is None else image.proposals
-        proposals.append(
-            [
-                {"category_id": 1, "bbox": _corner_and_size(box), "score": -float(rank), "area": _area(box)}
-                for rank, box in enumerate(boxes[: MAX_PROPOSALS[-1]])
-            ]
-        )
-    evaluation = _Evaluation("bbox", (Category(1, "object"),), objects, proposals, found, MAX_PROPOSALS)
-    values = {f"proposal_AR{limit}": evaluation.recall(limit=i) for i, limit in enumerate(MAX_PROPOSALS)}
+    right, objects = np.zeros((1 + len(SIZES), len(MAX_PROPOSALS))), np.zeros(1 + len(SIZES))
+    # Some images at a time: the thousand proposals of each take much memory as annotations.
+    for start in range(0, len(found), PROPOSAL_IMAGES):
+        part = slice(start, start + PROPOSAL_IMAGES)
+        annotations = [[{**annotation, "category_id": 1} for annotation in image] for image in truth[part]]
+        proposals = [_found_proposals(image) for image in found[part]]
+        evaluation = _Evaluation("bbox", (Category(1, "object"),), annotations, proposals, found[part], MAX_PROPOSALS)
+        for size, count in enumerate(evaluation.object_counts()):
+            objects[size] += count
+            right[size] += [count * (evaluation.recall(size, i) or 0.0) for i in range(len(MAX_PROPOSALS))]
+    values = {f"proposal_AR{limit}": share(right[EVERY_SIZE, i], objects[0]) for i, limit in enumerate(MAX_PROPOSALS)}
     for i, limit in list(enumerate(MAX_PROPOSALS))[1:]:
-        for number, size in enumerate(SIZES, EVERY_SIZE + 1):
-            values[f"proposal_AR{limit}{size}"] = evaluation.recall(number, i)
+        for size, letter in enumerate(SIZES, EVERY_SIZE + 1):
+            values[f"proposal_AR{limit}{letter}"] = share(right[size, i], objects[size])
     return values
+
+
+def _found_proposals(image: SourceDetections) -> list[dict[str, Any]]:
+    """Annotations of the proposals of an image, with scores in their order."""
+    boxes = np.empty((0, 4)) if image.proposals is None else image.proposals[: MAX_PROPOSALS[-1]]
+    return [
+        {"category_id": 1, "bbox": _corner_and_size(box), "score": -float(rank), "area": _area(box)}
+        for rank, box in enumerate(boxes)
+    ]
 
 
 class _Evaluation:
@@ -176,7 +185,7 @@ class _Evaluation:
         run.params.maxDets = list(limits)
         run.evaluate()
         run.accumulate()
-        self._thresholds = run.params.iouThrs
+        self._thresholds, self._ranges, self._truth = run.params.iouThrs, run.params.areaRng, truth
         # -1 where a class has no objects. (thresholds, recalls, classes, sizes, limits); (thresholds, classes, …)
         shape = (len(self._thresholds), len(categories), 1 + len(SIZES), len(limits))
         self._precision = np.reshape(run.eval["precision"], (shape[0], -1, *shape[1:]))
@@ -189,6 +198,11 @@ class _Evaluation:
     def recall(self, size: int = EVERY_SIZE, limit: int = -1) -> Value:
         """Average recall, of objects of one size, with one of the limits of detections in an image."""
         return _mean(self._recall[:, :, size, limit])
+
+    def object_counts(self) -> list[int]:
+        """How many objects there are of each size, those of every size first; crowds do not count."""
+        areas = np.array([each["area"] for image in self._truth for each in image if not each["iscrowd"]])
+        return [int(((areas >= low) & (areas <= high)).sum()) for low, high in self._ranges]
 
     def by_class(self, iou: float | None = None, recall: bool = False) -> list[Value]:
         """Average precision or recall of each class."""

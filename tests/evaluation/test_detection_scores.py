@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fpnx import FpnxError
+from fpnx.evaluation import detection_scores as module
 from fpnx.evaluation.detection_scores import detection_scores
 from fpnx.evaluation.detections import SourceDetections
 from fpnx.evaluation.scores import Scores
@@ -141,8 +142,9 @@ def test_the_numbers_are_those_of_pycocotools(kind: str, start: str, seed: int) 
     assert scores.classes[3].values[column] is None
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_recall_of_proposals_is_that_of_pycocotools(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "at_once"), [(0, 256), (1, 3)])
+def test_recall_of_proposals_is_that_of_pycocotools(seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROPOSAL_IMAGES", at_once)
     truth, found = random_case(seed)
     recall = by_pycocotools("bbox", truth, found, proposals=True).eval["recall"]
     values = detection_scores(CATEGORIES, truth, found).values
