@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -149,27 +150,34 @@ def test_ctrl_c_keeps_the_best_so_far(scenes: Path, tmp_path: Path) -> None:
     assert load_trained(tmp_path / "cut.safetensors").head.kind == "fcos"
 
 
-def test_other_options_or_data_are_not_continued(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_options_or_data_are_not_continued(scenes: Path, tmp_path: Path) -> None:
     images, labels = inputs(scenes, "fcos")
     output = tmp_path / "a.safetensors"
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     class Listener(package.Listener):
         def message(self, text: str) -> None:
             if text.startswith("epoch 1"):
-                raise Stop
+                raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(images, labels, output, listener=Listener(), **MODEL, **ABOVE)
     with pytest.raises(FpnxError, match=r"a.safetensors.part holds an unfinished run: continue it with --resume"):
         train(images, labels, output, **MODEL, **ABOVE)
-    with pytest.raises(FpnxError, match=r"from a run with other options or data \(options.learning_rate\)"):
+    with pytest.raises(FpnxError, match=r"from a run with other options or data \(learning_rate None → 0.1\)"):
         train(images, labels, output, resume=True, learning_rate=0.1, **MODEL, **ABOVE)
-    with pytest.raises(FpnxError, match=r"from a run with other options or data \(.*options.seed"):
+    with pytest.raises(FpnxError, match=r"from a run with other options or data \(seed 0 → 3"):
         train(images, labels, output, resume=True, seed=3, **MODEL, **ABOVE)
-    assert len(train(images, labels, output, resume=True, **MODEL, **ABOVE).epochs) == 2
+    first = train(images, labels, output, resume=True, **MODEL, **ABOVE)
+    assert len(first.epochs) == 2
+    written = output.stat().st_mtime_ns
+    again = train(images, labels, output, resume=True, **MODEL, **ABOVE)  # which is complete
+    assert again.to_json() == first.to_json()
+    assert output.stat().st_mtime_ns == written
+    with pytest.raises(FpnxError, match=r"from a run with other options or data \(batch_size 8 → 4\)"):
+        train(images, labels, output, resume=True, batch_size=4, **MODEL, **ABOVE)
     with pytest.raises(FpnxError, match=r"a.safetensors exists: continue it with --resume, replace it"):
         train(images, labels, output, **MODEL, **ABOVE)
 
@@ -195,7 +203,8 @@ def test_what_a_file_says_of_its_training(scenes: Path, tmp_path: Path) -> None:
     assert set(trained.facts["versions"]) >= {"fpnx", "torch", "torchvision"}
     assert trained.model.weights.fpn.trained is True
     assert trained.model.weights.body.trained is False
-    assert Image.open(tmp_path / "p.png").size[0] > 500
+    with Image.open(tmp_path / "p.png") as plot:
+        assert plot.size[0] > 500
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["number"] for line in lines] == [1, 2]
     extract(images, tmp_path / "out.h5", weights=tmp_path / "a.safetensors", device="cpu")
@@ -264,7 +273,7 @@ def test_labels_of_their_own_for_validation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head": "classify"}, r"a COCO file are for detection or semantic, not for classification"),
+        ({"head": "classify"}, r"a COCO file can be used for detection and semantic, not for classification"),
         ({"head": "semantic", "task": "detection"}, r"head semantic is for semantic, and .* for detection"),
         ({"levels": "P9"}, r"level 'P9': levels are C2 to C7 and P2 to P7"),
         ({"val": "2"}, r"val 2: take a share from 0 to 0.9, such as 0.15, or a label file"),
@@ -318,10 +327,17 @@ def test_odd_files_of_maps_are_one_line(scenes: Path, tmp_path: Path) -> None:
     assert load_trained(tmp_path / "a.safetensors").model.levels == ("C5",)
 
 
-def test_the_loss_that_is_not_finite_is_told(scenes: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_told(scenes: Path, tmp_path: Path) -> None:
     images, labels = inputs(scenes, "fcos")
-    with pytest.raises(FpnxError, match=r"the loss is no longer finite in epoch \d+: take a lower --learning-rate"):
-        train(images, labels, tmp_path / "a.safetensors", learning_rate=9.9, **MODEL, **{**ABOVE, "epochs": 30})
+    extract(images, tmp_path / "maps.h5", levels="C4-C5", device="cpu", **MODEL)
+    with h5py.File(tmp_path / "maps.h5", "r+") as file:
+        file["pyramids/64x64/C5"][:] = 3e38
+    with pytest.raises(FpnxError, match=r"the loss is no longer finite in epoch 1: take a lower --learning-rate than"):
+        train(tmp_path / "maps.h5", labels, tmp_path / "a.safetensors", **ABOVE)
+    with h5py.File(tmp_path / "maps.h5", "r+") as file:
+        file["pyramids/64x64/C5"][:] = np.nan
+    with pytest.raises(FpnxError, match=r"a stored map has NaN or infinite values: extract it again"):
+        train(tmp_path / "maps.h5", labels, tmp_path / "a.safetensors", **ABOVE)
 
 
 def test_the_command_line(scenes: Path, fpnx: Run, tmp_path: Path) -> None:
