@@ -22,8 +22,10 @@ AUGMENTATIONS = ("auto", "none")
 MAX_EPOCHS = 10_000
 PLOTS = (".png", ".svg", ".pdf")
 
-# Options that do not change what is learned: a run may be continued with other ones.
-WITHOUT_EFFECT = frozenset({"device", "workers", "resume", "overwrite", "log", "plot", "offline"})
+# Options that do not change what is learned, or that only name files: a run may be continued with other ones.
+WITHOUT_EFFECT = frozenset(
+    {"device", "workers", "resume", "overwrite", "log", "plot", "offline", "labels", "weights"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ class TrainConfig(InputConfig, ModelConfig):
     def effective(self) -> dict[str, Any]:
         """The options that change what is learned, as plain values."""
         plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in WITHOUT_EFFECT}
+        plain["val"] = self.held_out
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 

@@ -14,7 +14,7 @@ from fpnx.core.files import replace_file
 from fpnx.core.text import escape
 from fpnx.store.reader import different_fields
 
-__all__ = ["read_progress", "write_progress"]
+__all__ = ["read_progress", "refuse_other_run", "write_progress"]
 
 FORMAT, FORMAT_VERSION = "fpnx-training", 1
 
@@ -56,11 +56,25 @@ def read_progress(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise FpnxError(
             f"{escape(path)} cannot be continued ({why}): start over with --overwrite, or name another output"
         ) from error
-    different = different_fields(before, identity)
+    refuse_other_run(path, before, identity)
+    return dict(state)
+
+
+def refuse_other_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue what another run began.
+
+    Args:
+        path: its file, for messages.
+        before, now: what the runs are; their `options` are compared first.
+
+    Raises:
+        FpnxError: naming what differs.
+    """
+    different = different_fields(before.get("options", {}), now["options"])
+    different = different or different_fields({**before, "options": {}}, {**now, "options": {}})
     if different:
         shown = "; ".join(map(escape, different[:3])) + ("; …" if len(different) > 3 else "")
         raise FpnxError(
             f"{escape(path)} is from a run with other options or data ({shown}): give the same ones, start over with "
             "--overwrite, or name another output"
         )
-    return dict(state)

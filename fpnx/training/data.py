@@ -212,6 +212,7 @@ def _data(
             "source": "maps" if stored else "images",
             "images": _digest([names[place] for place in found.places]),
             "labels": _digest([_plain(each) for each in found.each]),
+            "validation": _digest([names[found.places[i]] for i in validation]),
             "classes": [[category.id, category.name] for category in found.labels.categories],
             "model": model.identity(),
             "recipe": model.recipe.to_json(),

@@ -66,7 +66,7 @@ class Epoch:
             "losses": dict(self.losses),
             "learning_rate": self.learning_rate,
             "images": self.images,
-            "seconds": round(self.seconds, 3),
+            "seconds": self.seconds,
             "score": self.score,
             "scores": dict(self.scores),
         }
@@ -289,7 +289,7 @@ class Trainer:
             losses=losses,
             learning_rate=rate,
             images=images,
-            seconds=seconds,
+            seconds=round(seconds, 3),
             score=None if scores is None else scores.value,
             scores={} if scores is None else dict(scores.values),
         )

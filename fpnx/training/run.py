@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,26 +13,28 @@ from typing import Any
 
 import torch
 
-from fpnx.core.errors import Interrupted
+from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.files import lock
 from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.text import escape, plural
 from fpnx.core.train_config import TrainConfig
 from fpnx.core.training_summary import TrainingSummary
+from fpnx.evaluation.scores import Scores
 from fpnx.extraction.run import library_versions
 from fpnx.images.decoding import pillow_limits
 from fpnx.inference.devices import arithmetic, resolve_precision
 from fpnx.models.heads.registry import create_head
 from fpnx.models.heads.trained_file import TrainedModel, save_trained
 from fpnx.models.torch_state import isolated_torch_state
+from fpnx.models.weights.checkpoints import read_checkpoint
 from fpnx.remote.client import connections
 from fpnx.store.output_path import check_output
 from fpnx.store.writer import part_path
-from fpnx.training.checkpoint import read_progress, write_progress
+from fpnx.training.checkpoint import read_progress, refuse_other_run, write_progress
 from fpnx.training.data import TrainingData, open_data
 from fpnx.training.history import draw_history, write_log
-from fpnx.training.loop import Trainer
+from fpnx.training.loop import Epoch, Trainer
 from fpnx.training.network import Network
 from fpnx.training.processes import Processes, joined_processes, process_rank
 from fpnx.training.result import TrainResult
@@ -107,7 +110,7 @@ class _Run:
         ).to(processes.device)
         if isinstance(data.source, TapBatches):
             data.source.read_maps(self._network.input_levels)
-        self._identity = {"options": config.effective(), **data.identity}
+        self._identity = json.loads(json.dumps({"options": config.effective(), **data.identity}))
 
     def finish(self) -> TrainResult:
         """Train, write the file, and tell how it ended."""
@@ -128,10 +131,16 @@ class _Run:
             stop=self._stop,
         )
         part = part_path(self._output)
-        if config.resume and part.exists():
+        done_before = config.resume and not part.exists() and self._output.exists()
+        if done_before:
+            self._load_finished(trainer)
+        elif config.resume and part.exists():
             trainer.load(read_progress(part, self._identity))
         plan = self._plan(trainer)
         self._listener.training_planned(plan)
+        if done_before:
+            self._listener.message(f"{escape(self._output)} was trained before: nothing is left to do")
+            return self._result(trainer, plan)
         self._stop.begin()
 
         def keep() -> None:
@@ -142,14 +151,7 @@ class _Run:
                 self._listener.message(_epoch_line(trainer))
 
         finished = trainer.run(keep)
-        result = TrainResult(
-            output=os.fspath(self._output),
-            scores=trainer.best_scores,
-            best=trainer.best,
-            epochs=tuple(trainer.history),
-            failed=dict(trainer.failed),
-            plan=plan,
-        )
+        result = self._result(trainer, plan)
         if first and trainer.best:
             self._write(trainer, result)
         if not finished:
@@ -158,6 +160,33 @@ class _Run:
             part.unlink(missing_ok=True)
         self._processes.wait()
         return result
+
+    def _load_finished(self, trainer: Trainer) -> None:
+        """Take the history and the scores of a finished run of the same options and data.
+
+        Raises:
+            FpnxError: the file is of another run.
+        """
+        description = read_checkpoint(self._output).description or {}
+        facts = description.get("trained")
+        if not isinstance(facts, dict) or "identity" not in facts:
+            raise FpnxError(
+                f"{escape(self._output)} is no file of fpnx train: replace it with --overwrite, or name another output"
+            )
+        refuse_other_run(self._output, facts["identity"], self._identity)
+        trainer.history = [Epoch(**each) for each in facts["history"]]
+        trainer.best, trainer.failed = facts["best_epoch"], dict(facts["failed"])
+        trainer.best_scores = Scores.from_json(description["scores"]) if description["scores"] else None
+
+    def _result(self, trainer: Trainer, plan: TrainingSummary) -> TrainResult:
+        return TrainResult(
+            output=os.fspath(self._output),
+            scores=trainer.best_scores,
+            best=trainer.best,
+            epochs=tuple(trainer.history),
+            failed=dict(trainer.failed),
+            plan=plan,
+        )
 
     def _head_settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {}
