@@ -147,6 +147,13 @@ class Head(nn.Module):
         """The losses by name, each a scalar; their sum is minimised. Needs training mode."""
         raise NotImplementedError
 
+    def loss_counts(self, losses: Mapping[str, Tensor], images: int) -> dict[str, float]:
+        """What each of the losses of the last call of `losses` is a mean over: its images, unless a head says more.
+
+        Several processes weight their losses by it, so that together they have those of the joint batch.
+        """
+        return dict.fromkeys(losses, float(images))
+
     def predict(self, levels: Mapping[str, Tensor], geometry: Geometry) -> list[Prediction]:
         """One prediction for each image. Needs eval mode."""
         raise NotImplementedError

@@ -65,7 +65,12 @@ class SemanticHead(Head):
         logits = self._logits(levels, geometry)
         classes = torch.stack([_semantic_of(target) for target in targets]).to(logits.device)
         total = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="sum")
-        return {"semantic": total / (classes != IGNORED).sum().clamp(min=1)}
+        self._pixels = (classes != IGNORED).sum()
+        return {"semantic": total / self._pixels.clamp(min=1)}
+
+    def loss_counts(self, losses: Mapping[str, Tensor], images: int) -> dict[str, float]:
+        """The pixels that have a class."""
+        return dict.fromkeys(losses, float(self._pixels))
 
     def predict(self, levels: Mapping[str, Tensor], geometry: Geometry) -> list[Prediction]:
         """(classes, H, W) float32 logits of each image, of the padded input's size."""
