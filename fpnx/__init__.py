@@ -13,11 +13,13 @@ from fpnx._version import __version__
 if TYPE_CHECKING:
     from fpnx.commands.extract import extract
     from fpnx.commands.merge import Merged, merge
+    from fpnx.commands.train import train
     from fpnx.commands.verify import verify
     from fpnx.core.config import ExtractConfig
     from fpnx.core.errors import BusyError, FpnxError, ImageError, Interrupted, NotDoneError, StoreError
     from fpnx.core.events import Listener
     from fpnx.core.provenance import ModelPart, Provenance, WeightsInfo
+    from fpnx.core.train_config import TrainConfig
     from fpnx.extraction.run import Result
     from fpnx.models.factory import create_model, save_weights
     from fpnx.models.pyramid_model import PyramidModel
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from fpnx.store.shard_set import open_store as open
     from fpnx.store.torch_dataset import PyramidDataset
     from fpnx.store.verify import Verification
+    from fpnx.training.result import TrainResult
     from fpnx.visualization.figure import figure
     from fpnx.visualization.heatmaps import heatmap
 
@@ -45,6 +48,8 @@ __all__ = [
     "Result",
     "Store",
     "StoreError",
+    "TrainConfig",
+    "TrainResult",
     "Verification",
     "WeightsInfo",
     "__version__",
@@ -55,6 +60,7 @@ __all__ = [
     "merge",
     "open",
     "save_weights",
+    "train",
     "verify",
 ]
 
@@ -75,6 +81,8 @@ _MODULES = {  # where each public name is defined, below fpnx
     "Result": "extraction.run",
     "Store": "store.reader",
     "StoreError": "core.errors",
+    "TrainConfig": "core.train_config",
+    "TrainResult": "training.result",
     "Verification": "store.verify",
     "WeightsInfo": "core.provenance",
     "create_model": "models.factory",
@@ -84,6 +92,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "merge": "commands.merge",
     "open": "store.shard_set",
     "save_weights": "models.factory",
+    "train": "commands.train",
     "verify": "commands.verify",
 }
 
