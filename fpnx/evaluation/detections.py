@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fpnx.evaluation.coco_library import mask_functions
+from fpnx.labels.segments import mask_rle
 from fpnx.models.heads.base import Detections
 
 __all__ = ["MaskRuns", "SourceDetections", "to_source"]
@@ -99,10 +99,8 @@ def _mask_runs(mask: Tensor, input_size: tuple[int, int], source_size: tuple[int
     """(H, W) probabilities of the padded input → the mask of the source image."""
     cut = mask[: input_size[0], : input_size[1]].float()[None, None]
     resized = F.interpolate(cut, size=source_size, mode="bilinear", align_corners=False)[0, 0]
-    pixels = (resized > MASK_THRESHOLD).to(torch.uint8).cpu().numpy()
-    runs = mask_functions().encode(np.asfortranarray(pixels))
-    counts = runs["counts"]
-    return {"size": list(source_size), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
+    runs = mask_rle((resized > MASK_THRESHOLD).cpu().numpy())
+    return {"size": list(source_size), "counts": runs["counts"].decode("ascii")}
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -127,7 +127,10 @@ class Head(nn.Module):
 
     @classmethod
     def for_pyramid(cls, pyramid: Pyramid, classes: int, settings: Mapping[str, Any]) -> Head:
-        """A head for these levels; `settings` are those that `settings()` of another one returned, or empty."""
+        """A head for these levels; `settings` are those that `settings()` of another one returned, or empty.
+
+        Its parameters are drawn from torch's own generator: `create_head` in `fpnx.models.heads.registry` does not.
+        """
         raise NotImplementedError
 
     def initialize(self, seed: int) -> None:

@@ -328,6 +328,9 @@ class FasterRcnnHead(_DetectionHead):
         features = self._features(levels)
         device = next(iter(features.values())).device
         prepared = [_in_torchvisions_form(target, device) for target in targets]
+        for target in prepared if self.needs_masks else ():
+            if not len(target["boxes"]):
+                target.setdefault("masks", torch.zeros(0, *geometry.padded, dtype=torch.bool, device=device))
         proposals, of_proposals = self.rpn(_image_list(geometry, device), features, prepared)
         _, of_boxes = self.roi_heads(_in_float32(features), proposals, list(geometry.sizes), prepared)
         return {**of_proposals, **of_boxes}

@@ -81,10 +81,9 @@ class SemanticHead(Head):
         for name in self.levels:
             x, stride = levels[name], self.pyramid.strides[name]
             for block in self.head.blocks[name]:
-                x = block(x)
-                if stride > self.stride:
-                    stride //= 2
-                    x = _upsampled(x, 2, _cells(geometry.padded, stride))
+                factor = 2 if stride > self.stride else 1
+                stride //= factor
+                x = _upsampled(block(x), factor, _cells(geometry.padded, stride))
             total = x if total is None else total + x
         assert total is not None
         logits: Tensor = self.head.classifier(total)
