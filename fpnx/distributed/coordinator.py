@@ -261,6 +261,8 @@ class _DistributedRun:
         options |= {"device": self.plan.device.type, "cpus": self.plan.cpus}
         if os.path.isfile(self.config.weights):
             options["weights"] = os.path.abspath(self.config.weights)
+        if self.config.boxes is not None:
+            options["boxes"] = os.path.abspath(self.config.boxes)
         return ShardJob(
             run=secrets.token_hex(8),
             version=__version__,
