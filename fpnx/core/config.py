@@ -59,8 +59,8 @@ class ExtractConfig(DistributedConfig, PictureConfig, RunConfig, OutputConfig, I
     """All options of `fpnx extract`.
 
     `shard`: `"3/16"` works on the fourth of sixteen slices of the images (after `limit`); `"auto/16"` reads the
-    number from the environment. It is kept as a `Shard`. `boxes`: a label file or folder, see `fpnx.labels`. `roi_size`:
-    7, `"7x7"` or `(7, 7)`, height × width; or `"avg"`, the mean of 7×7 cells. It is kept as text.
+    number from the environment. It is kept as a `Shard`. `boxes`: a label file or folder, see `fpnx.labels`.
+    `roi_size`: 7, `"7x7"` or `(7, 7)`, height × width; or `"avg"`, the mean of 7×7 cells. It is kept as text.
     """
 
     limit: int | None = option(None, "Only the first N images.", "Input", metavar="N")

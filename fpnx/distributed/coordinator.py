@@ -37,6 +37,7 @@ from fpnx.distributed.shard_files import (
 from fpnx.distributed.worker import ShardJob, ShardReport
 from fpnx.extraction.pipeline import STAGES
 from fpnx.extraction.plan import Plan, decode_threads, make_plan
+from fpnx.extraction.regions import read_boxes
 from fpnx.extraction.run import Result
 from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
@@ -116,7 +117,9 @@ def extract_distributed(
             if not locked:
                 listener.message("files cannot be locked here: see to it that no second run writes these shards")
             count = fixed_shard_count(target, config)
-            plan = make_plan(target, replace(config, device="cpu"), listing, listener, EngineCache(), handed_out=True)
+            boxes = read_boxes(images, listing, config, listener)
+            local = replace(config, device="cpu")
+            plan = make_plan(target, local, listing, listener, EngineCache(), boxes=boxes, handed_out=True)
             run = _DistributedRun(target, plan, config, listener)
             if count is not None:
                 run.set_shard_count(count)  # refuses other images and options before the backend is started

@@ -76,7 +76,8 @@ class Engine:
         self._strides = {name: model.stride(name) for name in self.executable.levels}
         self._region_pooling: RegionPooling | None = None
         if config.boxes is not None:
-            self._region_pooling = RegionPooling({name: model.stride(name) for name in model.levels}, config.roi_size)
+            strides = {name: model.stride(name) for name in model.levels}
+            self._region_pooling = RegionPooling(strides, str(config.roi_size))
         self._buffers, self._prepared_sizes = _BufferPool(), set[tuple[int, int]]()
 
     def prepare(self, size: tuple[int, int]) -> None:

@@ -100,8 +100,8 @@ def reading_snippet(store: Store) -> str:
     ]
     if store.has_regions:
         lines += [
-            '    i = done.argmax(); rows = f["regions/image"][:] == i',
-            '    print(names[i], f["regions/box"][rows], f["regions/features"][rows].shape)',
+            '    image = f["regions/image"][:]',
+            '    k = done[image].argmax(); print(names[image[k]], f["regions/box"][k], f["regions/features"][k].shape)',
         ]
     elif len(store.sizes) == 1:
         shape = store.dataset(store.sizes[0], level).shape

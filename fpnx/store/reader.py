@@ -111,7 +111,7 @@ class Item:
         rows = stored.rows(self.index)
         features = np.empty((rows.stop - rows.start, *stored.features.shape[1:]), stored.features.dtype)
         self._store.read_rows(stored.features, [(rows.start, features)])
-        tables = {name: getattr(stored, name)[rows] for name, _, _ in REGION_TABLES}
+        tables = {name: getattr(stored, name)[rows].copy() for name, _, _ in REGION_TABLES}
         return Regions(**tables, features=features, names=stored.names)
 
     @property
@@ -353,7 +353,7 @@ class Store:
 
     @property
     def level_numbers(self) -> dict[str, int]:
-        """k of each level, whose stride is nearest to 2^k, as `Regions.level` has it; empty for a file without sizes."""
+        """k of each level, whose stride is nearest to 2^k, as in `Regions.level`; empty for a file without images."""
         return {level: level_of_stride(self.stride(level)) for level in self.levels} if self.sizes else {}
 
     def stored_values(self, index: int, level: str) -> np.ndarray:
@@ -361,8 +361,8 @@ class Store:
         boxes that were pooled from it."""
         if not self.has_regions:
             return self[index][level]
-        regions = self[index].regions
-        features: np.ndarray = regions.features[regions.level == self.level_numbers[level]]
+        regions, channels = self[index].regions, self._dataset_of(self.padded_sizes[index], level).shape[1]
+        features: np.ndarray = regions.features[regions.level == self.level_numbers[level], :channels]
         return features
 
     def nonfinite_by_level(self) -> dict[str, int]:

@@ -70,7 +70,7 @@ class Regions:
         box: (R, 4) float64, x1, y1, x2, y2 in pixels of the upright source image.
         level: (R,) int64, k of the level that the feature was pooled from: 3 for P3, or C3.
         label: (R,) int64, ids of classes.
-        features: (R, C, h, w) in the stored dtype; of a store they are read from the file on access, as `features[:10]`.
+        features: (R, C, h, w) in the stored dtype; those of a store are read on access, as `features[:10]`.
         names: of the classes, by id.
     """
 

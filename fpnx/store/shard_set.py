@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import h5py
-
 import numpy as np
 
 from fpnx.core.errors import StoreError
@@ -141,7 +140,9 @@ class ShardSet(Store):
                 raise StoreError(
                     f"{escape(self.path)} is not a whole fpnx file: /pyramids/{format_size(size)} is missing"
                 )
-            self._joined[size, level] = JoinedDataset(self, partial(Store.dataset, size=size, level=level), self._pieces[size])
+            self._joined[size, level] = JoinedDataset(
+                self, partial(Store.dataset, size=size, level=level), self._pieces[size]
+            )
         return self._joined[size, level]
 
     def _read_regions(self) -> Regions:

@@ -150,7 +150,7 @@ def _dataset_problems(store: Store) -> Iterator[str]:
             limits = tuple(-(-side // stride) for side in size)
             if store.has_regions:
                 if cells != [0, 0]:
-                    yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, but the file is one of regions, without maps"
+                    yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, where a file of regions has none"
             elif pool != "none" and tuple(cells) != parse_pool(pool):
                 yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, which is not pool {escape(pool)}"
             elif pool == "none" and not all(1 <= count <= limit for count, limit in zip(cells, limits, strict=True)):

@@ -1,0 +1,167 @@
+"""The boxes of a run: read from labels, found for its images, and put into pixels of the network's input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fpnx.core.config import ExtractConfig
+from fpnx.core.events import Listener
+from fpnx.images.listing import Listing, find_images
+from fpnx.inference.engine import Features
+from fpnx.inference.region_pooling import RegionPooling, joined_regions
+from fpnx.labels.annotations import ImageLabels, LabelSet
+from fpnx.labels.matching import match_labels
+from fpnx.labels.reading import read_labels
+from fpnx.store.file_layout import FileLayout
+from fpnx.store.regions import RegionBatch, RegionLayout
+
+__all__ = ["ImageBoxes", "PlannedRegions", "RunBoxes", "read_boxes", "scaled_boxes"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunBoxes:
+    """The boxes of the images of a run.
+
+    Attributes:
+        by_image: index of an image → its labels; images without boxes are left out.
+        ids: (classes,) int64, id of each class in the label file.
+        names: of the classes, by id.
+        sha256: of all boxes in the labels, in hexadecimal.
+    """
+
+    by_image: Mapping[int, ImageLabels]
+    ids: np.ndarray
+    names: Mapping[int, str]
+    sha256: str
+
+
+class ImageBoxes(NamedTuple):
+    """The boxes of one image, (n, 4) float64 each: in pixels of the upright source, and of the network's input."""
+
+    source: np.ndarray
+    input: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRegions:
+    """The boxes of a run, and how each becomes a feature.
+
+    Attributes:
+        boxes: of the images.
+        pooling: chooses the level of a box and pools from it.
+    """
+
+    boxes: RunBoxes
+    pooling: RegionPooling
+
+    def identity(self) -> dict[str, Any]:
+        """What stored values depend on, for the fingerprint."""
+        return {"boxes": self.boxes.sha256, **self.pooling.identity()}
+
+    def layout(
+        self, rows: np.ndarray, shapes: Mapping[tuple[int, int], Mapping[str, tuple[int, int, int]]]
+    ) -> RegionLayout:
+        """The rows of the boxes of all images that have a row themselves.
+
+        Args:
+            rows: (N,) row of each image; -1 where it has none.
+            shapes: of the levels' maps, by padded size.
+        """
+        images = [index for index in sorted(self.boxes.by_image) if rows[index] >= 0]
+        classes = [self.boxes.by_image[index].classes[_usable(self.boxes.by_image[index])] for index in images]
+        channels = max((shape[0] for levels in shapes.values() for shape in levels.values()), default=0)
+        return RegionLayout(
+            image=np.repeat(np.array(images, np.int64), [len(of_image) for of_image in classes]),
+            label=self.boxes.ids[np.concatenate([*classes, np.empty(0, np.int64)])],
+            names=self.boxes.names,
+            shape=(channels, *self.pooling.shape),
+        )
+
+    def of_image(self, index: int, source_size: tuple[int, int], input_size: tuple[int, int]) -> ImageBoxes:
+        """The boxes of an image; sizes are (height, width)."""
+        labels = self.boxes.by_image.get(index)
+        if labels is None:
+            return ImageBoxes(np.empty((0, 4)), np.empty((0, 4)))
+        source = _source_boxes(labels, source_size)[_usable(labels)]
+        return ImageBoxes(source, scaled_boxes(source, source_size, input_size))
+
+    def batch(self, boxes: Sequence[ImageBoxes], features: Features, layout: FileLayout) -> RegionBatch:
+        """The rows of a batch of images, once its features are ready.
+
+        Args:
+            boxes: of each image.
+            features: of the batch.
+            layout: of the file.
+        """
+        assert layout.regions is not None
+        levels = self.pooling.levels(np.concatenate([of_image.input for of_image in boxes]))
+        source = np.concatenate([of_image.source for of_image in boxes])
+        return RegionBatch(source, levels, joined_regions(features.regions, layout.regions.shape, layout.dtype))
+
+
+def scaled_boxes(boxes: np.ndarray, source_size: tuple[int, int], input_size: tuple[int, int]) -> np.ndarray:
+    """Boxes (n, 4) in pixels of an upright image → in pixels of the network's input; sizes are (height, width)."""
+    y, x = (new / old for new, old in zip(input_size, source_size, strict=True))
+    return boxes * np.array([x, y, x, y])
+
+
+def read_boxes(
+    images: Sequence[str | os.PathLike[str]], listing: Listing, config: ExtractConfig, listener: Listener
+) -> RunBoxes | None:
+    """The boxes of `config.boxes` for the images of a run; None where the config has none.
+
+    Labels are matched with the whole list of images, also in a shard, so that each shard finds what the others do.
+
+    Args:
+        images: inputs of the run, as `find_images` takes them.
+        listing: the images that were found in them.
+        config: the options.
+        listener: is told what is left out.
+
+    Raises:
+        FpnxError: for labels that cannot be read, have no boxes, or are of other images.
+    """
+    if config.boxes is None:
+        return None
+    whole = listing if listing.shard_slice is None else find_images(images, config.limit)
+    names, root = [os.fsdecode(source.name) for source in whole.sources], os.fsdecode(whole.root)
+    labels = read_labels(config.boxes, names, root)
+    by_name = match_labels(labels, names, root)
+    first = 0 if listing.shard_slice is None else listing.shard_slice.first
+    found = {index - first: of_image for index, of_image in by_name.items() if of_image.boxes is not None}
+    return RunBoxes(
+        by_image={index: of_image for index, of_image in found.items() if 0 <= index < len(listing.sources)},
+        ids=np.array([category.id for category in labels.categories], np.int64),
+        names={category.id: category.name for category in labels.categories},
+        sha256=_content_hash(labels),
+    )
+
+
+def _usable(labels: ImageLabels) -> np.ndarray:
+    """(n,) bool: boxes of single objects; regions of many objects are left out."""
+    return ~labels.crowd
+
+
+def _source_boxes(labels: ImageLabels, source_size: tuple[int, int]) -> np.ndarray:
+    """(n, 4) float64 in pixels of an upright image of this (height, width)."""
+    assert labels.boxes is not None
+    if labels.relative:
+        return scaled_boxes(labels.boxes, (1, 1), source_size)
+    return labels.boxes
+
+
+def _content_hash(labels: LabelSet) -> str:
+    """sha256 (hex) of all boxes and classes in labels, in whatever order the images are."""
+    digest = hashlib.sha256(json.dumps([[each.id, each.name] for each in labels.categories]).encode())
+    for image in sorted(labels.images, key=lambda image: image.name):
+        if image.boxes is not None:
+            digest.update(json.dumps([image.name, image.size, image.relative, image.classes.tolist()]).encode())
+            digest.update(image.boxes.astype("<f8").tobytes() + image.crowd.tobytes())
+    return digest.hexdigest()
