@@ -265,7 +265,7 @@ class _DistributedRun:
         if os.path.isfile(self.config.weights):
             options["weights"] = os.path.abspath(self.config.weights)
         if self.config.boxes is not None:
-            options["boxes"] = os.path.abspath(self.config.boxes)
+            options["boxes"] = self.config.repeatable()["boxes"]
         return ShardJob(
             run=secrets.token_hex(8),
             version=__version__,

@@ -261,9 +261,11 @@ class _BatchLoader:
             if size != tuple(plan.layout.input_sizes[index].tolist()):
                 raise ImageError("its header and its pixels disagree about the size")
             with self._timer.measure("resize"):
-                boxes = None if plan.regions is None else plan.regions.of_image(index, source_size, size)
+                boxes, box_notes = (
+                    plan.regions.of_image(index, source_size, size) if plan.regions else (None, set[str]())
+                )
                 image = _DecodedImage(plan.model.resize(picture, size, plan.recipe), source_size, boxes)
-            self._notes.add(kinds)
+            self._notes.add(kinds | box_notes)
             return image
 
 

@@ -148,9 +148,8 @@ class Recomputation:
                 size = engine.recipe.input_size((picture.height, picture.width), max_pixels)
                 pixels = [self._resize(picture, size, engine.recipe)]
                 if self._store.has_regions:
-                    boxes = self._store[index].regions.box
-                    scaled = scaled_boxes(boxes, (picture.height, picture.width), size)
-                    features = engine(pixels, [scaled])
+                    boxes = scaled_boxes(self._store[index].regions.box, (picture.height, picture.width), size)
+                    features = engine(pixels, [boxes])
                     yield index, {level: part.features for level, part in features.regions.items()}
                 else:
                     yield index, {level: values[0] for level, values in engine(pixels).arrays.items()}

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fpnx.core.config import ExtractConfig
+from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
+from fpnx.core.image_notes import BOX_OUTSIDE, OTHER_LABEL_SIZE
+from fpnx.core.text import escape, plural
 from fpnx.images.listing import Listing, find_images
 from fpnx.inference.engine import Features
 from fpnx.inference.region_pooling import RegionPooling, joined_regions
 from fpnx.labels.annotations import ImageLabels, LabelSet
-from fpnx.labels.matching import match_labels
+from fpnx.labels.geometry import fit_to_image
+from fpnx.labels.matching import Matched, match_labels
 from fpnx.labels.reading import read_labels
 from fpnx.store.file_layout import FileLayout
 from fpnx.store.regions import RegionBatch, RegionLayout
@@ -43,7 +47,10 @@ class RunBoxes:
 
 
 class ImageBoxes(NamedTuple):
-    """The boxes of one image, (n, 4) float64 each: in pixels of the upright source, and of the network's input."""
+    """The boxes of one image, (n, 4) float64 each: in pixels of the upright source, and of the network's input.
+
+    They are clipped to the image; those outside of it are NaN.
+    """
 
     source: np.ndarray
     input: np.ndarray
@@ -84,13 +91,27 @@ class PlannedRegions:
             shape=(channels, *self.pooling.shape),
         )
 
-    def of_image(self, index: int, source_size: tuple[int, int], input_size: tuple[int, int]) -> ImageBoxes:
-        """The boxes of an image; sizes are (height, width)."""
+    def of_image(
+        self, index: int, source_size: tuple[int, int], input_size: tuple[int, int]
+    ) -> tuple[ImageBoxes, set[str]]:
+        """The boxes of an image, and the kinds of notes about them, see `fpnx.core.image_notes`.
+
+        Args:
+            index: of the image.
+            source_size: (height, width) of the upright source.
+            input_size: (height, width) of the network's input without padding.
+        """
         labels = self.boxes.by_image.get(index)
-        if labels is None:
-            return ImageBoxes(np.empty((0, 4)), np.empty((0, 4)))
-        source = _source_boxes(labels, source_size)[_usable(labels)]
-        return ImageBoxes(source, scaled_boxes(source, source_size, input_size))
+        if labels is None or labels.boxes is None:
+            return ImageBoxes(np.empty((0, 4)), np.empty((0, 4))), set()
+        fitted = fit_to_image(replace(labels, segments=()), source_size)
+        boxes, source = fitted.labels.boxes, np.full(labels.boxes.shape, np.nan)
+        assert boxes is not None
+        source[fitted.kept] = boxes
+        source = source[_usable(labels)]
+        outside = bool(np.isnan(source).any())
+        notes = {kind for kind, holds in ((BOX_OUTSIDE, outside), (OTHER_LABEL_SIZE, fitted.other_size)) if holds}
+        return ImageBoxes(source, scaled_boxes(source, source_size, input_size)), notes
 
     def batch(self, boxes: Sequence[ImageBoxes], features: Features, layout: FileLayout) -> RegionBatch:
         """The rows of a batch of images, once its features are ready.
@@ -103,7 +124,8 @@ class PlannedRegions:
         assert layout.regions is not None
         levels = self.pooling.levels(np.concatenate([of_image.input for of_image in boxes]))
         source = np.concatenate([of_image.source for of_image in boxes])
-        return RegionBatch(source, levels, joined_regions(features.regions, layout.regions.shape, layout.dtype))
+        shape = (len(levels), *layout.regions.shape)
+        return RegionBatch(source, levels, joined_regions(features.regions, shape, layout.dtype))
 
 
 def scaled_boxes(boxes: np.ndarray, source_size: tuple[int, int], input_size: tuple[int, int]) -> np.ndarray:
@@ -132,29 +154,41 @@ def read_boxes(
         return None
     whole = listing if listing.shard_slice is None else find_images(images, config.limit)
     names, root = [os.fsdecode(source.name) for source in whole.sources], os.fsdecode(whole.root)
-    labels = read_labels(config.boxes, names, root)
-    by_name = match_labels(labels, names, root)
+    labels = read_labels(config.boxes, names, root, "detection")
+    matched = match_labels(labels, names, root)
+    entries = {i: labels.images[at] for i, at in enumerate(matched.indices) if at is not None}
+    found = {i: entry for i, entry in entries.items() if entry.boxes is not None and _usable(entry).any()}
+    where = f"boxes {escape(config.boxes)}"
+    if not found:
+        raise FpnxError(f"{where}: none in these {plural(len(names), 'image')}: give images that have boxes")
+    for remark in _remarks(labels, matched, len(names) - len(found)):
+        listener.message(f"{where}: {remark}")
     first = 0 if listing.shard_slice is None else listing.shard_slice.first
-    found = {index - first: of_image for index, of_image in by_name.items() if of_image.boxes is not None}
     return RunBoxes(
-        by_image={index: of_image for index, of_image in found.items() if 0 <= index < len(listing.sources)},
+        by_image={i - first: entry for i, entry in found.items() if first <= i < first + len(listing.sources)},
         ids=np.array([category.id for category in labels.categories], np.int64),
         names={category.id: category.name for category in labels.categories},
         sha256=_content_hash(labels),
     )
 
 
+def _remarks(labels: LabelSet, matched: Matched, without: int) -> Iterator[str]:
+    """What is left out, a line each."""
+    yield from labels.remarks
+    for reason, dropped in labels.dropped.items():
+        yield f"{dropped.count} {reason} left out, such as {dropped.example}"
+    if crowds := sum(int(image.crowd.sum()) for image in labels.images):
+        yield f"{plural(crowds, 'region')} of many objects (iscrowd) left out"
+    for found, why in ((matched.absent, "not among the images"), (matched.ambiguous, "not of one image for certain")):
+        if found:
+            yield f"{plural(len(found), 'name')} {why}, such as {escape(found[0])}"
+    if without:
+        yield f"{plural(without, 'image')} without boxes"
+
+
 def _usable(labels: ImageLabels) -> np.ndarray:
     """(n,) bool: boxes of single objects; regions of many objects are left out."""
     return ~labels.crowd
-
-
-def _source_boxes(labels: ImageLabels, source_size: tuple[int, int]) -> np.ndarray:
-    """(n, 4) float64 in pixels of an upright image of this (height, width)."""
-    assert labels.boxes is not None
-    if labels.relative:
-        return scaled_boxes(labels.boxes, (1, 1), source_size)
-    return labels.boxes
 
 
 def _content_hash(labels: LabelSet) -> str:

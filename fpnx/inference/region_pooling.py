@@ -91,15 +91,15 @@ class RegionPooling:
         }
 
     def levels(self, boxes: np.ndarray) -> np.ndarray:
-        """(n,) int64, the number of the level that each box is pooled from.
+        """(n,) int64, the number of the level that each box is pooled from; 0, which is none, for a box of NaN.
 
         Args:
             boxes: (n, 4) x1, y1, x2, y2 in pixels of the network's input.
         """
         sides = (boxes[:, 2:] - boxes[:, :2]).clip(min=np.finfo(np.float32).tiny).astype(np.float64)
         levels = np.floor(CANONICAL_LEVEL + np.log2(np.sqrt(sides.prod(axis=1)) / CANONICAL_SIDE) + EPSILON)
-        chosen: np.ndarray = self._sorted[(np.searchsorted(self._sorted, levels, side="right") - 1).clip(min=0)]
-        return chosen
+        chosen = self._sorted[(np.searchsorted(self._sorted, levels, side="right") - 1).clip(min=0)]
+        return np.where(np.isnan(levels), 0, chosen)
 
     def pool(self, name: str, level: Tensor, boxes: Sequence[np.ndarray], dtype: torch.dtype) -> PooledLevel:
         """Features of the boxes that this level fits.
@@ -127,15 +127,12 @@ class RegionPooling:
         return PooledLevel(places, features, nonfinite)
 
 
-def joined_regions(parts: Mapping[str, LevelRegions], shape: tuple[int, int, int], dtype: str) -> np.ndarray:
-    """(n, C, h, w) features of all boxes of a batch, in their order; a level with fewer channels is filled up with 0.
+def joined_regions(parts: Mapping[str, LevelRegions], shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Features of all boxes of a batch in their order, (n, C, h, w) = `shape`.
 
-    Args:
-        parts: by level.
-        shape: (C, h, w).
-        dtype: of the result.
+    0 stands in the rows of boxes that no level has, and in the last channels where a level has fewer than others.
     """
-    joined = np.zeros((sum(len(part.places) for part in parts.values()), *shape), dtype)
+    joined = np.zeros(shape, dtype)
     for part in parts.values():
         joined[part.places, : part.features.shape[1]] = part.features
     return joined

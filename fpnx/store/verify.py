@@ -189,8 +189,8 @@ def _region_table_problems(store: Store) -> Iterator[str]:
     numbers = list(store.level_numbers.values())
     for what, wrong in (
         ("a region of an image without a row", store.rows[regions.image] < 0),
-        ("a box that is not finite", done & ~np.isfinite(regions.box).all(axis=1)),
-        ("a region of a level that the file does not have", done & ~np.isin(regions.level, numbers)),
+        ("a box that is not finite", done & (regions.level != 0) & ~np.isfinite(regions.box).all(axis=1)),
+        ("a region of a level that the file does not have", done & ~np.isin(regions.level, [0, *numbers])),
         ("a region of a class without a name", ~np.isin(regions.label, list(regions.names))),
     ):
         yield from describe_first(what, store, np.unique(regions.image[wrong]))
