@@ -261,12 +261,13 @@ class _BatchLoader:
             if size != tuple(plan.layout.input_sizes[index].tolist()):
                 raise ImageError("its header and its pixels disagree about the size")
             with self._timer.measure("resize"):
-                boxes, box_notes = (
-                    plan.regions.of_image(index, source_size, size) if plan.regions else (None, set[str]())
-                )
-                image = _DecodedImage(plan.model.resize(picture, size, plan.recipe), source_size, boxes)
-            self._notes.add(kinds | box_notes)
-            return image
+                pixels = plan.model.resize(picture, size, plan.recipe)
+            boxes = None
+            if plan.regions is not None:
+                boxes, notes = plan.regions.of_image(index, source_size, size)
+                kinds |= notes
+            self._notes.add(kinds)
+            return _DecodedImage(pixels, source_size, boxes)
 
 
 class _ComputeThread(threading.Thread):

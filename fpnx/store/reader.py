@@ -561,7 +561,10 @@ class Store:
         if level not in self.levels:
             raise FpnxError(f"no level {level!r} in {escape(self.path)}: it has {', '.join(self.levels)}")
         if self.has_regions:
-            raise FpnxError(f"no maps of {level} in {escape(self.path)}: it has regions, read item.regions")
+            raise FpnxError(
+                f"no maps of {level} in {escape(self.path)}: it has regions: read item.regions, or take "
+                f"PyramidDataset(..., regions=True)"
+            )
 
     def _why_not_done(self, index: int) -> str:
         """The reason why an image cannot be read, for messages."""
