@@ -157,8 +157,15 @@ class Engine:
         if self._region_pooling is None:
             return {}
         assert boxes is not None, "the config has boxes"
-        pool, dtype = self._region_pooling.pool, self.stored
-        return {name: pool(scaled_level or name, level, boxes, dtype) for name, level in levels.items()}
+        pooled = {}
+        for name, level in levels.items():
+            known_as, maps = scaled_level or name, level
+            if level.device.type == "cpu" and len(self._region_pooling.places(known_as, boxes)):
+                maps = self._channels_first(level.float())  # RoIAlign would do it more slowly, in new memory
+            pooled[name] = self._region_pooling.pool(known_as, maps, boxes, self.stored)
+            if maps.data_ptr() != level.data_ptr():
+                self._buffers.keep([maps])
+        return pooled
 
     def in_stored_form(self, name: str, level: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
         """A level pooled by `config.pool` and cast to the stored dtype, (B, C, H, W) contiguous; without cells where

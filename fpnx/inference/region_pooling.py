@@ -101,6 +101,10 @@ class RegionPooling:
         chosen = self._sorted[(np.searchsorted(self._sorted, levels, side="right") - 1).clip(min=0)]
         return np.where(np.isnan(levels), 0, chosen)
 
+    def places(self, name: str, boxes: Sequence[np.ndarray]) -> np.ndarray:
+        """(n,) int64, positions among the boxes of all images of those that are pooled from the level `name`."""
+        return np.flatnonzero(self.levels(np.concatenate(boxes)) == self.numbers[name])
+
     def pool(self, name: str, level: Tensor, boxes: Sequence[np.ndarray], dtype: torch.dtype) -> PooledLevel:
         """Features of the boxes that this level fits.
 
@@ -112,7 +116,7 @@ class RegionPooling:
         """
         counts = [len(of_image) for of_image in boxes]
         every, images = np.concatenate(boxes), np.repeat(np.arange(len(boxes)), counts)
-        places = np.flatnonzero(self.levels(every) == self.numbers[name])
+        places = self.places(name, boxes)
         rows = torch.from_numpy(np.column_stack([images[places], every[places]]).astype(np.float32))
         rows = (rows.pin_memory() if level.device.type == "cuda" else rows).to(level.device, non_blocking=True)
         if len(places):
