@@ -562,7 +562,7 @@ class Store:
             raise FpnxError(f"no level {level!r} in {escape(self.path)}: it has {', '.join(self.levels)}")
         if self.has_regions:
             raise FpnxError(
-                f"no maps of {level} in {escape(self.path)}: it has regions: read item.regions, or take "
+                f"no maps of {level} in {escape(self.path)}, which has regions: in Python read item.regions, or take "
                 f"PyramidDataset(..., regions=True)"
             )
 

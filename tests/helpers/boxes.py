@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from tests.helpers.files import noise_image
 
@@ -59,3 +60,12 @@ def labelled_pictures(
             boxes[name][0] = [0, 0, size[1], size[0]]
     coco_file(folder.with_suffix(".json"), boxes, size_of)
     return boxes
+
+
+def label_pictures(folder: Path, labels: Path, count: int) -> Path:
+    """Write a COCO file with so many boxes for each picture in `folder`."""
+    sizes = dict[str, tuple[int, int]]()
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as picture:
+            sizes[path.name] = (picture.height, picture.width)
+    return coco_file(labels, {name: random_boxes(i, count, sizes[name]) for i, name in enumerate(sizes)}, sizes)

@@ -176,7 +176,7 @@ def test_the_dataset_gives_regions(finished: Path) -> None:
 
 
 def test_a_dataset_of_maps_and_one_of_regions_are_told_apart(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(FpnxError, match=r"no maps of P4 in .*: it has regions: read item\.regions"):
+    with pytest.raises(FpnxError, match=r"no maps of P4 in .*, which has regions: in Python read item\.regions"):
         fpnx.PyramidDataset(finished)
     with pytest.raises(FpnxError, match="leave out levels, or regions=True"):
         fpnx.PyramidDataset(finished, regions=True, levels="P4")
