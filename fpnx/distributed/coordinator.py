@@ -117,7 +117,9 @@ def extract_distributed(
             if not locked:
                 listener.message("files cannot be locked here: see to it that no second run writes these shards")
             count = fixed_shard_count(target, config)
-            boxes = read_boxes(images, listing, config, listener)
+            boxes = read_boxes(images, listing, config)
+            for remark in () if boxes is None else boxes.remarks:
+                listener.message(remark)
             local = replace(config, device="cpu")
             plan = make_plan(target, local, listing, listener, EngineCache(), boxes=boxes, handed_out=True)
             run = _DistributedRun(target, plan, config, listener)
@@ -146,6 +148,7 @@ class _DistributedRun:
         self.status: list[ShardStatus] = []
         self.reports: dict[int, ShardReport] = {}
         self._last_shown: tuple[int, str] | None = None
+        self._said = set[str]() if plan.regions is None else {*plan.regions.boxes.remarks}
 
     @property
     def total(self) -> int:
@@ -296,7 +299,8 @@ class _DistributedRun:
     def _add_report(self, report: ShardReport) -> None:
         self.reports[report.shard] = report
         for message in report.messages:
-            self.listener.message(message)
+            if message not in self._said:  # each worker says what is left out of the boxes
+                self.listener.message(message)
         if report.state in ("failed", "quarantined"):
             self.listener.message(f"shard {report.shard}: {report.reason}")
 

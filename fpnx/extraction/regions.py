@@ -13,7 +13,6 @@ import numpy as np
 
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
-from fpnx.core.events import Listener
 from fpnx.core.image_notes import BOX_OUTSIDE, OTHER_LABEL_SIZE
 from fpnx.core.text import escape, plural
 from fpnx.images.listing import Listing, find_images
@@ -38,12 +37,14 @@ class RunBoxes:
         ids: (classes,) int64, id of each class in the label file.
         names: of the classes, by id.
         sha256: of all boxes in the labels, in hexadecimal.
+        remarks: what is left out, a line each.
     """
 
     by_image: Mapping[int, ImageLabels]
     ids: np.ndarray
     names: Mapping[int, str]
     sha256: str
+    remarks: tuple[str, ...] = ()
 
 
 class ImageBoxes(NamedTuple):
@@ -134,9 +135,7 @@ def scaled_boxes(boxes: np.ndarray, source_size: tuple[int, int], input_size: tu
     return boxes * np.array([x, y, x, y])
 
 
-def read_boxes(
-    images: Sequence[str | os.PathLike[str]], listing: Listing, config: ExtractConfig, listener: Listener
-) -> RunBoxes | None:
+def read_boxes(images: Sequence[str | os.PathLike[str]], listing: Listing, config: ExtractConfig) -> RunBoxes | None:
     """The boxes of `config.boxes` for the images of a run; None where the config has none.
 
     Labels are matched with the whole list of images, also in a shard, so that each shard finds what the others do.
@@ -145,7 +144,6 @@ def read_boxes(
         images: inputs of the run, as `find_images` takes them.
         listing: the images that were found in them.
         config: the options.
-        listener: is told what is left out.
 
     Raises:
         FpnxError: for labels that cannot be read, have no boxes, or are of other images.
@@ -161,14 +159,13 @@ def read_boxes(
     where = f"boxes {escape(config.boxes)}"
     if not found:
         raise FpnxError(f"{where}: none in these {plural(len(names), 'image')}: give images that have boxes")
-    for remark in _remarks(labels, matched, len(names) - len(found)):
-        listener.message(f"{where}: {remark}")
     first = 0 if listing.shard_slice is None else listing.shard_slice.first
     return RunBoxes(
         by_image={i - first: entry for i, entry in found.items() if first <= i < first + len(listing.sources)},
         ids=np.array([category.id for category in labels.categories], np.int64),
         names={category.id: category.name for category in labels.categories},
         sha256=_content_hash(labels),
+        remarks=tuple(f"{where}: {remark}" for remark in _remarks(labels, matched, len(names) - len(found))),
     )
 
 

@@ -169,13 +169,16 @@ def run_extraction(
                     check_png_folder(output, listing, config)
                 else:
                     check_output(output, config)  # again: another run may have ended in the meantime
+                boxes = read_boxes(images, listing, config)
+                for remark in () if boxes is None else boxes.remarks:
+                    listener.message(remark)
                 plan = make_plan(
                     output,
                     config,
                     listing,
                     listener,
                     engine_cache,
-                    boxes=read_boxes(images, listing, config, listener),
+                    boxes=boxes,
                     destination=destination.url,
                     finished=finished_url,
                 )

@@ -171,8 +171,10 @@ def test_boxes_pass_through_the_workers(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     labelled_pictures(pictures, (2, 1, 0, 3))
     options: dict[str, Any] = {"pool": "none", "boxes": pictures.with_suffix(".json"), "roi_size": "avg"}
-    result = run(pictures, tmp_path / "out.h5", shards=3, **options)
+    recorder = Recorder()
+    result = run(pictures, tmp_path / "out.h5", recorder=recorder, shards=3, **options)
     assert (result.done, result.complete) == (4, True)
+    assert recorder.messages.count(f"boxes {options['boxes']}: 1 image without boxes") == 1
     fpnx.extract(pictures, tmp_path / "whole.h5", **{**TINY, **options})
     pattern = str(tmp_path / "out.shard-*.h5")
     with fpnx.open(pattern) as store, fpnx.open(tmp_path / "whole.h5") as whole:

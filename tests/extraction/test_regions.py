@@ -6,7 +6,10 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,12 @@ from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.extraction.run import run_extraction
 from fpnx.extraction.upload import resolve_destination
+from fpnx.inference.engine import Engine, Features, SplittingEngine
 from fpnx.inference.engine_cache import EngineCache
+from fpnx.inference.region_pooling import joined_regions
 from fpnx.store.reader import DONE, FAILED
 from tests.helpers.boxes import CLASSES, coco_file, labelled_pictures, random_boxes
-from tests.helpers.files import noise_image
+from tests.helpers.files import ROOT, noise_image
 
 TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "channels": 8, "device": "cpu"}
 COUNTS = (3, 0, 7, 1, 2, 4, 5)
@@ -234,6 +239,48 @@ def test_an_interrupted_run_is_resumed_to_the_same_file(
     result = run(cache, pictures, output, resume=True, **options)
     assert result.computed == len(COUNTS) - done
     same_regions(output, made)
+
+
+def test_a_killed_run_is_resumed_to_the_same_file(
+    pictures: Path, made: Path, cache: EngineCache, tmp_path: Path
+) -> None:
+    line = "--backbone mobilenet_v2 --weights random --channels 8 --device cpu --size native"
+    timing = ["--boxes", str(pictures.with_suffix(".json")), "--batch-size", "1", "--commit-every", "0"]
+    output, part = tmp_path / "out.h5", tmp_path / "out.h5.part"
+    command = [sys.executable, "-m", "fpnx", "extract", str(pictures), "-o", str(output), *line.split(), *timing]
+    done = 0
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not done:
+            if part.exists():
+                with fpnx.open(part) as store:
+                    done = int((store.status == DONE).sum())
+        process.kill()
+    if not output.exists():
+        with fpnx.open(part) as store, fpnx.open(made) as whole:
+            for item in store:
+                np.testing.assert_allclose(item.regions.features, whole[item.path].regions.features, atol=1e-5)
+    run(cache, pictures, output, resume=True)
+    same_regions(output, made)
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved_with_their_boxes(pictures: Path, made: Path) -> None:
+    class Limited(Engine):
+        def __call__(self, pixels: Sequence[Any], boxes: Sequence[np.ndarray] | None = None) -> Features:
+            if len(pixels) > 1:
+                raise MemoryError
+            return super().__call__(pixels, boxes)
+
+    model = fpnx.create_model("mobilenet_v2", weights="random", channels=8, size="native")
+    engine = Limited(model, model.recipe, ExtractConfig(boxes="labels", size="native"), torch.device("cpu"))
+    with fpnx.open(made) as store:
+        items = [store[0], store[3], store[6]]  # of one size
+        pixels = [np.asarray(Image.open(pictures / item.path).convert("RGB")) for item in items]
+        results = list(SplittingEngine(engine, lambda text: None)(pixels, [item.regions.box for item in items]))
+        assert [(piece.start, piece.stop) for piece, _ in results] == [(0, 1), (1, 2), (2, 3)]
+        for item, (_, features) in zip(items, results, strict=True):
+            assert features is not None
+            joined = joined_regions(features.regions, item.regions.features.shape, "float32")
+            np.testing.assert_allclose(joined, item.regions.features, atol=1e-5)
 
 
 def test_other_boxes_or_another_size_are_another_run(
