@@ -20,16 +20,33 @@ __all__ = ["read_csv"]
 DELIMITERS = (",", "\t", ";")
 SEPARATORS = re.compile(r"[;|]")  # between labels of one image
 PATH_COLUMNS = frozenset(
-    "path paths file files filename file_name filepath file_path image images image_path img name image_name".split()
+    [
+        "path",
+        "paths",
+        "file",
+        "files",
+        "filename",
+        "file_name",
+        "filepath",
+        "file_path",
+        "image",
+        "images",
+        "image_path",
+        "img",
+        "name",
+        "image_name",
+    ]
 )
-LABEL_COLUMNS = frozenset("label labels class classes class_name category categories target tag tags".split())
-BOX_COLUMNS = frozenset("bbox box xmin x_min x1 left".split())
+LABEL_COLUMNS = frozenset(
+    ["label", "labels", "class", "classes", "class_name", "category", "categories", "target", "tag", "tags"]
+)
+BOX_COLUMNS = frozenset(["bbox", "box", "xmin", "x_min", "x1", "left"])
 NO_LABEL, NO_PATH = "rows without a label", "rows without a path"
 WHOLE = re.compile(r"[+-]?\d{1,18}")
 
 
 def read_csv(source: LabelSource) -> LabelSet:
-    """Read a table. Its first line may name the columns; other columns than the path and the label are then passed over.
+    """Read a table. Its first line may name the columns; columns beside the path and the label are then passed over.
 
     Labels that are all whole numbers are the ids of the classes; others are numbered in the order of their names.
 
@@ -56,7 +73,7 @@ def read_csv(source: LabelSource) -> LabelSet:
     multi_label = any(len(labels) > 1 for labels in found.values())
     if not multi_label:  # an image without a class can only be meant where each may have any number of them
         for path in [path for path, labels in found.items() if not labels]:
-            dropped.add(NO_LABEL, escape(path))
+            dropped.add(NO_LABEL, path)
             del found[path]
     categories, index = _categories({label for labels in found.values() for label in labels})
     if not categories:
@@ -86,9 +103,12 @@ def _rows(text: str, where: str) -> list[tuple[int, list[str]]]:
     delimiter = next((each for each in DELIMITERS if each in first_line), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
-        return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+        rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
         raise FpnxError(f"{where}, line {reader.line_num}: not a table ({error})") from None
+    if not rows:
+        raise FpnxError(f"{where}: all lines are empty")
+    return rows
 
 
 def _columns(rows: list[tuple[int, list[str]]], where: str) -> tuple[int, int, int]:

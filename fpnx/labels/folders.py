@@ -12,7 +12,7 @@ from fpnx.labels.source import LabelSource
 __all__ = ["FOLDERS", "read_folders"]
 
 FOLDERS = "folders"  # what the user gives in place of a path
-PARTS_OF_DATA = frozenset("train training val valid validation test testing".split())
+PARTS_OF_DATA = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 
 
 def read_folders(source: LabelSource) -> LabelSet:
@@ -26,10 +26,11 @@ def read_folders(source: LabelSource) -> LabelSet:
     root = escape(source.root or ".")
     if not names:
         raise FpnxError(f"labels folders: no image is in a folder of its class; put them into {root}/CLASS/")
-    if set(map(str.lower, names)) <= PARTS_OF_DATA:
+    parts = [name for name in names if name.lower() in PARTS_OF_DATA]
+    if len(parts) > 1 or parts == names:
         raise FpnxError(
-            f"labels folders: the folders in {root} are parts of a data set ({', '.join(map(escape, names))}), not "
-            f"classes: give the images of one, such as {root}/{escape(names[0])}"
+            f"labels folders: the folders in {root} are parts of a data set ({', '.join(map(escape, parts))}), not "
+            f"classes: give the images of one, such as {root}/{escape(parts[0])}"
         )
     index = {name: position for position, name in enumerate(names)}
     images = tuple(

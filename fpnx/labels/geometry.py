@@ -34,6 +34,7 @@ class FittedLabels:
         scale: the factor by which boxes and outlines were multiplied, where the label file was made for a larger or
             smaller copy of the image; else 1.
         other_size: whether the label file says a size of another shape; boxes are then taken as they are.
+        lost_outlines: how many objects lose their outline, a run-length encoding of another size than the image.
     """
 
     labels: ImageLabels
@@ -43,6 +44,7 @@ class FittedLabels:
     swapped: bool
     scale: float
     other_size: bool
+    lost_outlines: int = 0
 
 
 def fit_to_image(labels: ImageLabels, size: tuple[int, int]) -> FittedLabels:
@@ -70,8 +72,11 @@ def fit_to_image(labels: ImageLabels, size: tuple[int, int]) -> FittedLabels:
     inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
     kept = np.flatnonzero(inside)
     segments: tuple[Segment | None, ...] = ()
+    lost = 0
     if labels.segments:
-        segments = tuple(_fitted(labels.segments[i], factors, size, swapped) for i in kept.tolist())
+        before = [labels.segments[i] for i in kept.tolist()]
+        segments = tuple(_fitted(segment, factors, size, labels.size if scale != 1 else size) for segment in before)
+        lost = sum(segment is not None for segment in before) - sum(segment is not None for segment in segments)
     # A rounding error of a box at the edge is no box beyond it.
     beyond = np.abs(boxes - clipped).max(axis=1, initial=0) > 0.5
     fitted = replace(
@@ -86,7 +91,7 @@ def fit_to_image(labels: ImageLabels, size: tuple[int, int]) -> FittedLabels:
     )
     outside = tuple(np.flatnonzero(~inside).tolist())
     dropped = {OUTSIDE: outside} if outside else {}
-    return FittedLabels(fitted, kept, dropped, int((beyond & inside).sum()), swapped, scale, other_size)
+    return FittedLabels(fitted, kept, dropped, int((beyond & inside).sum()), swapped, scale, other_size, lost)
 
 
 def _compared(labels: ImageLabels, size: tuple[int, int]) -> tuple[bool, float, bool]:
@@ -103,12 +108,10 @@ def _compared(labels: ImageLabels, size: tuple[int, int]) -> tuple[bool, float, 
     return False, horizontal if abs(horizontal - 1) > MIN_SCALE else 1.0, False
 
 
-def _fitted(segment: Segment | None, factors: np.ndarray, size: tuple[int, int], swapped: bool) -> Segment | None:
-    """An outline in pixels of the image; None for a mask of the picture before it was turned."""
-    if segment is None:
+def _fitted(
+    segment: Segment | None, factors: np.ndarray, size: tuple[int, int], labelled_size: tuple[int, int] | None
+) -> Segment | None:
+    """An outline in pixels of the image; None for a run-length encoding that has neither size."""
+    if segment is None or (isinstance(segment, Mapping) and tuple(segment["size"]) not in (size, labelled_size)):
         return None
-    if isinstance(segment, Mapping) and swapped and tuple(segment["size"]) != size:
-        return None
-    if not isinstance(segment, Mapping) and factors[0] == factors[1] == 1:
-        return segment
-    return scale_segment(segment, float(factors[0]), float(factors[1]), size)
+    return segment if factors[0] == factors[1] == 1 else scale_segment(segment, factors[0], factors[1], size)

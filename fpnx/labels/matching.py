@@ -48,28 +48,17 @@ def match_labels(labels: LabelSet, images: Sequence[str], root: str | bytes | os
     Raises:
         FpnxError: where no image has labels; it shows one name of each side.
     """
-    names = ImageNames(images, root)
-    claims: dict[int, list[tuple[int, int]]] = {}
+    found = ImageNames(images, root).assign([entry.name] for entry in labels.images)
+    indices: list[int | None] = [None] * len(images)
     absent: list[str] = []
     ambiguous: list[str] = []
-    for position, entry in enumerate(labels.images):
-        match = names.find(entry.name)
-        if match is None:
+    for position, (entry, image) in enumerate(zip(labels.images, found, strict=True)):
+        if image is None:
             absent.append(entry.name)
-        elif match.index == AMBIGUOUS:
+        elif image == AMBIGUOUS:
             ambiguous.append(entry.name)
         else:
-            claims.setdefault(match.index, []).append((match.rank, position))
-    indices: list[int | None] = [None] * len(images)
-    for image, claimants in claims.items():
-        best = min(claimants)
-        surest = [position for rank, position in claimants if rank == best[0]]
-        others = [position for rank, position in claimants if rank != best[0]]
-        absent += [labels.images[position].name for position in others]
-        if len(surest) == 1:
-            indices[image] = surest[0]
-        else:
-            ambiguous += [labels.images[position].name for position in surest]
+            indices[image] = position
     if not any(index is not None for index in indices):
         raise _nothing_fits(labels, images, ambiguous)
     return Matched(tuple(images), tuple(indices), tuple(absent), tuple(ambiguous))
@@ -81,10 +70,10 @@ def _nothing_fits(labels: LabelSet, images: Sequence[str], ambiguous: Sequence[s
         return FpnxError(f"{where}: {plural(len(images), 'image')}, and labels of {len(labels.images)}")
     if ambiguous:
         return FpnxError(
-            f"{where}: none of the {plural(len(images), 'image')} has labels for certain, since {escape(ambiguous[0])} in "
-            f"the labels fits several images: name them in the labels with their folders, as in {escape(images[0])}"
+            f"{where}: none of the {plural(len(images), 'image')} has labels for certain, since {escape(ambiguous[0])} "
+            f"in the labels fits several images: name them in the labels with their folders, as in {escape(images[0])}"
         )
     return FpnxError(
-        f"{where}: none of the {plural(len(images), 'image')} has labels: an image is named {escape(images[0])}, and in "
-        f"the labels there is {escape(labels.images[0].name)}; give the images and labels that belong together"
+        f"{where}: none of the {plural(len(images), 'image')} has labels: an image is named {escape(images[0])}, and "
+        f"in the labels there is {escape(labels.images[0].name)}; give the images and labels that belong together"
     )

@@ -20,7 +20,7 @@ from fpnx.labels.geometry import fit_to_image
 from fpnx.labels.masks import IGNORED, MAX_CLASSES, mask_values
 from fpnx.labels.segments import segment_mask
 
-__all__ = ["class_map", "from_outlines"]
+__all__ = ["BACKGROUND", "class_map", "from_outlines"]
 
 BACKGROUND = "background"
 
