@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fpnx.models.factory import create_model, save_weights
     from fpnx.models.pyramid_model import PyramidModel
     from fpnx.store.reader import Item, Store
+    from fpnx.store.regions import Regions
     from fpnx.store.shard_set import open_store as open
     from fpnx.store.torch_dataset import PyramidDataset
     from fpnx.store.verify import Verification
@@ -45,6 +46,7 @@ __all__ = [
     "Provenance",
     "PyramidDataset",
     "PyramidModel",
+    "Regions",
     "Result",
     "Store",
     "StoreError",
@@ -79,6 +81,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "PyramidDataset": "store.torch_dataset",
     "PyramidModel": "models.pyramid_model",
     "Result": "extraction.run",
+    "Regions": "store.regions",
     "Store": "store.reader",
     "StoreError": "core.errors",
     "TrainConfig": "core.train_config",

@@ -34,6 +34,7 @@ from fpnx.core.provenance import Provenance
 from fpnx.models.necks.image_pyramid import ImagePyramid
 from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
+from tests.helpers.boxes import label_pictures
 from tests.helpers.documentation import PAGES, blocks, command_lines, lines_of, text_of, without_blocks
 from tests.helpers.files import ROOT, copied
 from tests.test_architecture import LAYERS
@@ -58,6 +59,7 @@ def place(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "scenes").mkdir()
     scene = np.random.default_rng(0).integers(0, 3000, (5, 80, 96)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "scenes" / "a.tif", scene, photometric="minisblack", planarconfig="separate")
+    label_pictures(tmp_path / "photos", tmp_path / "instances.json", 2)
     (tmp_path / "list.txt").write_text("photos/00001.jpg\nphotos/00000.jpg\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -162,10 +164,13 @@ EXPECTED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "own": lambda model: model.channels["C2"] == 16 and not model.training,
         "result": lambda result: result.done == 5,
         "checked": lambda checked: checked.problems == (),
+        "every": lambda regions: len(regions) == 6,
     },
     "format.md": {
         "features": lambda array: array.shape == (256, 56, 56),
         "several": lambda array: array.shape[0] == 256 and array.ndim == 3,
+        "vectors": lambda array: array.shape == (6, 256),
+        "classes": lambda names: names == ["dog", "cat"] * 3,
     },
     "visualization.md": {"heatmap": lambda array: array.shape == (28, 28)},
 }
@@ -382,7 +387,7 @@ def keys_of(heading: str, text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def files(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of one size, one of several, a shard and a merged file."""
+    """A file of one size, one of several, a shard, a merged file, and one of regions."""
     folder = tmp_path_factory.mktemp("files")
     options: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "levels": "C3,P3", "channels": 8}
     package.extract(samples, folder / "one.h5", size=64, **options)
@@ -390,7 +395,9 @@ def files(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for index in range(2):
         package.extract(samples, folder / "out.h5", size=64, shard=f"{index}/2", **options)
     package.merge(folder / "merged.h5", str(folder / "out.shard-*.h5"))
-    return {path.stem: path for path in folder.iterdir()}
+    labels = label_pictures(samples / "animals", folder / "boxes.json", 3)
+    package.extract(samples, folder / "regions.h5", size=64, boxes=labels, **{**options, "levels": "P3-P4"})
+    return {path.stem: path for path in folder.glob("*.h5")}
 
 
 TYPES = {"UTF-8 string": np.dtype(object), "fixed string, 240 bytes, UTF-8": np.dtype("S240")}
@@ -403,27 +410,32 @@ def datasets(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
     for size, levels in file["pyramids"].items():
         assert re.fullmatch(r"[1-9]\d*x[1-9]\d*", size)
         yield from (("/pyramids/<H>x<W>/<level>", held) for held in levels.values())
+    yield from ((f"/regions/{name}", held) for name, held in file.get("regions", {}).items())
 
 
 def test_datasets_are_those_of_the_format_page(files: dict[str, Path]) -> None:
-    rows = {row[0].strip("`"): row[1:] for row in rows_of("path", FORMAT.read_text())}
+    text = FORMAT.read_text()
+    of_maps = {row[0].strip("`"): row[1:] for row in rows_of("path", text)}
+    of_regions = {row[0].strip("`"): row[1:] for row in rows_of("path", text[text.index("A file of [regions]") :])}
     for path in files.values():
         with h5py.File(path, "r") as file:
             found = list(datasets(file))
-            count = len(file["images/path"])
+            rows = {**of_maps, **(of_regions if path.stem == "regions" else {})}
+            counts = {"N": len(file["images/path"]), "R": 3}
             for name, held in found:
                 types = [TYPES[each] if each in TYPES else np.dtype(each) for each in rows[name][0].split(" or ")]
                 axes = rows[name][1].strip("()").split(", ")
                 assert held.dtype in types, name
                 assert held.ndim == len(axes), name
-                assert axes[0] == "n" or (axes[0] == "N" and held.shape[0] == count), name
+                assert axes[0] == "n" or held.shape[0] == counts[axes[0]], name
                 assert (held.chunks, held.compression) == (None, None), name
                 strings = h5py.check_string_dtype(held.dtype)
                 assert strings is None or strings.encoding == "utf-8", name
             assert {name for name, _ in found} == set(rows) - {"/<level>"}
             links = {name for name in file if isinstance(file.get(name, getlink=True), h5py.SoftLink)}
-            assert links == ({"C3", "P3"} if len(file["pyramids"]) == 1 else set())
-            assert set(file) - links == {"images", "pyramids", "stats"}
+            levels = {"P3", "P4"} if path.stem == "regions" else {"C3", "P3"}
+            assert links == (levels if len(file["pyramids"]) == 1 else set())
+            assert set(file) - links == {"images", "pyramids", "stats", *file.keys() & {"regions"}}
 
 
 def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]) -> None:
@@ -433,7 +445,7 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
         assert set(file["pyramids/64x64/P3"].attrs) == keys_of("attribute", text[text.index("## Features") :])
     assert keys_of("attribute", text) == attributes | {"shard"}
     with h5py.File(files["several"], "r") as file:
-        chosen = {"weights_key", "weights_prefix", "blocks", "tap"}  # only with some options and backbones
+        chosen = {"weights_key", "weights_prefix", "blocks", "tap", "regions"}  # only with some options and backbones
         of_necks = [
             neck.for_levels({3: 8, 4: 8, 5: 8}, 8, (), None).identity()
             for neck in NECKS.values()
@@ -441,6 +453,9 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
         ]
         of_necks.append(ImagePyramid({5: 8}).identity())
         assert keys_of("key", text) == set(config).union(json.loads(file.attrs["config"]), chosen, *of_necks)
+    with h5py.File(files["regions"], "r") as file:
+        assert keys_of("key of `regions`", text) == set(json.loads(file.attrs["config"])["regions"])
+        assert set(file["regions"].attrs) == {"names"}
         assert config["recipe"].keys() == {field.name for field in fields(Recipe)} - {"bands", "source_range"}
     assert keys_of("key of `recipe`", text) == {field.name for field in fields(Recipe)}
     with h5py.File(files["out.shard-00001-of-00002"], "r") as file:

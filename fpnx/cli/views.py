@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fpnx.core.image_notes import note_lines
-from fpnx.core.plan_summary import LevelShape, PlanSummary
+from fpnx.core.plan_summary import LevelShape, PlanSummary, RegionSummary
 from fpnx.core.provenance import WeightsInfo, describe_pyramid
 from fpnx.core.text import escape, format_bytes, other_files, plural
 
@@ -101,7 +101,7 @@ def show_merged(result: Merged) -> None:
 
 def show_info(store: Store) -> None:
     """Print what a file holds, and Python code that reads it."""
-    from fpnx.store.info import level_shapes, reading_snippet, store_facts  # loads h5py
+    from fpnx.store.info import level_shapes, reading_snippet, region_summary, store_facts  # loads h5py
 
     console, provenance = _stdout(), store.provenance
     facts = store_facts(store)
@@ -117,12 +117,14 @@ def show_info(store: Store) -> None:
         ("pyramid", f"{', '.join(store.levels)}, {describe_pyramid(store.pyramid, provenance.weights.pyramid)}"),
         *_checkpoint(provenance.weights),
         ("recipe", provenance.recipe),
-        ("stored as", f"{store.config['dtype']}, pool {store.config['pool']}"),
+        *([("regions", _regions_line(region_summary(store)))] if store.has_regions else []),
+        ("stored as", f"{store.config['dtype']}{'' if store.has_regions else ', pool ' + store.config['pool']}"),
         ("computed in", f"{provenance.precision} on {provenance.device}"),
         ("made by", ", ".join(f"{k} {v}" for k, v in provenance.versions.items())),
         ("started", provenance.time),
     )
-    _show_levels(console, level_shapes(store))
+    if not store.has_regions:
+        _show_levels(console, level_shapes(store))
     _show_failures(console, store.failures())
     _show_nonfinite(console, store.nonfinite_by_level(), facts["too_large"])
     console.print("\nread them as one:\n" if facts["shards"] else "\nread it with h5py alone:\n")
@@ -172,6 +174,7 @@ def show_plan(plan: PlanSummary) -> None:
         ("backbone", f"{plan.backbone}, {weights.body}"),
         ("pyramid", pyramid),
         *_checkpoint(weights),
+        *([("regions", _regions_line(plan.regions))] if plan.regions else []),
         ("recipe", plan.recipe_text),
         *([("engine", engine)] if config.engine != "local" else []),
         ("device", f"{','.join(plan.devices)}, {plan.precision}, {batch}"),
@@ -185,7 +188,15 @@ def show_plan(plan: PlanSummary) -> None:
         console.print(f"note: {UNTRAINED.format(taps=taps)}{named}", soft_wrap=True)
     if plan.bytes_needed > LARGE_OUTPUT and config.format != "png":
         console.print(_smaller_outputs(plan), soft_wrap=True)
-    _show_levels(console, plan.levels)
+    if plan.regions is None:
+        _show_levels(console, plan.levels)
+
+
+def _regions_line(regions: RegionSummary) -> str:
+    """Number, shape and size of the features of boxes."""
+    shape = f"{regions.channels}×{regions.height}×{regions.width}"
+    counts = f"{plural(regions.count, 'region')} in {plural(regions.images, 'image')}"
+    return f"{counts}, {shape} each, {format_bytes(regions.bytes_per_region)}"
 
 
 def _output_line(plan: PlanSummary) -> str:
@@ -204,6 +215,10 @@ def _output_line(plan: PlanSummary) -> str:
 def _smaller_outputs(plan: PlanSummary) -> str:
     """Options with which the output is smaller, and its size with each."""
     item_bytes = 2 if plan.config.dtype == "float16" else 4
+    if plan.regions is not None:
+        half = plan.feature_bytes * 2 // item_bytes
+        vectors = plan.regions.count * plan.regions.channels * item_bytes
+        return f"smaller: --dtype float16 {format_bytes(half)}, --roi-size avg {format_bytes(vectors)}"
     pooled = sum(shape.images * shape.channels for shape in plan.levels) * item_bytes
     half = plan.feature_bytes // 2 if item_bytes == 4 else plan.feature_bytes
     grid, vector = format_bytes(49 * pooled), format_bytes(pooled)

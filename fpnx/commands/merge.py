@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from fpnx._version import __version__
@@ -27,12 +28,14 @@ from fpnx.store.file_layout import FileLayout, create_file
 from fpnx.store.hdf5 import open_hdf5
 from fpnx.store.output_path import check_output, real_output
 from fpnx.store.reader import DONE, FAILED, Store
+from fpnx.store.regions import RegionLayout
 from fpnx.store.shard_set import ShardSet, open_shard_set
 from fpnx.store.writer import DatasetExtent, part_path
 
 __all__ = ["Merged", "merge"]
 
 BLOCK_BYTES = 1 << 25  # of features that are copied at a time
+REGIONS = "regions"  # the dataset of their features, beside one for each size and level
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,18 @@ def _layout(store: ShardSet) -> FileLayout:
             size: {level: (data.shape[1], data.shape[2], data.shape[3]) for level, data in datasets[size].items()}
             for size in dict.fromkeys(filter(None, store.padded_sizes))
         },
+        regions=_region_layout(store) if store.has_regions else None,
     )
     reason = "their fingerprint is not that of their config" if layout.fingerprint != store.fingerprint else ""
     if reason := reason or store.list_mismatch():
         raise StoreError(f"{escape(store.path)} cannot be merged: {reason}: run fpnx verify on the shards")
     return layout
+
+
+def _region_layout(store: ShardSet) -> RegionLayout:
+    regions = store.regions
+    channels, height, width = regions.features.shape[1:]
+    return RegionLayout(regions.image, regions.label, regions.names, (channels, height, width))
 
 
 def _write(target: Path, store: ShardSet, layout: FileLayout, stop: StopRequest, listener: Listener) -> None:
@@ -171,38 +181,50 @@ def _copy(path: Path, disk: OpenFile, store: ShardSet, stop: StopRequest, listen
         images, pyramids = file["images"], file["pyramids"]
         tables = {name: DatasetExtent.of(images[name]) for name in ("source_size", "error", "status")}
         tables["nonfinite"] = DatasetExtent.of(file["stats/nonfinite"])
-        extents = {
+        extents: dict[Any, DatasetExtent] = {
             (size, level): DatasetExtent.of(pyramids[format_size(size)][level])
             for size in store.sizes
             for level in store.levels
         }
-    next_rows = dict.fromkeys(store.sizes, 0)
+        if store.has_regions:
+            extents[REGIONS] = DatasetExtent.of(file["regions/features"])
+            tables |= {name: DatasetExtent.of(file["regions"][name]) for name in ("box", "level")}
+    next_rows = dict.fromkeys(extents, 0)
     written, reported, total = 0, 0, _megabytes(sum(extent.bytes for extent in extents.values()))
     for shard in store.each_file():
         assert shard.shard_slice is not None
         tables["error"].write(disk, shard.shard_slice.first, _read(shard, "images/error", shard.errors))
-        for size, rows in Counter(filter(None, shard.padded_sizes)).items():
-            for level in store.levels:
-                extent, row = extents[size, level], next_rows[size]
-                for block in _blocks(shard, size, level, (rows, *extent.shape[1:])):
-                    _raise_if_stopped(stop)
-                    extent.write(disk, row, block)
-                    row, written = row + len(block), written + block.nbytes
-                    if _megabytes(written) > reported:
-                        reported = _megabytes(written)
-                        listener.progress("MB", reported, total)
-            next_rows[size] += rows
+        for key, dataset, rows in _feature_datasets(shard):
+            extent = extents[key]
+            for block in _blocks(shard, dataset, (rows, *extent.shape[1:])):
+                _raise_if_stopped(stop)
+                extent.write(disk, next_rows[key], block)
+                next_rows[key], written = next_rows[key] + len(block), written + block.nbytes
+                if _megabytes(written) > reported:
+                    reported = _megabytes(written)
+                    listener.progress("MB", reported, total)
     _raise_if_stopped(stop)
     tables["source_size"].write(disk, 0, store.source_sizes)
     tables["nonfinite"].write(disk, 0, store.nonfinite)
+    if store.has_regions:
+        tables["box"].write(disk, 0, store.regions.box)
+        tables["level"].write(disk, 0, store.regions.level)
     disk.sync()
     tables["status"].write(disk, 0, store.status)
     disk.sync()
 
 
-def _blocks(shard: Store, size: tuple[int, int], level: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+def _feature_datasets(shard: Store) -> Iterator[tuple[Any, h5py.Dataset, int]]:
+    """Key, dataset and number of rows of each dataset of features: (size, level), or `REGIONS`."""
+    for size, rows in Counter(filter(None, shard.padded_sizes)).items():
+        for level in shard.levels:
+            yield (size, level), shard.dataset(size, level), rows
+    if shard.has_regions and (rows := len(shard.region_features())):
+        yield REGIONS, shard.region_features(), rows
+
+
+def _blocks(shard: Store, dataset: h5py.Dataset, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """All rows of a dataset in order, in blocks of bounded size."""
-    dataset = shard.dataset(size, level)
     if dataset.shape != shape:
         raise StoreError(f"{escape(shard.path)}: {dataset.name} is {dataset.shape}, where {shape} belongs")
     step = max(1, BLOCK_BYTES // max(1, dataset.dtype.itemsize * int(np.prod(shape[1:]))))

@@ -175,6 +175,8 @@ class _Selection:
             )
         for store in stores:
             levels = chosen_levels(store, config.levels)
+            for level in levels:
+                store.check_level(level)
             config.check_channels({lv: store.dataset(size, lv).shape[1] for size in store.sizes for lv in levels})
         self._refuse_point()
 

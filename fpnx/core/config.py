@@ -29,7 +29,7 @@ from fpnx.core.option_groups import (
 )
 from fpnx.core.sharding import Shard, parse_shard
 from fpnx.core.text import escape
-from fpnx.core.validation import check_fields, check_whole, freeze, several
+from fpnx.core.validation import check_fields, check_whole, freeze, parse_roi_size, several
 
 __all__ = [
     "BenchmarkConfig",
@@ -59,12 +59,23 @@ class ExtractConfig(DistributedConfig, PictureConfig, RunConfig, OutputConfig, I
     """All options of `fpnx extract`.
 
     `shard`: `"3/16"` works on the fourth of sixteen slices of the images (after `limit`); `"auto/16"` reads the
-    number from the environment. It is kept as a `Shard`.
+    number from the environment. It is kept as a `Shard`. `boxes`: a label file or folder, see `fpnx.labels`.
+    `roi_size`: 7, `"7x7"` or `(7, 7)`, height × width; or `"avg"`, the mean of 7×7 cells. It is kept as text.
     """
 
     limit: int | None = option(None, "Only the first N images.", "Input", metavar="N")
     shard: str | Shard | None = option(  # noqa: RUF009
         None, "Only slice I of N (0 to N-1); auto: SLURM's or RANK's number.", "Input", metavar="I/N|auto/N"
+    )
+    boxes: str | None = option(
+        None, "Store a feature of each box in these labels, in place of the maps.", "Output", metavar="LABELS"
+    )
+    roi_size: str | int | tuple[int, int] = option(
+        "7x7",
+        "With --boxes: cells of each feature; avg: the mean of 7x7.",
+        "Output",
+        metavar="N|HxW|avg",
+        complete=("avg",),
     )
     dry_run: bool = option(False, "Show what would be done, and stop.", "Output")
 
@@ -72,6 +83,7 @@ class ExtractConfig(DistributedConfig, PictureConfig, RunConfig, OutputConfig, I
         for part in (ModelConfig, InputConfig, OutputConfig, RunConfig, PictureConfig, DistributedConfig):
             part.__post_init__(self)
         self._check_engine()
+        self._check_regions()
         if self.limit is not None:
             check_whole("limit", self.limit, 1, 2**63 - 1)
         if self.shard is not None:
@@ -93,12 +105,27 @@ class ExtractConfig(DistributedConfig, PictureConfig, RunConfig, OutputConfig, I
         if self.device not in ("auto", "cpu", "cuda"):
             raise FpnxError(f"device {self.device}: engine {self.engine} hands out devices: take auto, cpu or cuda")
 
+    def _check_regions(self) -> None:
+        """Bring `roi_size` into its form, and refuse what regions do not go with."""
+        freeze(self, "roi_size", parse_roi_size(self.roi_size))
+        if self.boxes is None:
+            if self.roi_size != ExtractConfig.roi_size:
+                raise FpnxError(f"roi size {self.roi_size} is for boxes: give --boxes LABELS beside it")
+            return
+        if self.format != "h5":
+            raise FpnxError(f"boxes give a file of features: leave out --format {self.format}")
+        if self.pool != "none":
+            raise FpnxError(f"pool {self.pool} is for maps, and with boxes none are stored: take --roi-size instead")
+
     def repeatable(self) -> dict[str, Any]:
         """The options that the numbers depend on, as plain values: `ExtractConfig(**them)` computes the same again."""
         names = [field.name for part in (ModelConfig, InputConfig) for field in fields(part)]
         plain = {name: getattr(self, name) for name in (*names, "dtype", "pool", "precision")}
         if os.path.isfile(self.weights):
             plain["weights"] = os.path.abspath(self.weights)
+        if self.boxes is not None:
+            boxes = os.path.abspath(self.boxes) if os.path.exists(self.boxes) else self.boxes
+            plain |= {"boxes": boxes, "roi_size": self.roi_size}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 

@@ -8,7 +8,17 @@ from collections.abc import Iterable, Mapping
 
 from fpnx.core.text import plural
 
-__all__ = ["FLAT", "MORE_FRAMES", "NOT_A_NUMBER", "PROFILE", "TRANSPARENCY", "ImageNotes", "note_lines"]
+__all__ = [
+    "BOX_OUTSIDE",
+    "FLAT",
+    "MORE_FRAMES",
+    "NOT_A_NUMBER",
+    "OTHER_LABEL_SIZE",
+    "PROFILE",
+    "TRANSPARENCY",
+    "ImageNotes",
+    "note_lines",
+]
 
 # The kinds, as `--json` names them.
 TRANSPARENCY = "transparency"
@@ -16,6 +26,8 @@ PROFILE = "color_profile"
 FLAT = "almost_flat"
 MORE_FRAMES = "more_frames"
 NOT_A_NUMBER = "not_a_number"
+OTHER_LABEL_SIZE = "other_label_size"
+BOX_OUTSIDE = "box_outside"
 
 TEXTS = {
     TRANSPARENCY: "transparency was laid over white",
@@ -23,6 +35,8 @@ TEXTS = {
     FLAT: "almost flat after scaling to 8 bits, since little of the range is used: see --value-range",
     MORE_FRAMES: "only the first of several frames or pages was read",
     NOT_A_NUMBER: "values that are not numbers became black",
+    OTHER_LABEL_SIZE: "the labels say a size of another shape; boxes were taken as they are",
+    BOX_OUTSIDE: "a box outside of the image has a feature of zeros and level 0",
 }
 
 

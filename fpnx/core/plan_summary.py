@@ -10,7 +10,7 @@ from fpnx.core.config import ExtractConfig
 from fpnx.core.provenance import WeightsInfo
 from fpnx.core.sharding import ShardSlice
 
-__all__ = ["LevelShape", "PlanSummary"]
+__all__ = ["LevelShape", "PlanSummary", "RegionSummary"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,31 @@ class LevelShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegionSummary:
+    """Number and stored shape of the features of boxes.
+
+    Attributes:
+        count: number of boxes.
+        images: how many images have some.
+        classes: number of classes that the labels name.
+        channels, height, width: of one feature.
+        bytes_per_region: of one feature in the stored dtype.
+    """
+
+    count: int
+    images: int
+    classes: int
+    channels: int
+    height: int
+    width: int
+    bytes_per_region: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanSummary:
     """What a run is going to compute, known before it starts.
 
@@ -58,6 +83,7 @@ class PlanSummary:
         work: pixels that go through the backbone for each image, relative to one pass over the network's input.
         level_names: fine to coarse.
         levels: every level at every network-input size; empty while sizes are unknown.
+        regions: the features of boxes that are stored in place of the levels' maps; else None.
         recipe, recipe_text: the preprocessing, as plain values and in words.
         devices, precision, batch_size, workers: how it is computed; a batch size of None is determined by trial.
         bytes_needed, bytes_free: on the disk; free is None where the file system does not report it.
@@ -78,6 +104,7 @@ class PlanSummary:
     work: float
     level_names: tuple[str, ...]
     levels: tuple[LevelShape, ...]
+    regions: RegionSummary | None
     recipe: Mapping[str, Any]
     recipe_text: str
     devices: tuple[str, ...]
@@ -96,7 +123,8 @@ class PlanSummary:
     @property
     def feature_bytes(self) -> int:
         """Bytes of the features of all images."""
-        return sum(shape.images * shape.bytes_per_image for shape in self.levels)
+        maps = sum(shape.images * shape.bytes_per_image for shape in self.levels)
+        return maps + (0 if self.regions is None else self.regions.count * self.regions.bytes_per_region)
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -115,6 +143,7 @@ class PlanSummary:
             "work": self.work,
             "recipe": {"text": self.recipe_text, **self.recipe},
             "levels": [shape.to_json() for shape in self.levels],
+            **({} if self.regions is None else {"regions": self.regions.to_json()}),
             "dtype": self.config.dtype,
             "pool": self.config.pool,
             "device": ",".join(self.devices),

@@ -26,6 +26,7 @@ __all__ = [
     "parse_channels",
     "format_size",
     "parse_pool",
+    "parse_roi_size",
     "parse_size",
     "point_text",
     "several",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 SIZES = ("recipe", "native")
+MAX_ROI_SIDE = 64  # cells
 
 
 def parse_channels(channels: str | Iterable[int]) -> tuple[int, ...]:
@@ -79,6 +81,24 @@ def format_size(size: tuple[int, int]) -> str:
 def parse_pool(pool: str) -> tuple[int, int] | None:
     """(height, width) to which each level is pooled: `"avg"` and `"max"` give (1, 1), `"7x7"` (7, 7), `"none"` None."""
     return None if pool == "none" else parse_size(pool) or (1, 1)
+
+
+def parse_roi_size(size: str | int | tuple[int, int]) -> str:
+    """A size of region features in the form of the config: `"7x7"`, or `"avg"`.
+
+    Raises:
+        FpnxError: for anything else, or more than 64 cells a side.
+    """
+    text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
+    if text == "avg":
+        return text
+    pair = parse_size(f"{text}x{text}" if text.isascii() and text.isdigit() else text)
+    if pair is None or max(pair) > MAX_ROI_SIDE:
+        raise FpnxError(
+            f"roi size {size!r}: take a number of cells such as 7, height x width such as 7x7, none over "
+            f"{MAX_ROI_SIDE}, or avg"
+        )
+    return format_size(pair)
 
 
 def three_numbers(what: str, value: str | Iterable[float]) -> tuple[float, ...]:

@@ -37,6 +37,7 @@ from fpnx.distributed.shard_files import (
 from fpnx.distributed.worker import ShardJob, ShardReport
 from fpnx.extraction.pipeline import STAGES
 from fpnx.extraction.plan import Plan, decode_threads, make_plan
+from fpnx.extraction.regions import read_boxes
 from fpnx.extraction.run import Result
 from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
@@ -116,7 +117,11 @@ def extract_distributed(
             if not locked:
                 listener.message("files cannot be locked here: see to it that no second run writes these shards")
             count = fixed_shard_count(target, config)
-            plan = make_plan(target, replace(config, device="cpu"), listing, listener, EngineCache(), handed_out=True)
+            boxes = read_boxes(images, listing, config)
+            for remark in () if boxes is None else boxes.remarks:
+                listener.message(remark)
+            local = replace(config, device="cpu")
+            plan = make_plan(target, local, listing, listener, EngineCache(), boxes=boxes, handed_out=True)
             run = _DistributedRun(target, plan, config, listener)
             if count is not None:
                 run.set_shard_count(count)  # refuses other images and options before the backend is started
@@ -143,6 +148,7 @@ class _DistributedRun:
         self.status: list[ShardStatus] = []
         self.reports: dict[int, ShardReport] = {}
         self._last_shown: tuple[int, str] | None = None
+        self._said = set[str]() if plan.regions is None else {*plan.regions.boxes.remarks}
 
     @property
     def total(self) -> int:
@@ -261,6 +267,8 @@ class _DistributedRun:
         options |= {"device": self.plan.device.type, "cpus": self.plan.cpus}
         if os.path.isfile(self.config.weights):
             options["weights"] = os.path.abspath(self.config.weights)
+        if self.config.boxes is not None:
+            options["boxes"] = self.config.repeatable()["boxes"]
         return ShardJob(
             run=secrets.token_hex(8),
             version=__version__,
@@ -291,7 +299,8 @@ class _DistributedRun:
     def _add_report(self, report: ShardReport) -> None:
         self.reports[report.shard] = report
         for message in report.messages:
-            self.listener.message(message)
+            if message not in self._said:  # each worker says what is left out of the boxes
+                self.listener.message(message)
         if report.state in ("failed", "quarantined"):
             self.listener.message(f"shard {report.shard}: {report.reason}")
 

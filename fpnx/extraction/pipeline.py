@@ -27,6 +27,7 @@ from fpnx.core.system import keep_freed_memory, release_freed_memory
 from fpnx.core.text import escape
 from fpnx.extraction.batching import Batches, compute_threads
 from fpnx.extraction.plan import Plan
+from fpnx.extraction.regions import ImageBoxes
 from fpnx.extraction.sink import Sink
 from fpnx.images.decoding import PixelBudget, decode
 from fpnx.inference.devices import arithmetic, slow_precision
@@ -154,6 +155,7 @@ def run_pipeline(
 class _DecodedImage:
     pixels: Any  # as `PyramidModel.resize` gives them
     source_size: tuple[int, int]
+    boxes: ImageBoxes | None = None  # of a run with boxes
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class _BatchDone:
     acknowledged: threading.Event
 
 
+_Decoded = tuple[int, _DecodedImage]  # with its index
 _Event = _BatchDone | _Failure | str | BaseException  # str: a message to the user
 
 
@@ -258,9 +261,13 @@ class _BatchLoader:
             if size != tuple(plan.layout.input_sizes[index].tolist()):
                 raise ImageError("its header and its pixels disagree about the size")
             with self._timer.measure("resize"):
-                image = _DecodedImage(plan.model.resize(picture, size, plan.recipe), source_size)
+                pixels = plan.model.resize(picture, size, plan.recipe)
+            boxes = None
+            if plan.regions is not None:
+                boxes, notes = plan.regions.of_image(index, source_size, size)
+                kinds |= notes
             self._notes.add(kinds)
-            return image
+            return _DecodedImage(pixels, source_size, boxes)
 
 
 class _ComputeThread(threading.Thread):
@@ -306,6 +313,7 @@ class _ComputeThread(threading.Thread):
             if isinstance(image, ImageError):
                 self._fail(index, str(image))
         decoded = [(i, image) for i, image in zip(indices, images, strict=True) if isinstance(image, _DecodedImage)]
+        decoded = self._without_boxless(decoded)
         if not decoded:
             return
         size, batches = self._plan.layout.padded_sizes[indices[0]], self._loader.batches
@@ -313,17 +321,26 @@ class _ComputeThread(threading.Thread):
         if batches.counts[size] >= MIN_IMAGES_TO_PREPARE:
             self._engine.prepare(size)
         started = time.perf_counter()
-        results = self._splitting_engine([image.pixels for _, image in decoded])
+        boxes = [image.boxes.input for _, image in decoded if image.boxes is not None]
+        results = self._splitting_engine([image.pixels for _, image in decoded], boxes or None)
         for piece, features in self._timer.measure_each("forward", results):
             piece_indices = [index for index, _ in decoded[piece]]
             if features is not None:
-                source_sizes = np.array([image.source_size for _, image in decoded[piece]], np.int32)
-                self._writes.append(self._writer.put(piece_indices, features, source_sizes))
+                self._writes.append(self._writer.put(decoded[piece], features))
                 if batches.is_trying_sizes(size):
                     features.ready()
             for index, reason in _failures(piece_indices, features, self._plan.config.strict).items():
                 self._fail(index, reason)
         batches.record_time(size, len(decoded), time.perf_counter() - started)
+
+    def _without_boxless(self, decoded: list[_Decoded]) -> list[_Decoded]:
+        """The images that need the network. Of images without boxes in a run with boxes no feature is stored."""
+        boxless = [(i, image) for i, image in decoded if image.boxes is not None and not len(image.boxes.source)]
+        if not boxless:
+            return decoded
+        nothing = Features({}, {level: [0] * len(boxless) for level in self._plan.layout.levels})
+        self._writes.append(self._writer.put(boxless, nothing))
+        return [(i, image) for i, image in decoded if image.boxes is None or len(image.boxes.source)]
 
     def _fail(self, index: int, reason: str) -> None:
         self._writes.append(self._writer.fail(index, reason))
@@ -334,7 +351,7 @@ class _WriterThread:
     """The only thread that calls the sink; commits when `commit_every` seconds have passed since the last commit."""
 
     def __init__(self, plan: Plan, sink: Sink, timer: StageTimer) -> None:
-        self._sink, self._timer, self._commit_every = sink, timer, plan.config.commit_every
+        self._plan, self._sink, self._timer, self._commit_every = plan, sink, timer, plan.config.commit_every
         self._thread = ThreadPoolExecutor(1, "fpnx-write")
 
     def __enter__(self) -> _WriterThread:
@@ -347,18 +364,25 @@ class _WriterThread:
         """Cancel queued writes."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def put(self, indices: Sequence[int], features: Features, source_sizes: np.ndarray) -> Future[None]:
+    def put(self, images: Sequence[_Decoded], features: Features) -> Future[None]:
         """Queue the features of a batch for writing."""
-        return self._thread.submit(self._put, indices, features, source_sizes)
+        source_sizes = np.array([image.source_size for _, image in images], np.int32)
+        boxes = [image.boxes for _, image in images if image.boxes is not None]
+        return self._thread.submit(self._put, [index for index, _ in images], features, source_sizes, boxes)
 
     def fail(self, index: int, reason: str) -> Future[None]:
         """Queue the mark of a failed image."""
         return self._thread.submit(self._write, lambda: self._sink.fail(index, reason))
 
-    def _put(self, indices: Sequence[int], features: Features, source_sizes: np.ndarray) -> None:
+    def _put(
+        self, indices: Sequence[int], features: Features, source_sizes: np.ndarray, boxes: Sequence[ImageBoxes]
+    ) -> None:
+        regions = None
         with self._timer.measure("forward"):
             features.ready()
-        self._write(lambda: self._sink.put(indices, features.arrays, source_sizes, features.nonfinite))
+            if self._plan.regions is not None:
+                regions = self._plan.regions.batch(boxes, features, self._plan.layout)
+        self._write(lambda: self._sink.put(indices, features.arrays, source_sizes, features.nonfinite, regions))
         features.recycle()
 
     def _write(self, action: Callable[[], None]) -> None:
@@ -384,7 +408,9 @@ def _failures(indices: Sequence[int], features: Features | None, strict: bool) -
         bad = [f"{counts[position]} in {level}" for level, counts in features.nonfinite.items() if counts[position]]
         if bad:
             reasons[index] = f"NaN or infinite values: {', '.join(bad)}"
-            too_large = any(exceeds_float16(values[position]) for values in features.arrays.values())
+            stored = [values[position] for values in features.arrays.values()]
+            stored += [regions.features for regions in features.regions.values()]
+            too_large = any(map(exceeds_float16, stored))
             reasons[index] += TOO_LARGE if too_large else ""
     return reasons
 

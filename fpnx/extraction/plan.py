@@ -17,14 +17,16 @@ from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.events import Listener
 from fpnx.core.files import check_space, free_bytes
-from fpnx.core.plan_summary import LevelShape, PlanSummary
+from fpnx.core.plan_summary import LevelShape, PlanSummary, RegionSummary
 from fpnx.core.system import usable_cpus
 from fpnx.core.validation import parse_pool
+from fpnx.extraction.regions import PlannedRegions, RunBoxes
 from fpnx.images.decoding import upright_size
 from fpnx.images.listing import Listing
 from fpnx.images.reading import ImageSource
 from fpnx.inference.devices import resolve_device, resolve_precision
 from fpnx.inference.engine_cache import EngineCache
+from fpnx.inference.region_pooling import RegionPooling
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.weights.torchvision import COCO
@@ -53,6 +55,7 @@ class Plan:
         cpus: number of CPU cores to use.
         bytes_free: free space for the output; None where the file system does not report it.
         engine_cache: holds the model and its engines.
+        regions: the boxes whose features are stored in place of maps; else None.
         done_before: number of images that an earlier run has done.
         destination: URL that the output is uploaded to; None where it stays local.
     """
@@ -70,6 +73,7 @@ class Plan:
     cpus: int
     bytes_free: int | None
     engine_cache: EngineCache
+    regions: PlannedRegions | None = None
     done_before: int = 0
     destination: str | None = None
 
@@ -107,6 +111,7 @@ class Plan:
             work=self.model.work,
             level_names=self.model.levels,
             levels=self.shapes,
+            regions=self._region_summary(),
             recipe=self.recipe.to_json(),
             recipe_text=str(self.recipe),
             devices=tuple(map(str, self.devices)),
@@ -118,6 +123,21 @@ class Plan:
             fingerprint=self.layout.fingerprint,
         )
 
+    def _region_summary(self) -> RegionSummary | None:
+        layout = self.layout.regions
+        if layout is None:
+            return None
+        channels, height, width = layout.shape
+        return RegionSummary(
+            count=len(layout),
+            images=len(np.unique(layout.image)),
+            classes=len(layout.names),
+            channels=channels,
+            height=height,
+            width=width,
+            bytes_per_region=channels * height * width * np.dtype(self.layout.dtype).itemsize,
+        )
+
 
 def make_plan(
     output: Path,
@@ -126,6 +146,7 @@ def make_plan(
     listener: Listener,
     engine_cache: EngineCache | None = None,
     *,
+    boxes: RunBoxes | None = None,
     destination: str | None = None,
     finished: str | None = None,
     handed_out: bool = False,
@@ -138,6 +159,7 @@ def make_plan(
         listing: the images.
         listener: receives the progress of reading image headers.
         engine_cache: gives the model; by default a new one is built.
+        boxes: of the images, where the config has boxes.
         destination: URL that the output will be uploaded to.
         finished: URL of a finished output that `--resume` compares the request with.
         handed_out: plan for workers that compute elsewhere. Image headers are not read and disk space is not checked
@@ -151,7 +173,11 @@ def make_plan(
     engine_cache = engine_cache or EngineCache()
     model = engine_cache.model(config)
     recipe = model.recipe.sized(config)
+    strides = {level: model.stride(level) for level in model.levels}
+    regions = None if boxes is None else PlannedRegions(boxes, RegionPooling(strides, str(config.roi_size)))
     identity = fingerprint_fields(model, recipe, config)
+    if regions is not None:
+        identity["regions"] = regions.identity()
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
     workers = decode_threads(config, listing, cpus)
     existing = _file_to_resume(output, config) or finished
@@ -170,10 +196,14 @@ def make_plan(
         sizes, errors = _input_sizes(listing, model, recipe, config.max_pixels, workers, listener)
         padded, rows = _padded_sizes(model, recipe, sizes, errors)
     shapes = {size: _stored_shapes(model, size, config.pool) for size in dict.fromkeys(padded) if size is not None}
+    rows_of_regions = None
+    if regions is not None:
+        rows_of_regions = regions.layout(rows, shapes)
+        shapes = {size: {level: (shape[0], 0, 0) for level, shape in of.items()} for size, of in shapes.items()}
     layout = FileLayout(
         images=listing.records,
         levels=model.levels,
-        strides={level: model.stride(level) for level in model.levels},
+        strides=strides,
         dtype=config.dtype,
         config=identity,
         input_sizes=sizes,
@@ -181,6 +211,7 @@ def make_plan(
         rows=rows,
         shapes=shapes,
         errors=errors,
+        regions=rows_of_regions,
     )
     free = free_bytes(output.parent)
     plan = Plan(
@@ -197,6 +228,7 @@ def make_plan(
         cpus=cpus,
         bytes_free=None if free is None else free + (0 if existing else _bytes_of_part(output)),
         engine_cache=engine_cache,
+        regions=regions,
         done_before=done_before,
         destination=destination,
     )

@@ -19,6 +19,7 @@ from fpnx.images.decoding import decode
 from fpnx.images.listing import Listing
 from fpnx.store.info import exceeds_float16
 from fpnx.store.reader import DONE, FAILED, PENDING, valid_extent
+from fpnx.store.regions import RegionBatch
 from fpnx.visualization.figure import draw, mode_in_words, rendered
 from fpnx.visualization.image_maps import ImageMaps, Photo, describe_model
 from fpnx.visualization.panels import colour_table
@@ -55,6 +56,7 @@ class PngSink:
         features: Mapping[str, np.ndarray],
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
+        regions: RegionBatch | None = None,
     ) -> None:
         """Draw the features of images of one padded size; the arguments are those of `Writer.put`.
 

@@ -16,6 +16,7 @@ from fpnx.core.names import NameIndex
 from fpnx.core.provenance import AS_GIVEN
 from fpnx.core.text import escape
 from fpnx.extraction.plan import fingerprint_fields
+from fpnx.extraction.regions import scaled_boxes
 from fpnx.images.decoding import decode, pillow_limits
 from fpnx.images.listing import find_images
 from fpnx.inference.devices import arithmetic, resolve_device
@@ -107,7 +108,10 @@ class Recomputation:
         """
         model = build_model(self._config, self._module)
         recipe = model.recipe.sized(self._config)
-        fields = different_fields(self._store.config, fingerprint_fields(model, recipe, self._config))
+        identity = fingerprint_fields(model, recipe, self._config)
+        if self._store.has_regions:  # their boxes are in the file
+            identity["regions"] = self._store.config["regions"]
+        fields = different_fields(self._store.config, identity)
         if fields:
             raise FpnxError(
                 f"{escape(self._store.path)} cannot be computed again here ({'; '.join(map(escape, fields))}): "
@@ -134,7 +138,7 @@ class Recomputation:
         return largest, problems
 
     def _computed(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(index, level → (C, H, W)) of each image of the sample, as `extract` computes it."""
+        """(index, level → values) of each image of the sample, as `extract` computes it; see `Store.stored_values`."""
         engine, max_pixels = self._engine, self._config.max_pixels
         if engine is None:
             return
@@ -142,15 +146,20 @@ class Recomputation:
             for index, source in self.chosen:
                 picture = decode(source, max_pixels, self._config.pixels)
                 size = engine.recipe.input_size((picture.height, picture.width), max_pixels)
-                features = engine([self._resize(picture, size, engine.recipe)])
-                yield index, {level: values[0] for level, values in features.arrays.items()}
+                pixels = [self._resize(picture, size, engine.recipe)]
+                if self._store.has_regions:
+                    boxes = scaled_boxes(self._store[index].regions.box, (picture.height, picture.width), size)
+                    features = engine(pixels, [boxes])
+                    yield index, {level: part.features for level, part in features.regions.items()}
+                else:
+                    yield index, {level: values[0] for level, values in engine(pixels).arrays.items()}
 
 
 def _difference(store: Store, index: int, computed: dict[str, np.ndarray]) -> float:
     """The largest difference over all levels, relative to the level's largest value; inf where NaN or inf differ."""
     largest = 0.0
     for level, values in computed.items():
-        stored = store[index][level].astype(np.float64)
+        stored = store.stored_values(index, level).astype(np.float64)
         if stored.shape != values.shape or not np.array_equal(np.isfinite(stored), np.isfinite(values)):
             return float("inf")
         finite = np.isfinite(stored)

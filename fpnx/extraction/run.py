@@ -29,6 +29,7 @@ from fpnx.core.provenance import AS_GIVEN, Provenance
 from fpnx.core.text import escape
 from fpnx.extraction.pipeline import STAGES, StageTimer, run_pipeline
 from fpnx.extraction.plan import Plan, make_plan
+from fpnx.extraction.regions import read_boxes
 from fpnx.extraction.sink import Hdf5Sink, Outcome, Sink, outcome_of
 from fpnx.extraction.upload import Destination, check_destination, scratch_folder, upload
 from fpnx.images.decoding import pillow_limits
@@ -168,8 +169,18 @@ def run_extraction(
                     check_png_folder(output, listing, config)
                 else:
                     check_output(output, config)  # again: another run may have ended in the meantime
+                boxes = read_boxes(images, listing, config)
+                for remark in () if boxes is None else boxes.remarks:
+                    listener.message(remark)
                 plan = make_plan(
-                    output, config, listing, listener, engine_cache, destination=destination.url, finished=finished_url
+                    output,
+                    config,
+                    listing,
+                    listener,
+                    engine_cache,
+                    boxes=boxes,
+                    destination=destination.url,
+                    finished=finished_url,
                 )
                 if png:
                     config.check_channels({shape.level: shape.channels for shape in plan.shapes})

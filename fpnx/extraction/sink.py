@@ -13,6 +13,7 @@ from fpnx.core.provenance import Provenance
 from fpnx.extraction.plan import Plan
 from fpnx.store.info import too_large_levels
 from fpnx.store.reader import DONE, Store, open_store_file
+from fpnx.store.regions import RegionBatch
 from fpnx.store.writer import Writer, part_path
 
 __all__ = ["Hdf5Sink", "Outcome", "Sink", "outcome_of"]
@@ -55,6 +56,7 @@ class Sink(Protocol):
         features: Mapping[str, np.ndarray],
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
+        regions: RegionBatch | None = None,
     ) -> None:
         """Take the features of images of one padded size; the arguments are those of `Writer.put`."""
 
@@ -118,9 +120,10 @@ def _too_small(store: Store) -> tuple[str, ...]:
     if store.config.get("dtype") != "float16":
         return ()
     done = np.flatnonzero(store.status == DONE)
-    samples = [store[i] for i in done[:: len(done) // MAX_SAMPLES + 1].tolist()]
-    return tuple(
-        level
-        for level in store.levels
-        if samples and all(np.abs(item[level]).max(initial=0) < SMALLEST_NORMAL for item in samples)
-    )
+    samples = done[:: len(done) // MAX_SAMPLES + 1].tolist()
+    too_small = []
+    for level in store.levels:
+        sizes = [np.abs(values).max() for i in samples if (values := store.stored_values(i, level)).size]
+        if sizes and all(size < SMALLEST_NORMAL for size in sizes):
+            too_small.append(level)
+    return tuple(too_small)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fpnx.core.config import ExtractConfig
 from fpnx.inference.cuda_graphs import CudaGraphs
 from fpnx.inference.engine import Engine, Features
+from fpnx.inference.region_pooling import LevelRegions
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
@@ -36,7 +37,13 @@ class CudaEngine(Engine):
         self._compute.wait_stream(torch.cuda.current_stream(device))  # until the weights are uploaded
         self._forward = CudaGraphs(self.executable)
 
-    def _features(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> Features:
+    def _features(
+        self,
+        pixels: Sequence[np.ndarray],
+        padded: tuple[int, int],
+        boxes: Sequence[np.ndarray] | None,
+        scaled_level: str | None = None,
+    ) -> Features:
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with isolated_torch_state(), torch.inference_mode(), torch.cuda.device(self.device):
             with torch.cuda.stream(self._in):
@@ -45,17 +52,23 @@ class CudaEngine(Engine):
             with torch.cuda.stream(self._compute):
                 images = torch.cat([self.recipe.pad(self.recipe.normalise(part), padded) for part in uploaded])
                 levels = self._forward(images.to(self.dtype, memory_format=torch.channels_last))
+                pooled = self.pooled_regions(levels, boxes, scaled_level)
                 stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}
                 counts = {name: (~torch.isfinite(level)).sum(dim=(1, 2, 3)) for name, level in stored.items()}
+                counts |= {name: level.nonfinite for name, level in pooled.items()}
             for part in uploaded:
                 part.record_stream(self._compute)
             self._out.wait_stream(self._compute)
             with torch.cuda.stream(self._out):
                 arrays = {name: _download(level, self._out) for name, level in stored.items()}
+                regions = {
+                    name: LevelRegions(part.places, _download(part.features, self._out))
+                    for name, part in pooled.items()
+                }
                 nonfinite: Any = {name: _download(count, self._out) for name, count in counts.items()}
                 done = torch.cuda.Event()
                 done.record(self._out)
-        return Features(arrays, nonfinite, done.synchronize)
+        return Features(arrays, nonfinite, regions, done.synchronize)
 
     def release(self) -> None:
         """Free memory that is only held for speed."""

@@ -6,7 +6,7 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from fpnx.core.validation import parse_pool
 from fpnx.inference.devices import compute_dtype, resolve_precision
 from fpnx.inference.graph_fusion import fuse_model
 from fpnx.inference.packed_conv import SIZES_PACKED
+from fpnx.inference.region_pooling import LevelRegions, PooledLevel, RegionPooling
 from fpnx.models.preprocessing import Recipe, scaled_size
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
@@ -39,12 +40,14 @@ class Features:
     so that the next batch can reuse their memory.
 
     Attributes:
-        arrays: level → (B, C, H, W) in the stored dtype.
+        arrays: level → (B, C, H, W) in the stored dtype; 0×0 cells where regions are stored.
         nonfinite: level → number of NaN and infinite values of each image, an array on some devices.
+        regions: level → features of the boxes that are pooled from it; empty where maps are stored.
     """
 
     arrays: Mapping[str, np.ndarray]
     nonfinite: Mapping[str, Sequence[int]]
+    regions: Mapping[str, LevelRegions] = field(default_factory=dict)
     ready: Callable[[], None] = lambda: None
     recycle: Callable[[], None] = lambda: None
 
@@ -57,7 +60,7 @@ class Engine:
     Args:
         model: in eval mode.
         recipe: the preprocessing.
-        config: precision, pooling and stored dtype.
+        config: precision, pooling, regions and stored dtype.
         device: where it computes.
     """
 
@@ -71,6 +74,10 @@ class Engine:
         self.pool, self.stored = config.pool, STORED_DTYPES[config.dtype]
         self._scales = model.scales
         self._strides = {name: model.stride(name) for name in self.executable.levels}
+        self._region_pooling: RegionPooling | None = None
+        if config.boxes is not None:
+            strides = {name: model.stride(name) for name in model.levels}
+            self._region_pooling = RegionPooling(strides, str(config.roi_size))
         self._buffers, self._prepared_sizes = _BufferPool(), set[tuple[int, int]]()
 
     def prepare(self, size: tuple[int, int]) -> None:
@@ -81,14 +88,20 @@ class Engine:
         scales = sorted(self._scales.values(), reverse=True)[:SIZES_PACKED] or [1.0]
         self._prepared_sizes.update(scaled_size(size, scale) for scale in scales)
 
-    def __call__(self, pixels: Sequence[Any]) -> Features:
+    def __call__(self, pixels: Sequence[Any], boxes: Sequence[np.ndarray] | None = None) -> Features:
         """Features of images of one padded size, with pixels as `PyramidModel.resize` gives them.
 
         On some devices they are valid once `ready()` has returned.
+
+        Args:
+            pixels: of each image.
+            boxes: of each image, (n, 4) in pixels of the network's input, where the config has boxes; else None.
         """
         if not self._scales:
-            return self._features(pixels, self.recipe.padded(pixels[0].shape[:2]))
-        return _joined({level: self._features(images, padded) for level, images, padded in self.passes(pixels)})
+            return self._features(pixels, self.recipe.padded(pixels[0].shape[:2]), boxes)
+        return _joined(
+            {level: self._features(images, size, boxes, level) for level, images, size in self.passes(pixels)}
+        )
 
     def passes(self, pixels: Sequence[Any]) -> Iterator[tuple[str, Sequence[np.ndarray], tuple[int, int]]]:
         """Of a pyramid of scaled images: each level, with the images at its scale and their padded (height, width)."""
@@ -97,18 +110,34 @@ class Engine:
             padded = self.recipe.padded(scaled_size(images[0].shape[:2], 1 / scale))
             yield level, images, scaled_size(padded, scale)
 
-    def _features(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> Features:
-        """Features of images (h, w, 3), 0..255, which are padded to one size (height, width)."""
+    def _features(
+        self,
+        pixels: Sequence[np.ndarray],
+        padded: tuple[int, int],
+        boxes: Sequence[np.ndarray] | None,
+        scaled_level: str | None = None,
+    ) -> Features:
+        """Features of images (h, w, 3), 0..255, which are padded to one size (height, width).
+
+        Args:
+            pixels: of each image.
+            padded: the size.
+            boxes: as for `__call__`.
+            scaled_level: of a pyramid of scaled images, the level that the only map stands for.
+        """
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with isolated_torch_state(), torch.inference_mode():
             images = self.batch(pixels, padded).to(self.dtype)
             prepared = (images.shape[2], images.shape[3]) in self._prepared_sizes
             levels = self.executable.pack(images) if prepared else self.executable(images)
+            pooled = self.pooled_regions(levels, boxes, scaled_level)
             stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}
             del levels
             nonfinite = {name: _count_nonfinite(level) for name, level in stored.items()}
+            nonfinite |= {name: level.nonfinite.tolist() for name, level in pooled.items()}
             arrays = {name: level.cpu().numpy() for name, level in stored.items()}
-            return Features(arrays, nonfinite, recycle=lambda: self._buffers.keep(stored.values()))
+            regions = {name: LevelRegions(p.places, p.features.cpu().numpy()) for name, p in pooled.items()}
+            return Features(arrays, nonfinite, regions, recycle=lambda: self._buffers.keep(stored.values()))
 
     def release(self) -> None:
         """Free memory that is only held for speed."""
@@ -121,8 +150,28 @@ class Engine:
         each = [self.recipe.normalise(torch.from_numpy(np.stack([image])).to(self.device)) for image in pixels]
         return torch.cat([self.recipe.pad(image, padded) for image in each])
 
+    def pooled_regions(
+        self, levels: Mapping[str, Tensor], boxes: Sequence[np.ndarray] | None, scaled_level: str | None
+    ) -> dict[str, PooledLevel]:
+        """The features of boxes by the key of their level in `levels`; empty where maps are stored."""
+        if self._region_pooling is None:
+            return {}
+        assert boxes is not None, "the config has boxes"
+        pooled = {}
+        for name, level in levels.items():
+            known_as, maps = scaled_level or name, level
+            if level.device.type == "cpu" and len(self._region_pooling.places(known_as, boxes)):
+                maps = self._channels_first(level.float())  # RoIAlign would do it more slowly, in new memory
+            pooled[name] = self._region_pooling.pool(known_as, maps, boxes, self.stored)
+            if maps.data_ptr() != level.data_ptr():
+                self._buffers.keep([maps])
+        return pooled
+
     def in_stored_form(self, name: str, level: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """A level pooled by `config.pool` and cast to the stored dtype, (B, C, H, W) contiguous."""
+        """A level pooled by `config.pool` and cast to the stored dtype, (B, C, H, W) contiguous; without cells where
+        regions are stored."""
+        if self._region_pooling is not None:
+            return level.new_empty((*level.shape[:2], 0, 0), dtype=self.stored)
         if self.pool != "none":
             level = self._pooled(level.float(), self._strides[name], sizes)
         if level.device.type != "cpu":  # cast and change the memory format in one pass
@@ -163,6 +212,7 @@ def _joined(parts: Mapping[str, Features]) -> Features:
     return Features(
         {level: next(iter(part.arrays.values())) for level, part in parts.items()},
         {level: next(iter(part.nonfinite.values())) for level, part in parts.items()},
+        {level: region for level, part in parts.items() for region in part.regions.values()},
         ready=lambda: call_all(part.ready for part in parts.values()),
         recycle=lambda: call_all(part.recycle for part in parts.values()),
     )
@@ -216,13 +266,18 @@ class SplittingEngine:
         self._engine, self._message = engine, message
         self._max_batch: int | None = None
 
-    def __call__(self, pixels: Sequence[Any]) -> Iterator[tuple[slice, Features | None]]:
-        """Yield a slice of `pixels` and its features; None for a single image that does not fit into memory."""
+    def __call__(
+        self, pixels: Sequence[Any], boxes: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[slice, Features | None]]:
+        """Yield a slice of `pixels` and its features; None for a single image that does not fit into memory.
+
+        The arguments are those of `Engine.__call__`.
+        """
         start = 0
         while start < len(pixels):
             piece = slice(start, min(start + (self._max_batch or len(pixels)), len(pixels)))
             count = piece.stop - piece.start
-            features = self._try(pixels[piece])
+            features = self._try(pixels[piece], None if boxes is None else boxes[piece])
             if features is None and count > 1:
                 if self._max_batch is None:
                     self._message(f"out of memory with {count} images at once: going on with fewer")
@@ -231,9 +286,9 @@ class SplittingEngine:
             yield piece, features
             start = piece.stop
 
-    def _try(self, pixels: Sequence[Any]) -> Features | None:
+    def _try(self, pixels: Sequence[Any], boxes: Sequence[np.ndarray] | None) -> Features | None:
         try:
-            return self._engine(pixels)
+            return self._engine(pixels, boxes)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
                 text in str(error) for text in OUT_OF_MEMORY

@@ -19,10 +19,12 @@ from fpnx.core.provenance import Provenance
 from fpnx.core.text import escape
 from fpnx.core.validation import format_size
 from fpnx.store.reader import ERROR_BYTES, FAILED, FORMAT, FORMAT_VERSION
+from fpnx.store.regions import REGION_TABLES, RegionLayout
 
 __all__ = ["FileLayout", "create_file", "encode_reason"]
 
 TABLE_BYTES = 8 + 8 + 8 + 8 + 1 + ERROR_BYTES + 8 + 16 + 16  # per image, without its path and statistics
+REGION_BYTES = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for _, dtype, shape in REGION_TABLES)
 VALID_RULE = "rows ceil(input_height / stride), columns ceil(input_width / stride) of a map are not padding"
 
 
@@ -41,6 +43,7 @@ class FileLayout:
         rows: (N,) row of each image among those of its padded size; -1 where it has none.
         shapes: (C, H, W) by padded size and level.
         errors: reasons, by index, why images have no row.
+        regions: the boxes whose features are stored, in place of the levels' maps; else None.
     """
 
     images: ImageList
@@ -53,6 +56,7 @@ class FileLayout:
     rows: np.ndarray
     shapes: Mapping[tuple[int, int], Mapping[str, tuple[int, int, int]]]
     errors: Mapping[int, str] = field(default_factory=dict)
+    regions: RegionLayout | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -68,15 +72,19 @@ class FileLayout:
         return counts
 
     def feature_bytes(self) -> int:
-        """Bytes of the features of all images."""
-        itemsize = np.dtype(self.dtype).itemsize
+        """Bytes of the features of all images and regions."""
         values = {size: sum(int(np.prod(s)) for s in shapes.values()) for size, shapes in self.shapes.items()}
-        return sum(count * values[size] * itemsize for size, count in self.counts().items())
+        total = sum(count * values[size] for size, count in self.counts().items())
+        if self.regions is not None:
+            total += len(self.regions) * int(np.prod(self.regions.shape))
+        return total * np.dtype(self.dtype).itemsize
 
     def total_bytes(self) -> int:
         """Upper estimate of the bytes of the whole file, exact except for a few per cent of the tables."""
         names = sum(len(record.name) + 48 for record in self.images.records)
         tables = len(self.images) * (TABLE_BYTES + 8 * len(self.levels))
+        if self.regions is not None:
+            tables += len(self.regions) * REGION_BYTES + 2 * len(_names_json(self.regions)) + 2 * BLOCK
         return self.feature_bytes() + tables + names + 65536 + BLOCK * len(self.shapes) * len(self.levels)
 
 
@@ -152,6 +160,22 @@ def _create_datasets(file: h5py.File, layout: FileLayout, provenance: Provenance
             dataset.attrs["valid"] = VALID_RULE
             if len(layout.shapes) == 1:
                 file[level] = h5py.SoftLink(f"/pyramids/{format_size(size)}/{level}")
+    if layout.regions is not None:
+        _create_regions(file, layout.regions, np.dtype(layout.dtype))
+
+
+def _create_regions(file: h5py.File, regions: RegionLayout, dtype: np.dtype[Any]) -> None:
+    group = file.create_group("regions")
+    group.attrs["names"] = _names_json(regions)
+    known = {"image": regions.image, "label": regions.label}
+    for name, kind, shape in REGION_TABLES:
+        _create_contiguous(group, name, (len(regions), *shape), kind)[...] = known.get(name, 0)
+    _create_contiguous(group, "features", (len(regions), *regions.shape), dtype)
+
+
+def _names_json(regions: RegionLayout) -> str:
+    """The names of classes as JSON, by id."""
+    return json.dumps({str(number): name for number, name in regions.names.items()})
 
 
 def _create_contiguous(parent: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any) -> h5py.Dataset:

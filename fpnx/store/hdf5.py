@@ -229,7 +229,7 @@ def _read_exactly(descriptor: int, position: int, out: np.ndarray, dataset: h5py
         rest, position = rest[count:], position + count
 
 
-def attribute_bytes(file: h5py.File, name: str) -> bytes:
+def attribute_bytes(file: h5py.Group, name: str) -> bytes:
     """A string attribute, as bytes.
 
     Raises:
@@ -255,7 +255,7 @@ def attribute_int(file: h5py.File, name: str) -> int:
     return int(value)
 
 
-def attribute_json(file: h5py.File, name: str) -> dict[str, Any]:
+def attribute_json(file: h5py.Group, name: str) -> dict[str, Any]:
     """The JSON object in a string attribute.
 
     Raises:
@@ -270,7 +270,7 @@ def attribute_json(file: h5py.File, name: str) -> dict[str, Any]:
     return value
 
 
-def _scalar(file: h5py.File, name: str) -> Any:
+def _scalar(file: h5py.Group, name: str) -> Any:
     if name not in file.attrs:
         raise StoreError(f"{_file(file)} is not a whole fpnx file: attribute {name} is missing")
     attribute = file.attrs.get_id(name)

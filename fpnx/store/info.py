@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpnx.core.plan_summary import LevelShape
+from fpnx.core.plan_summary import LevelShape, RegionSummary
 
 if TYPE_CHECKING:
     from fpnx.store.reader import Store
 
 
-__all__ = ["exceeds_float16", "level_shapes", "reading_snippet", "store_facts", "too_large_levels"]
+__all__ = ["exceeds_float16", "level_shapes", "reading_snippet", "region_summary", "store_facts", "too_large_levels"]
 
 MAX_SAMPLES = 8  # images whose values are read to tell infinite values from NaN
 
@@ -43,11 +43,27 @@ def store_facts(store: Store) -> dict[str, Any]:
         "nonfinite": store.nonfinite_by_level(),
         "too_large": list(too_large_levels(store)),
         "levels": [shape.to_json() for shape in level_shapes(store)],
+        **({"regions": region_summary(store).to_json()} if store.has_regions else {}),
         "failed": [{"path": path, "reason": reason} for path, reason in store.failures()],
         "config": store.config,
         "fingerprint": store.fingerprint,
         "provenance": store.provenance.to_json(),
     }
+
+
+def region_summary(store: Store) -> RegionSummary:
+    """Number and shape of the regions of a file of regions."""
+    regions = store.regions
+    channels, height, width = regions.features.shape[1:]
+    return RegionSummary(
+        count=len(regions),
+        images=len(np.unique(regions.image)),
+        classes=len(regions.names),
+        channels=channels,
+        height=height,
+        width=width,
+        bytes_per_region=channels * height * width * regions.features.dtype.itemsize,
+    )
 
 
 def exceeds_float16(values: np.ndarray) -> bool:
@@ -63,7 +79,7 @@ def too_large_levels(store: Store) -> tuple[str, ...]:
     found = []
     for column, level in enumerate(store.levels):
         suspicious = np.flatnonzero(done & (store.nonfinite[:, column] > 0))[:MAX_SAMPLES]
-        if any(exceeds_float16(store[index][level]) for index in suspicious.tolist()):
+        if any(exceeds_float16(store.stored_values(index, level)) for index in suspicious.tolist()):
             found.append(level)
     return tuple(found)
 
@@ -72,7 +88,8 @@ def reading_snippet(store: Store) -> str:
     """Python code that reads this file with h5py alone, or a set of shards with fpnx."""
     level = store.levels[0]
     if store.shards:
-        statement = f"item = next(iter(store)); print(item.path, item[{level!r}].shape)"
+        values = "item.regions.features" if store.has_regions else f"item[{level!r}]"
+        statement = f"item = next(iter(store)); print(item.path, {values}.shape)"
         return f"import fpnx\n\nwith fpnx.open({store.path!r}) as store:\n    {statement}\n"
     lines = [
         "import h5py",
@@ -81,7 +98,12 @@ def reading_snippet(store: Store) -> str:
         '    names = f["images/path"].asstr(errors="surrogateescape")[:]',
         '    done = f["images/status"][:] == 1',
     ]
-    if len(store.sizes) == 1:
+    if store.has_regions:
+        lines += [
+            '    image = f["regions/image"][:]',
+            '    k = done[image].argmax(); print(names[image[k]], f["regions/box"][k], f["regions/features"][k].shape)',
+        ]
+    elif len(store.sizes) == 1:
         shape = store.dataset(store.sizes[0], level).shape
         lines.append(f'    i = done.argmax(); print(names[i], f["{level}"][i].shape)  # {shape[1:]}')
     elif store.sizes:

@@ -35,6 +35,7 @@ from fpnx.store.hdf5 import (
     read_strings,
     read_table,
 )
+from fpnx.store.regions import REGION_TABLES, Regions
 
 __all__ = [
     "DONE",
@@ -98,6 +99,20 @@ class Item:
         values = np.empty(dataset.shape[1:], dataset.dtype)
         self._store.read_rows(dataset, [(row, values[None])])
         return values
+
+    @property
+    def regions(self) -> Regions:
+        """The boxes of this image and the features of each, in the order of its boxes.
+
+        Raises:
+            FpnxError: for a store without regions.
+        """
+        stored = self._store.regions
+        rows = stored.rows(self.index)
+        features = np.empty((rows.stop - rows.start, *stored.features.shape[1:]), stored.features.dtype)
+        self._store.read_rows(stored.features, [(rows.start, features)])
+        tables = {name: getattr(stored, name)[rows].copy() for name, _, _ in REGION_TABLES}
+        return Regions(**tables, features=features, names=stored.names)
 
     @property
     def store(self) -> Store:
@@ -182,6 +197,7 @@ class Store:
 
     shards: Sequence[Store] = ()
     _full_path: Any  # for reopening: absolute, or a URL; those of all shards for a set
+    _regions: Regions | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -226,6 +242,8 @@ class Store:
         self._pyramids = get_member(file, "pyramids", h5py.Group)
         self._index: NameIndex | None = None
         self._checked: set[tuple[tuple[int, int], str]] = set()
+        if self.has_regions:
+            get_member(file, "regions", h5py.Group)
         self.refresh()
 
     def _read_sizes(self, images: h5py.Group) -> list[tuple[int, int] | None]:
@@ -265,7 +283,7 @@ class Store:
         yield self
 
     def refresh(self) -> None:
-        """Read again what changes during a run: status, source sizes, errors, counts of NaN and inf.
+        """Read again what changes during a run: status, source sizes, errors, counts of NaN and inf, regions.
 
         The status is read first: everything of an image that is done was written before its status.
         """
@@ -274,6 +292,7 @@ class Store:
         self.source_sizes: np.ndarray = read_table(images, "source_size", np.int32, (count, 2))
         statistics = get_member(self._file, "stats", h5py.Group)
         self.nonfinite: np.ndarray = read_table(statistics, "nonfinite", np.int64, (count, len(self.levels)))
+        self._regions = None
 
     @property
     def backbone(self) -> str:
@@ -284,6 +303,67 @@ class Store:
     def pyramid(self) -> str:
         """Kind of the pyramid, as `--pyramid` takes it."""
         return str(self.config.get("pyramid", IMPLIED["pyramid"]))
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether this is a file of regions: features of boxes, in place of the levels' maps."""
+        return isinstance(self.config.get("regions"), dict)
+
+    @property
+    def regions(self) -> Regions:
+        """The boxes of all images and the features of each.
+
+        Raises:
+            FpnxError: for a file without regions.
+            StoreError: for a damaged one.
+        """
+        if not self.has_regions:
+            raise FpnxError(f"{escape(self.path)} has no regions: fpnx extract --boxes LABELS makes a file of them")
+        if self._regions is None:
+            self._regions = self._read_regions()
+        return self._regions
+
+    def _read_regions(self) -> Regions:
+        features = self.region_features()
+        group, count = self._file["regions"], len(features)
+        tables = {name: read_table(group, name, dtype, (count, *shape)) for name, dtype, shape in REGION_TABLES}
+        image, names = tables["image"], attribute_json(group, "names")
+        if count and (image[0] < 0 or image[-1] >= len(self) or (np.diff(image) < 0).any()):
+            raise StoreError(f"{escape(self.path)} is not a whole fpnx file: /regions/image is not in order")
+        if not all(re.fullmatch(r"-?\d{1,18}", number, re.ASCII) for number in names):
+            raise StoreError(f"{escape(self.path)} is not a whole fpnx file: /regions names no classes")
+        classes = {int(number): str(name) for number, name in names.items()}
+        return Regions(**tables, features=features, names=classes)
+
+    def region_features(self) -> h5py.Dataset:
+        """The (R, C, h, w) dataset of the features of regions.
+
+        Raises:
+            StoreError: where it is missing, or has another shape or dtype.
+        """
+        group = get_member(self._opened(), "regions", h5py.Group)
+        dataset = get_member(group, "features", h5py.Dataset)
+        if dataset.dtype.name != self.config["dtype"] or len(dataset.shape or ()) != 4:
+            raise StoreError(
+                f"{escape(self.path)} is not a whole fpnx file: {dataset.name} is {dataset.dtype} {dataset.shape}, "
+                f"where {escape(self.config['dtype'])} (n, C, h, w) belongs"
+            )
+        check_bytes(dataset, dataset.size * dataset.dtype.itemsize)
+        return dataset
+
+    @property
+    def level_numbers(self) -> dict[str, int]:
+        """k of each level, whose stride is nearest to 2^k, as in `Regions.level`; empty for a file without images."""
+        return {level: level_of_stride(self.stride(level)) for level in self.levels} if self.sizes else {}
+
+    def stored_values(self, index: int, level: str) -> np.ndarray:
+        """All stored values of one level of an image that is done: its map, or in a file of regions the features of the
+        boxes that were pooled from it."""
+        if not self.has_regions:
+            return self[index][level]
+        regions, channels = self[index].regions, self._dataset_of(self.padded_sizes[index], level).shape[1]
+        features: np.ndarray = regions.features[regions.level == self.level_numbers[level], :channels]
+        return features
 
     def nonfinite_by_level(self) -> dict[str, int]:
         """Number of NaN and infinite values in the images that are done, by level."""
@@ -363,6 +443,8 @@ class Store:
             if size is not None:
                 for level in self.levels:
                     self.dataset(size, level)
+        if self.has_regions:
+            self._read_regions()
 
     def links_to(self, size: tuple[int, int], level: str) -> bool:
         """Whether the soft link `/P3` leads to the dataset of this size and level."""
@@ -475,9 +557,14 @@ class Store:
         read_rows(dataset, pieces)
 
     def check_level(self, level: str) -> None:
-        """Raise FpnxError for a level that is not in the file."""
+        """Raise FpnxError for a level whose maps are not in the file."""
         if level not in self.levels:
             raise FpnxError(f"no level {level!r} in {escape(self.path)}: it has {', '.join(self.levels)}")
+        if self.has_regions:
+            raise FpnxError(
+                f"no maps of {level} in {escape(self.path)}, which has regions: in Python read item.regions, or take "
+                f"PyramidDataset(..., regions=True)"
+            )
 
     def _why_not_done(self, index: int) -> str:
         """The reason why an image cannot be read, for messages."""

@@ -8,9 +8,11 @@ import os
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import h5py
 import numpy as np
 
 from fpnx.core.errors import StoreError
@@ -23,6 +25,7 @@ from fpnx.remote.glob import match_urls
 from fpnx.remote.urls import is_url
 from fpnx.store.hdf5 import read_rows
 from fpnx.store.reader import PENDING, Store, different_fields, open_store_file
+from fpnx.store.regions import REGION_TABLES, Regions
 
 try:
     import resource
@@ -137,8 +140,21 @@ class ShardSet(Store):
                 raise StoreError(
                     f"{escape(self.path)} is not a whole fpnx file: /pyramids/{format_size(size)} is missing"
                 )
-            self._joined[size, level] = JoinedDataset(self, size, level, self._pieces[size])
+            self._joined[size, level] = JoinedDataset(
+                self, partial(Store.dataset, size=size, level=level), self._pieces[size]
+            )
         return self._joined[size, level]
+
+    def _read_regions(self) -> Regions:
+        with self._lock:
+            of_shards = [shard._read_regions() for shard in self.each_file()]
+            tables = {name: [getattr(regions, name) for regions in of_shards] for name, _, _ in REGION_TABLES}
+            tables["image"] = [image + first for image, first in zip(tables["image"], self._firsts, strict=True)]
+            ends = np.cumsum([len(regions) for regions in of_shards]).tolist()
+            pieces = [(i, end - len(of_shards[i]), len(of_shards[i])) for i, end in enumerate(ends)]
+            features = JoinedDataset(self, Store.region_features, [piece for piece in pieces if piece[2]] or pieces[:1])
+            joined = {name: np.concatenate(parts) for name, parts in tables.items()}
+        return Regions(**joined, features=features, names=of_shards[0].names)
 
     def check(self) -> None:
         """Check all groups and levels of every shard; see `Store.check`."""
@@ -176,18 +192,17 @@ class ShardSet(Store):
     def read_shard(
         self,
         number: int,
-        size: tuple[int, int],
-        level: str,
+        find: Callable[[Store], h5py.Dataset],
         shape: tuple[int, ...],
         pieces: Sequence[tuple[int, np.ndarray]],
     ) -> None:
-        """Read rows of one size and level of shard `number`; see `fpnx.store.hdf5.read_rows`.
+        """Read rows of the dataset of shard `number` that `find` gives; see `fpnx.store.hdf5.read_rows`.
 
         Raises:
             StoreError: where its dataset does not have `shape`.
         """
         with self._lock:
-            dataset = self._shard(number).dataset(size, level)
+            dataset = find(self._shard(number))
             if dataset.shape != shape:
                 raise StoreError(
                     f"{escape(self.shards[number].path)} is not a whole fpnx file: {dataset.name} is {dataset.shape}, "
@@ -197,12 +212,11 @@ class ShardSet(Store):
 
 
 class JoinedDataset:
-    """The rows of one size and level of all shards, with the part of the interface of `h5py.Dataset` that readers use.
+    """The rows of one dataset of all shards, with the part of the interface of `h5py.Dataset` that readers use.
 
     Args:
         shard_set: the set.
-        size: padded (height, width).
-        level: its name.
+        find: gives the dataset of one shard.
         pieces: (shard, first row, number of rows) of each shard that has rows.
 
     Attributes:
@@ -210,12 +224,15 @@ class JoinedDataset:
     """
 
     def __init__(
-        self, shard_set: ShardSet, size: tuple[int, int], level: str, pieces: Sequence[tuple[int, int, int]]
+        self,
+        shard_set: ShardSet,
+        find: Callable[[Store], h5py.Dataset],
+        pieces: Sequence[tuple[int, int, int]],
     ) -> None:
-        self._shard_set, self._size, self._level, self._pieces = shard_set, size, level, pieces
+        self._shard_set, self._find, self._pieces = shard_set, find, pieces
         self._starts = [start for _, start, _ in pieces]
         with shard_set._lock:
-            first = shard_set._shard(pieces[0][0]).dataset(size, level)
+            first = find(shard_set._shard(pieces[0][0]))
             self.name, self.dtype, self.attrs = first.name, first.dtype, dict(first.attrs)
             self.shape: tuple[int, ...] = (pieces[-1][1] + pieces[-1][2], *first.shape[1:])
 
@@ -254,7 +271,7 @@ class JoinedDataset:
                 position, done = position + 1, end
         for position, parts in by_shard.items():
             number, _, count = self._pieces[position]
-            self._shard_set.read_shard(number, self._size, self._level, (count, *self.shape[1:]), parts)
+            self._shard_set.read_shard(number, self._find, (count, *self.shape[1:]), parts)
 
 
 def open_store(path: Paths) -> Store:

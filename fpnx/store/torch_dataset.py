@@ -31,6 +31,9 @@ class PyramidDataset(Dataset[dict[str, Any]]):
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None takes all levels in the file.
         target: the label of each stored path: a dict, or a function. For worker processes that are spawned it must be
             picklable: a dict, or a function at the top level of a module, not a lambda.
+        regions: read a file of regions (`fpnx extract --boxes`). A sample then has no maps, but of the n boxes of its
+            image `"regions"` (n, C, h, w) in the stored dtype, `"boxes"` (n, 4) float64 in pixels of the upright
+            source, `"levels"` and `"labels"` (n,) int64, see `fpnx.store.regions.Regions`.
 
     Raises:
         FpnxError: for a file that cannot be read, a level that it does not have, or an image without label.
@@ -41,13 +44,18 @@ class PyramidDataset(Dataset[dict[str, Any]]):
         path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         levels: str | Iterable[str] | None = None,
         target: Callable[[str], Any] | Mapping[str, Any] | None = None,
+        regions: bool = False,
     ) -> None:
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(shard) for shard in path]
         if not (target is None or isinstance(target, Mapping) or callable(target)):
             raise FpnxError(f"target {target!r}: take a dict from stored paths to labels, or a function")
-        self.target = target
+        if regions and levels is not None:
+            raise FpnxError("levels are maps, and a file of regions has none: leave out levels, or regions=True")
+        self.target, self.regions = target, regions
         with open_store(self.path) as store:
-            self.levels = store.levels if levels is None else parse_levels(levels)
+            if regions and not store.has_regions:
+                store.regions  # noqa: B018 - raises with the reason
+            self.levels = () if regions else store.levels if levels is None else parse_levels(levels)
             for level in self.levels:
                 store.check_level(level)
             self.indices: list[int] = np.flatnonzero(store.status == DONE).tolist()
@@ -95,6 +103,15 @@ class PyramidDataset(Dataset[dict[str, Any]]):
     def _sample(self, index: int, features: dict[str, Any]) -> dict[str, Any]:
         path = self.store.paths[index]
         sample = {**features, "path": path, "index": index}
+        if self.regions:
+            regions = self.store[index].regions
+            values = {
+                "regions": regions.features,
+                "boxes": regions.box,
+                "levels": regions.level,
+                "labels": regions.label,
+            }
+            sample |= {name: torch.from_numpy(array) for name, array in values.items()}
         if self.target is not None:
             sample["target"] = self.target[path] if isinstance(self.target, Mapping) else self.target(path)
         return sample

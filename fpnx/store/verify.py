@@ -71,8 +71,10 @@ def verify_structure(store: Store, listener: Listener | None = None) -> Verifica
     for file in store.each_file():
         file.check()
         file_problems = [*_table_problems(file), *_dataset_problems(file)]
+        if file.has_regions:
+            file_problems += _region_table_problems(file)
         if not file_problems:  # with wrong tables, the values would be reported again
-            for read, images, found in _value_problems(file):
+            for read, images, found in _region_problems(file) if file.has_regions else _value_problems(file):
                 values += read
                 file_problems += found
                 listener.progress("images", images_before + images, len(store))
@@ -146,7 +148,10 @@ def _dataset_problems(store: Store) -> Iterator[str]:
                 yield f"{dataset.name} has {channels} channels, which is not what it says"
             stride, pool = store.stride(level), store.config["pool"]
             limits = tuple(-(-side // stride) for side in size)
-            if pool != "none" and tuple(cells) != parse_pool(pool):
+            if store.has_regions:
+                if cells != [0, 0]:
+                    yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, where a file of regions has none"
+            elif pool != "none" and tuple(cells) != parse_pool(pool):
                 yield f"{dataset.name} has {cells[0]}×{cells[1]} cells, which is not pool {escape(pool)}"
             elif pool == "none" and not all(1 <= count <= limit for count, limit in zip(cells, limits, strict=True)):
                 height, width = limits
@@ -175,6 +180,37 @@ def _value_problems(store: Store) -> Iterator[tuple[int, int, list[str]]]:
                 problems += describe_first(f"failed, but with values in {level}", store, filled)
                 finished += len(block) if position == len(store.levels) - 1 else 0
                 yield block.size, finished, problems
+
+
+def _region_table_problems(store: Store) -> Iterator[str]:
+    """Problems in the boxes, levels and labels of the images that are done, without reading features."""
+    regions = store.regions
+    done = store.status[regions.image] == DONE
+    numbers = list(store.level_numbers.values())
+    for what, wrong in (
+        ("a region of an image without a row", store.rows[regions.image] < 0),
+        ("a box that is not finite", done & (regions.level != 0) & ~np.isfinite(regions.box).all(axis=1)),
+        ("a region of a level that the file does not have", done & ~np.isin(regions.level, [0, *numbers])),
+        ("a region of a class without a name", ~np.isin(regions.label, list(regions.names))),
+    ):
+        yield from describe_first(what, store, np.unique(regions.image[wrong]))
+
+
+def _region_problems(store: Store) -> Iterator[tuple[int, int, list[str]]]:
+    """Reads the features of all regions; yields as `_value_problems` does."""
+    regions, numbers = store.regions, store.level_numbers
+    nonfinite = np.zeros_like(store.nonfinite)
+    for start, block in _blocks(regions.features):
+        images, levels = (table[start : start + len(block)] for table in (regions.image, regions.level))
+        counts = (~np.isfinite(block)).reshape(len(block), -1).sum(axis=1)
+        for column, level in enumerate(store.levels):
+            chosen = levels == numbers[level]
+            np.add.at(nonfinite[:, column], images[chosen], counts[chosen])
+        unfilled = ~np.isnan(block).reshape(len(block), -1).all(axis=1)
+        values = np.unique(images[(store.status[images] == FAILED) & unfilled])
+        yield block.size, int(images[-1]), [*describe_first("failed, but with values in its regions", store, values)]
+    miscounted = np.flatnonzero((store.status == DONE) & (nonfinite != store.nonfinite).any(axis=1))
+    yield 0, len(store), [*describe_first("not as finite in its regions as the file says", store, miscounted)]
 
 
 def _has_size(store: Store, size: tuple[int, int]) -> np.ndarray:

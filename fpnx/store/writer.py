@@ -25,6 +25,7 @@ from fpnx.core.text import escape
 from fpnx.store.file_layout import FileLayout, create_file, encode_reason
 from fpnx.store.hdf5 import open_hdf5
 from fpnx.store.reader import DONE, FAILED, PENDING, Store, different_fields
+from fpnx.store.regions import RegionBatch, first_rows
 
 __all__ = ["DatasetExtent", "Writer", "part_path", "check_same_run"]
 
@@ -102,6 +103,10 @@ class Writer:
             datasets["stats/nonfinite"] = file["stats/nonfinite"]
             for group in dict.fromkeys(filter(None, self._groups)):
                 datasets |= {f"{group}/{level}": file[f"pyramids/{group}/{level}"] for level in self._levels}
+            self._first_regions: np.ndarray | None = None  # of each image; None for a file of maps
+            if "regions" in file:
+                self._first_regions = first_rows(file["regions/image"][:], len(self.status))
+                datasets |= {f"regions/{name}": file[f"regions/{name}"] for name in ("box", "level", "features")}
             self._extents = {name: DatasetExtent.of(dataset) for name, dataset in datasets.items()}
         self._bytes = os.path.getsize(part)
         self._disk = disk or OpenFile(part)
@@ -159,6 +164,7 @@ class Writer:
         features: Mapping[str, np.ndarray],
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
+        regions: RegionBatch | None = None,
     ) -> None:
         """Write the features of images of one padded size.
 
@@ -167,6 +173,7 @@ class Writer:
             features: level → (len(indices), C, H, W) in the stored dtype.
             source_sizes: (len(indices), 2) height and width.
             nonfinite: level → number of NaN and infinite values of each image.
+            regions: those of the images, for a file of regions.
 
         Raises:
             FpnxError: where writing fails.
@@ -177,6 +184,8 @@ class Writer:
             for start, end in _runs(rows):
                 for level, values in features.items():
                     self._write(f"{self._groups[indices[0]]}/{level}", rows[start], values[start:end])
+            if regions is not None:
+                self._put_regions(indices, regions)
             for start, end in _runs(indices):
                 self._write("images/source_size", indices[start], source_sizes[start:end])
                 self._write("images/error", indices[start], np.full(end - start, b""))  # an earlier run may have failed
@@ -194,6 +203,8 @@ class Writer:
                 name = f"{self._groups[index]}/{level}"
                 shape = self._extents[name].shape[1:]
                 self._write(name, int(self._rows[index]), np.full((1, *shape), np.nan, np.float32))
+            if self._first_regions is not None:
+                self._put_regions([index], self._failed_regions(index))
             self._write("images/source_size", index, np.zeros((1, 2)))
             self._write("images/error", index, np.array([encode_reason(reason)]))
             self._write("stats/nonfinite", index, np.zeros((1, len(self._levels))))
@@ -244,6 +255,26 @@ class Writer:
     def close(self) -> None:
         """Close without committing; earlier commits are kept."""
         self._disk.close()
+
+    def _put_regions(self, indices: Sequence[int], regions: RegionBatch) -> None:
+        """Write the rows of each image where its regions are."""
+        assert self._first_regions is not None, "regions for a file of maps"
+        position = 0
+        for start, end in _runs(indices):
+            first, last = int(self._first_regions[indices[start]]), int(self._first_regions[indices[end - 1] + 1])
+            for name, values in regions.tables():
+                self._write(f"regions/{name}", first, values[position : position + last - first])
+            position += last - first
+        assert position == len(regions.boxes), "regions of other images"
+
+    def _failed_regions(self, index: int) -> RegionBatch:
+        """Rows for the regions of an image that failed: NaN, and level 0."""
+        assert self._first_regions is not None
+        count = int(self._first_regions[index + 1] - self._first_regions[index])
+        shape = self._extents["regions/features"].shape[1:]
+        return RegionBatch(
+            np.full((count, 4), np.nan), np.zeros(count, np.int64), np.full((count, *shape), np.nan, np.float32)
+        )
 
     def _write(self, name: str, first: int, values: np.ndarray) -> None:
         self._extents[name].write(self._disk, first, values)

@@ -25,6 +25,7 @@ from torchvision.transforms import functional
 
 import fpnx as package
 from fpnx.core.events import Listener
+from tests.helpers.boxes import labelled_pictures
 from tests.helpers.files import ROOT, SAMPLES, copied, noise_image
 from tests.helpers.process import document, process
 from tests.models.test_pyramid_model import IN_CHANNELS, NODES
@@ -532,3 +533,29 @@ def test_turned_tiffs_at_their_own_size(fpnx: Run, tmp_path: Path) -> None:
                 one, other = store[f"{orientation}.png"], store[f"{orientation}.tif"]
                 assert one.source_size == other.source_size == ((64, 96) if orientation < 5 else (96, 64))
                 np.testing.assert_allclose(other["C4"], one["C4"], atol=1e-5 * np.abs(one["C4"]).max())
+
+
+def test_boxes_on_the_command_line(fpnx: Run, tmp_path: Path) -> None:
+    labelled_pictures(tmp_path / "photos", (2, 0, 5))
+    line = ("extract", "photos/", "--boxes", "photos.json", "-o", "regions.h5", "--roi-size", "3x2", *TINY)
+    code, out, err = fpnx(*line, "--dry-run", "--json")
+    plan = document(out)
+    assert (code, plan["regions"]["count"], plan["regions"]["bytes_per_region"]) == (0, 7, 8 * 6 * 4)
+    assert "boxes photos.json: 1 image without boxes" in err
+    code, out, _ = fpnx(*line)
+    assert code == 0
+    assert "regions 7 regions in 2 images, 8×3×2 each, 0.2 kB" in " ".join(out.split())
+    assert "3 of 3 images are in regions.h5" in out
+    assert plan["bytes_needed"] >= Path("regions.h5").stat().st_size
+    code, out, _ = fpnx("info", "regions.h5")
+    assert "regions 7 regions in 2 images, 8×3×2 each" in " ".join(out.split())
+    snippet = out.partition("read it with h5py alone:")[2]
+    run = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path)
+    assert "(8, 3, 2)" in run.stdout, run.stderr
+    assert document(fpnx("info", "regions.h5", "--json")[1])["regions"] == plan["regions"]
+    code, out, _ = fpnx("verify", "regions.h5", "--against", "photos/")
+    assert (code, "verified: complete, finite as counted, and the same when computed again" in out) == (0, True)
+    code, _, err = fpnx("visualize", "regions.h5")
+    assert (code, "no maps of P2 in regions.h5, which has regions" in err) == (2, True)
+    code, _, err = fpnx("extract", "photos/", "--roi-size", "3", *TINY)
+    assert (code, "roi size 3x3 is for boxes: give --boxes LABELS beside it" in err) == (2, True)

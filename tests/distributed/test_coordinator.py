@@ -23,6 +23,7 @@ from fpnx.distributed.placement import Node, Placement, place_actors
 from fpnx.distributed.shard_files import MAX_SHARD_IMAGES, choose_shard_count, find_shard_files, list_path
 from fpnx.distributed.worker import ShardJob, ShardReport, Worker
 from fpnx.extraction.run import Result
+from tests.helpers.boxes import labelled_pictures
 from tests.helpers.files import noise_image
 
 SLOW = pytest.mark.slow
@@ -164,6 +165,22 @@ def test_options_of_pixels_and_notes_pass_through_the_workers(tmp_path: Path, im
         assert store.config["recipe"]["source_range"] == "0,200"
     result = run(images, tmp_path / "other.h5", shards=3)
     assert result.to_json()["image_notes"] == {"transparency": 2}
+
+
+def test_boxes_pass_through_the_workers(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    labelled_pictures(pictures, (2, 1, 0, 3))
+    options: dict[str, Any] = {"pool": "none", "boxes": pictures.with_suffix(".json"), "roi_size": "avg"}
+    recorder = Recorder()
+    result = run(pictures, tmp_path / "out.h5", recorder=recorder, shards=3, **options)
+    assert (result.done, result.complete) == (4, True)
+    assert recorder.messages.count(f"boxes {options['boxes']}: 1 image without boxes") == 1
+    fpnx.extract(pictures, tmp_path / "whole.h5", **{**TINY, **options})
+    pattern = str(tmp_path / "out.shard-*.h5")
+    with fpnx.open(pattern) as store, fpnx.open(tmp_path / "whole.h5") as whole:
+        assert store.fingerprint == whole.fingerprint
+        assert store.regions.image.tolist() == [0, 0, 1, 3, 3, 3]
+        np.testing.assert_allclose(store.regions.features[:], whole.regions.features[:], atol=1e-5)
 
 
 def test_the_same_command_continues_a_run(tmp_path: Path, images: Path) -> None:

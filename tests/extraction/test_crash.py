@@ -555,7 +555,7 @@ class LimitedEngine:
     def __init__(self, most: int, never: int, error: Exception) -> None:
         self.most, self.never, self.error, self.tried = most, never, error, list[int]()
 
-    def __call__(self, pixels: Sequence[np.ndarray]) -> Features:
+    def __call__(self, pixels: Sequence[np.ndarray], boxes: None = None) -> Features:
         self.tried.append(len(pixels))
         if len(pixels) > self.most or any(len(image) == self.never for image in pixels):
             raise self.error
