@@ -54,12 +54,19 @@ class Detections:
         masks: (n, H, W) float32 probabilities of the padded input's size; None for heads without masks.
         proposals: (m, 4) float32 boxes of the region proposal network, best first; None for heads without one.
         levels: (n,) names of the levels that the boxes come from; empty where the head does not say.
+        mask_cells: (n, M, M) float32 probabilities of the cells of each box, of which `masks` would be made; None for
+            heads without masks.
+        keypoints: (n, K, 3) float32 x, y, visibility; None for heads without keypoints.
+        keypoint_scores: (n, K) float32; None for heads without keypoints.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    mask_cells: Tensor | None = None
+    keypoints: Tensor | None = None
+    keypoint_scores: Tensor | None = None
     proposals: Tensor | None = None
     levels: tuple[str, ...] = ()
 
