@@ -52,7 +52,7 @@ class ImageLabels:
         name: the image, as the label file names it, with `/` between folders.
         size: (height, width) of the image where the label file says it, else None.
         classes: (n,) int64, indices into `LabelSet.categories`: of the boxes; with the task classification, of the
-            image.
+            image; of a mask file, the different ones in it.
         boxes: (n, 4) float64, x1, y1, x2, y2; shares of width and height where `relative`. None for other tasks.
         relative: whether boxes and polygons are shares of the image's width and height (YOLO).
         segments: the outline of each object, or None for one without; empty where no object has any.
