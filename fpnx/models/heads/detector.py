@@ -62,8 +62,7 @@ class DetectorHead(Head):
     summary = "a published detector's head"
 
     def __init__(self, pyramid: Pyramid, classes: int, network: nn.Module) -> None:
-        super().__init__()
-        self.pyramid, self.levels, self.classes = pyramid, tuple(pyramid.channels), classes
+        super().__init__(pyramid, classes)
         self.network = network
         self._limits: Any = network.roi_heads if isinstance(network, FasterRCNN) else network
 
