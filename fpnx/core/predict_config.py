@@ -11,7 +11,7 @@ from fpnx.core.option_groups import CheckpointConfig, InputConfig, ModelConfig, 
 from fpnx.core.sharding import Shard
 from fpnx.core.validation import check_fields, check_whole, freeze
 
-__all__ = ["PredictConfig"]
+__all__ = ["DRAWN_FROM", "PredictConfig"]
 
 MOST_DETECTIONS = 10_000
 MOST_CLASSES = 1000

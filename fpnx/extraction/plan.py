@@ -55,6 +55,7 @@ class Plan:
         engine_cache: holds the model and its engines.
         done_before: number of images that an earlier run has done.
         destination: URL that the output is uploaded to; None where it stays local.
+        head: what predicts, in words; None where features are stored.
     """
 
     output: Path
@@ -72,6 +73,7 @@ class Plan:
     engine_cache: EngineCache
     done_before: int = 0
     destination: str | None = None
+    head: str | None = None
 
     @property
     def shapes(self) -> tuple[LevelShape, ...]:
@@ -116,6 +118,7 @@ class Plan:
             bytes_needed=self.layout.total_bytes(),
             bytes_free=self.bytes_free,
             fingerprint=self.layout.fingerprint,
+            head=self.head,
         )
 
 
