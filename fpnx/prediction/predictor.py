@@ -20,9 +20,11 @@ from fpnx.models.backbones.registry import TIMM, build_network, timm_library
 from fpnx.models.factory import build_model
 from fpnx.models.heads.base import Head, Pyramid
 from fpnx.models.heads.detector import detector_head, has_detector_head
+from fpnx.models.heads.trained_file import load_trained
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.models.weights.checkpoints import read_checkpoint
+from fpnx.models.weights.resolve import is_weights_file
 from fpnx.models.weights.torchvision import detector_of, find_published
 
 __all__ = ["Predictor", "build_predictor"]
@@ -79,6 +81,8 @@ def build_predictor(config: ExtractConfig) -> Predictor:
     Raises:
         FpnxError: they have no head, or one that cannot be computed as it was trained.
     """
+    if (trained := _trained(config)) is not None:
+        return trained
     model = build_model(config, keep_heads=True)
     heads, weights = model.weights.heads, model.weights
     model.weights = replace(weights, heads={})
@@ -96,6 +100,28 @@ def build_predictor(config: ExtractConfig) -> Predictor:
             kind="classifier",
         )
     raise FpnxError(f"{escape(weights.name)} has no head, so that nothing can be predicted: {NO_HEAD}")
+
+
+def _trained(config: ExtractConfig) -> Predictor | None:
+    """The model in a file of `fpnx train`; None for other weights."""
+    file = Path(config.weights)
+    if not is_weights_file(config.weights) or not file.is_file():
+        return None
+    checkpoint = read_checkpoint(file, config.weights_key)
+    if "head" not in (checkpoint.description or {}):
+        return None
+    trained = load_trained(file, config)
+    weights = trained.model.weights
+    trained.model.weights = replace(weights, heads={}, ignored=max(0, weights.ignored - len(trained.head.state_dict())))
+    return Predictor(
+        model=trained.model,
+        head=trained.head,
+        network=None,
+        task=trained.task,
+        categories=trained.categories,
+        multi_label=bool(trained.head.settings().get("multi_label", False)),
+        kind=trained.head.kind,
+    )
 
 
 def _detector(model: PyramidModel, heads: Mapping[str, Tensor]) -> Predictor:

@@ -339,6 +339,7 @@ def test_a_copy_and_a_head_from_settings_give_the_same(kind: str) -> None:
     copied = copy.deepcopy(head)
     again = HEADS[kind].for_pyramid(head.pyramid, CLASSES, head.settings()).eval()
     again.load_state_dict(head.state_dict())
+    again.max_detections = head.max_detections
     levels, geometry = levels_for(head, (64, 96)), Geometry(padded=(64, 96), sizes=SIZES)
     with torch.no_grad():
         expected = head.predict(levels, geometry)

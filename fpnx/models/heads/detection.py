@@ -165,8 +165,8 @@ class FcosHead(_OneStageHead):
 
     Each level is responsible for boxes by their size in its strides. Where strides do not double from level to level,
     the finer level takes the boxes of the ones that are missing; a single level takes all. Keys: those of torchvision's
-    FCOS behind its backbone, `head.classification_head.*` and `head.regression_head.*`. Group norms have 32 groups where
-    the width is divisible by 32 and larger, as torchvision's.
+    FCOS behind its backbone, `head.classification_head.*` and `head.regression_head.*`. Group norms have 32 groups
+    where the width is divisible by 32 and larger, as torchvision's.
 
     Args:
         pyramid, classes: as for `Head`.
