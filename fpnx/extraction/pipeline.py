@@ -384,7 +384,8 @@ def _failures(indices: Sequence[int], features: Features | None, strict: bool) -
         bad = [f"{counts[position]} in {level}" for level, counts in features.nonfinite.items() if counts[position]]
         if bad:
             reasons[index] = f"NaN or infinite values: {', '.join(bad)}"
-            too_large = any(exceeds_float16(values[position]) for values in features.arrays.values())
+            arrays = [values for values in features.arrays.values() if isinstance(values, np.ndarray)]
+            too_large = any(exceeds_float16(values[position]) for values in arrays)
             reasons[index] += TOO_LARGE if too_large else ""
     return reasons
 

@@ -24,7 +24,7 @@ from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.store.reader import valid_extent
 
-__all__ = ["Engine", "Features", "SplittingEngine"]
+__all__ = ["Engine", "Features", "SplittingEngine", "count_nonfinite"]
 
 MAX_FREE_BUFFERS = 32  # kept for reuse: the levels of a few batches
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")  # in plain RuntimeErrors of torch
@@ -39,11 +39,11 @@ class Features:
     so that the next batch can reuse their memory.
 
     Attributes:
-        arrays: level → (B, C, H, W) in the stored dtype.
+        arrays: level → (B, C, H, W) in the stored dtype; an engine for other results has them under other names.
         nonfinite: level → number of NaN and infinite values of each image, an array on some devices.
     """
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, Any]
     nonfinite: Mapping[str, Sequence[int]]
     ready: Callable[[], None] = lambda: None
     recycle: Callable[[], None] = lambda: None
@@ -64,14 +64,18 @@ class Engine:
     def __init__(self, model: PyramidModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> None:
         self.precision = resolve_precision(config.precision, device)
         self.dtype = compute_dtype(self.precision)
-        # Fewer operations in more kernels are faster on a CPU; on a GPU the number of kernels costs more.
         with isolated_torch_state():
-            self.executable = fuse_model(model, device, self.dtype, recombined=device.type == "cpu")
+            self.executable = self._executable(model, device)
         self.recipe, self.device = recipe, device
         self.pool, self.stored = config.pool, STORED_DTYPES[config.dtype]
         self._scales = model.scales
-        self._strides = {name: model.stride(name) for name in self.executable.levels}
+        self._strides = {name: model.stride(name) for name in model.levels}
         self._buffers, self._prepared_sizes = _BufferPool(), set[tuple[int, int]]()
+
+    def _executable(self, model: PyramidModel, device: torch.device) -> Any:
+        """What is run on a batch of normalised images: gives the levels by name, with `pack` for sizes that recur."""
+        # Fewer operations in more kernels are faster on a CPU; on a GPU the number of kernels costs more.
+        return fuse_model(model, device, self.dtype, recombined=device.type == "cpu")
 
     def prepare(self, size: tuple[int, int]) -> None:
         """Announce several batches of padded `size` (height, width): weights are then packed for that size.
@@ -101,14 +105,19 @@ class Engine:
         """Features of images (h, w, 3), 0..255, which are padded to one size (height, width)."""
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with isolated_torch_state(), torch.inference_mode():
-            images = self.batch(pixels, padded).to(self.dtype)
-            prepared = (images.shape[2], images.shape[3]) in self._prepared_sizes
-            levels = self.executable.pack(images) if prepared else self.executable(images)
+            levels = self.levels(pixels, padded)
             stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}
             del levels
-            nonfinite = {name: _count_nonfinite(level) for name, level in stored.items()}
+            nonfinite = {name: count_nonfinite(level) for name, level in stored.items()}
             arrays = {name: level.cpu().numpy() for name, level in stored.items()}
             return Features(arrays, nonfinite, recycle=lambda: self._buffers.keep(stored.values()))
+
+    def levels(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> dict[str, Tensor]:
+        """The levels of images (h, w, 3) on the device, as they are computed; the caller holds the torch state."""
+        images = self.batch(pixels, padded).to(self.dtype)
+        prepared = (images.shape[2], images.shape[3]) in self._prepared_sizes
+        levels: dict[str, Tensor] = self.executable.pack(images) if prepared else self.executable(images)
+        return levels
 
     def release(self) -> None:
         """Free memory that is only held for speed."""
@@ -195,7 +204,7 @@ class _BufferPool:
                     self._free.append(tensor)
 
 
-def _count_nonfinite(level: Tensor) -> list[int]:
+def count_nonfinite(level: Tensor) -> list[int]:
     """Number of NaN and infinite values of each image. Values are only counted where an image's sum is not finite."""
     suspicious = ~torch.isfinite(level.sum(dim=(1, 2, 3), dtype=torch.float32))
     counts = [0] * len(level)

@@ -51,7 +51,7 @@ def fuse_neck(
         channels: of every tap, by name.
         recombined: let an FPN be computed in another order where that takes clearly fewer operations.
     """
-    if type(neck) is FPN:
+    if type(neck) is FPN and neck.variant == "full":
         return FusedFpn(neck, levels, channels, recombined)
     return FusedNeck(neck, levels)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from fpnx.core.config import ExtractConfig, InputConfig, ModelConfig
 from fpnx.core.errors import FpnxError
-from fpnx.core.levels import UNSTRIDED_LEVELS, ordered_levels
+from fpnx.core.levels import UNSTRIDED_LEVELS, level_number, ordered_levels
 from fpnx.core.provenance import AS_GIVEN, NO_PARAMETERS, ModelPart
 from fpnx.core.text import did_you_mean, escape
 from fpnx.core.validation import parse_blocks
@@ -45,11 +45,37 @@ from fpnx.models.weights.resolve import (
     weights_from_module,
 )
 
-__all__ = ["build_model", "create_model", "save_weights", "split_backbone"]
+__all__ = [
+    "NeckPlan",
+    "build_model",
+    "create_model",
+    "describe_model",
+    "save_weights",
+    "split_backbone",
+]
 
 DEFAULT_PYRAMID = "fpn"
 PARTS = ("body", "fpn")
+LAST_TAP, COARSEST = 5, 7  # level numbers: of the tap that top blocks go on from, and of the last level
 SMALLEST_EPS = 1e-45  # instead of 0, which some versions of torch refuse; the same in float32 for every variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeckPlan:
+    """How to build a model that a head is trained on: its neck has no parameters that the levels do not need.
+
+    An FPN or PAFPN is built over the taps from the finest asked level on, as torchvision's detectors are; a model of
+    C levels alone has no neck. What the config asks for, and the neck of its weights, go before these.
+
+    Attributes:
+        levels: those that are wanted where the config names none; the ones that the model can give are taken.
+        top_block: of an FPN or PAFPN whose levels go above the last tap; None: its own choice.
+        variant: of an FPN; see `FPN`.
+    """
+
+    levels: tuple[str, ...] = ()
+    top_block: str | None = None
+    variant: str = "full"
 
 
 def create_model(
@@ -152,15 +178,24 @@ def split_backbone(backbone: Any) -> tuple[str | None, nn.Module | None]:
     return backbone, None
 
 
-def build_model(config: ModelConfig, module: nn.Module | None = None) -> PyramidModel:
-    """`create_model` from a config; `module` is a network of the caller's own, or a `PyramidModel`, which is copied."""
+def build_model(
+    config: ModelConfig, module: nn.Module | None = None, plan: NeckPlan | None = None, *, keep_heads: bool = False
+) -> PyramidModel:
+    """`create_model` from a config.
+
+    Args:
+        config: the options.
+        module: a network of the caller's own, or a `PyramidModel`, which is copied.
+        plan: for a model that a head is trained on; a `PyramidModel` keeps its neck.
+        keep_heads: keep the file's other tensors, of heads, in `weights.heads`.
+    """
     if isinstance(module, PyramidModel):
         return _copied(module, config)
     with isolated_torch_state():
-        return _build(config, module)
+        return _build(config, module, plan, keep_heads)
 
 
-def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
+def _build(config: ModelConfig, module: nn.Module | None, plan: NeckPlan | None, keep_heads: bool) -> PyramidModel:
     weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
     held_by_file = weights.one_tap
@@ -176,7 +211,15 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
         raise FpnxError(
             f"pyramid {config.pyramid} contradicts {escape(weights.name)}, which has {held_by_file.kind}: {UNTRAINED}"
         )
+    if weights.levels is not None and config.pyramid is None and config.tap is None:
+        config = replace(config, levels=config.levels or weights.levels)
     kind = _kind(backbone, config)
+    if plan is not None:
+        if kind is not ImagePyramid and config.levels and all(name.startswith("C") for name in config.levels):
+            kind = NoNeck
+        if plan.variant != "full" and (kind is not FPN or weights.pyramid is not None):
+            owner = f"{escape(weights.name)}, which has a neck" if weights.pyramid else f"pyramid {kind.kind}"
+            raise FpnxError(f"neck variant {plan.variant} is for a new fpn, not for {owner}: drop one of the two")
     if config.tap is not None and not kind.accepts_single_stride:
         raise FpnxError(f"tap {config.tap} is for pyramids of one tap: give --pyramid image or simple beside it")
     if kind is SimplePyramid and backbone.one_stride is None and config.tap is None:
@@ -192,14 +235,12 @@ def _build(config: ModelConfig, module: nn.Module | None) -> PyramidModel:
         asked = config.levels or kind.default_levels
         backbone.check_levels([name for name in asked if name not in UNSTRIDED_LEVELS], config.top_block)
     held = weights.pyramid
-    neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(backbone, config)
-    levels = tuple(config.levels or (weights.pyramid and weights.pyramid.levels) or ())
-    if not levels:
-        levels = neck.levels if weights.pyramid else neck.levels_by_default()
-        levels = tuple(name for name in levels if weights.pyramid or backbone.stride(int(name[1:])) is not None)
+    neck = _neck_of_weights(held, backbone, config, weights) if held else _new_neck(kind, backbone, config, plan)
+    levels = _chosen_levels(config, neck, weights, backbone, plan)
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
-    model = PyramidModel(backbone, neck, ordered_levels(levels), replace(weights, state={}))
+    kept = weights.heads if keep_heads else {}
+    model = PyramidModel(backbone, neck, ordered_levels(levels), replace(weights, state={}, heads=kept))
     _fill(model, weights)
     model.note_parameters()
     return model.eval()
@@ -286,12 +327,48 @@ def _given_with_file(config: ModelConfig, module: nn.Module) -> tuple[Weights, B
     return replace(weights_from_module(loaded, backbone.name, own), **facts), backbone
 
 
-def _new_neck(backbone: Backbone, config: ModelConfig) -> Neck:
-    """A neck over all taps that gives the asked levels."""
-    kind = _kind(backbone, config)
+def _new_neck(kind: type[Neck], backbone: Backbone, config: ModelConfig, plan: NeckPlan | None) -> Neck:
+    """A neck over all taps that gives the asked levels; with `plan` that of `_planned_fpn`."""
     inputs = _one_tap(backbone, config) if kind.accepts_single_stride else backbone.pyramid_channels
-    channels = config.channels or kind.default_channels
-    return kind.for_levels(inputs, channels, tuple(config.levels or ()), config.top_block)
+    levels, channels = tuple(config.levels or ()), config.channels or kind.default_channels
+    if plan is not None and not levels and not kind.accepts_single_stride:
+        top = COARSEST if max(inputs) == LAST_TAP else max(inputs)
+        levels = tuple(name for name in plan.levels if name[0] == "P" and min(inputs) <= level_number(name) <= top)
+    if plan is not None and issubclass(kind, FPN):
+        return _planned_fpn(kind, inputs, channels, levels, config.top_block, plan)
+    return kind.for_levels(inputs, channels, levels, config.top_block)
+
+
+def _planned_fpn(
+    kind: type[FPN],
+    inputs: Mapping[int, int],
+    channels: int,
+    levels: tuple[str, ...],
+    top_block: str | None,
+    plan: NeckPlan,
+) -> FPN:
+    """An FPN or PAFPN over the taps from the finest of `levels` on, with the top block and the variant of `plan`."""
+    finest = min([level_number(name) for name in levels if name[0] == "P"], default=0)
+    inputs = {k: n for k, n in inputs.items() if k >= min(finest, max(inputs))}
+    goes_above = any(level_number(name) > max(inputs) for name in levels)
+    if goes_above and not (plan.top_block == "pool" and "P7" in levels):
+        top_block = top_block or plan.top_block
+    neck = kind.for_levels(inputs, channels, levels, top_block)
+    return neck if plan.variant == "full" else FPN(inputs, channels, neck.top_block, variant=plan.variant)
+
+
+def _chosen_levels(config: ModelConfig, neck: Neck, weights: Weights, backbone: Backbone, plan: NeckPlan | None) -> Any:
+    """The levels of a model: those that are asked for, else of the plan, else of the file, else the neck's default."""
+    held = weights.pyramid
+    if config.levels:
+        return config.levels
+    there = [name for name in neck.levels if held or backbone.stride(level_number(name)) is not None]
+    planned = tuple(name for name in (plan.levels if plan is not None else ()) if name in there)
+    if planned and not isinstance(neck, ImagePyramid):
+        return planned
+    if held:
+        return held.levels or neck.levels
+    return tuple(name for name in neck.levels_by_default() if backbone.stride(level_number(name)) is not None)
 
 
 def _one_tap(backbone: Backbone, config: ModelConfig) -> dict[int, int]:
@@ -320,7 +397,9 @@ def _neck_of_weights(held: CheckpointNeck, backbone: Backbone, config: ModelConf
     firsts = [held.first_level] if held.first_level is not None else [
         k for k in backbone.pyramid_channels if tuple(taps[k - min(backbone.pyramid_channels) :]) == keys.in_channels
     ]  # fmt: skip
-    inputs = {firsts[0] + i: n for i, n in enumerate(keys.in_channels)} if firsts else {}
+    inputs = {
+        firsts[0] + i: n or backbone.pyramid_channels.get(firsts[0] + i, 0) for i, n in enumerate(keys.in_channels)
+    } if firsts else {}  # fmt: skip
     if not inputs.items() or not inputs.items() <= backbone.pyramid_channels.items():
         raise FpnxError(
             f"{owner} has laterals for {_listed(keys.in_channels)} channels, {backbone.name} gives {_listed(taps)}: "
@@ -330,7 +409,8 @@ def _neck_of_weights(held: CheckpointNeck, backbone: Backbone, config: ModelConf
     if not issubclass(kind, FPN):
         return kind(inputs, keys.channels, **held.settings)
     top_block = held.top_block or ("pool" if "P6" in (config.levels or ()) else None)
-    return kind(inputs, keys.channels, top_block, norm=keys.norm, p7_relu=held.p7_relu, names=tuple(held.strides))
+    options = {"norm": keys.norm, "p7_relu": held.p7_relu, "names": tuple(held.strides)}
+    return kind(inputs, keys.channels, top_block, **options, **held.settings)
 
 
 def _adjust(body: nn.Module, weights: Weights) -> None:
@@ -368,14 +448,28 @@ def save_weights(
     for name in sorted(map(str, chosen)):
         if name not in PARTS:
             raise FpnxError(f"trained {escape(name)!r}: take {' or '.join(PARTS)}{did_you_mean(name, PARTS)}")
+    weights = model.current_weights()
+    parts = {name: ModelPart(True, AS_GIVEN) if name in chosen else getattr(weights, name) for name in PARTS}
+    write_checkpoint(path, model.state_dict(), describe_model(model, parts, path))
+
+
+def describe_model(model: PyramidModel, parts: Mapping[str, ModelPart], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file at `path` has to say of a model beside its parameters, as plain values.
+
+    Args:
+        model: the model.
+        parts: whether `"body"` and `"fpn"` are trained, and where they come from.
+        path: the file, for messages.
+
+    Raises:
+        FpnxError: the file could not be read back: the backbone is a module of the caller's own.
+    """
     if model.weights.name == AS_GIVEN:
         raise FpnxError(
             f"{escape(path)} could not be read back: the backbone {model.backbone} is a module of yours, which no name "
             "stands for: save its state_dict() with torch.save, and the pyramid's, model.fpn.state_dict()"
         )
-    weights = model.current_weights()
-    parts = {name: ModelPart(True, AS_GIVEN) if name in chosen else getattr(weights, name) for name in PARTS}
-    about = {
+    return {
         "backbone": model.backbone,
         **({"blocks": list(model.blocks)} if model.blocks else {}),
         **({"size": list(model.size)} if model.size and model.one_stride else {}),
@@ -387,7 +481,6 @@ def save_weights(
         "recipe": model.recipe.to_json(),
         "parts": {name: [part.trained, part.source] for name, part in parts.items()},
     }
-    write_checkpoint(path, model.state_dict(), about)
 
 
 def _check_levels(levels: tuple[str, ...], backbone: Backbone, neck: Neck, weights: Weights) -> None:

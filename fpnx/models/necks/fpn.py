@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpnx.models.necks.base import Neck, draw_convolutions
 
-__all__ = ["FPN"]
+__all__ = ["FPN", "VARIANTS"]
 
+# Parts that a neck may lack, for comparisons: Table 1 (d) and (e) of the paper.
+VARIANTS = ("full", "no-top-down", "no-lateral")
 CONV_TOP_BLOCKS = ("c5", "p5", "m5")  # named after their input: C_last, P_last or M_last
 
 
@@ -32,10 +34,13 @@ class FPN(Neck):
             keys `inner_blocks.{i}.1` and `layer_blocks.{i}.1`.
         p7_relu: whether there is a ReLU before the second convolution of the top block.
         names: of the levels, fine to coarse, where they are not one per stride; else `P{k}`.
+        variant: `"full"`; `"no-top-down"`, M_k = lateral(C_k) for all levels; `"no-lateral"`, M_k = nearest(M_{k+1} →
+            the size of C_k) for all but the last. Finer laterals do not exist in the last, as they have no use.
     """
 
     kind = "fpn"
     summary = "Feature Pyramid Network, top-down"
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"variant": VARIANTS}
 
     def __init__(
         self,
@@ -46,17 +51,21 @@ class FPN(Neck):
         norm: str | None = None,
         p7_relu: bool = True,
         names: Sequence[str] = (),
+        variant: str = "full",
     ) -> None:
         super().__init__()
+        assert variant in VARIANTS, variant
         taps = sorted(in_channels)
         assert taps == list(range(taps[0], taps[-1] + 1)), "taps must be contiguous"
         self.in_channels, self.channels = dict(in_channels), channels
         self.first_level, self.last_level = taps[0], taps[-1]
-        self.top_block, self.norm, self.p7_relu = top_block, norm, p7_relu
+        self.top_block, self.norm, self.p7_relu, self.variant = top_block, norm, p7_relu, variant
         count = len(taps) + {None: 0, "pool": 1}.get(top_block, 2)
         self.levels = tuple(names) or tuple(f"P{self.first_level + i}" for i in range(count))
         assert len(self.levels) == count, "a name for each level"
-        self.inner_blocks = nn.ModuleList(self._block(in_channels[k], 1) for k in taps)
+        self.inner_blocks = nn.ModuleList(
+            nn.Identity() if variant == "no-lateral" and k < taps[-1] else self._block(in_channels[k], 1) for k in taps
+        )
         self.layer_blocks = nn.ModuleList(self._block(channels, 3) for _ in taps)
         self.extra_blocks = nn.ModuleDict()
         if top_block in CONV_TOP_BLOCKS:
@@ -90,12 +99,16 @@ class FPN(Neck):
             draw_convolutions(block, seed, f"{self.top_block}.{name}")
 
     def identity(self) -> dict[str, Any]:
-        """Channels, first level, top block and its ReLU; a norm comes only from files, whose hash is recorded too."""
+        """Channels, first level, top block and its ReLU, and the variant of one that lacks a part.
+
+        A norm comes only from files, whose hash is recorded too.
+        """
         return {
             "channels": self.channels,
             "first_level": self.levels[0],
             "top_block": self.top_block,
             "p7_relu": self.p7_relu,
+            **({} if self.variant == "full" else {"variant": self.variant}),
         }
 
     def parts(self) -> dict[str, tuple[nn.Module, ...]]:
@@ -130,10 +143,12 @@ class FPN(Neck):
         """M_k = lateral(C_k) + nearest(M_{k+1}), by index, from the last tap down to `lowest`."""
         merged: dict[int, Tensor] = {}
         for i in range(self._last, lowest - 1, -1):
-            lateral = self.inner_blocks[i](taps[f"C{self.first_level + i}"])
-            if merged:
-                lateral = lateral + F.interpolate(merged[i + 1], size=lateral.shape[-2:], mode="nearest")
-            merged[i] = lateral
+            tap = taps[f"C{self.first_level + i}"]
+            if i == self._last or self.variant == "no-top-down":
+                merged[i] = self.inner_blocks[i](tap)
+                continue
+            above = F.interpolate(merged[i + 1], size=tap.shape[-2:], mode="nearest")
+            merged[i] = above if self.variant == "no-lateral" else self.inner_blocks[i](tap) + above
         return merged
 
     def _coarser_levels(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ class PAFPN(FPN):
 
     kind = "pafpn"
     summary = "Path Aggregation Network, top-down and bottom-up"
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(
         self,

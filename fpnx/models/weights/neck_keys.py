@@ -16,6 +16,7 @@ __all__ = ["FpnKeys", "fpn_keys"]
 class FpnKeys:
     """What the keys and shapes of a pyramid say: laterals' inputs (fine to coarse), width, norm, and P6's inputs.
 
+    An input of 0 is that of a level without a lateral, whatever its tap has.
     `first_level` is None where names do not tell it; `top_in` where nothing is convolved above the last level.
     `kind` is the neck's, as `--pyramid` takes it; `settings` are further arguments of its class.
     """
@@ -33,16 +34,18 @@ def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> Fpn
     """What `fpn.*` of a state dict in fpnx's layout says of its pyramid; None where there is none."""
     if any(name.startswith("fpn.cells.") for name in state):
         return _bifpn_keys(state)
-    laterals = [state[f"fpn.inner_blocks.{i}.0.weight"] for i in range(16) if f"fpn.inner_blocks.{i}.0.weight" in state]
-    if not laterals:
+    found = {i: state[name] for i in range(16) if (name := f"fpn.inner_blocks.{i}.0.weight") in state}
+    if not found:
         return None
+    laterals = list(found.values())
+    inputs = tuple(found[i].shape[1] if i in found else 0 for i in range(max(found) + 1))
     norms = [name.rsplit(".", 1)[1] for name in state if re.match(r"fpn\.(inner|layer)_blocks\.\d+\.1\.", name)]
     norm = None if not norms else "batch" if "running_mean" in norms else "group"
     top = state.get("fpn.extra_blocks.p6.weight")
     stacks = _count(state, r"fpn\.stacks\.(\d+)\.")
     if stacks:
         return FpnKeys(
-            in_channels=tuple(lateral.shape[1] for lateral in laterals),
+            in_channels=inputs,
             channels=laterals[0].shape[0],
             norm=norm,
             top_in=None,
@@ -51,7 +54,7 @@ def fpn_keys(state: Mapping[str, Tensor], first_level: int | None = None) -> Fpn
             settings={"stacks": stacks, "norm": norm},
         )
     return FpnKeys(
-        in_channels=tuple(lateral.shape[1] for lateral in laterals),
+        in_channels=inputs,
         channels=laterals[0].shape[0],
         norm=norm,
         top_in=None if top is None else top.shape[1],

@@ -42,9 +42,11 @@ from fpnx.models.weights.state_dicts import StateDictLayout, recognize_layout, w
 from fpnx.models.weights.timm import cached_timm_file, features_only_state, timm_recipe, timm_weights
 from fpnx.models.weights.torchvision import (
     COCO,
+    DETECTORS,
     PublishedWeights,
     best_weights,
     cached_file,
+    detector_weights,
     find_published,
     known_names,
     native_recipe,
@@ -112,8 +114,10 @@ class Weights:
         body, fpn: whether these parts are trained, and where their parameters come from.
         state: the parameters in fpnx's layout (`body.*`, `fpn.*`), until they are in a model. Parts that are missing
             are drawn from the seed.
+        heads: other tensors in the file, of heads and other networks, under their own names, until the model is made.
         pyramid: the pyramid in the file; None where there is none.
         one_tap: in a file of a model with a pyramid of one tap, what it says of it; else None.
+        levels: in a file of a model without a neck, its levels; else None.
         blocks: in a file of a model whose backbone has maps of one stride, the blocks that it taps; else None.
         size: the only (height, width) of inputs, padding included, for which they are exact; None: any.
         norm_eps: epsilon of the body's batch norms; None keeps the network's own.
@@ -134,8 +138,10 @@ class Weights:
     body: ModelPart
     fpn: ModelPart
     state: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
     pyramid: CheckpointNeck | None = None
     one_tap: OneTapPyramid | None = None
+    levels: tuple[str, ...] | None = None
     blocks: tuple[int, ...] | None = None
     size: tuple[int, int] | None = None
     norm_eps: float | None = None
@@ -279,6 +285,8 @@ def _resolve_alias(choice: str, backbone: str, pyramid: str | None) -> str:
         choice = "coco" if has_detector and pyramid in (None, "fpn") else "imagenet"
     if choice == "imagenet":
         return str(best_weights(backbone))
+    if choice in DETECTORS:
+        return detector_weights(choice)
     if choice == "coco" and backbone not in COCO:
         raise FpnxError(f"no weights coco for {backbone}, only for {', '.join(COCO)}: take imagenet, random or a file")
     return COCO[backbone] if choice == "coco" else choice
@@ -381,7 +389,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         description = _check_description(checkpoint.description or {})
         stated = description.get("backbone")
         layout = recognize_layout(
-            checkpoint.state,
+            _in_plain_layout(checkpoint.state) if "head" in description else checkpoint.state,
             checkpoint.config,
             backbone=stated or backbone,
             prefix=config.weights_prefix,
@@ -411,6 +419,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
                 p7_relu=values.get("p7_relu", True),
                 levels=parse_levels(description["levels"]) if "levels" in description else None,
                 strides=dict(zip(UNSTRIDED_LEVELS, unstrided[1], strict=True)) if unstrided else {},
+                settings={name: description[name] for name in FPN.choices if name in description},
             )
         one_tap = None
         if description.get("pyramid") in ONE_TAP:
@@ -446,8 +455,10 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         body=body,
         fpn=fpn,
         state=layout.state,
+        heads=layout.others,
         pyramid=pyramid,
         one_tap=one_tap,
+        levels=parse_levels(description["levels"]) if description.get("pyramid") == "none" else None,
         size=size,
         blocks=tuple(description["blocks"]) if "blocks" in description else None,
         norm_eps=values.get("norm_eps"),
@@ -463,6 +474,11 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         file=str(file),
         sha256=sha256,
     )
+
+
+def _in_plain_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a file with a head, where those of the model stand under `backbone.`."""
+    return {name.removeprefix("backbone."): value for name, value in state.items()}
 
 
 def _choices(checkpoint: Checkpoint, layout: StateDictLayout) -> dict[str, str]:
