@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from fpnx.core.config import ExtractConfig
+from fpnx.core.config import DRAWN_FROM, ExtractConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.option import like, option
 from fpnx.core.option_groups import CheckpointConfig, InputConfig, ModelConfig, OutputConfig, RunConfig
 from fpnx.core.sharding import Shard
 from fpnx.core.validation import check_fields, check_whole, freeze
 
-__all__ = ["DRAWN_FROM", "PredictConfig"]
+__all__ = ["PredictConfig"]
 
 MOST_DETECTIONS = 10_000
 MOST_CLASSES = 1000
-DRAWN_FROM = 0.5  # score of a box in a picture, where no threshold is given
 
 
 @dataclass(frozen=True, kw_only=True)

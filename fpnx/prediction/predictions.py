@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fpnx.core.config import DRAWN_FROM
 from fpnx.core.errors import FpnxError
 from fpnx.core.mask_runs import MaskRuns, decode_mask
-from fpnx.core.predict_config import DRAWN_FROM
 from fpnx.core.text import escape, plural
 from fpnx.evaluation.detections import to_source
 from fpnx.evaluation.semantic import class_map

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,15 +20,26 @@ from fpnx.core.text import plural
 from fpnx.visualization.class_colours import class_colour, text_colour
 from fpnx.visualization.text_layout import fit_text, pillow_runs, text_width
 
-__all__ = ["DrawnObject", "Mark", "draw_class_map", "draw_classes", "draw_objects", "draw_wrong_pixels"]
+__all__ = [
+    "DrawnObject",
+    "Mark",
+    "draw_class_map",
+    "draw_classes",
+    "draw_objects",
+    "draw_wrong_pixels",
+    "outline_objects",
+    "tag_objects",
+]
 
 LEAST_SIDE, MOST_SIDE = 640, 1600  # of the longer side of a picture
 LEAST_WIDTH, LEAST_HEIGHT = 320, 240  # of a picture; narrower images get a margin
 SIZES = (13, 20)  # of text, in pixels
 MARGIN = (40, 40, 44)  # colour beside an image
 OPACITY = 0.45  # of masks
+EDGE = 170  # alpha of the edges of lines, 0 to 255
 CLASS_OPACITY = 0.6  # of maps of classes
 WRONG, MISSED = (235, 30, 30), (255, 215, 0)
+COVERED = 0.4  # share of a small picture that tags may cover
 TAG_LINES = 3  # at most, of one tag
 LEGEND_ROWS = 24  # classes below a picture
 
@@ -83,18 +94,35 @@ class _Rectangle:
         return self.x1 >= 0 and self.y1 >= 0 and self.x2 <= width and self.y2 <= height
 
 
-class _Canvas:
+_Tag: TypeAlias = tuple[_Rectangle, list[str], tuple[int, int, int]]
+
+
+class _Sheet:
+    """What is drawn on: its size in pixels, and the sizes of text and lines on it.
+
+    Attributes:
+        scale: pixels for each pixel of the image.
+        width, height: in pixels.
+        text, line, stroke: size of text, from one line of it to the next, and width of the lines of boxes.
+    """
+
+    def __init__(self, scale: tuple[float, float], width: int, height: int, text: int) -> None:
+        self.scale, self.width, self.height, self.text = scale, width, height, text
+        self.line = math.ceil(text * 1.3)
+        self.stroke = max(2, round(text / 7))
+
+
+class _Canvas(_Sheet):
     """A picture of an image at a size at which text can be read, with space below for lines of text."""
 
     def __init__(self, photo: Image.Image) -> None:
         longer = max(photo.size)
-        self.scale = min(max(1.0, LEAST_SIDE / longer), 64.0) if longer < MOST_SIDE else MOST_SIDE / longer
-        self.size = max(1, round(photo.width * self.scale)), max(1, round(photo.height * self.scale))
+        scale = min(max(1.0, LEAST_SIDE / longer), 64.0) if longer < MOST_SIDE else MOST_SIDE / longer
+        self.size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
         self.photo = photo.convert("RGB").resize(self.size, Image.Resampling.LANCZOS)
-        self.width, self.height = max(self.size[0], LEAST_WIDTH), max(self.size[1], LEAST_HEIGHT)
-        self.text = min(max(round(max(self.width, self.height) / 64), SIZES[0]), SIZES[1])
-        self.line = math.ceil(self.text * 1.3)
-        self.stroke = max(2, round(self.text / 7))
+        width, height = max(self.size[0], LEAST_WIDTH), max(self.size[1], LEAST_HEIGHT)
+        text = min(max(round(max(width, height) / 64), SIZES[0]), SIZES[1])
+        super().__init__((scale, scale), width, height, text)
 
     def overlay(self, mask: np.ndarray, colour: tuple[int, int, int], opacity: float) -> None:
         """Colour the pixels of a mask of the image's size."""
@@ -129,14 +157,62 @@ def draw_objects(photo: Image.Image, objects: Sequence[DrawnObject]) -> Image.Im
     for each, box in reversed(list(zip(objects, boxes, strict=True))):
         _draw_box(pen, box, _colour(each), canvas.stroke, dashed=each.mark is Mark.MISSED)
         if each.keypoints is not None:
-            _draw_keypoints(pen, each.keypoints[:, :2] * canvas.scale, _colour(each), canvas.stroke)
-    for rectangle, lines, colour in tags:
-        pen.rectangle((rectangle.x1, rectangle.y1, rectangle.x2 - 1, rectangle.y2 - 1), fill=colour)
-        for i, line in enumerate(lines):
-            _write(pen, (rectangle.x1 + 3, rectangle.y1 + i * canvas.line), line, canvas.text, text_colour(colour))
+            _draw_keypoints(pen, each.keypoints[:, :2] * canvas.scale[0], _colour(each), canvas.stroke)
+    _draw_tags(pen, canvas, tags)
     if left_out:
         text = f"{plural(left_out, 'label')} left out for want of room"
         _write(pen, (4, canvas.height + 4), text, canvas.text, (255, 255, 255))
+    return picture
+
+
+def tag_objects(
+    photo: Image.Image, objects: Sequence[DrawnObject], size: tuple[int, int], text: int
+) -> tuple[Image.Image, int]:
+    """Boxes with tags over a picture of the image that keeps its size; and how many tags there is no room for.
+
+    Args:
+        photo: a picture of the whole image.
+        objects: what is drawn, best first, in pixels of the image. Only boxes and tags are drawn.
+        size: (height, width) of the image.
+        text: size of the text in pixels.
+    """
+    sheet = _sheet_over(photo, size, text)
+    boxes = [_scaled(each.box, sheet) for each in objects]
+    tags, left_out = _tags(sheet, objects, boxes, COVERED * sheet.width * sheet.height)
+    picture = outline_objects(photo, objects, size, sheet.stroke)
+    _draw_tags(ImageDraw.Draw(picture), sheet, tags)
+    return picture, left_out
+
+
+def outline_objects(
+    photo: Image.Image, objects: Sequence[DrawnObject], size: tuple[int, int], stroke: int, opacity: float = 1.0
+) -> Image.Image:
+    """Boxes without tags over a picture of the image that keeps its size.
+
+    Lines have an edge of one pixel in black or white, so that they stand out from any background.
+
+    Args:
+        photo: a picture of the whole image.
+        objects: whose boxes are drawn, best first, in pixels of the image.
+        size: (height, width) of the image.
+        stroke: width of the lines in pixels.
+        opacity: of the lines, 0 to 1. Faint lines have no edges.
+    """
+    picture = photo.convert("RGB")
+    pen, sheet = ImageDraw.Draw(picture, "RGBA"), _sheet_over(photo, size, SIZES[0])
+    for each in reversed(objects):
+        box, colour = _scaled(each.box, sheet), _colour(each)
+        x1, y1 = (
+            math.floor(min(max(value, 0), side - 1)) for value, side in ((box.x1, sheet.width), (box.y1, sheet.height))
+        )
+        x2 = max(math.ceil(min(box.x2, sheet.width)) - 1, x1)
+        y2 = max(math.ceil(min(box.y2, sheet.height)) - 1, y1)
+        if opacity == 1.0:
+            edge = (*text_colour(colour), EDGE)
+            pen.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=edge)
+            if min(x2 - x1, y2 - y1) > 2 * stroke + 2:
+                pen.rectangle((x1 + stroke, y1 + stroke, x2 - stroke, y2 - stroke), outline=edge)
+        pen.rectangle((x1, y1, x2, y2), outline=(*colour, round(255 * opacity)), width=stroke)
     return picture
 
 
@@ -152,9 +228,7 @@ def draw_classes(photo: Image.Image, classes: Sequence[tuple[int, str, float]], 
     return _with_legend(_Canvas(photo), rows, note)
 
 
-def draw_class_map(
-    photo: Image.Image, class_map: np.ndarray, classes: Sequence[tuple[int, str, float]]
-) -> Image.Image:
+def draw_class_map(photo: Image.Image, class_map: np.ndarray, classes: Sequence[tuple[int, str, float]]) -> Image.Image:
     """The class of each pixel as a colour over the image, and the colours' names below.
 
     Args:
@@ -202,23 +276,27 @@ def _with_legend(canvas: _Canvas, rows: Sequence[tuple[int, str, float]], note: 
         length = max(1.0, min(score, 1.0) * (canvas.width - canvas.line - 8))
         left = canvas.line + 4
         pen.rectangle((left, y + canvas.line - 4, left + length, y + canvas.line - 2), fill=class_colour(number))
-        pen.rectangle((4, y + 2, canvas.line - 4, y + canvas.line - 4), fill=class_colour(number), outline=(255, 255, 255))
+        pen.rectangle(
+            (4, y + 2, canvas.line - 4, y + canvas.line - 4), fill=class_colour(number), outline=(255, 255, 255)
+        )
         for line in block:
             _write(pen, (left, y - 1), line, canvas.text, (255, 255, 255))
             y += canvas.line
     return picture
 
 
-def _tags(
-    canvas: _Canvas, objects: Sequence[DrawnObject], boxes: Sequence[_Rectangle]
-) -> tuple[list[tuple[_Rectangle, list[str], tuple[int, int, int]]], int]:
+def _tags(canvas: _Sheet, objects: Sequence[DrawnObject], boxes: Sequence[_Rectangle]) -> tuple[list[_Tag], int]:
     """Where each tag goes, with its lines and colour; and how many have no place."""
-    placed: list[tuple[_Rectangle, list[str], tuple[int, int, int]]] = []
+    placed: list[_Tag] = []
     left_out = 0
     for each, box in zip(objects, boxes, strict=True):
         lines = fit_text(f"{each.mark.value}{each.label}", canvas.width - 8, canvas.text, TAG_LINES)
         width = max(text_width(line, canvas.text) for line in lines) + 7
         height = len(lines) * canvas.line
+        area -= width * height
+        if placed and area < 0:
+            left_out += 1
+            continue
         free = next(
             (
                 place
@@ -234,7 +312,7 @@ def _tags(
     return placed, left_out
 
 
-def _places(box: _Rectangle, width: float, height: float, canvas: _Canvas) -> list[_Rectangle]:
+def _places(box: _Rectangle, width: float, height: float, canvas: _Sheet) -> list[_Rectangle]:
     """Places for a tag at a box, the best first: above, inside at the top, below, inside at the bottom, beside."""
     left = min(max(box.x1, 0), max(canvas.width - width, 0))
     right = max(min(box.x2, canvas.width) - width, 0)
@@ -245,16 +323,30 @@ def _places(box: _Rectangle, width: float, height: float, canvas: _Canvas) -> li
     return [_Rectangle(round(x), round(y), round(x) + math.ceil(width), round(y) + height) for x, y in corners]
 
 
-def _scaled(box: Sequence[float], canvas: _Canvas) -> _Rectangle:
-    x1, y1, x2, y2 = (value * canvas.scale for value in box)
-    return _Rectangle(x1, y1, x2, y2)
+def _draw_tags(pen: ImageDraw.ImageDraw, sheet: _Sheet, tags: Sequence[_Tag]) -> None:
+    for rectangle, lines, colour in tags:
+        pen.rectangle((rectangle.x1, rectangle.y1, rectangle.x2 - 1, rectangle.y2 - 1), fill=colour)
+        for i, line in enumerate(lines):
+            _write(pen, (rectangle.x1 + 3, rectangle.y1 + i * sheet.line), line, sheet.text, text_colour(colour))
+
+
+def _sheet_over(photo: Image.Image, size: tuple[int, int], text: int) -> _Sheet:
+    """The sheet of a picture of an image whose (height, width) is `size`."""
+    return _Sheet((photo.width / size[1], photo.height / size[0]), photo.width, photo.height, text)
+
+
+def _scaled(box: Sequence[float], sheet: _Sheet) -> _Rectangle:
+    x, y = sheet.scale
+    return _Rectangle(box[0] * x, box[1] * y, box[2] * x, box[3] * y)
 
 
 def _colour(each: DrawnObject) -> tuple[int, int, int]:
     return {Mark.WRONG: WRONG, Mark.MISSED: MISSED}.get(each.mark) or class_colour(each.colour)
 
 
-def _draw_box(pen: ImageDraw.ImageDraw, box: _Rectangle, colour: tuple[int, int, int], stroke: int, dashed: bool) -> None:
+def _draw_box(
+    pen: ImageDraw.ImageDraw, box: _Rectangle, colour: tuple[int, int, int], stroke: int, dashed: bool
+) -> None:
     x1, y1 = round(box.x1), round(box.y1)
     x2, y2 = max(round(box.x2) - 1, x1), max(round(box.y2) - 1, y1)
     if not dashed:
