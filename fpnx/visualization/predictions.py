@@ -285,29 +285,30 @@ def _with_legend(canvas: _Canvas, rows: Sequence[tuple[int, str, float]], note: 
     return picture
 
 
-def _tags(canvas: _Sheet, objects: Sequence[DrawnObject], boxes: Sequence[_Rectangle]) -> tuple[list[_Tag], int]:
-    """Where each tag goes, with its lines and colour; and how many have no place."""
+def _tags(
+    canvas: _Sheet, objects: Sequence[DrawnObject], boxes: Sequence[_Rectangle], area: float = math.inf
+) -> tuple[list[_Tag], int]:
+    """Where each tag goes, with its lines and colour; and how many have no place. All but the first fit into `area`."""
     placed: list[_Tag] = []
     left_out = 0
     for each, box in zip(objects, boxes, strict=True):
         lines = fit_text(f"{each.mark.value}{each.label}", canvas.width - 8, canvas.text, TAG_LINES)
         width = max(text_width(line, canvas.text) for line in lines) + 7
         height = len(lines) * canvas.line
-        area -= width * height
-        if placed and area < 0:
-            left_out += 1
-            continue
-        free = next(
-            (
-                place
-                for place in _places(box, width, height, canvas)
-                if place.within(canvas.width, canvas.height) and not any(place.meets(other) for other, *_ in placed)
-            ),
-            None,
-        )
+        free = None
+        if not placed or width * height <= area:
+            free = next(
+                (
+                    place
+                    for place in _places(box, width, height, canvas)
+                    if place.within(canvas.width, canvas.height) and not any(place.meets(other) for other, *_ in placed)
+                ),
+                None,
+            )
         if free is None:
             left_out += 1
         else:
+            area -= width * height
             placed.append((free, lines, _colour(each)))
     return placed, left_out
 
