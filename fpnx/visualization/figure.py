@@ -196,7 +196,7 @@ def _draw_source(
         pixels = np.full((*panel, 3), 245, np.uint8)
     if maps.boxes is not None:
         objects = drawn_objects(maps.boxes)
-        picture, left_out = tag_objects(Image.fromarray(pixels), objects, maps.source_size, TAG_SIZE)
+        picture, left_out = tag_objects(Image.fromarray(pixels), objects, maps.source_size, TAG_SIZE, MIN_COLUMN)
         pixels = np.asarray(picture)
         below.insert(0, count_by_level(maps.boxes))
         if left_out:

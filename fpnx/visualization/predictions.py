@@ -166,7 +166,7 @@ def draw_objects(photo: Image.Image, objects: Sequence[DrawnObject]) -> Image.Im
 
 
 def tag_objects(
-    photo: Image.Image, objects: Sequence[DrawnObject], size: tuple[int, int], text: int
+    photo: Image.Image, objects: Sequence[DrawnObject], size: tuple[int, int], text: int, width: int = 0
 ) -> tuple[Image.Image, int]:
     """Boxes with tags over a picture of the image that keeps its size; and how many tags there is no room for.
 
@@ -175,11 +175,14 @@ def tag_objects(
         objects: what is drawn, best first, in pixels of the image. Only boxes and tags are drawn.
         size: (height, width) of the image.
         text: size of the text in pixels.
+        width: in pixels; a narrower picture gets a white margin, in which tags may be.
     """
     sheet = _sheet_over(photo, size, text)
+    sheet.width = max(photo.width, width)
     boxes = [_scaled(each.box, sheet) for each in objects]
     tags, left_out = _tags(sheet, objects, boxes, COVERED * sheet.width * sheet.height)
-    picture = outline_objects(photo, objects, size, sheet.stroke)
+    picture = Image.new("RGB", (sheet.width, sheet.height), "white")
+    picture.paste(outline_objects(photo, objects, size, sheet.stroke))
     _draw_tags(ImageDraw.Draw(picture), sheet, tags)
     return picture, left_out
 

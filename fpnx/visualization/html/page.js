@@ -245,13 +245,15 @@
         const levels = names.filter(level => level[0] === kind);
         if (!levels.length) continue;
         const row = createElement("div", { className: first ? "row" : "row continued" });
+        const repeated = !first;
         first = false;
         const view = createView(image);
         if (!image.photo) view.append(createElement("div", { className: "text", textContent: image.remark }));
         const name = createElement("b", { textContent: "source" });
         const detail = createElement("small", { textContent: `model input ${file.seen.join("×")}` });
         const caption = createElement("figcaption", {}, name, image.size.join("×"), detail);
-        const panel = { view, source: true, boxes: createBoxes(view), count: createElement("div", { className: "ends" }) };
+        view.classList.add("source");
+        const panel = { view, source: true, repeated, boxes: createBoxes(view), count: createElement("div", { className: "ends" }) };
         if (index.boxes) {
           view.addEventListener("pointermove", event => showCell(panel, event));
           view.addEventListener("pointerleave", () => showCell(null));
@@ -332,9 +334,14 @@
   };
 
   // Predicted boxes --------------------------------------------------------------------------------------------------
-  const LINE = 15, TAG_LINES = 3, TAGS_COVER = 0.4;
+  const LINE = 15, TAG_LINES = 3, TAGS_COVER = 0.4, LEAST_ROOM = 150, MOST_READ = 5;
   const measure = document.createElement("canvas").getContext("2d");
   measure.font = "12px system-ui, sans-serif";
+  const widths = new Map();
+  const widthOf = text => {
+    if (!widths.has(text)) widths.set(text, measure.measureText(text).width);
+    return widths.get(text);
+  };
 
   // The boxes of an image that are shown, best first: corners in pixels of the source, score, class and level.
   const shownBoxes = image => (image.boxes ?? [])
@@ -347,12 +354,13 @@
 
   // A text in at most three lines of a width; one that is longer is cut in the middle.
   const linesOf = (text, width) => {
+    if (widthOf(text) <= width) return [text];
     const broken = characters => {
       const lines = [""];
       for (const word of characters.join("").match(/\S+\s*|\s+/gu) ?? []) {
-        if (lines.at(-1) && measure.measureText(lines.at(-1) + word.trimEnd()).width > width) lines.push("");
+        if (lines.at(-1) && widthOf(lines.at(-1) + word.trimEnd()) > width) lines.push("");
         for (const character of word) {
-          if (lines.at(-1) && measure.measureText((lines.at(-1) + character).trimEnd()).width > width) lines.push("");
+          if (lines.at(-1) && widthOf((lines.at(-1) + character).trimEnd()) > width) lines.push("");
           lines[lines.length - 1] += character;
         }
       }
@@ -369,35 +377,44 @@
   };
 
   const scaledBox = (box, scale) => {
-    const x = Math.max(box.x1 * scale.x, 0), y = Math.max(box.y1 * scale.y, 0);
-    const right = Math.min(box.x2 * scale.x, scale.width), bottom = Math.min(box.y2 * scale.y, scale.height);
+    const x = Math.max(box.x1 * scale.x, 1), y = Math.max(box.y1 * scale.y, 1);
+    const right = Math.min(box.x2 * scale.x, scale.width - 1), bottom = Math.min(box.y2 * scale.y, scale.height - 1);
     return { x, y, width: Math.max(right - x, 1), height: Math.max(bottom - y, 1) };
   };
 
   // Lines of strong boxes have an edge in black or white, so that they stand out from any background.
-  const outline = (box, scale, strong) => {
-    const place = scaledBox(box, scale), title = { fill: "none", "data-label": labelOf(box) };
-    if (!strong) return [createShape("rect", { ...place, ...title, class: "faint", stroke: box.colour, "stroke-opacity": 0.45 })];
+  const strongShapes = (box, scale) => {
+    const place = scaledBox(box, scale), label = labelOf(box);
     return [
       createShape("rect", { ...place, fill: "none", stroke: box.text, "stroke-width": 4, "stroke-opacity": 0.6 }),
-      createShape("rect", { ...place, ...title, class: "strong", stroke: box.colour, "stroke-width": 2 }),
+      createShape("rect", { ...place, fill: "none", stroke: box.colour, "stroke-width": 2, class: "strong", "data-label": label }),
     ];
   };
 
-  // Shapes of the tags that there is room for, the best first choosing; tags never cover each other or leave the view.
+  const faintShapes = (boxes, scale) => {
+    const paths = new Map();
+    for (const box of boxes) {
+      const { x, y, width, height } = scaledBox(box, scale);
+      paths.set(box.colour, `${paths.get(box.colour) ?? ""}M${x} ${y}h${width}v${height}h${-width}z`);
+    }
+    return Array.from(paths, ([stroke, d]) => createShape("path", { d, stroke, fill: "none", class: "faint", "stroke-opacity": 0.45 }));
+  };
+
+  // Shapes of the tags that there is room for, the best first choosing. Tags never cover each other or leave
+  // the view, or the margin beside a narrow one.
   const tagShapes = (boxes, scale) => {
-    const placed = [], shapes = [];
-    let area = TAGS_COVER * scale.width * scale.height;
+    const placed = [], shapes = [], room = Math.max(scale.width, LEAST_ROOM);
+    let area = TAGS_COVER * room * scale.height;
     for (const box of boxes) {
       if (placed.length && area <= 0) break;
-      const lines = linesOf(labelOf(box), scale.width - 10), height = lines.length * LINE + 2;
-      const width = Math.max(...lines.map(line => measure.measureText(line).width)) + 8;
+      const lines = linesOf(labelOf(box), room - 10), height = lines.length * LINE + 2;
+      const width = Math.max(...lines.map(widthOf)) + 8;
       if (placed.length && width * height > area) continue;
       const { x, y, width: w, height: h } = scaledBox(box, scale);
-      const left = Math.max(0, Math.min(x, scale.width - width)), right = Math.max(0, x + w - width);
+      const left = Math.max(0, Math.min(x, room - width)), right = Math.max(0, x + w - width);
       const places = [left, right].flatMap(x => [y - height, y, y + h, y + h - height].map(y => [x, y]));
       places.push([x + w, y], [x - width, y], [x + w, y + h - height], [x - width, y + h - height]);
-      const free = places.find(([x, y]) => x >= 0 && y >= 0 && x + width <= scale.width && y + height <= scale.height
+      const free = places.find(([x, y]) => x >= 0 && y >= 0 && x + width <= room && y + height <= scale.height
         && !placed.some(p => x < p.x + p.width && p.x < x + width && y < p.y + p.height && p.y < y + height));
       if (!free) continue;
       const [tagX, tagY] = free;
@@ -419,12 +436,12 @@
       const own = panel.source ? boxes : boxes.filter(box => box.level === panel.level);
       if (!panel.source)
         panel.detail.textContent = panel.about + (own.length ? `, ${counted(own.length, "box", "boxes")}` : "");
-      if (!index.boxes) continue;
+      if (!index.boxes || panel.repeated) continue;
       const width = parseFloat(panel.view.style.width), height = parseFloat(panel.view.style.height);
       const scale = { x: width / image.size[1], y: height / image.size[0], width, height };
       const isOwn = box => panel.source || box.level === panel.level || !box.level;
-      const shapes = worstFirst.filter(box => !isOwn(box)).flatMap(box => outline(box, scale, false));
-      shapes.push(...worstFirst.filter(isOwn).flatMap(box => outline(box, scale, true)));
+      const shapes = faintShapes(worstFirst.filter(box => !isOwn(box)), scale);
+      shapes.push(...worstFirst.filter(isOwn).flatMap(box => strongShapes(box, scale)));
       if (panel.source) {
         const tags = tagShapes(boxes, scale);
         shapes.push(...tags.shapes);
@@ -461,6 +478,7 @@
 
   const startBoxes = () => {
     byId("boxes").hidden = false;
+    byId("main").classList.add("with-boxes");
     byId("score").value = state.score;
     byId("score").addEventListener("input", event => { state.score = Number(event.target.value); filterBoxes(); });
     const details = byId("classes"), order = index.boxes.classes.map((_, kind) => kind);
@@ -515,10 +533,13 @@
     updateReadout();
   };
 
-  // The labels of the boxes that are shown at a position, the best first.
+  // Which boxes are shown at a position, the best first.
   const boxesAt = position => {
     const image = imageAt(state.image), x = position.x * image.size[1], y = position.y * image.size[0];
-    return shownBoxes(image).filter(box => box.x1 <= x && x <= box.x2 && box.y1 <= y && y <= box.y2).map(labelOf);
+    const boxes = shownBoxes(image).filter(box => box.x1 <= x && x <= box.x2 && box.y1 <= y && y <= box.y2);
+    const labels = boxes.slice(0, MOST_READ).map(labelOf);
+    if (boxes.length > MOST_READ) labels.push(`${boxes.length - MOST_READ} more`);
+    return labels.length ? ` · in ${labels.join(", ")}` : "";
   };
 
   // The value of the cell that was last under the pointer, in the mode that is shown now, and the boxes there.
@@ -527,7 +548,7 @@
       byId("readout").textContent = readoutHint;
       return;
     }
-    const { panel, position } = lastRead, labels = boxesAt(position), boxes = labels.length ? ` · in ${labels.join(", ")}` : "";
+    const { panel, position } = lastRead, boxes = boxesAt(position);
     if (panel.source) {
       byId("readout").textContent = `source${boxes}`;
       return;

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -133,6 +134,9 @@ def write_page(
             raise FpnxError(f"not one image fits into a page of {limit_bytes / 1e6:.0f} MB: take coarser --levels")
         largest_error = max((error for by_level in errors for error in by_level.values()), default=0.0)
         notes = _notes(count, over_limit, left_out, skipped, limit_bytes, largest_error)
+        if config.predictions is not None:
+            name = escape(os.path.basename(config.predictions))
+            notes.insert(1, f"Boxes are from {name}: strong in the level that they come from, faint in the others.")
         files = [
             _file_index(store, name, chosen, file_statistics, file_errors)
             for store, name, chosen, file_statistics, file_errors in zip(
