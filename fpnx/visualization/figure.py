@@ -144,13 +144,13 @@ def draw(
         for row in rows:
             top = canvas.y + 2 * LINE_HEIGHT + 14
             if row is rows[0]:
-                _draw_source(canvas, maps, config, panel, (MARGIN, top), step - GAP)
+                more_lines = _draw_source(canvas, maps, config, panel, (MARGIN, top), step - GAP)
             for level_map in row:
                 left = MARGIN + (columns.index(level_place(level_map.level)) + 1) * step
                 pixels = render_panel(maps, level_map, tile, side, config, table)
                 _draw_level(canvas, maps, level_map, pixels, table, tile, (left, top), step - GAP)
             canvas.y = top + panel[0] + BAR_HEIGHT + LINE_HEIGHT + 8
-        canvas.y += NOTE_STEP * (len(rows) == 1 and maps.boxes is not None)
+        canvas.y += NOTE_STEP * more_lines if len(rows) == 1 else 0  # a second row leaves them room
     return canvas.to_figure()
 
 
@@ -186,7 +186,8 @@ def _draw_source(
     panel: tuple[int, int],
     at: tuple[float, float],
     column: int,
-) -> None:
+) -> int:
+    """Draw the source image; returns how many lines there are below it beside the first."""
     (height, width), input_size = maps.source_size, maps.input_size
     note = f"model input {input_size[0]}×{input_size[1]}"
     canvas.title(at, "source", f"{height}×{width}", note, column)
@@ -200,21 +201,22 @@ def _draw_source(
         pixels = np.asarray(picture)
         below.insert(0, count_by_level(maps.boxes))
         if left_out:
-            below.insert(1, f"{plural(left_out, 'label')} left out for want of room")
+            below.insert(1, f"{plural(left_out, 'label')} left out")
     elif missing:
         canvas.image(pixels, at)
         lines = fit_text(maps.photo.note, panel[1] - 16, 11, max(1, (panel[0] - 12) // 15))
         for number, line in enumerate(lines):
             canvas.text(at[0] + 8, at[1] + 18 + 15 * number, line, 11, color=NOTE_COLOUR)
-        return
+        return 0
     mark = None
     if config.point is not None:
         x, y = config.position(maps.source_size)
         mark = (x / width * panel[1], y / height * panel[0])
     canvas.image(pixels, at, label="source", mark=mark)
-    for number, line in enumerate(below):
-        text = fit_text(line, column, 10.5)[0]
-        canvas.text(at[0], at[1] + panel[0] + LINE_HEIGHT + NOTE_STEP * number, text, 10.5, color=NOTE_COLOUR)
+    lines = [line for note in below for line in fit_text(note, column, 10.5, 1 if note == maps.photo.note else 3)]
+    for number, line in enumerate(lines):
+        canvas.text(at[0], at[1] + panel[0] + LINE_HEIGHT + NOTE_STEP * number, line, 10.5, color=NOTE_COLOUR)
+    return max(0, len(lines) - 1)
 
 
 def _draw_level(
