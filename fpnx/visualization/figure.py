@@ -140,7 +140,7 @@ def draw(
             canvas.paragraph(maps.missing, lines=2, color=NOTE_COLOUR)
             continue
         by_kind = ([m for m in maps_of_image if (m.level[0] == "C") is is_tap] for is_tap in (True, False))
-        rows = [row for row in by_kind if row]
+        rows, more_lines = [row for row in by_kind if row], 0
         for row in rows:
             top = canvas.y + 2 * LINE_HEIGHT + 14
             if row is rows[0]:

@@ -13,8 +13,9 @@
     for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
     return bytes;
   };
+  const { namespaceURI } = createElement("template", { innerHTML: "<svg></svg>" }).content.firstChild;
   const createShape = (tag, attributes) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    const element = document.createElementNS(namespaceURI, tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
     return element;
   };
@@ -486,7 +487,7 @@
     order.sort((a, b) => index.boxes.classes[a].name.localeCompare(index.boxes.classes[b].name));
     const checks = [];
     for (const kind of order) {
-      const { name, colour } = index.boxes.classes[kind], check = createElement("input", { type: "checkbox", checked: true });
+      const { name, colour } = index.boxes.classes[kind], check = createElement("input", { type: "checkbox", checked: true, ariaLabel: name });
       const swatch = createElement("span", { className: "swatch" });
       swatch.style.background = colour;
       check.addEventListener("change", () => {
