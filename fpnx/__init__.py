@@ -13,14 +13,18 @@ from fpnx._version import __version__
 if TYPE_CHECKING:
     from fpnx.commands.extract import extract
     from fpnx.commands.merge import Merged, merge
+    from fpnx.commands.predict import predict
     from fpnx.commands.verify import verify
     from fpnx.core.config import ExtractConfig
     from fpnx.core.errors import BusyError, FpnxError, ImageError, Interrupted, NotDoneError, StoreError
     from fpnx.core.events import Listener
+    from fpnx.core.predict_config import PredictConfig
     from fpnx.core.provenance import ModelPart, Provenance, WeightsInfo
     from fpnx.extraction.run import Result
     from fpnx.models.factory import create_model, save_weights
     from fpnx.models.pyramid_model import PyramidModel
+    from fpnx.prediction.predictions import Prediction
+    from fpnx.prediction.run import PredictResult
     from fpnx.store.reader import Item, Store
     from fpnx.store.shard_set import open_store as open
     from fpnx.store.torch_dataset import PyramidDataset
@@ -39,6 +43,9 @@ __all__ = [
     "Merged",
     "ModelPart",
     "NotDoneError",
+    "PredictConfig",
+    "PredictResult",
+    "Prediction",
     "Provenance",
     "PyramidDataset",
     "PyramidModel",
@@ -54,6 +61,7 @@ __all__ = [
     "heatmap",
     "merge",
     "open",
+    "predict",
     "save_weights",
     "verify",
 ]
@@ -69,6 +77,9 @@ _MODULES = {  # where each public name is defined, below fpnx
     "Merged": "commands.merge",
     "ModelPart": "core.provenance",
     "NotDoneError": "core.errors",
+    "PredictConfig": "core.predict_config",
+    "PredictResult": "prediction.run",
+    "Prediction": "prediction.predictions",
     "Provenance": "core.provenance",
     "PyramidDataset": "store.torch_dataset",
     "PyramidModel": "models.pyramid_model",
@@ -83,6 +94,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "heatmap": "visualization.heatmaps",
     "merge": "commands.merge",
     "open": "store.shard_set",
+    "predict": "commands.predict",
     "save_weights": "models.factory",
     "verify": "commands.verify",
 }

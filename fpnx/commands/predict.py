@@ -4,16 +4,53 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from fpnx.core.events import Listener
 from fpnx.core.predict_config import PredictConfig
 from fpnx.images.listing import as_paths, refuse_missing
 
 if TYPE_CHECKING:
+    from fpnx.prediction.predictions import Prediction
     from fpnx.prediction.run import PredictResult
 
-__all__ = ["predict_to_file"]
+__all__ = ["predict", "predict_to_file"]
+
+Path: TypeAlias = "str | os.PathLike[str]"
+
+
+@overload
+def predict(images: Any, output: None = None, **options: Any) -> Prediction | list[Prediction]: ...
+@overload
+def predict(images: Path | Sequence[Path], output: Path, **options: Any) -> PredictResult: ...
+def predict(
+    images: Any, output: Path | None = None, *, listener: Listener | None = None, **options: Any
+) -> Prediction | list[Prediction] | PredictResult:
+    """What is in images: objects, classes or masks.
+
+    Without `output`, the prediction for an image, or a list of them for a list or a folder. With `output`, they are
+    written to this file, as `fpnx predict` does it: for many images, which are then decoded and computed side by side.
+
+    Args:
+        images: one or a list, each a path, a Pillow image, a uint8 array (H, W, 3) or a uint8 tensor (3, H, W); a
+            folder, an archive or `"@list.txt"` stands for the images in it. With `output`, paths and addresses only.
+        output: `"predictions.json"` for objects, `"predictions.csv"` for classes, a folder for masks.
+        listener: receives progress and messages, with `output`.
+        options: the fields of `PredictConfig`, with its defaults: `weights="coco"`, `threshold=0.5`,
+            `labels="instances.json"`, …
+
+    Raises:
+        ImageError: without `output`, an image that cannot be read.
+        FpnxError: a request that cannot be carried out.
+        Interrupted: on SIGINT or SIGTERM; completed images are kept.
+        TypeError: an option that does not exist.
+    """
+    if output is not None:
+        return predict_to_file(images, output, listener=listener, **options)
+    config = PredictConfig(**options)
+    from fpnx.prediction.in_memory import predict_in_memory
+
+    return predict_in_memory(images, config)
 
 
 def predict_to_file(

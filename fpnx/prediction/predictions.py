@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class Prediction:
         levels: (n,) names of the levels that the boxes come from; empty where that is not known.
         class_map: (H, W) int64, the number of the class of each pixel, for semantic segmentation; else None. `labels`
             and `names` are then the classes in it, and `scores` their shares of the pixels.
-        picture: the upright RGB image, where it is at hand, for drawing.
+        photo: gives the upright RGB image, for drawing; None where it is not at hand.
     """
 
     image: str
@@ -77,7 +77,7 @@ class Prediction:
     keypoint_scores: np.ndarray | None = None
     levels: tuple[str, ...] = ()
     class_map: np.ndarray | None = None
-    picture: Image.Image | None = None
+    photo: Callable[[], Image.Image] | None = None
 
     @property
     def masks(self) -> np.ndarray | None:
@@ -100,16 +100,20 @@ class Prediction:
 
         Raises:
             FpnxError: the image is not at hand.
+            ImageError: it can no longer be read.
         """
-        if self.picture is None:
+        if self.photo is None:
             raise FpnxError(f"{escape(self.image)}: its pixels are not at hand: predict it again, and draw that")
-        return draw_prediction(self, self.picture, threshold)
+        return draw_prediction(self, self.photo(), threshold)
 
     def _repr_png_(self) -> bytes | None:
-        if self.picture is None:
+        """The picture that a notebook shows; None where the image can no longer be read."""
+        try:
+            drawn = self.draw()
+        except FpnxError:
             return None
         buffer = io.BytesIO()
-        self.draw().save(buffer, "PNG")
+        drawn.save(buffer, "PNG")
         return buffer.getvalue()
 
     def __repr__(self) -> str:
@@ -125,7 +129,7 @@ def prediction_of(
     reading: Reading,
     input_size: tuple[int, int],
     source_size: tuple[int, int],
-    picture: Image.Image | None = None,
+    photo: Callable[[], Image.Image] | None = None,
 ) -> Prediction:
     """The prediction that a head's output is.
 
@@ -135,11 +139,11 @@ def prediction_of(
         reading: how it is read.
         input_size: (height, width) of the network's input, without padding.
         source_size: (height, width) of the upright source image.
-        picture: the upright RGB image, where it is kept for drawing.
+        photo: gives the upright RGB image, where it is at hand.
     """
     ids = np.array([category.id for category in reading.categories], np.int64)
     names = [category.name for category in reading.categories]
-    values: dict[str, Any] = {"image": image, "size": source_size, "task": reading.task, "picture": picture}
+    values: dict[str, Any] = {"image": image, "size": source_size, "task": reading.task, "photo": photo}
     if isinstance(found, Detections):
         source = to_source(image, found, input_size, source_size)
         return Prediction(
