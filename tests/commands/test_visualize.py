@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from fpnx.visualization.png_files import PngPaths, save_png
 from fpnx.visualization.selection import select
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.process import document, process
+from tests.helpers.trained import trained_file
 
 SMALL = ("--backbone", "mobilenet_v2", "--weights", "random", "--channels", "8", "--size", "64")
 SMALL_PHOTOGRAPHS = (*SMALL[:4], "--size", "64", "--levels", "P3")
@@ -293,6 +295,24 @@ def test_boxes_over_photographs(here: Path, fpnx: Run) -> None:
     assert code == 0
     assert "p.json has boxes of 2 of 4 images" in err
     assert fpnx("visualize", "a.h5", "--predictions", "p.json", "--levels", "P3")[0] == 0
+
+
+def test_boxes_of_a_trained_detector(here: Path, fpnx: Run) -> None:
+    trained_file(here / "model.safetensors", "fcos", convolutions=1)
+    shared = ("photos", "--weights", "model.safetensors", "--size", "64", "--device", "cpu")
+    assert fpnx("extract", *shared, "-o", "out.h5", "--levels", "P3-P7")[0] == 0
+    assert fpnx("predict", *shared, "-o", "p.json", "--max-detections", "9")[0] == 0
+    results = json.loads((here / "p.json").read_text())
+    assert {each["file_name"] for each in results} == {"a.png", "b.jpg", "below/a.png", "below/c.png"}
+    code, _, err = fpnx(
+        "visualize", "out.h5", "--predictions", "p.json", "--threshold", "0", "-o", "d", "--html", "d.html"
+    )
+    assert code == 0
+    assert "p.json has boxes of 4 of 4 images" in err
+    index = json.loads(re.findall(r'id="index">(.*?)</script>', (here / "d.html").read_text())[0])
+    assert set(index["boxes"]["levels"]) == {each["level"] for each in results} <= {"P3", "P4", "P5", "P6", "P7"}
+    first = json.loads(re.findall(r'id="image-0">(.*?)</script>', (here / "d.html").read_text())[0])
+    assert len(first["boxes"]) == sum(each["file_name"] == first["name"] for each in results)
 
 
 @pytest.mark.parametrize(
