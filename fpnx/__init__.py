@@ -13,16 +13,20 @@ from fpnx._version import __version__
 if TYPE_CHECKING:
     from fpnx.commands.extract import extract
     from fpnx.commands.merge import Merged, merge
+    from fpnx.commands.predict import predict
     from fpnx.commands.train import train
     from fpnx.commands.verify import verify
     from fpnx.core.config import ExtractConfig
     from fpnx.core.errors import BusyError, FpnxError, ImageError, Interrupted, NotDoneError, StoreError
     from fpnx.core.events import Listener
+    from fpnx.core.predict_config import PredictConfig
     from fpnx.core.provenance import ModelPart, Provenance, WeightsInfo
     from fpnx.core.train_config import TrainConfig
     from fpnx.extraction.run import Result
     from fpnx.models.factory import create_model, save_weights
     from fpnx.models.pyramid_model import PyramidModel
+    from fpnx.prediction.predictions import Prediction
+    from fpnx.prediction.run import PredictResult
     from fpnx.store.reader import Item, Store
     from fpnx.store.regions import Regions
     from fpnx.store.shard_set import open_store as open
@@ -43,6 +47,9 @@ __all__ = [
     "Merged",
     "ModelPart",
     "NotDoneError",
+    "PredictConfig",
+    "PredictResult",
+    "Prediction",
     "Provenance",
     "PyramidDataset",
     "PyramidModel",
@@ -61,6 +68,7 @@ __all__ = [
     "heatmap",
     "merge",
     "open",
+    "predict",
     "save_weights",
     "train",
     "verify",
@@ -77,6 +85,9 @@ _MODULES = {  # where each public name is defined, below fpnx
     "Merged": "commands.merge",
     "ModelPart": "core.provenance",
     "NotDoneError": "core.errors",
+    "PredictConfig": "core.predict_config",
+    "PredictResult": "prediction.run",
+    "Prediction": "prediction.predictions",
     "Provenance": "core.provenance",
     "PyramidDataset": "store.torch_dataset",
     "PyramidModel": "models.pyramid_model",
@@ -94,6 +105,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "heatmap": "visualization.heatmaps",
     "merge": "commands.merge",
     "open": "store.shard_set",
+    "predict": "commands.predict",
     "save_weights": "models.factory",
     "train": "commands.train",
     "verify": "commands.verify",

@@ -81,6 +81,9 @@ def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
         assert fpnx("extract", "sample_images", "--weights", "random", "--size", "64", "--channels", "8")[0] == 0
     elif "lite2.h5" in reads:
         assert fpnx("extract", "sample_images", "-o", "lite2.h5", "--levels", "C2-C5,P2-P5", *small)[0] == 0
+    if predictions := value_of("--predictions", arguments):
+        box = {"image_id": 0, "category_id": 17, "category_name": "cat", "bbox": [90, 60, 200, 180], "score": 0.9}
+        Path(predictions).write_text(json.dumps([{**box, "file_name": "animals/chelsea.jpg", "level": "P5"}]))
     weights = value_of("--weights", arguments)
     if weights == "model.safetensors":
         package.save_weights(package.create_model("mobilenet_v2", weights="random", channels=8), weights)

@@ -17,6 +17,7 @@ from fpnx.cli.options import config_options
 from fpnx.cli.streams import robust_streams
 from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
+from fpnx.core.predict_config import PredictConfig
 from fpnx.core.text import escape
 from fpnx.core.train_config import TrainConfig
 
@@ -82,6 +83,38 @@ def extract(
     with console.Terminal(json) as terminal:
         result = run(images, output, listener=terminal, **options)
     console.show_json(result.to_json()) if json else views.show_result(result)
+    return result.exit_code
+
+
+@app.command()
+@config_options(PredictConfig, ["Model", "Results", "Output", "Input", "Run", "Checkpoint"])
+def predict(
+    images: Images,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File to make (default predictions.json, predictions.csv), or folder of masks (predictions_masks).",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    *,
+    json: Json = False,
+    **options: Any,
+) -> int:
+    """Find objects in images with a detector, or name their classes, and score it with labels.
+
+    [dim]fpnx predict photos/ --weights coco --draw found/[/dim]
+
+    [dim]fpnx predict photos/ --weights parts.safetensors --labels instances.json[/dim]
+    """
+    from fpnx.cli import console, views
+    from fpnx.commands.predict import predict_to_file as run
+
+    with console.Terminal(json) as terminal:
+        result = run(images, output, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else views.show_predictions(result)
     return result.exit_code
 
 

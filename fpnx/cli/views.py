@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fpnx.commands.merge import Merged
     from fpnx.commands.visualize import VisualizeResult
     from fpnx.extraction.run import Result
+    from fpnx.prediction.run import PredictResult
     from fpnx.store.reader import Store
     from fpnx.store.verify import Verification
 
@@ -26,6 +27,7 @@ __all__ = [
     "show_merged",
     "show_plan",
     "show_pictures",
+    "show_predictions",
     "show_result",
     "show_verification",
 ]
@@ -42,6 +44,40 @@ def show_result(result: Result) -> None:
     if result.dry_run:
         console.print("dry run: nothing was computed or written")
         return
+    _show_run(console, result)
+    if result.stopped:
+        console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))
+    else:
+        console.print(Text(f"{result.done} of {result.images} images are in {escape(result.output)}"), soft_wrap=True)
+
+
+def show_predictions(result: PredictResult) -> None:
+    """Print how the run went, the scores and the worst images, and where the output and the pictures are."""
+    console, run = _stdout(), result.run
+    if run.dry_run:
+        console.print("dry run: nothing was computed or written")
+        return
+    _show_run(console, run)
+    if run.stopped:
+        console.print(Text(f"stopped: {run.stopped}; what was done is kept: continue with --resume"))
+        return
+    if result.scores is not None:
+        console.print(f"scores of {plural(result.scores.images, 'image')}:")
+        for line in result.scores.lines():
+            console.print(Text(f"  {line}"), soft_wrap=True)
+    if result.worst:
+        console.print("worst images:")
+        for each in result.worst:
+            console.print(Text(f"  {escape(each.image)}: {each.errors}"), soft_wrap=True)
+    what = {"detection": plural(result.found, "object"), "classification": "classes", "semantic": "masks"}[result.task]
+    line = f"{what} of {run.done} of {plural(run.images, 'image')} in {escape(result.output)}"
+    if result.pictures is not None:
+        line += f", pictures in {escape(result.pictures)}"
+    console.print(Text(line), soft_wrap=True)
+
+
+def _show_run(console: Console, result: Result) -> None:
+    """Print the time of each stage, and what went wrong."""
     if result.computed:
         table = Table(title=Text("time per image"), box=None, title_justify="left", pad_edge=False)
         for name, justify in (("stage", "left"), ("ms", "right"), ("share", "right")):
@@ -63,10 +99,6 @@ def show_result(result: Result) -> None:
     _show_failures(console, result.failed)
     for line in result.lost:
         console.print(Text(line), soft_wrap=True)
-    if result.stopped:
-        console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))
-    else:
-        console.print(Text(f"{result.done} of {result.images} images are in {escape(result.output)}"), soft_wrap=True)
 
 
 def show_pictures(result: VisualizeResult) -> None:
@@ -162,6 +194,7 @@ def show_plan(plan: PlanSummary) -> None:
     skipped = f", {other_files(plan.skipped)}" if plan.skipped else ""
     before = f", {plan.done_before} done before" if plan.done_before else ""
     batch = f"batch {plan.batch_size or 'auto'}, {plan.workers} decoding threads"
+    predicts = plan.head is not None
     engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
     pyramid = "none asked for"
     if plan.has_pyramid:
@@ -172,16 +205,19 @@ def show_plan(plan: PlanSummary) -> None:
         ("images", f"{plan.images} in {escape(plan.root)}{skipped}{before}"),
         *([("shard", str(plan.shard))] if plan.shard else []),
         ("backbone", f"{plan.backbone}, {weights.body}"),
-        ("pyramid", pyramid),
-        *_checkpoint(weights),
+        *([] if predicts and weights.pyramid.trained is False else [("pyramid", pyramid)]),
+        *([("head", str(plan.head))] if predicts else []),
+        *_checkpoint(weights, predicts),
         *([("regions", _regions_line(plan.regions))] if plan.regions else []),
         ("recipe", plan.recipe_text),
         *([("engine", engine)] if config.engine != "local" else []),
         ("device", f"{','.join(plan.devices)}, {plan.precision}, {batch}"),
-        ("output", _output_line(plan)),
+        ("output", escape(plan.output) if predicts else _output_line(plan)),
         *([("scratch", f"{escape(plan.scratch)}: written there, then uploaded")] if plan.scratch else []),
     ]
     _show_rows(console, *rows)
+    if predicts:
+        return
     if plan.has_pyramid and weights.pyramid.trained is False:
         named = f" (--weights {plan.trained_pyramid})" if plan.trained_pyramid else ""
         taps = "its map as a C level" if plan.pyramid == "simple" else "--levels C2-C5"
@@ -271,7 +307,7 @@ def _show_rows(console: Console, *rows: tuple[str, str]) -> None:
     console.print(table)
 
 
-def _checkpoint(weights: WeightsInfo) -> list[tuple[str, str]]:
+def _checkpoint(weights: WeightsInfo, predicts: bool = False) -> list[tuple[str, str]]:
     """Rows about a file of parameters: its layout, and the settings that the file itself does not hold."""
     if not weights.layout:
         return []
@@ -283,7 +319,8 @@ def _checkpoint(weights: WeightsInfo) -> list[tuple[str, str]]:
         settings.setdefault(decided_by, []).append(f"{name.replace('_', ' ')} {text}")
     where = [f"{name} {value}" for name, value in (("key", weights.key), ("prefix", weights.prefix)) if value]
     others = "other tensors" if weights.prefix else "tensors of heads"
-    rows = [("layout", ", ".join([weights.layout, *where, f"{weights.heads_ignored} {others} ignored"]))]
+    ignored = [f"{weights.heads_ignored} {others} ignored"] if weights.heads_ignored or not predicts else []
+    rows = [("layout", ", ".join([weights.layout, *where, *ignored]))]
     rows += [(f"by {source}", ", ".join(settings[source])) for source in settings if source in ("default", "option")]
     return rows + ([("note", weights.note)] if weights.note else [])
 

@@ -20,7 +20,7 @@ from fpnx.core.events import Listener
 from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.names import normal_form
 from fpnx.core.plan_summary import PlanSummary
-from fpnx.core.text import escape
+from fpnx.core.text import escape, plural
 from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
 from fpnx.remote.client import connections
@@ -32,6 +32,7 @@ from fpnx.visualization.html.page import Page, write_page
 from fpnx.visualization.image_maps import ImageMaps, describe_model, find_photo, item_maps
 from fpnx.visualization.panels import colour_table
 from fpnx.visualization.png_files import PngPaths, save_png
+from fpnx.visualization.predicted_boxes import PredictedBoxes
 from fpnx.visualization.selection import select
 
 __all__ = ["VisualizeResult", "visualize"]
@@ -111,6 +112,7 @@ def visualize(
     """
     config = VisualizeConfig(**options)
     colour_table(config.colormap)
+    predictions = None if config.predictions is None else PredictedBoxes.read(config.predictions)
     paths = [os.fspath(p) for p in ([inputs] if isinstance(inputs, (str, os.PathLike)) else inputs)]
     listener = listener or Listener()
     folder = None if html is not None and output is None else Path(output) if output else _default_folder(paths)
@@ -130,7 +132,7 @@ def visualize(
         stop = stack.enter_context(handle_signals(listener))
         stores = [stack.enter_context(open_store(path)) for path in paths]
         _refuse_separate_shards(stores)
-        selection = _Selection(stores, from_stores, config, stop, listener)
+        selection = _Selection(stores, from_stores, predictions, config, stop, listener)
         pictures = tuple(selection.pictures(folder)) if folder is not None else ()
         page = None
         if html is not None:
@@ -153,7 +155,13 @@ class _Selection:
     """The images to draw, from one or several files."""
 
     def __init__(
-        self, stores: Sequence[Store], from_stores: bool, config: VisualizeConfig, stop: StopRequest, listener: Listener
+        self,
+        stores: Sequence[Store],
+        from_stores: bool,
+        predictions: PredictedBoxes | None,
+        config: VisualizeConfig,
+        stop: StopRequest,
+        listener: Listener,
     ) -> None:
         self.stores, self.config, self._stop, self._listener = stores, config, stop, listener
         self.names = [os.path.basename(store.path) if from_stores else "" for store in stores]
@@ -179,6 +187,12 @@ class _Selection:
                 store.check_level(level)
             config.check_channels({lv: store.dataset(size, lv).shape[1] for size in store.sizes for lv in levels})
         self._refuse_point()
+        self._boxes = None if predictions is None else predictions.of_images(first.paths, first.root)
+        if self._boxes is not None:
+            there = sum(row in self._boxes for row in self.rows)
+            listener.message(
+                f"{escape(str(config.predictions))} has boxes of {there} of {plural(len(self.rows), 'image')}"
+            )
 
     def pictures(self, folder: Path) -> Iterator[Path]:
         """Draw and write each picture; yields its path."""
@@ -188,7 +202,7 @@ class _Selection:
         for images in self.images():
             try:
                 target = png_paths[images[0].path]
-                figure = draw(images, self.config, self.config.levels, scales)
+                figure = draw([self._above_threshold(maps) for maps in images], self.config, self.config.levels, scales)
             except FpnxError as error:
                 self.skipped[images[0].path] = str(error)
                 continue
@@ -223,7 +237,16 @@ class _Selection:
                 continue
             same_source = _full_path(other) == _full_path(item) and other.source_size == item.source_size
             maps_by_file.append(replace(item_maps(other, photo if same_source else None), file=name))
-        return maps_by_file
+        if self._boxes is None:
+            return maps_by_file
+        boxes = self._boxes.get(item.index, ())
+        return [replace(maps, boxes=boxes) for maps in maps_by_file]
+
+    def _above_threshold(self, maps: ImageMaps) -> ImageMaps:
+        """The maps with the boxes that pictures show."""
+        if maps.boxes is None:
+            return maps
+        return replace(maps, boxes=tuple(each for each in maps.boxes if each.score >= self.config.threshold))
 
     def _scales(self) -> list[ColorScales | None]:
         if self.config.per_image:
@@ -272,7 +295,9 @@ def _refuse_existing(folder: Path, paths: Sequence[str], rows: Sequence[int], co
 
 def _description(images: Sequence[ImageMaps], config: VisualizeConfig) -> str:
     """What a picture shows, in one line."""
-    return f"{mode_in_words(config)}; {'; '.join(dict.fromkeys(maps.model for maps in images))}"
+    models = "; ".join(dict.fromkeys(maps.model for maps in images))
+    boxes = f"; boxes of {escape(config.predictions)}, score ≥ {config.threshold:g}" if config.predictions else ""
+    return f"{mode_in_words(config)}; {models}{boxes}"
 
 
 def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:

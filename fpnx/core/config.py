@@ -33,6 +33,7 @@ from fpnx.core.validation import check_fields, check_whole, freeze, parse_roi_si
 
 __all__ = [
     "BenchmarkConfig",
+    "DRAWN_FROM",
     "DTYPES",
     "DistributedConfig",
     "ExtractConfig",
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 PLOTS = (".png", ".svg", ".pdf")
+DRAWN_FROM = 0.5  # score of a box in a picture, where no threshold is given
 SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
@@ -136,8 +138,9 @@ AS_FOR_EXTRACT: dict[str, Any] = {"default": None, "help": "As for extract.", "p
 class VisualizeConfig(PictureConfig):
     """All options of `fpnx visualize`.
 
-    `images` are names, globs, indices or ranges of them (`"3"`, `"0:10"`). The last eight are for photographs, and
-    mean what they mean for `fpnx extract`; None: its default.
+    `images` are names, globs, indices or ranges of them (`"3"`, `"0:10"`). `predictions` is a JSON file of
+    `fpnx predict` with boxes, of which those with a score of `threshold` or more are drawn. The last eight are for
+    photographs, and mean what they mean for `fpnx extract`; None: its default.
     """
 
     images: str | Iterable[str] | None = option(
@@ -145,6 +148,10 @@ class VisualizeConfig(PictureConfig):
     )
     limit: int = option(24, "Draw at most N images, and count the others.", "Images", metavar="N")
     levels: str | Iterable[str] | None = like(ModelConfig, "levels", help="Such as P3-P5 or C3,P3.", panel="Images")
+    predictions: str | None = option(
+        None, "Draw the boxes of this file, which fpnx predict wrote.", "Pictures", metavar="FILE"
+    )
+    threshold: float = option(DRAWN_FROM, "Least score of a box; in the page a slider.", "Pictures", metavar="0..1")
     overwrite: bool = like(OutputConfig, "overwrite", help="Replace existing output.")
     backbone: str | Iterable[str] | None = like(
         ModelConfig, "backbone", help="Repeat it to compare.", panel="Photographs", repeatable=True
@@ -162,6 +169,10 @@ class VisualizeConfig(PictureConfig):
     def __post_init__(self) -> None:
         PictureConfig.__post_init__(self)
         check_whole("limit", self.limit, 1, 2**63 - 1)
+        if not 0 <= self.threshold <= 1:
+            raise FpnxError(f"threshold {self.threshold}: take a score from 0 to 1, such as 0.5")
+        if self.predictions is None and self.threshold != DRAWN_FROM:
+            raise FpnxError(f"threshold {self.threshold} is for boxes: give --predictions FILE beside it")
         if self.levels is not None:
             freeze(self, "levels", parse_levels(self.levels))
         for name in ("images", "backbone"):

@@ -87,6 +87,7 @@ class PlanSummary:
         recipe, recipe_text: the preprocessing, as plain values and in words.
         devices, precision, batch_size, workers: how it is computed; a batch size of None is determined by trial.
         bytes_needed, bytes_free: on the disk; free is None where the file system does not report it.
+        head: what predicts, in words; None where features are stored.
     """
 
     config: ExtractConfig
@@ -114,6 +115,7 @@ class PlanSummary:
     bytes_needed: int
     bytes_free: int | None
     fingerprint: str
+    head: str | None = None
 
     @property
     def has_pyramid(self) -> bool:
@@ -127,7 +129,14 @@ class PlanSummary:
         return maps + (0 if self.regions is None else self.regions.count * self.regions.bytes_per_region)
 
     def to_json(self) -> dict[str, Any]:
-        """Values for JSON."""
+        """Values for JSON; of a run that predicts, without what is about stored features."""
+        values = self._to_json()
+        if self.head is None:
+            return values
+        stored = ("scratch", "levels", "dtype", "pool", "bytes_needed", "bytes_free", "fingerprint")
+        return {**{name: value for name, value in values.items() if name not in stored}, "head": self.head}
+
+    def _to_json(self) -> dict[str, Any]:
         return {
             "output": self.output,
             "scratch": self.scratch,

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
-from fpnx.labels.segments import mask_rle
+from fpnx.core.mask_runs import MaskRuns, encode_mask
 from fpnx.models.heads.base import Detections
 
 __all__ = ["MaskRuns", "SourceDetections", "to_source"]
 
 MASK_THRESHOLD = 0.5  # of a probability, as with torchvision's Mask R-CNN
-
-
-class MaskRuns(TypedDict):
-    """A mask in COCO's compressed run-length encoding: `size` is [height, width]."""
-
-    size: list[int]
-    counts: str
+CELL_PADDING = 1  # cells around those of a box, as torchvision pastes them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +32,8 @@ class SourceDetections:
         masks: n masks of the source image's size; None for heads without masks.
         proposals: (m, 4) float64 boxes of the region proposal network, best first; None for heads without one.
         levels: (n,) names of the levels that the boxes come from; empty where the head does not say.
+        keypoints: (n, K, 3) float64 x, y, visibility; None for heads without keypoints.
+        keypoint_scores: (n, K) float64; None for heads without keypoints.
     """
 
     image: str
@@ -48,6 +44,8 @@ class SourceDetections:
     masks: tuple[MaskRuns, ...] | None = None
     proposals: np.ndarray | None = None
     levels: tuple[str, ...] = ()
+    keypoints: np.ndarray | None = None
+    keypoint_scores: np.ndarray | None = None
 
 
 def to_source(
@@ -55,26 +53,33 @@ def to_source(
 ) -> SourceDetections:
     """Detections in pixels of the source image. Those with numbers that are not finite are left out.
 
-    Boxes are scaled by the ratios of width and height and clipped to the image. Masks are resized without the padding,
-    bilinearly, and cut at 0.5.
+    Boxes are scaled by the ratios of width and height and clipped to the image. The cells of masks are pasted into the
+    scaled boxes as torchvision does it; masks of the network's input are resized without the padding, bilinearly. Both
+    are cut at 0.5.
 
     Args:
         image: name of the image.
         detections: in pixels of the network's input.
         input_size: (height, width) of the image after resizing, before padding.
         source_size: (height, width) of the upright source image.
-
-    Raises:
-        FpnxError: for masks, where faster-coco-eval is not installed.
     """
     boxes, scores = _array(detections.boxes), _array(detections.scores)
     keep = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
-    masks = proposals = None
-    if detections.masks is not None:
-        masks = tuple(_mask_runs(detections.masks[i], input_size, source_size) for i in np.flatnonzero(keep).tolist())
+    masks = proposals = keypoints = keypoint_scores = None
+    kept = np.flatnonzero(keep).tolist()
+    if detections.mask_cells is not None:
+        scaled = torch.from_numpy(_scaled(boxes, input_size, source_size)).float()
+        masks = tuple(_pasted(detections.mask_cells[i].cpu(), scaled[i], source_size) for i in kept)
+    elif detections.masks is not None:
+        masks = tuple(_mask_runs(detections.masks[i], input_size, source_size) for i in kept)
     if detections.proposals is not None:
         proposals = _array(detections.proposals)
         proposals = _scaled(proposals[np.isfinite(proposals).all(axis=1)], input_size, source_size)
+    if detections.keypoints is not None:
+        ratios = (source_size[1] / input_size[1], source_size[0] / input_size[0], 1.0)
+        keypoints = _array(detections.keypoints)[keep] * np.array(ratios)
+    if detections.keypoint_scores is not None:
+        keypoint_scores = _array(detections.keypoint_scores)[keep]
     return SourceDetections(
         image=image,
         size=source_size,
@@ -83,7 +88,9 @@ def to_source(
         classes=detections.labels.detach().cpu().numpy().astype(np.int64)[keep],
         masks=masks,
         proposals=proposals,
-        levels=tuple(level for level, kept in zip(detections.levels, keep, strict=False) if kept),
+        levels=tuple(level for level, taken in zip(detections.levels, keep, strict=False) if taken),
+        keypoints=keypoints,
+        keypoint_scores=keypoint_scores,
     )
 
 
@@ -99,8 +106,24 @@ def _mask_runs(mask: Tensor, input_size: tuple[int, int], source_size: tuple[int
     """(H, W) probabilities of the padded input → the mask of the source image."""
     cut = mask[: input_size[0], : input_size[1]].float()[None, None]
     resized = F.interpolate(cut, size=source_size, mode="bilinear", align_corners=False)[0, 0]
-    runs = mask_rle((resized > MASK_THRESHOLD).cpu().numpy())
-    return {"size": list(source_size), "counts": runs["counts"].decode("ascii")}
+    return encode_mask((resized > MASK_THRESHOLD).cpu().numpy(), 0, 0, source_size)
+
+
+def _pasted(cells: Tensor, box: Tensor, size: tuple[int, int]) -> MaskRuns:
+    """(M, M) probabilities of the cells of a box → the mask of an image of `size`, as torchvision pastes it.
+
+    Only the pixels of the box are computed, so that memory does not grow with the image.
+    """
+    padded, scale = expand_masks(cells.float()[None, None], CELL_PADDING)
+    left, top, right, bottom = expand_boxes(box[None], scale)[0].to(torch.int64).tolist()
+    height, width = max(bottom - top + 1, 1), max(right - left + 1, 1)
+    rows = slice(max(top, 0), min(bottom + 1, size[0]))
+    columns = slice(max(left, 0), min(right + 1, size[1]))
+    if rows.stop <= rows.start or columns.stop <= columns.start:
+        return encode_mask(np.zeros((0, 0), bool), 0, 0, size)
+    values = F.interpolate(padded, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+    part = values[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    return encode_mask((part > MASK_THRESHOLD).numpy(), rows.start, columns.start, size)
 
 
 def _array(values: Tensor) -> np.ndarray:

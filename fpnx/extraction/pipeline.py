@@ -408,7 +408,8 @@ def _failures(indices: Sequence[int], features: Features | None, strict: bool) -
         bad = [f"{counts[position]} in {level}" for level, counts in features.nonfinite.items() if counts[position]]
         if bad:
             reasons[index] = f"NaN or infinite values: {', '.join(bad)}"
-            stored = [values[position] for values in features.arrays.values()]
+            arrays = [values for values in features.arrays.values() if isinstance(values, np.ndarray)]
+            stored = [values[position] for values in arrays]
             stored += [regions.features for regions in features.regions.values()]
             too_large = any(map(exceeds_float16, stored))
             reasons[index] += TOO_LARGE if too_large else ""

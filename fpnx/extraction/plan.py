@@ -58,6 +58,7 @@ class Plan:
         regions: the boxes whose features are stored in place of maps; else None.
         done_before: number of images that an earlier run has done.
         destination: URL that the output is uploaded to; None where it stays local.
+        head: what predicts, in words; None where features are stored.
     """
 
     output: Path
@@ -76,6 +77,7 @@ class Plan:
     regions: PlannedRegions | None = None
     done_before: int = 0
     destination: str | None = None
+    head: str | None = None
 
     @property
     def shapes(self) -> tuple[LevelShape, ...]:
@@ -121,6 +123,7 @@ class Plan:
             bytes_needed=self.layout.total_bytes(),
             bytes_free=self.bytes_free,
             fingerprint=self.layout.fingerprint,
+            head=self.head,
         )
 
     def _region_summary(self) -> RegionSummary | None:
@@ -150,6 +153,7 @@ def make_plan(
     destination: str | None = None,
     finished: str | None = None,
     handed_out: bool = False,
+    stored: bool = True,
 ) -> Plan:
     """Make the plan of a run on `output`, or refuse the request.
 
@@ -164,6 +168,7 @@ def make_plan(
         finished: URL of a finished output that `--resume` compares the request with.
         handed_out: plan for workers that compute elsewhere. Image headers are not read and disk space is not checked
             here; where images have different sizes, the layout has no shapes.
+        stored: whether features are stored: then the file of an earlier run is continued, and disk space is checked.
 
     Raises:
         FpnxError: for a request that cannot be carried out.
@@ -180,7 +185,7 @@ def make_plan(
         identity["regions"] = regions.identity()
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
     workers = decode_threads(config, listing, cpus)
-    existing = _file_to_resume(output, config) or finished
+    existing = _file_to_resume(output, config) or finished if stored else None
     done_before = 0
     if existing is not None:
         with open_store_file(existing) as store:
@@ -232,7 +237,7 @@ def make_plan(
         done_before=done_before,
         destination=destination,
     )
-    if existing is None and config.format == "h5" and not handed_out:
+    if stored and existing is None and config.format == "h5" and not handed_out:
         check_space(output, layout.total_bytes(), plan.bytes_free)
     return plan
 

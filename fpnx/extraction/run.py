@@ -40,7 +40,7 @@ from fpnx.store.output_path import check_output
 from fpnx.store.reader import PENDING, Store, open_store_file
 from fpnx.store.writer import part_path
 
-__all__ = ["Result", "library_versions", "provenance_of", "run_extraction"]
+__all__ = ["Result", "compute", "library_versions", "planned_result", "provenance_of", "run_extraction"]
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ def run_extraction(
                     config.check_channels({shape.level: shape.channels for shape in plan.shapes})
                 listener.planned(plan.summary)
                 if config.dry_run:
-                    return _result(plan, Outcome(), StageTimer(), complete=False, dry_run=True)
+                    return planned_result(plan)
                 result = None if png else _finished_result(plan, finished_url)
                 if result is None:
-                    result = _compute(plan, _open_sink(plan, listener), stop, listener)
+                    result = compute(plan, _open_sink(plan, listener), stop, listener)
                 if destination.url is not None and finished_url is None and result.complete:
                     upload(destination, plan.layout.config, listing.records, stop, listener)
                 return result
@@ -247,8 +247,18 @@ def _finished_result(plan: Plan, url: str | None) -> Result | None:
         return _result(plan, outcome_of(store), StageTimer())
 
 
-def _compute(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> Result:
-    """Run the pipeline, then finish the sink, or commit what is done where the run stopped early."""
+def planned_result(plan: Plan) -> Result:
+    """The result of a dry run."""
+    return _result(plan, Outcome(), StageTimer(), complete=False, dry_run=True)
+
+
+def compute(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> Result:
+    """Run the pipeline, then finish the sink, or commit what is done where the run stopped early.
+
+    Raises:
+        FpnxError: where the output cannot be written.
+        Interrupted: on SIGINT or SIGTERM; the images that are done are kept.
+    """
     timer, notes = StageTimer(), ImageNotes()
     try:
         stop.begin()

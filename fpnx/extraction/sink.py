@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,12 +53,15 @@ class Sink(Protocol):
     def put(
         self,
         indices: Sequence[int],
-        features: Mapping[str, np.ndarray],
+        features: Mapping[str, Any],
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
         regions: RegionBatch | None = None,
     ) -> None:
-        """Take the features of images of one padded size; the arguments are those of `Writer.put`."""
+        """Take the features of images of one padded size; the arguments are those of `Writer.put`.
+
+        `features` are what the engine gives: arrays, or for other engines one result for each image by name.
+        """
 
     def fail(self, index: int, reason: str) -> None:
         """Mark an image as failed."""

@@ -25,7 +25,7 @@ from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.store.reader import valid_extent
 
-__all__ = ["Engine", "Features", "SplittingEngine"]
+__all__ = ["Engine", "Features", "SplittingEngine", "count_nonfinite"]
 
 MAX_FREE_BUFFERS = 32  # kept for reuse: the levels of a few batches
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")  # in plain RuntimeErrors of torch
@@ -40,12 +40,13 @@ class Features:
     so that the next batch can reuse their memory.
 
     Attributes:
-        arrays: level → (B, C, H, W) in the stored dtype; 0×0 cells where regions are stored.
+        arrays: level → (B, C, H, W) in the stored dtype, with 0×0 cells where regions are stored; an engine for other
+            results has them under other names.
         nonfinite: level → number of NaN and infinite values of each image, an array on some devices.
         regions: level → features of the boxes that are pooled from it; empty where maps are stored.
     """
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, Any]
     nonfinite: Mapping[str, Sequence[int]]
     regions: Mapping[str, LevelRegions] = field(default_factory=dict)
     ready: Callable[[], None] = lambda: None
@@ -67,18 +68,21 @@ class Engine:
     def __init__(self, model: PyramidModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> None:
         self.precision = resolve_precision(config.precision, device)
         self.dtype = compute_dtype(self.precision)
-        # Fewer operations in more kernels are faster on a CPU; on a GPU the number of kernels costs more.
         with isolated_torch_state():
-            self.executable = fuse_model(model, device, self.dtype, recombined=device.type == "cpu")
+            self.executable = self._executable(model, device)
         self.recipe, self.device = recipe, device
         self.pool, self.stored = config.pool, STORED_DTYPES[config.dtype]
         self._scales = model.scales
-        self._strides = {name: model.stride(name) for name in self.executable.levels}
+        self._strides = {name: model.stride(name) for name in model.levels}
         self._region_pooling: RegionPooling | None = None
         if config.boxes is not None:
-            strides = {name: model.stride(name) for name in model.levels}
-            self._region_pooling = RegionPooling(strides, str(config.roi_size))
+            self._region_pooling = RegionPooling(self._strides, str(config.roi_size))
         self._buffers, self._prepared_sizes = _BufferPool(), set[tuple[int, int]]()
+
+    def _executable(self, model: PyramidModel, device: torch.device) -> Any:
+        """What is run on a batch of normalised images: gives the levels by name, with `pack` for sizes that recur."""
+        # Fewer operations in more kernels are faster on a CPU; on a GPU the number of kernels costs more.
+        return fuse_model(model, device, self.dtype, recombined=device.type == "cpu")
 
     def prepare(self, size: tuple[int, int]) -> None:
         """Announce several batches of padded `size` (height, width): weights are then packed for that size.
@@ -127,17 +131,22 @@ class Engine:
         """
         sizes = [(image.shape[0], image.shape[1]) for image in pixels]
         with isolated_torch_state(), torch.inference_mode():
-            images = self.batch(pixels, padded).to(self.dtype)
-            prepared = (images.shape[2], images.shape[3]) in self._prepared_sizes
-            levels = self.executable.pack(images) if prepared else self.executable(images)
+            levels = self.levels(pixels, padded)
             pooled = self.pooled_regions(levels, boxes, scaled_level)
             stored = {name: self.in_stored_form(name, level, sizes) for name, level in levels.items()}
             del levels
-            nonfinite = {name: _count_nonfinite(level) for name, level in stored.items()}
+            nonfinite = {name: count_nonfinite(level) for name, level in stored.items()}
             nonfinite |= {name: level.nonfinite.tolist() for name, level in pooled.items()}
             arrays = {name: level.cpu().numpy() for name, level in stored.items()}
             regions = {name: LevelRegions(p.places, p.features.cpu().numpy()) for name, p in pooled.items()}
             return Features(arrays, nonfinite, regions, recycle=lambda: self._buffers.keep(stored.values()))
+
+    def levels(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> dict[str, Tensor]:
+        """The levels of images (h, w, 3) on the device, as they are computed; the caller holds the torch state."""
+        images = self.batch(pixels, padded).to(self.dtype)
+        prepared = (images.shape[2], images.shape[3]) in self._prepared_sizes
+        levels: dict[str, Tensor] = self.executable.pack(images) if prepared else self.executable(images)
+        return levels
 
     def release(self) -> None:
         """Free memory that is only held for speed."""
@@ -245,7 +254,7 @@ class _BufferPool:
                     self._free.append(tensor)
 
 
-def _count_nonfinite(level: Tensor) -> list[int]:
+def count_nonfinite(level: Tensor) -> list[int]:
     """Number of NaN and infinite values of each image. Values are only counted where an image's sum is not finite."""
     suspicious = ~torch.isfinite(level.sum(dim=(1, 2, 3), dtype=torch.float32))
     counts = [0] * len(level)

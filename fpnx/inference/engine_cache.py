@@ -39,7 +39,7 @@ class EngineCache:
         options = config.repeatable()
         if self._model is None or options != self._options:
             self._engines.clear()
-            self._model, self._options, self._model_is_empty = build_model(config, self.module), options, False
+            self._model, self._options, self._model_is_empty = self.build(config), options, False
         return self._model
 
     def engine(self, recipe: Recipe, config: ExtractConfig, device: torch.device) -> Engine:
@@ -47,10 +47,18 @@ class EngineCache:
         model = self.model(config)
         if device not in self._engines:
             if self._model_is_empty:
-                model = self._model = build_model(config, self.module)
+                model = self._model = self.build(config)
                 self._model_is_empty = False
-            self._engines[device] = make_engine(model, recipe, config, device)
+            self._engines[device] = self.make(model, recipe, config, device)
         return self._engines[device]
+
+    def build(self, config: ExtractConfig) -> PyramidModel:
+        """Build the model."""
+        return build_model(config, self.module)
+
+    def make(self, model: PyramidModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> Engine:
+        """Make the engine that runs `model` on `device`."""
+        return make_engine(model, recipe, config, device)
 
     def empty(self) -> None:
         """Free the model's parameters, of which the engines have copies. Shapes can still be computed."""

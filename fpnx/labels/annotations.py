@@ -60,6 +60,7 @@ class ImageLabels:
         areas: (n,) float64, of the objects in square pixels, as the label file says them, NaN where it does not; None
             where it says none. Scores by size go by them.
         mask_file: path of the PNG with a class for each pixel, for semantic segmentation; else None.
+        id: of the image in the label file; None where the format has none.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ImageLabels:
     crowd: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
     areas: np.ndarray | None = None
     mask_file: str | None = None
+    id: int | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fpnx.core.errors import FpnxError
@@ -74,8 +75,10 @@ def read_coco(source: LabelSource) -> LabelSet:
     if not used:
         why = f": {dropped.words()}" if dropped.total else ", since there is none"
         raise FpnxError(f"{where}: no annotation can be used{why}")
+    ids = {position: number for number, position in reversed(by_id.items())}
     images = tuple(
-        pack_objects(name, size, found, dropped) for (name, size), found in zip(records, objects, strict=True)
+        replace(pack_objects(name, size, found, dropped), id=ids[position])
+        for position, ((name, size), found) in enumerate(zip(records, objects, strict=True))
     )
     return _label_set(source, categories, images, dropped, by_id)
 

@@ -178,18 +178,24 @@ def split_backbone(backbone: Any) -> tuple[str | None, nn.Module | None]:
     return backbone, None
 
 
-def build_model(config: ModelConfig, module: nn.Module | None = None, plan: NeckPlan | None = None) -> PyramidModel:
-    """`create_model` from a config; `module` is a network of the caller's own, or a `PyramidModel`, which is copied.
+def build_model(
+    config: ModelConfig, module: nn.Module | None = None, plan: NeckPlan | None = None, *, keep_heads: bool = False
+) -> PyramidModel:
+    """`create_model` from a config.
 
-    `plan` is for a model that a head is trained on; a `PyramidModel` keeps its neck.
+    Args:
+        config: the options.
+        module: a network of the caller's own, or a `PyramidModel`, which is copied.
+        plan: for a model that a head is trained on; a `PyramidModel` keeps its neck.
+        keep_heads: keep the file's other tensors, of heads, in `weights.heads`.
     """
     if isinstance(module, PyramidModel):
         return _copied(module, config)
     with isolated_torch_state():
-        return _build(config, module, plan)
+        return _build(config, module, plan, keep_heads)
 
 
-def _build(config: ModelConfig, module: nn.Module | None, plan: NeckPlan | None) -> PyramidModel:
+def _build(config: ModelConfig, module: nn.Module | None, plan: NeckPlan | None, keep_heads: bool) -> PyramidModel:
     weights, backbone = _named(config) if module is None else _given(config, module)
     _adjust(backbone.body, weights)
     held_by_file = weights.one_tap
@@ -233,7 +239,8 @@ def _build(config: ModelConfig, module: nn.Module | None, plan: NeckPlan | None)
     levels = _chosen_levels(config, neck, weights, backbone, plan)
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
-    model = PyramidModel(backbone, neck, ordered_levels(levels), replace(weights, state={}))
+    kept = weights.heads if keep_heads else {}
+    model = PyramidModel(backbone, neck, ordered_levels(levels), replace(weights, state={}, heads=kept))
     _fill(model, weights)
     model.note_parameters()
     return model.eval()

@@ -15,6 +15,7 @@ from PIL import Image
 from fpnx.core.config import PictureConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_place, parse_levels
+from fpnx.core.text import plural
 from fpnx.images.decoding import pillow_limits
 from fpnx.store.reader import Item
 from fpnx.visualization.color_scale import ColorScales, measure_scales
@@ -24,10 +25,13 @@ from fpnx.visualization.panels import (
     LevelMap,
     colour_table,
     compute_map,
+    drawn_objects,
     render_panel,
     resized_source,
     tile_size,
 )
+from fpnx.visualization.predicted_boxes import count_by_level
+from fpnx.visualization.predictions import tag_objects
 from fpnx.visualization.text_layout import DPI, fit_text, text_width, write
 
 __all__ = ["chosen_levels", "draw", "figure", "mode_in_words", "rendered"]
@@ -38,6 +42,8 @@ MIN_COLUMN = 168  # pixels; a title fits above a narrower panel
 BAR_HEIGHT = 9  # pixels of the colour bar
 BOLD_WIDTH_FACTOR = 1.16  # bold text is at most this much wider
 LABEL_SIZE = 10  # pixels, of a channel's number
+TAG_SIZE = 11  # pixels, of the label of a box
+NOTE_STEP = 14  # pixels from one note below a panel to the next
 # Added to the size of a figure, and taken from that of a box of pixels: some versions of Matplotlib round figures down
 # and boxes up, so that a rounding error would remove a row of the figure, or add a row or column to the box.
 SLACK = 1e-6  # pixels
@@ -125,6 +131,8 @@ def draw(
     canvas = _Canvas(2 * MARGIN + (len(columns) + 1) * step - GAP)
     canvas.paragraph(images[0].path, size=15, lines=3, fontweight="bold")
     canvas.paragraph(f"{mode_in_words(config)} · {_describe_scale(scales)}", lines=3)
+    if any(maps.boxes for maps in images):
+        canvas.paragraph("boxes: strong in the level that they come from, faint in the others", lines=2)
     for maps, maps_of_image in zip(images, level_maps, strict=True):
         canvas.y += 8
         canvas.paragraph(f"{maps.file} · {maps.model}" if len(images) > 1 and maps.file else maps.model, lines=4)
@@ -132,16 +140,17 @@ def draw(
             canvas.paragraph(maps.missing, lines=2, color=NOTE_COLOUR)
             continue
         by_kind = ([m for m in maps_of_image if (m.level[0] == "C") is is_tap] for is_tap in (True, False))
-        rows = [row for row in by_kind if row]
+        rows, more_lines = [row for row in by_kind if row], 0
         for row in rows:
             top = canvas.y + 2 * LINE_HEIGHT + 14
             if row is rows[0]:
-                _draw_source(canvas, maps, config, panel, (MARGIN, top), step - GAP)
+                more_lines = _draw_source(canvas, maps, config, panel, (MARGIN, top), step - GAP)
             for level_map in row:
                 left = MARGIN + (columns.index(level_place(level_map.level)) + 1) * step
                 pixels = render_panel(maps, level_map, tile, side, config, table)
-                _draw_level(canvas, level_map, pixels, table, tile, (left, top), step - GAP)
+                _draw_level(canvas, maps, level_map, pixels, table, tile, (left, top), step - GAP)
             canvas.y = top + panel[0] + BAR_HEIGHT + LINE_HEIGHT + 8
+        canvas.y += NOTE_STEP * more_lines if len(rows) == 1 else 0  # a second row leaves them room
     return canvas.to_figure()
 
 
@@ -177,29 +186,42 @@ def _draw_source(
     panel: tuple[int, int],
     at: tuple[float, float],
     column: int,
-) -> None:
+) -> int:
+    """Draw the source image; returns how many lines there are below it beside the first."""
     (height, width), input_size = maps.source_size, maps.input_size
     note = f"model input {input_size[0]}×{input_size[1]}"
     canvas.title(at, "source", f"{height}×{width}", note, column)
-    pixels = resized_source(maps, panel)
+    pixels, below = resized_source(maps, panel), [maps.photo.note] if maps.photo.note else []
+    missing = pixels is None
     if pixels is None:
-        canvas.image(np.full((*panel, 3), 245, np.uint8), at)
+        pixels = np.full((*panel, 3), 245, np.uint8)
+    if maps.boxes is not None:
+        objects = drawn_objects(maps.boxes)
+        picture, left_out = tag_objects(Image.fromarray(pixels), objects, maps.source_size, TAG_SIZE, MIN_COLUMN)
+        pixels = np.asarray(picture)
+        below.insert(0, count_by_level(maps.boxes))
+        if left_out:
+            below.insert(1, f"{plural(left_out, 'label')} left out")
+    elif missing:
+        canvas.image(pixels, at)
         lines = fit_text(maps.photo.note, panel[1] - 16, 11, max(1, (panel[0] - 12) // 15))
         for number, line in enumerate(lines):
             canvas.text(at[0] + 8, at[1] + 18 + 15 * number, line, 11, color=NOTE_COLOUR)
-        return
+        return 0
     mark = None
     if config.point is not None:
         x, y = config.position(maps.source_size)
         mark = (x / width * panel[1], y / height * panel[0])
     canvas.image(pixels, at, label="source", mark=mark)
-    if maps.photo.note:
-        line = fit_text(maps.photo.note, column, 10.5)[0]
-        canvas.text(at[0], at[1] + panel[0] + LINE_HEIGHT, line, 10.5, color=NOTE_COLOUR)
+    lines = [line for note in below for line in fit_text(note, column, 10.5, 1 if note == maps.photo.note else 3)]
+    for number, line in enumerate(lines):
+        canvas.text(at[0], at[1] + panel[0] + LINE_HEIGHT + NOTE_STEP * number, line, 10.5, color=NOTE_COLOUR)
+    return max(0, len(lines) - 1)
 
 
 def _draw_level(
     canvas: _Canvas,
+    maps: ImageMaps,
     level_map: LevelMap,
     pixels: np.ndarray,
     table: np.ndarray,
@@ -208,6 +230,8 @@ def _draw_level(
     column: int,
 ) -> None:
     note = f"stride {level_map.stride}"
+    if maps.boxes and (own := [each for each in maps.boxes if each.level == level_map.level]):
+        note += f" · {count_by_level(own).partition(':')[0]}"
     if level_map.nonfinite:
         note += f" · {level_map.nonfinite} cells not finite"
     canvas.title(at, level_map.level, f"{level_map.shape[0]}×{level_map.shape[1]}", note, column)

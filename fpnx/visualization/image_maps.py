@@ -18,6 +18,7 @@ from fpnx.core.text import escape
 from fpnx.images.decoding import decode
 from fpnx.images.reading import locate
 from fpnx.store.reader import Item, Store
+from fpnx.visualization.predicted_boxes import PredictedBox
 
 __all__ = ["ImageMaps", "Photo", "describe_model", "find_photo", "item_maps"]
 
@@ -45,6 +46,7 @@ class ImageMaps:
         photo: the source image.
         file: name of the file that holds the maps.
         missing: why there is nothing to draw; empty otherwise.
+        boxes: the predicted boxes that are drawn over the maps, best first; None where there are no predictions.
     """
 
     path: str
@@ -58,6 +60,7 @@ class ImageMaps:
     photo: Photo
     file: str = ""
     missing: str = ""
+    boxes: tuple[PredictedBox, ...] | None = None
 
     def covered_size(self, level: str, shape: tuple[int, int]) -> tuple[float, float]:
         """(height, width) in source pixels that a map of `shape` cells covers; it may exceed the source."""

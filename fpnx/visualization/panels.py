@@ -16,12 +16,15 @@ from fpnx.core.text import did_you_mean
 from fpnx.visualization.color_scale import ColorScale, value_range
 from fpnx.visualization.heatmaps import Basis, heatmap, strongest_channels
 from fpnx.visualization.image_maps import ImageMaps
+from fpnx.visualization.predicted_boxes import PredictedBox
+from fpnx.visualization.predictions import DrawnObject, outline_objects
 
 __all__ = [
     "TILE_GAP",
     "LevelMap",
     "render_panel",
     "colour_table",
+    "drawn_objects",
     "resized_source",
     "compute_map",
     "apply_colormap",
@@ -35,6 +38,9 @@ LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 OVERLAY_OPACITY = 0.55  # of the heatmap over the source image
 MIN_TILE = (8, 8)  # (height, width)
 MIN_LABELLED_TILE = (16, 40)  # (height, width) of a tile with a channel number on it
+FAINT = 0.45  # opacity of the boxes of other levels
+THIN_BELOW = 96  # pixels of the shorter side of a tile, below which lines of boxes have one pixel
+MOST_BOLD = 20  # boxes of a level; more have lines of one pixel
 TILE_GAP = 2  # pixels between the tiles of a panel
 
 
@@ -136,10 +142,26 @@ def render_panel(
             mixed = OVERLAY_OPACITY * pixels.astype(np.float32) + (1 - OVERLAY_OPACITY) * grey[..., None]
             pixels = (mixed + 0.5).astype(np.uint8)
         pixels = np.where(inside[..., None], pixels, np.uint8(UNCOVERED_GREY))
+        if maps.boxes:
+            pixels = _with_boxes(pixels, maps, level_map.level)
         if level_map.cell is not None:
             _outline_cell(pixels, level_map.cell, level_map.shape, covered, maps.source_size)
         canvas[y : y + size[0], x : x + size[1]] = pixels
     return canvas
+
+
+def drawn_objects(boxes: Sequence[PredictedBox]) -> list[DrawnObject]:
+    """Predicted boxes as objects of a picture."""
+    return [DrawnObject(box=each.box, label=each.label, colour=each.category) for each in boxes]
+
+
+def _with_boxes(pixels: np.ndarray, maps: ImageMaps, level: str) -> np.ndarray:
+    """A panel with the boxes of its level, and faintly those of other levels. Boxes without a level are its own."""
+    own = [each for each in maps.boxes or () if each.level in (level, "")]
+    others = [each for each in maps.boxes or () if each.level not in (level, "")]
+    stroke = 2 if min(pixels.shape[:2]) >= THIN_BELOW and len(own) <= MOST_BOLD else 1
+    picture = outline_objects(Image.fromarray(pixels), drawn_objects(others), maps.source_size, 1, FAINT)
+    return np.array(outline_objects(picture, drawn_objects(own), maps.source_size, stroke))
 
 
 def resized_source(maps: ImageMaps, size: tuple[int, int]) -> np.ndarray | None:

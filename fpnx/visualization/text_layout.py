@@ -8,10 +8,11 @@ from typing import Any
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from PIL import ImageFont
 
 from fpnx.core.text import escape
 
-__all__ = ["DPI", "fit_text", "printable", "text_width", "write"]
+__all__ = ["DPI", "fit_text", "pillow_runs", "printable", "text_width", "write"]
 
 DPI = 100
 FAMILIES = (  # the first comes with matplotlib; the others are used, where installed, for scripts that it lacks
@@ -68,6 +69,19 @@ def write(figure: Figure, x: float, y: float, text: str, size: float = 12, **sty
     )
 
 
+def pillow_runs(text: str, size: int) -> list[tuple[ImageFont.FreeTypeFont, str]]:
+    """A printable text in parts, each with the Pillow font that has its characters, of `size` pixels."""
+    runs: list[tuple[str, str]] = []
+    for character in text:
+        font = _font_of(character)
+        path = (font or _fonts()[0]).fname
+        if runs and runs[-1][0] == path:
+            runs[-1] = (path, runs[-1][1] + character)
+        else:
+            runs.append((path, character))
+    return [(_pillow_font(path, size), part) for path, part in runs]
+
+
 def _break_lines(text: str, width: float, size: float) -> list[str]:
     lines, line, used, break_at = [], "", 0.0, 0
     for character in text:
@@ -93,6 +107,11 @@ def _families() -> list[str]:
 def _fonts() -> list[FT2Font]:
     paths = [font_manager.findfont(font_manager.FontProperties(family=[family])) for family in _families()]
     return [FT2Font(path) for path in paths]
+
+
+@lru_cache(maxsize=32)
+def _pillow_font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +20,15 @@ from PIL import Image
 
 import fpnx as package
 from fpnx.core.errors import FpnxError, ImageError
+from fpnx.visualization.class_colours import class_colour
 from fpnx.visualization.png_files import PngPaths, save_png
 from fpnx.visualization.selection import select
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.process import document, process
+from tests.helpers.trained import trained_file
 
 SMALL = ("--backbone", "mobilenet_v2", "--weights", "random", "--channels", "8", "--size", "64")
+SMALL_PHOTOGRAPHS = (*SMALL[:4], "--size", "64", "--levels", "P3")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -241,6 +246,97 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, here: Path, f
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+# Predicted boxes --------------------------------------------------------------------------------------------
+
+
+def write_predictions(path: Path) -> None:
+    """Boxes of two of the images of `made`, as `fpnx predict` writes them."""
+    shared = {"image_id": 0, "category_id": 3, "category_name": "cat", "bbox": [20, 10, 30, 40]}
+    results = [
+        {**shared, "file_name": "a.png", "score": 0.9, "level": "P3"},
+        {**shared, "file_name": "a.png", "score": 0.4, "level": "P5"},
+        {**shared, "file_name": "below/a.png", "score": 0.6, "level": "P5"},
+    ]
+    path.write_text(json.dumps(results))
+
+
+def same(one: Path, other: Path) -> bool:
+    with Image.open(one) as first, Image.open(other) as second:
+        return first.size == second.size and bool(np.array_equal(np.asarray(first), np.asarray(second)))
+
+
+def test_predicted_boxes_are_drawn(here: Path, fpnx: Run) -> None:
+    write_predictions(here / "p.json")
+    code, _, err = fpnx("visualize", "a.h5", "b.h5", "--predictions", "p.json", "-o", "boxes")
+    assert code == 0
+    assert "p.json has boxes of 2 of 4 images" in err
+    assert fpnx("visualize", "a.h5", "b.h5", "--predictions", "p.json", "--threshold", "0.3", "-o", "more")[0] == 0
+    (here / "none.json").write_text("[]")
+    assert fpnx("visualize", "a.h5", "b.h5", "--predictions", "none.json", "-o", "none")[0] == 0
+    colours = {
+        name: np.unique(np.asarray(Image.open(here / name)).reshape(-1, 3), axis=0).tolist()
+        for name in ("boxes/a.png.png", "none/a.png.png", "boxes/b.jpg.png")
+    }
+    assert list(class_colour(3)) in colours["boxes/a.png.png"]
+    assert list(class_colour(3)) not in colours["none/a.png.png"]
+    assert list(class_colour(3)) not in colours["boxes/b.jpg.png"]
+    assert not same(here / "boxes/a.png.png", here / "more/a.png.png")
+    assert same(here / "boxes/below/a.png.png", here / "more/below/a.png.png")
+    assert same(here / "boxes/b.jpg.png", here / "none/b.jpg.png")
+    with Image.open(here / "boxes/a.png.png") as picture:
+        assert "; boxes of p.json, score ≥ 0.5" in picture.text["Description"]  # type: ignore[attr-defined]
+
+
+def test_boxes_over_photographs(here: Path, fpnx: Run) -> None:
+    write_predictions(here / "p.json")
+    code, _, err = fpnx("visualize", "photos", *SMALL_PHOTOGRAPHS, "--predictions", "p.json", "-o", "drawn")
+    assert code == 0
+    assert "p.json has boxes of 2 of 4 images" in err
+    assert fpnx("visualize", "a.h5", "--predictions", "p.json", "--levels", "P3")[0] == 0
+
+
+def test_boxes_of_a_trained_detector(here: Path, fpnx: Run) -> None:
+    trained_file(here / "model.safetensors", "fcos", convolutions=1)
+    shared = ("photos", "--weights", "model.safetensors", "--size", "64", "--device", "cpu")
+    assert fpnx("extract", *shared, "-o", "out.h5", "--levels", "P3-P7")[0] == 0
+    assert fpnx("predict", *shared, "-o", "p.json", "--max-detections", "9")[0] == 0
+    results = json.loads((here / "p.json").read_text())
+    assert {each["file_name"] for each in results} == {"a.png", "b.jpg", "below/a.png", "below/c.png"}
+    code, _, err = fpnx(
+        "visualize", "out.h5", "--predictions", "p.json", "--threshold", "0", "-o", "d", "--html", "d.html"
+    )
+    assert code == 0
+    assert "p.json has boxes of 4 of 4 images" in err
+    index = json.loads(re.findall(r'id="index">(.*?)</script>', (here / "d.html").read_text())[0])
+    assert set(index["boxes"]["levels"]) == {each["level"] for each in results} <= {"P3", "P4", "P5", "P6", "P7"}
+    first = json.loads(re.findall(r'id="image-0">(.*?)</script>', (here / "d.html").read_text())[0])
+    assert len(first["boxes"]) == sum(each["file_name"] == first["name"] for each in results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--predictions", "none.json"], "predictions none.json: No such file"),
+        (["--predictions", "plain.json"], "lack, as plain COCO results do, file_name and category_name"),
+        (["--predictions", "other.json"], "boxes of none of the 4 images"),
+        (["--predictions", "a.h5"], "take the JSON file that fpnx predict writes for detectors"),
+        (["--predictions", "photos"], "a folder; only boxes are drawn over levels"),
+        (["--predictions", "p.json", "--threshold", "1.5"], "threshold 1.5: take a score from 0 to 1"),
+        (["--threshold", "0.7"], "threshold 0.7 is for boxes: give --predictions FILE beside it"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_with_predictions_are_one_line(arguments: list[str], message: str, here: Path, fpnx: Run) -> None:
+    write_predictions(here / "p.json")
+    (here / "plain.json").write_text('[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}]')
+    (here / "other.json").write_text((here / "p.json").read_text().replace("a.png", "z.png"))
+    code, out, err = fpnx("visualize", "a.h5", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (here / "a_png").exists()
 
 
 # Output paths ---------------------------------------------------------------------------------------------

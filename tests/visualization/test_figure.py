@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -18,12 +18,16 @@ from PIL import Image
 import fpnx
 from fpnx.core.config import PictureConfig
 from fpnx.core.errors import FpnxError
+from fpnx.core.levels import parse_levels
 from fpnx.core.provenance import ModelPart
 from fpnx.store.reader import Item, Store
+from fpnx.visualization.class_colours import class_colour
 from fpnx.visualization.color_scale import measure_scales, sample_rows
-from fpnx.visualization.figure import figure, rendered
-from fpnx.visualization.image_maps import item_maps
-from fpnx.visualization.panels import apply_colormap, colour_table, compute_map, render_panel, resample
+from fpnx.visualization.figure import draw, figure, rendered
+from fpnx.visualization.image_maps import ImageMaps, Photo, item_maps
+from fpnx.visualization.panels import FAINT, apply_colormap, colour_table, compute_map, render_panel, resample
+from fpnx.visualization.predicted_boxes import PredictedBox
+from fpnx.visualization.predictions import DrawnObject, tag_objects
 from fpnx.visualization.text_layout import fit_text, printable, text_width
 from tests.helpers.files import noise_image
 
@@ -211,6 +215,10 @@ def test_c_levels_are_above_p_levels_of_the_same_stride(store: Store) -> None:
 def test_no_text_is_cut_off_or_overlaps_another(store: Store, mode: str, overlay: bool) -> None:
     point = (10, 90) if mode == "similarity" else None
     drawn = figure(store["0.png"], mode=mode, overlay=overlay, point=point, panel=64)
+    assert_texts_are_whole_and_apart(drawn)
+
+
+def assert_texts_are_whole_and_apart(drawn: Figure) -> None:
     drawn.canvas.draw()
     frame = drawn.bbox
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn.texts if text.get_text()]
@@ -222,6 +230,113 @@ def test_no_text_is_cut_off_or_overlaps_another(store: Store, mode: str, overlay
         for other, another in boxes[i + 1 :]:
             apart = box.x1 <= another.x0 or another.x1 <= box.x0 or box.y1 <= another.y0 + 4 or another.y1 <= box.y0 + 4
             assert apart, (text, other)
+
+
+# Predicted boxes ------------------------------------------------------------------------------------------------
+
+
+def maps_with(boxes: Sequence[PredictedBox], source: tuple[int, int] = (40, 60)) -> ImageMaps:
+    """An image of black pixels with levels P3 and P4 of zeros."""
+    return ImageMaps(
+        path="a.png",
+        model="none",
+        source_size=source,
+        input_size=source,
+        levels=("P3", "P4"),
+        strides={"P3": 8, "P4": 16},
+        pooled=False,
+        read=lambda level: np.zeros((2, *(-(-side // {"P3": 8, "P4": 16}[level]) for side in source)), np.float32),
+        photo=Photo(Image.new("RGB", source[::-1])),
+        boxes=tuple(boxes),
+    )
+
+
+BOXES = (
+    PredictedBox((10, 5, 30, 20), 0.9, 3, "cat", "P3"),
+    PredictedBox((32.25, 10, 40, 45), 0.8, 4, "dog", "P4"),  # it ends below the image
+)
+
+
+def test_boxes_are_strong_in_their_level_and_faint_in_others() -> None:
+    maps, table = maps_with(BOXES), colour_table("gray")
+    panels = {}
+    for level in maps.levels:
+        level_map = compute_map(maps, level, PictureConfig(), None)
+        panels[level] = render_panel(maps, level_map, (80, 120), 1, PictureConfig(), table).astype(int)
+    strong, faint = (np.array(class_colour(3)) * share for share in (1, FAINT))
+    frame = [(10, 20), (10, 59), (39, 20), (39, 59), (25, 20), (25, 59), (10, 40), (39, 40)]  # y, x: twice the box
+    for y, x in frame:
+        assert np.abs(panels["P3"][y, x] - strong).max() <= 1
+        assert np.abs(panels["P4"][y, x] - faint).max() <= 1
+    dog = np.array(class_colour(4))
+    assert np.abs(panels["P4"][50, 64] - dog).max() <= 1
+    assert np.abs(panels["P4"][79, 70] - dog).max() <= 1  # the lower edge, moved into the image
+    assert np.abs(panels["P3"][50, 64] - dog * FAINT).max() <= 1
+    for panel in panels.values():
+        assert not panel[15:35, 25:55].any()  # nothing inside
+        assert not panel[:8, :].any()
+
+
+def test_a_box_without_a_level_is_strong_everywhere() -> None:
+    maps = maps_with([dataclasses.replace(BOXES[0], level="")])
+    for level in maps.levels:
+        level_map = compute_map(maps, level, PictureConfig(), None)
+        panel = render_panel(maps, level_map, (80, 120), 1, PictureConfig(), colour_table("gray"))
+        assert tuple(panel[25, 20]) == class_colour(3)
+
+
+@pytest.mark.parametrize("turn", [1, 6, 8], ids=["upright", "turned right", "turned left"])
+def test_boxes_lie_over_the_upright_photograph(turn: int, tmp_path: Path) -> None:
+    left, top, right, bottom = 230, 40, 330, 140
+    save_square(tmp_path / "a.png", (370, 250), (left, top, right, bottom), turn)
+    fpnx.extract(tmp_path, tmp_path / "out.h5", size=64, levels="P5", **SMALL)
+    with fpnx.open(tmp_path / "out.h5") as store:
+        box = PredictedBox((left, top, right, bottom), 0.9, 3, "square", "P5")
+        maps = dataclasses.replace(item_maps(store[0]), boxes=(box,))
+        drawn = rendered(draw([maps], PictureConfig(panel=370), ["P5"], [None]))
+    pixels = np.asarray(drawn).astype(int)
+    rows, columns = np.nonzero((pixels == class_colour(3)).all(axis=2)[:, :400])
+    source_top = np.flatnonzero((pixels[:, 100] == MEAN).all(axis=1))[0]
+    assert (columns.min() - 16, columns.max() + 1 - 16) == (left, right)
+    assert rows.max() + 1 - source_top == bottom
+    inside = pixels[source_top + top + 4 : source_top + bottom - 4, 16 + left + 4 : 16 + right - 4]
+    assert set(np.unique(inside)) == {0, 255}  # the noise of the square
+
+
+@pytest.mark.parametrize("mode", ["energy", "pca", "channels"])
+@pytest.mark.parametrize("levels", ["P3-P5", "C3,C5,P3-P6"])
+def test_texts_about_boxes_fit(mode: str, levels: str, store: Store) -> None:
+    rng = np.random.default_rng(0)
+    boxes = []
+    for i, (x, y) in enumerate(rng.uniform(0, 50, (100, 2)).tolist()):
+        boxes.append(PredictedBox((x, y, x + 10, y + 12), 0.9 - i / 200, i, f"class {i}", f"P{3 + i % 4}"))
+    maps = dataclasses.replace(item_maps(store["0.png"]), boxes=tuple(boxes))
+    drawn = draw([maps], PictureConfig(mode=mode, panel=64), parse_levels(levels), [None])
+    assert_texts_are_whole_and_apart(drawn)
+    assert "100 boxes: P3 25 · P4 25 · P5 25 · P6 25" in texts(drawn).replace("\n", " ")
+    assert "stride 8 · 25 boxes" in texts(drawn)
+    assert "labels left out" in texts(drawn)
+    assert "boxes: strong in the level that they come from, faint in the others" in texts(drawn)
+
+
+def test_an_image_without_boxes_says_so(store: Store) -> None:
+    drawn = draw([dataclasses.replace(item_maps(store[0]), boxes=())], PictureConfig(panel=64), ["P3"], [None])
+    assert "0 boxes" in texts(drawn)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 400), (400, 20), (256, 170)], ids=str)
+def test_tags_stay_in_the_picture_and_leave_most_of_it_free(size: tuple[int, int]) -> None:
+    names = ["a long name of a class " * 8, "x" * 200, "猫", "cat", *(f"class {i}" for i in range(40))]
+    objects = [
+        DrawnObject(box=(i % 7, i % 5, i % 7 + 9, i % 5 + 9), label=f"{name} 0.50 P3", colour=i)
+        for i, name in enumerate(names)
+    ]
+    picture, left_out = tag_objects(Image.new("RGB", size[::-1]), objects, (16, 16), 11, 168)
+    assert picture.size == (max(size[1], 168), size[0])
+    assert 0 < left_out <= len(objects)
+    if size == (256, 170):
+        assert 1 < len(objects) - left_out < 30
+        assert (np.asarray(picture) == 0).all(axis=2).mean() > 0.3
 
 
 def test_long_and_unusual_names_fit(stored: Path, tmp_path: Path) -> None:

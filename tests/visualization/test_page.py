@@ -22,6 +22,7 @@ from fpnx.commands.visualize import VisualizeResult, visualize
 from fpnx.core.config import VisualizeConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
+from fpnx.visualization.class_colours import class_colour
 from fpnx.visualization.heatmaps import heatmap, similarity
 from fpnx.visualization.html.encoding import coordinates, measure_statistics, rice_codes, round_map, similarity_error
 from fpnx.visualization.html.page import SIMILARITY_ERROR, write_page
@@ -423,3 +424,230 @@ def test_maps_lie_over_the_photograph_to_the_pixel(page: Page) -> None:
     assert len(ratios) == 4
     for ratio in ratios:  # 96 is a multiple of every stride here, so that maps end where the picture ends
         assert ratio == pytest.approx([0, 0, 1, 1], abs=0.01)
+
+
+# Predicted boxes ------------------------------------------------------------------------------------------------
+
+LONG_NAME = "a class whose name is a whole sentence </script> with more words than there is room for in a label " * 2
+
+
+@pytest.fixture(scope="module")
+def boxed(made: Path) -> Path:
+    """`boxes.html` of the four images: 100 boxes of 80 classes over `a.png`, one over `b.png`, none over the others."""
+    rng = np.random.default_rng(0)
+    results: list[dict[str, Any]] = []
+    for i in range(100):
+        x, y = rng.uniform(0, 90), rng.uniform(0, 60)
+        kind = i % 80
+        results.append({"category_id": kind, "category_name": LONG_NAME if kind == 3 else f"class {kind}"})
+        results[-1] |= {
+            "bbox": [x, y, 30, 20],
+            "score": (i + 0.6) / 100,
+            "level": f"P{3 + i % 4}",
+            "file_name": "a.png",
+        }
+    # over b.png, 80×120 pixels
+    box = {"category_id": 1, "category_name": "class 1", "bbox": [20, 30, 40, 60], "score": 0.8, "level": "P4"}
+    results.append({**box, "file_name": "b.png"})
+    (made / "predictions.json").write_text(json.dumps(results))
+    options = {"predictions": str(made / "predictions.json"), "threshold": 0.75, "overwrite": True}
+    visualize(made / "out.h5", html=made / "boxes.html", **options)
+    return made / "boxes.html"
+
+
+@pytest.fixture
+def boxes(browser: Browser, boxed: Path, problems: list[str]) -> Iterator[Page]:
+    """`boxes.html` at `a.png`, in a tab of its own."""
+    with browser.new_context(viewport={"width": 1500, "height": 900}) as context, context.new_page() as page:
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(boxed.resolve().as_uri())
+        page.locator("nav button").filter(has_text="a.png").click()
+        yield page
+
+
+def panel_of(page: Page, level: str) -> Locator:
+    return page.locator("figure").filter(has=page.locator("b", has_text=re.compile(f"^{level}$"))).first
+
+
+def strong(page: Page, level: str = "source") -> list[str]:
+    """The labels of the boxes that are strong in a panel, the best first."""
+    shapes = panel_of(page, level).locator("rect.strong")
+    return shapes.evaluate_all("shapes => shapes.map(shape => shape.dataset.label).reverse()")
+
+
+def settle(page: Page) -> None:
+    """Wait until a filter has been applied, in the next frame."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def test_boxes_are_in_the_page(boxed: Path) -> None:
+    data = blocks(boxed)
+    by_name = {data[f"image-{i}"]["name"]: data[f"image-{i}"]["boxes"] for i in range(4)}
+    assert [len(by_name[name]) for name in ("a.png", "b.png", "c.png")] == [100, 1, 0]
+    x1, y1, x2, y2, score, kind, level = by_name["b.png"][0]
+    index = data["index"]["boxes"]
+    assert (x1, y1, x2, y2, score) == (20, 30, 60, 90, 0.8)
+    assert (index["classes"][kind]["name"], index["levels"][level]) == ("class 1", "P4")
+    assert index["score"] == 0.75
+    assert len(index["classes"]) == 80
+    colours = {each["name"]: each["colour"] for each in index["classes"]}
+    assert colours["class 1"] == "#" + bytes(class_colour(1)).hex()
+    assert any("predictions.json" in note for note in data["index"]["notes"])
+    assert len(re.findall("</script>", boxed.read_text())) == 4 + 1 + 1
+
+
+def test_a_page_without_predictions_has_no_filters(page: Page) -> None:
+    assert not page.locator("#score").is_visible()
+    assert page.locator(".boxes").count() == 0
+
+
+def test_boxes_are_strong_in_the_level_that_they_come_from(boxes: Page, problems: list[str]) -> None:
+    source = strong(boxes)
+    assert source[:3] == ["class 19 1.00 P6", "class 18 0.99 P5", "class 17 0.98 P4"]
+    assert len(source) == 25  # from score 0.75 on
+    for level in ("P3", "P4", "P5"):
+        assert strong(boxes, level) == [label for label in source if label.endswith(level)]
+        assert panel_of(boxes, level).locator("path.faint").count() > 0
+    assert strong(boxes, "C3") == []
+    assert (panel_of(boxes, "P4").locator("small").text_content() or "").endswith("24 channels, 6 boxes")
+    assert problems == []
+
+
+def test_boxes_lie_over_their_pixels_at_any_zoom(boxes: Page) -> None:
+    boxes.keyboard.press("ArrowDown")
+    assert boxes.locator("h2").text_content() == "b.png"
+    for zoom in (96, 272, 960):
+        boxes.locator("#zoom").fill(str(zoom))
+        for level in ("source", "P4"):
+            view = panel_of(boxes, level).locator(".view").bounding_box()
+            shape = panel_of(boxes, level).locator("rect.strong")
+            assert view is not None
+            x, y, width, height = (float(shape.get_attribute(each) or "") for each in ("x", "y", "width", "height"))
+            scale = (view["width"] / 80, view["height"] / 120)
+            expected = (20 * scale[0], 30 * scale[1], 40 * scale[0], 60 * scale[1])
+            assert (x, y, width, height) == pytest.approx(expected, abs=0.01), (zoom, level)
+
+
+def test_the_slider_filters_by_score(boxes: Page) -> None:
+    slider = boxes.locator("#score")
+    assert (slider.input_value(), boxes.locator("#score-value").text_content()) == ("0.75", "0.75")
+    for score, count in (("0.9", 10), ("0", 100), ("1", 0)):
+        slider.fill(score)
+        settle(boxes)
+        assert len(strong(boxes)) == count
+        assert boxes.locator("#score-value").text_content() == f"{float(score):.2f}"
+    slider.focus()
+    for _ in range(3):
+        boxes.keyboard.press("ArrowLeft")
+    settle(boxes)
+    assert len(strong(boxes)) == 3  # 0.97 and more
+    assert boxes.locator("h2").text_content() == "a.png"  # the keys move the slider, not the images
+    boxes.locator("nav button").filter(has_text="b.png").click()
+    assert strong(boxes) == []
+    assert "0 boxes" in (boxes.locator(".ends").first.text_content() or "")
+
+
+def test_classes_are_chosen_with_the_keyboard(boxes: Page, problems: list[str]) -> None:
+    summary = boxes.locator("#classes summary")
+    assert summary.text_content() == "Classes: all 80"
+    boxes.locator("#score").fill("0")
+    boxes.locator("#score").focus()
+    boxes.keyboard.press("Tab")
+    boxes.keyboard.press("Enter")
+    checks = boxes.get_by_role("checkbox").filter(visible=True)
+    assert checks.count() == 80 + 1  # and the overlay's
+    boxes.keyboard.press("Tab")
+    boxes.keyboard.press("Tab")
+    boxes.keyboard.press("Enter")  # none
+    settle(boxes)
+    assert strong(boxes) == []
+    assert summary.text_content() == "Classes: 0 of 80"
+    boxes.get_by_label("class 7", exact=True).focus()
+    boxes.keyboard.press("Space")
+    settle(boxes)
+    assert strong(boxes) == ["class 7 0.88 P6", "class 7 0.08 P6"]
+    assert summary.text_content() == "Classes: 1 of 80"
+    boxes.keyboard.press("Escape")
+    assert not boxes.locator("#class-list").is_visible()
+    boxes.keyboard.press("Enter")  # the focus is back on the summary
+    assert boxes.locator("#class-list").is_visible()
+    boxes.locator("#all-classes").click()
+    settle(boxes)
+    assert len(strong(boxes)) == 100
+    assert (boxes.locator("#class-list label").filter(has_text="sentence").inner_text()).startswith(LONG_NAME[:60])
+    boxes.locator("h2").click()
+    assert not boxes.locator("#class-list").is_visible()
+    assert problems == []
+
+
+@pytest.mark.parametrize("zoom", [96, 272, 960])
+def test_labels_are_whole_and_apart(zoom: int, boxes: Page) -> None:
+    boxes.locator("#score").fill("0")
+    boxes.locator("#zoom").fill(str(zoom))
+    settle(boxes)
+    source = boxes.locator(".view.source").first
+    view = source.bounding_box()
+    assert view is not None
+    measure = "shapes => shapes.map(s => s.getBoundingClientRect()).map(b => [b.left, b.top, b.right, b.bottom])"
+    tags = source.locator("rect.tag").evaluate_all(measure)
+    written = source.locator("text").evaluate_all(measure)
+    assert 0 < len(tags) <= len(written)
+    width = max(view["width"], 150)  # narrow views have a margin
+    for left, top, right, bottom in tags:
+        assert view["x"] - 0.5 <= left < right <= view["x"] + width + 0.5
+        assert view["y"] - 0.5 <= top < bottom <= view["y"] + view["height"] + 0.5
+    for left, top, right, bottom in written:
+        inside = [t for t in tags if t[0] <= left and right <= t[2] + 0.5 and t[1] - 2 <= top and bottom <= t[3] + 2]
+        assert len(inside) == 1
+    for i, one in enumerate(tags):
+        for other in tags[i + 1 :]:
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+    left_out = 100 - len(tags)
+    assert f"100 boxes, {left_out} label" in (boxes.locator(".ends").first.text_content() or "")
+
+
+def test_a_long_name_is_broken_and_cut_in_the_middle(boxes: Page) -> None:
+    boxes.locator("#classes summary").click()
+    boxes.locator("#no-classes").click()
+    boxes.locator("#class-list label").filter(has_text="sentence").locator("input").check()
+    boxes.locator("#score").fill("0")
+    settle(boxes)
+    lines = boxes.locator(".view.source").first.locator("text").all_text_contents()
+    assert len(lines) == 3
+    assert lines[0].startswith("a class whose name is")
+    assert "…" in "".join(lines)
+    assert lines[-1].endswith("P6")
+
+
+def test_the_readout_names_the_boxes_under_the_pointer(boxes: Page) -> None:
+    boxes.keyboard.press("ArrowDown")
+    view = boxes.locator(".view.source").first
+    boxes.mouse.move(*point_of(view, 0.5, 0.5))
+    assert readout(boxes) == "source · in class 1 0.80 P4"
+    boxes.mouse.move(*point_of(view, 0.1, 0.1))
+    assert readout(boxes) == "source"
+    boxes.mouse.move(*point_of(panel_of(boxes, "P3").locator(".view"), 0.5, 0.5))
+    assert re.fullmatch(r"P3 cell \(y 6, x 6\): energy \S+ · in class 1 0\.80 P4", readout(boxes))
+    boxes.locator("#score").fill("0.9")
+    settle(boxes)
+    assert "class 1" not in readout(boxes)
+
+
+def test_a_step_of_the_slider_is_quick(boxes: Page) -> None:
+    """100 boxes of 80 classes: the best of 20 steps, on whatever machine this is."""
+    best = boxes.evaluate(
+        """async () => {
+          const slider = document.getElementById("score"), frame = () => new Promise(requestAnimationFrame);
+          let best = Infinity;
+          for (let i = 0; i < 20; i++) {
+            slider.value = i / 100;
+            slider.dispatchEvent(new Event("input"));
+            const start = performance.now();
+            await frame();
+            best = Math.min(best, performance.now() - start);
+          }
+          return best;
+        }"""
+    )
+    assert best < 200  # milliseconds

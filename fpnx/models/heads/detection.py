@@ -16,7 +16,6 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign, batched_nms
 from torchvision.ops.poolers import LevelMapper
@@ -340,22 +339,19 @@ class FasterRcnnHead(_DetectionHead):
         features = self._features(levels)
         proposals, _ = self.rpn(_image_list(geometry, next(iter(features.values())).device), features)
         found, _ = self.roi_heads(_in_float32(features), proposals, list(geometry.sizes))
-        return [self._detections(each, boxes, geometry) for each, boxes in zip(found, proposals, strict=True)]
+        return [self._detections(each, boxes) for each, boxes in zip(found, proposals, strict=True)]
 
-    def _detections(self, found: Mapping[str, Tensor], proposals: Tensor, geometry: Geometry) -> Detections:
+    def _detections(self, found: Mapping[str, Tensor], proposals: Tensor) -> Detections:
         places = self.roi_heads.box_roi_pool.map_levels([found["boxes"]]).tolist()
         names = list(self._pooled)
         return Detections(
             boxes=found["boxes"],
             scores=found["scores"],
             labels=found["labels"] - 1,
-            masks=self._masks(found, geometry),
+            mask_cells=found["masks"][:, 0] if "masks" in found else None,
             proposals=proposals,
             levels=tuple(names[i] for i in places),
         )
-
-    def _masks(self, found: Mapping[str, Tensor], geometry: Geometry) -> Tensor | None:
-        return None
 
     def _build(self, *arguments: Any, **options: Any) -> nn.Module:
         """torchvision's detector."""
@@ -374,10 +370,6 @@ class MaskRcnnHead(FasterRcnnHead):
     kind = "mask_rcnn"
     summary = "Mask R-CNN: Faster R-CNN with a mask for each box"
     needs_masks = True
-
-    def _masks(self, found: Mapping[str, Tensor], geometry: Geometry) -> Tensor | None:
-        masks: Tensor = paste_masks_in_image(found["masks"], found["boxes"], geometry.padded)
-        return masks[:, 0]
 
     def _build(self, *arguments: Any, **options: Any) -> nn.Module:
         return MaskRCNN(

@@ -42,9 +42,11 @@ from fpnx.models.weights.state_dicts import StateDictLayout, recognize_layout, w
 from fpnx.models.weights.timm import cached_timm_file, features_only_state, timm_recipe, timm_weights
 from fpnx.models.weights.torchvision import (
     COCO,
+    DETECTORS,
     PublishedWeights,
     best_weights,
     cached_file,
+    detector_weights,
     find_published,
     known_names,
     native_recipe,
@@ -112,6 +114,7 @@ class Weights:
         body, fpn: whether these parts are trained, and where their parameters come from.
         state: the parameters in fpnx's layout (`body.*`, `fpn.*`), until they are in a model. Parts that are missing
             are drawn from the seed.
+        heads: other tensors in the file, of heads and other networks, under their own names, until the model is made.
         pyramid: the pyramid in the file; None where there is none.
         one_tap: in a file of a model with a pyramid of one tap, what it says of it; else None.
         levels: in a file of a model without a neck, its levels; else None.
@@ -135,6 +138,7 @@ class Weights:
     body: ModelPart
     fpn: ModelPart
     state: Mapping[str, Tensor]
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
     pyramid: CheckpointNeck | None = None
     one_tap: OneTapPyramid | None = None
     levels: tuple[str, ...] | None = None
@@ -281,6 +285,8 @@ def _resolve_alias(choice: str, backbone: str, pyramid: str | None) -> str:
         choice = "coco" if has_detector and pyramid in (None, "fpn") else "imagenet"
     if choice == "imagenet":
         return str(best_weights(backbone))
+    if choice in DETECTORS:
+        return detector_weights(choice)
     if choice == "coco" and backbone not in COCO:
         raise FpnxError(f"no weights coco for {backbone}, only for {', '.join(COCO)}: take imagenet, random or a file")
     return COCO[backbone] if choice == "coco" else choice
@@ -450,6 +456,7 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
         body=body,
         fpn=fpn,
         state=layout.state,
+        heads=layout.others,
         pyramid=pyramid,
         one_tap=one_tap,
         levels=parse_levels(description["levels"]) if description.get("pyramid") == "none" else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class StateDictLayout:
             `"detectron2 ViTDet"`, `"detectron2 backbone"` (converted from torchvision's by its script, or by SoCo's
             with an FPN), `"caffe2"` (Detectron's), `"mmdetection"` or `"effdet"`.
         state: the parameters: `body.*` with the backbone's names, and `fpn.*`.
-        ignored: number of other tensors, which belong to heads and other networks.
+        others: the other tensors under the same prefix, which belong to heads and other networks.
+        ignored: number of all other tensors.
         facts: what the file states beside its parameters, by the field names of `CheckpointConfig` and `Recipe`.
         pyramid: the pyramid in the file; None where there is none.
         backbone: the backbone that the parameters are of, where that is known yet.
@@ -48,6 +49,7 @@ class StateDictLayout:
     prefix: str = ""
     automatic: bool = True
     beside: tuple[str, ...] = ()
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Rename = Callable[[str], "str | None"]
@@ -93,8 +95,8 @@ def recognize_layout(
     inner = {name[len(used) :]: value for name, value in state.items() if name.startswith(used)}
     pattern, rename = _rename_rules(framework, inner)
     renamed: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     unknown: list[str] = []
-    ignored = len(state) - len(inner)
     for name, value in inner.items():
         new = rename(name)
         if new is not None and not new.endswith("num_batches_tracked"):
@@ -102,7 +104,7 @@ def recognize_layout(
         elif new is None and re.match(pattern, name):
             unknown.append(name)
         elif new is None:
-            ignored += 1
+            others[name] = value
     if unknown:
         raise FpnxError(
             f"the layout is {framework}'s, but it has names that fpnx does not know: {first_names(unknown)}"
@@ -119,8 +121,8 @@ def recognize_layout(
         found = effdet_backbone(renamed, backbone)
     pyramid = fpn_keys(renamed, _first_level(framework, inner))
     return StateDictLayout(
-        framework=framework, state=renamed, ignored=ignored, facts=facts, pyramid=pyramid, prefix=used,
-        automatic=automatic, beside=tuple(prefixes), backbone=found,
+        framework=framework, state=renamed, ignored=len(state) - len(inner) + len(others), facts=facts,
+        pyramid=pyramid, prefix=used, automatic=automatic, beside=tuple(prefixes), backbone=found, others=others,
     )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ __all__ = [
     "best_weights",
     "cached_file",
     "classification_recipe",
+    "detector_of",
+    "detector_weights",
     "find_published",
     "known_names",
     "native_recipe",
@@ -148,7 +150,17 @@ def find_published(name: str, backbone: str | None) -> PublishedWeights | None:
 def known_names(backbone: str | None) -> list[str]:
     """All names that `find_published` accepts together with `backbone`."""
     short_names = [entry.name for entry in models.get_model_weights(backbone)] if backbone else []
-    return [*_backbone_of_weights(), *short_names]
+    return [*_backbone_of_weights(), *DETECTORS, *short_names]
+
+
+def detector_weights(detector: str) -> str:
+    """The full name of torchvision's default weights for one of `DETECTORS`."""
+    return str(models.get_model_weights(detector).DEFAULT)
+
+
+def detector_of(weights: str) -> str | None:
+    """The name in `DETECTORS` of the detector that published weights are for; None for other weights."""
+    return next((name for name in DETECTORS if weights in map(str, models.get_model_weights(name))), None)
 
 
 @lru_cache(maxsize=1)

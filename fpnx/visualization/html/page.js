@@ -13,12 +13,18 @@
     for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
     return bytes;
   };
+  const { namespaceURI } = createElement("template", { innerHTML: "<svg></svg>" }).content.firstChild;
+  const createShape = (tag, attributes) => {
+    const element = document.createElementNS(namespaceURI, tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
+  };
   const readoutHint = byId("readout").textContent;
   const index = JSON.parse(byId("index").textContent);
   const colours = decodeBase64(index.colours);
   const state = {
     image: 0, mode: index.mode, level: "", scale: index.perImage ? "image" : "file", overlay: index.overlay,
-    zoom: 272, point: null,
+    zoom: 272, point: null, score: index.boxes?.score ?? 0, hidden: new Set(),
   };
   const images = [];
   let panels = [];
@@ -190,18 +196,26 @@
     return view;
   };
 
+  const createBoxes = view => {
+    const boxes = createShape("svg", { class: "boxes" });
+    if (index.boxes) view.append(boxes);
+    return boxes;
+  };
+
   const createPanel = (image, fileIndex, level) => {
     const map = image.files[fileIndex].maps[level], facts = index.files[fileIndex].levels[level];
     const view = createView(image), canvas = createElement("canvas");
     const cell = createElement("div", { className: "cell", hidden: true });
     const point = createElement("div", { className: "point", hidden: true });
-    view.append(canvas, cell, point);
+    view.append(canvas);
+    const boxes = createBoxes(view);
+    view.append(cell, point);
     const bar = createElement("canvas", { className: "bar", width: 256, height: 1 });
     const ends = createElement("div", { className: "ends" });
     const detail = createElement("small");
     const name = createElement("b", { textContent: level });
     const caption = createElement("figcaption", {}, name, `${map.height}×${map.width}`, detail);
-    const panel = { map, facts, level, view, canvas, cell, point, bar, ends, detail };
+    const panel = { map, facts, level, view, canvas, boxes, cell, point, bar, ends, detail };
     view.addEventListener("pointermove", event => showCell(panel, event));
     view.addEventListener("pointerleave", () => showCell(null));
     view.addEventListener("click", event => {
@@ -232,14 +246,21 @@
         const levels = names.filter(level => level[0] === kind);
         if (!levels.length) continue;
         const row = createElement("div", { className: first ? "row" : "row continued" });
+        const repeated = !first;
         first = false;
         const view = createView(image);
         if (!image.photo) view.append(createElement("div", { className: "text", textContent: image.remark }));
         const name = createElement("b", { textContent: "source" });
         const detail = createElement("small", { textContent: `model input ${file.seen.join("×")}` });
         const caption = createElement("figcaption", {}, name, image.size.join("×"), detail);
-        panels.push({ view, source: true });
-        row.append(createElement("figure", {}, caption, view));
+        view.classList.add("source");
+        const panel = { view, source: true, repeated, boxes: createBoxes(view), count: createElement("div", { className: "ends" }) };
+        if (index.boxes) {
+          view.addEventListener("pointermove", event => showCell(panel, event));
+          view.addEventListener("pointerleave", () => showCell(null));
+        }
+        panels.push(panel);
+        row.append(createElement("figure", {}, caption, view, panel.count));
         row.append(...levels.map(level => createPanel(image, fileIndex, level)));
         main.append(row);
       }
@@ -259,6 +280,7 @@
       bar.style.width = ends.style.width = `${Math.max(width, 150)}px`;
     }
     moveReferencePoints();
+    drawBoxes();
   };
 
   const moveToCell = (element, panel, cell) => {
@@ -287,11 +309,11 @@
       for (const panel of maps) panel.data.low = low;
     }
     for (const panel of maps) {
-      const { map, facts, view, canvas, bar, ends, detail } = panel;
+      const { map, facts, view, canvas, bar, ends } = panel;
       paint(canvas, map, panel.data);
       view.classList.toggle("over", state.overlay);
       bar.hidden = state.mode === "pca";
-      detail.textContent = `stride ${facts.stride}, ${facts.channels} channels`;
+      panel.about = `stride ${facts.stride}, ${facts.channels} channels`;
       if (state.mode === "pca") {
         const shares = facts.explained.map((share, i) => `${"RGB"[i]} ${Math.round(100 * share)}`).join(" · ");
         ends.replaceChildren(`${shares} % of variance`);
@@ -312,6 +334,188 @@
     updateReadout();
   };
 
+  // Predicted boxes --------------------------------------------------------------------------------------------------
+  const LINE = 15, TAG_LINES = 3, TAGS_COVER = 0.4, LEAST_ROOM = 150, MOST_READ = 5;
+  const measure = document.createElement("canvas").getContext("2d");
+  measure.font = "12px system-ui, sans-serif";
+  const widths = new Map();
+  const widthOf = text => {
+    if (!widths.has(text)) widths.set(text, measure.measureText(text).width);
+    return widths.get(text);
+  };
+
+  // The boxes of an image that are shown, best first: corners in pixels of the source, score, class and level.
+  const shownBoxes = image => (image.boxes ?? [])
+    .map(([x1, y1, x2, y2, score, kind, level]) => (
+      { x1, y1, x2, y2, score, kind, level: index.boxes.levels[level], ...index.boxes.classes[kind] }))
+    .filter(box => box.score >= state.score && !state.hidden.has(box.kind));
+
+  const labelOf = box => `${box.name} ${box.score.toFixed(2)} ${box.level}`.trimEnd();
+  const counted = (count, one, several) => `${count} ${count === 1 ? one : several}`;
+
+  // A text in at most three lines of a width; one that is longer is cut in the middle.
+  const linesOf = (text, width) => {
+    if (widthOf(text) <= width) return [text];
+    const broken = characters => {
+      const lines = [""];
+      for (const word of characters.join("").match(/\S+\s*|\s+/gu) ?? []) {
+        if (lines.at(-1) && widthOf(lines.at(-1) + word.trimEnd()) > width) lines.push("");
+        for (const character of word) {
+          if (lines.at(-1) && widthOf((lines.at(-1) + character).trimEnd()) > width) lines.push("");
+          lines[lines.length - 1] += character;
+        }
+      }
+      return lines.map(line => line.trimEnd());
+    };
+    const characters = [...text];
+    let lines = broken(characters), dropped = 0;
+    while (lines.length > TAG_LINES && dropped < characters.length) {
+      dropped += Math.max(1, Math.ceil(characters.length / 50));
+      const kept = characters.length - dropped, first = Math.max(0, kept >> 1);
+      lines = broken([...characters.slice(0, first), "…", ...characters.slice(characters.length - (kept - first))]);
+    }
+    return lines.slice(0, TAG_LINES);
+  };
+
+  const scaledBox = (box, scale) => {
+    const x = Math.max(box.x1 * scale.x, 1), y = Math.max(box.y1 * scale.y, 1);
+    const right = Math.min(box.x2 * scale.x, scale.width - 1), bottom = Math.min(box.y2 * scale.y, scale.height - 1);
+    return { x, y, width: Math.max(right - x, 1), height: Math.max(bottom - y, 1) };
+  };
+
+  // Lines of strong boxes have an edge in black or white, so that they stand out from any background.
+  const strongShapes = (box, scale) => {
+    const place = scaledBox(box, scale), label = labelOf(box);
+    return [
+      createShape("rect", { ...place, fill: "none", stroke: box.text, "stroke-width": 4, "stroke-opacity": 0.6 }),
+      createShape("rect", { ...place, fill: "none", stroke: box.colour, "stroke-width": 2, class: "strong", "data-label": label }),
+    ];
+  };
+
+  const faintShapes = (boxes, scale) => {
+    const paths = new Map();
+    for (const box of boxes) {
+      const { x, y, width, height } = scaledBox(box, scale);
+      paths.set(box.colour, `${paths.get(box.colour) ?? ""}M${x} ${y}h${width}v${height}h${-width}z`);
+    }
+    return Array.from(paths, ([stroke, d]) => createShape("path", { d, stroke, fill: "none", class: "faint", "stroke-opacity": 0.45 }));
+  };
+
+  // Shapes of the tags that there is room for, the best first choosing. Tags never cover each other or leave
+  // the view, or the margin beside a narrow one.
+  const tagShapes = (boxes, scale) => {
+    const placed = [], shapes = [], room = Math.max(scale.width, LEAST_ROOM);
+    let area = TAGS_COVER * room * scale.height;
+    for (const box of boxes) {
+      if (placed.length && area <= 0) break;
+      const lines = linesOf(labelOf(box), room - 10), height = lines.length * LINE + 2;
+      const width = Math.max(...lines.map(widthOf)) + 8;
+      if (placed.length && width * height > area) continue;
+      const { x, y, width: w, height: h } = scaledBox(box, scale);
+      const left = Math.max(0, Math.min(x, room - width)), right = Math.max(0, x + w - width);
+      const places = [left, right].flatMap(x => [y - height, y, y + h, y + h - height].map(y => [x, y]));
+      places.push([x + w, y], [x - width, y], [x + w, y + h - height], [x - width, y + h - height]);
+      const free = places.find(([x, y]) => x >= 0 && y >= 0 && x + width <= room && y + height <= scale.height
+        && !placed.some(p => x < p.x + p.width && p.x < x + width && y < p.y + p.height && p.y < y + height));
+      if (!free) continue;
+      const [tagX, tagY] = free;
+      placed.push({ x: tagX, y: tagY, width, height });
+      area -= width * height;
+      shapes.push(createShape("rect", { x: tagX, y: tagY, width, height, fill: box.colour, class: "tag" }));
+      lines.forEach((line, i) => {
+        const text = createShape("text", { x: tagX + 4, y: tagY + 12 + i * LINE, fill: box.text });
+        text.textContent = line;
+        shapes.push(text);
+      });
+    }
+    return { shapes, leftOut: boxes.length - placed.length };
+  };
+
+  const drawBoxes = () => {
+    const image = imageAt(state.image), boxes = shownBoxes(image), worstFirst = [...boxes].reverse();
+    for (const panel of panels) {
+      const own = panel.source ? boxes : boxes.filter(box => box.level === panel.level);
+      if (!panel.source)
+        panel.detail.textContent = panel.about + (own.length ? `, ${counted(own.length, "box", "boxes")}` : "");
+      if (!index.boxes || panel.repeated) continue;
+      const width = parseFloat(panel.view.style.width), height = parseFloat(panel.view.style.height);
+      const scale = { x: width / image.size[1], y: height / image.size[0], width, height };
+      const isOwn = box => panel.source || box.level === panel.level || !box.level;
+      const shapes = faintShapes(worstFirst.filter(box => !isOwn(box)), scale);
+      shapes.push(...worstFirst.filter(isOwn).flatMap(box => strongShapes(box, scale)));
+      if (panel.source) {
+        const tags = tagShapes(boxes, scale);
+        shapes.push(...tags.shapes);
+        const leftOut = tags.leftOut ? `, ${counted(tags.leftOut, "label", "labels")} left out: zoom in` : "";
+        panel.count.textContent = counted(boxes.length, "box", "boxes") + leftOut;
+      }
+      panel.boxes.replaceChildren(...shapes);
+    }
+    if (index.boxes) updateFilters(boxes);
+  };
+
+  const classLabels = [];  // of the classes by their number: the element with the count
+
+  const updateFilters = boxes => {
+    byId("score-value").textContent = state.score.toFixed(2);
+    const classes = index.boxes.classes.length, shown = classes - state.hidden.size;
+    byId("classes").querySelector("summary").textContent = shown === classes ? `Classes: all ${classes}` : `Classes: ${shown} of ${classes}`;
+    if (!byId("classes").open) return;
+    const counts = new Array(classes).fill(0);
+    for (const box of boxes) counts[box.kind]++;
+    counts.forEach((count, kind) => { classLabels[kind].textContent = count || ""; });
+  };
+
+  let waiting = false;
+  const filterBoxes = () => {  // at most once a frame
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      drawBoxes();
+      updateReadout();
+    });
+  };
+
+  const startBoxes = () => {
+    byId("boxes").hidden = false;
+    byId("main").classList.add("with-boxes");
+    byId("score").value = state.score;
+    byId("score").addEventListener("input", event => { state.score = Number(event.target.value); filterBoxes(); });
+    const details = byId("classes"), order = index.boxes.classes.map((_, kind) => kind);
+    details.hidden = !order.length;
+    order.sort((a, b) => index.boxes.classes[a].name.localeCompare(index.boxes.classes[b].name));
+    const checks = [];
+    for (const kind of order) {
+      const { name, colour } = index.boxes.classes[kind], check = createElement("input", { type: "checkbox", checked: true, ariaLabel: name });
+      const swatch = createElement("span", { className: "swatch" });
+      swatch.style.background = colour;
+      check.addEventListener("change", () => {
+        state.hidden[check.checked ? "delete" : "add"](kind);
+        filterBoxes();
+      });
+      checks.push(check);
+      classLabels[kind] = createElement("span", { className: "count" });
+      const title = createElement("span", { className: "class-name", textContent: name });
+      byId("class-list").append(createElement("label", {}, check, swatch, title, classLabels[kind]));
+    }
+    const setAll = shown => {
+      state.hidden = new Set(shown ? [] : order);
+      for (const check of checks) check.checked = shown;
+      filterBoxes();
+    };
+    byId("all-classes").addEventListener("click", () => setAll(true));
+    byId("no-classes").addEventListener("click", () => setAll(false));
+    details.addEventListener("toggle", filterBoxes);
+    document.addEventListener("pointerdown", event => { if (!details.contains(event.target)) details.open = false; });
+    details.addEventListener("keydown", event => {
+      if (event.key !== "Escape" || !details.open) return;
+      event.stopPropagation();
+      details.open = false;
+      details.querySelector("summary").focus();
+    });
+  };
+
   // The cell under the pointer ---------------------------------------------------------------------------------------
   const positionIn = (view, event) => {
     const box = view.getBoundingClientRect(), inside = share => Math.min(Math.max(share, 0), 1 - 1e-9);
@@ -330,17 +534,31 @@
     updateReadout();
   };
 
-  // The value of the cell that was last under the pointer, in the mode that is shown now.
+  // Which boxes are shown at a position, the best first.
+  const boxesAt = position => {
+    const image = imageAt(state.image), x = position.x * image.size[1], y = position.y * image.size[0];
+    const boxes = shownBoxes(image).filter(box => box.x1 <= x && x <= box.x2 && box.y1 <= y && y <= box.y2);
+    const labels = boxes.slice(0, MOST_READ).map(labelOf);
+    if (boxes.length > MOST_READ) labels.push(`${boxes.length - MOST_READ} more`);
+    return labels.length ? ` · in ${labels.join(", ")}` : "";
+  };
+
+  // The value of the cell that was last under the pointer, in the mode that is shown now, and the boxes there.
   const updateReadout = () => {
     if (!lastRead) {
       byId("readout").textContent = readoutHint;
       return;
     }
-    const { panel, position } = lastRead, { y, x } = cellAt(panel.map, position), cell = y * panel.map.width + x;
+    const { panel, position } = lastRead, boxes = boxesAt(position);
+    if (panel.source) {
+      byId("readout").textContent = `source${boxes}`;
+      return;
+    }
+    const { y, x } = cellAt(panel.map, position), cell = y * panel.map.width + x;
     const value = panel.data.colours
       ? `RGB ${Array.from(panel.data.colours.subarray(3 * cell, 3 * cell + 3)).join(" ")}`
       : Number.isNaN(panel.data.values[cell]) ? "not finite" : Number(panel.data.values[cell].toPrecision(4));
-    byId("readout").textContent = `${panel.level} cell (y ${y}, x ${x}): ${state.mode} ${value}`;
+    byId("readout").textContent = `${panel.level} cell (y ${y}, x ${x}): ${state.mode} ${value}${boxes}`;
   };
 
   // Controls ---------------------------------------------------------------------------------------------------------
@@ -370,6 +588,7 @@
         refresh();
       }
     });
+    if (index.boxes) startBoxes();
     if (!index.images) return;
     listImages();
     selectImage(0);

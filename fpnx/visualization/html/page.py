@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from fpnx.core.events import Listener
 from fpnx.core.files import atomic_write
 from fpnx.core.text import escape
 from fpnx.store.reader import Store
+from fpnx.visualization.class_colours import class_colour, text_colour
 from fpnx.visualization.figure import chosen_levels
 from fpnx.visualization.html.encoding import (
     PLAIN_MODES,
@@ -36,6 +38,7 @@ from fpnx.visualization.html.encoding import (
 )
 from fpnx.visualization.image_maps import ImageMaps, describe_model
 from fpnx.visualization.panels import colour_table
+from fpnx.visualization.predicted_boxes import PredictedBox
 
 __all__ = ["PAGE_BYTES", "Page", "write_page"]
 
@@ -104,12 +107,15 @@ def write_page(
     ]
     errors = [dict.fromkeys(file_statistics, 0.0) for file_statistics in statistics]
     skipped: list[str] = []
+    boxes = _BoxIndex()
     count = 0
     with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
         written = file.write(_head())
         for maps_by_store in images:
             try:
                 block = _image_block(maps_by_store, levels, statistics)
+                if maps_by_store[0].boxes is not None:
+                    block.values["boxes"] = boxes.values(maps_by_store[0].boxes)
             except FpnxError as error:
                 skipped.append(f"{escape(maps_by_store[0].path)}: {error}")
                 continue
@@ -128,6 +134,9 @@ def write_page(
             raise FpnxError(f"not one image fits into a page of {limit_bytes / 1e6:.0f} MB: take coarser --levels")
         largest_error = max((error for by_level in errors for error in by_level.values()), default=0.0)
         notes = _notes(count, over_limit, left_out, skipped, limit_bytes, largest_error)
+        if config.predictions is not None:
+            name = escape(os.path.basename(config.predictions))
+            notes.insert(1, f"Boxes are from {name}: strong in the level that they come from, faint in the others.")
         files = [
             _file_index(store, name, chosen, file_statistics, file_errors)
             for store, name, chosen, file_statistics, file_errors in zip(
@@ -144,8 +153,42 @@ def write_page(
             "overlay": config.overlay,
             "perImage": config.per_image,
         }
+        if config.predictions is not None:
+            index["boxes"] = boxes.to_json(config.threshold)
         written += file.write(_data("index", index) + _tail())
     return Page(str(path), path.stat().st_size, count, over_limit, limit_bytes, largest_error)
+
+
+class _BoxIndex:
+    """Predicted boxes as values of the page, and the classes and levels that they refer to."""
+
+    def __init__(self) -> None:
+        self._classes: dict[tuple[int, str], int] = {}
+        self._levels: dict[str, int] = {}
+
+    def values(self, boxes: Iterable[PredictedBox]) -> list[list[float]]:
+        """x1, y1, x2, y2, score, position of the class, position of the level, of each box."""
+        return [
+            [
+                *(round(value, 1) for value in box.box),
+                round(box.score, 4),
+                self._classes.setdefault((box.category, box.name), len(self._classes)),
+                self._levels.setdefault(box.level, len(self._levels)),
+            ]
+            for box in boxes
+        ]
+
+    def to_json(self, score: float) -> dict[str, Any]:
+        """The classes, each with its name, its colour and that of text on it; the levels; and the least score."""
+        classes = []
+        for number, name in self._classes:
+            colour = class_colour(number)
+            classes.append({"name": escape(name), "colour": _css(colour), "text": _css(text_colour(colour))})
+        return {"classes": classes, "levels": [escape(level) for level in self._levels], "score": score}
+
+
+def _css(colour: tuple[int, int, int]) -> str:
+    return "#" + bytes(colour).hex()
 
 
 def _image_block(

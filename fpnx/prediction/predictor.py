@@ -1,0 +1,203 @@
+"""A model with the head that turns its levels into predictions, built from what `--weights` names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from fpnx.core.config import ExtractConfig
+from fpnx.core.errors import FpnxError
+from fpnx.core.predict_config import PredictConfig
+from fpnx.core.text import escape
+from fpnx.labels.annotations import Category, Task
+from fpnx.models.backbones.registry import TIMM, build_network, timm_library
+from fpnx.models.factory import build_model
+from fpnx.models.heads.base import Head, Pyramid
+from fpnx.models.heads.detector import detector_head, has_detector_head
+from fpnx.models.heads.trained_file import load_trained
+from fpnx.models.pyramid_model import PyramidModel
+from fpnx.models.torch_state import isolated_torch_state
+from fpnx.models.weights.checkpoints import read_checkpoint
+from fpnx.models.weights.resolve import is_weights_file
+from fpnx.models.weights.torchvision import detector_of, find_published
+
+__all__ = ["Predictor", "build_predictor"]
+
+COCO_CLASSES = 91  # of torchvision's detectors, with the background and the numbers that COCO does not use
+NO_HEAD = "take weights of a detector or a classifier, such as coco or imagenet, or a file of fpnx train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """A model and what it predicts.
+
+    Attributes:
+        model: gives the levels, and says how images are prepared.
+        head: turns levels into predictions; None where `network` does all.
+        network: a whole classifier, from normalised images to logits; None where there is a head.
+        task: what is predicted.
+        categories: the classes, of which predictions have indices.
+        multi_label: whether an image may have several classes, or none.
+        kind: the head in a few words.
+    """
+
+    model: PyramidModel
+    head: Head | None
+    network: nn.Module | None
+    task: Task
+    categories: tuple[Category, ...]
+    multi_label: bool
+    kind: str
+
+    def limit(self, config: PredictConfig) -> None:
+        """Set the least score and the number of boxes of the head to those of the options."""
+        if self.task != "detection" or self.head is None:
+            return
+        head: Any = self.head
+        if config.threshold is not None:
+            head.score_threshold = config.threshold
+        if config.max_detections is not None:
+            head.max_detections = config.max_detections
+
+    def identity(self) -> dict[str, Any]:
+        """What of the head changes predictions, as plain values for a fingerprint."""
+        limits = {name: getattr(self.head, name, None) for name in ("score_threshold", "max_detections")}
+        return {
+            "head": self.kind,
+            "classes": [[each.id, each.name] for each in self.categories],
+            **{name: value for name, value in limits.items() if value is not None},
+        }
+
+
+def build_predictor(config: ExtractConfig) -> Predictor:
+    """The predictor that the weights make, in eval mode on the CPU.
+
+    Raises:
+        FpnxError: they have no head, or one that cannot be computed as it was trained.
+    """
+    if (trained := _trained(config)) is not None:
+        return trained
+    model = build_model(config, keep_heads=True)
+    heads, weights = model.weights.heads, model.weights
+    model.weights = replace(weights, heads={})
+    if has_detector_head(heads):
+        return _detector(model, heads)
+    if (found := _classifier(model)) is not None:
+        network, names = found
+        return Predictor(
+            model=model,
+            head=None,
+            network=network.eval(),
+            task="classification",
+            categories=tuple(Category(i, name) for i, name in enumerate(names)),
+            multi_label=False,
+            kind="classifier",
+        )
+    raise FpnxError(f"{escape(weights.name)} has no head, so that nothing can be predicted: {NO_HEAD}")
+
+
+def _trained(config: ExtractConfig) -> Predictor | None:
+    """The model in a file of `fpnx train`; None for other weights."""
+    file = Path(config.weights)
+    if not is_weights_file(config.weights) or not file.is_file():
+        return None
+    checkpoint = read_checkpoint(file, config.weights_key)
+    if "head" not in (checkpoint.description or {}):
+        return None
+    trained = load_trained(file, config)
+    weights = trained.model.weights
+    trained.model.weights = replace(weights, heads={}, ignored=max(0, weights.ignored - len(trained.head.state_dict())))
+    return Predictor(
+        model=trained.model,
+        head=trained.head,
+        network=None,
+        task=trained.task,
+        categories=trained.categories,
+        multi_label=bool(trained.head.settings().get("multi_label", False)),
+        kind=trained.head.kind,
+    )
+
+
+def _detector(model: PyramidModel, heads: Mapping[str, Tensor]) -> Predictor:
+    """A detector in torchvision's layout."""
+    name = model.weights.name
+    pyramid = Pyramid(
+        channels={level: model.channels[level] for level in model.levels},
+        strides={level: model.stride(level) for level in model.levels},
+    )
+    detector = detector_of(name)
+    try:
+        head = detector_head(heads, pyramid, detector)
+    except FpnxError as error:
+        raise FpnxError(f"{escape(name)}: {error}") from error
+    loaded = sum(key.startswith(("rpn.", "roi_heads.", "head.")) for key in heads)
+    model.weights = replace(model.weights, ignored=model.weights.ignored - loaded)
+    return Predictor(
+        model=model,
+        head=head,
+        network=None,
+        task="detection",
+        categories=_detector_categories(detector, head.classes),
+        multi_label=False,
+        kind=head.summary,
+    )
+
+
+def _detector_categories(detector: str | None, classes: int) -> tuple[Category, ...]:
+    """The classes of a published detector, or numbers where a file does not name them. Those of COCO have its ids."""
+    if detector is None and classes == COCO_CLASSES:
+        detector = "fasterrcnn_resnet50_fpn"
+    if detector is not None:
+        names: Sequence[str] = get_model_weights(detector).DEFAULT.meta["categories"]
+        if len(names) == classes:
+            return tuple(Category(i, name) for i, name in enumerate(names))
+    return tuple(Category(i, f"class {i}") for i in range(classes))
+
+
+def _classifier(model: PyramidModel) -> tuple[nn.Module, Sequence[str]] | None:
+    """torchvision's or timm's whole classifier of published weights, and the names of its classes; else None."""
+    weights = model.weights
+    if weights.file is None or weights.framework not in (None, "torchvision", "timm"):
+        return None
+    backbone = weights.backbone
+    if backbone.startswith(TIMM):
+        return _timm_classifier(weights.name, Path(weights.file)) if weights.name.startswith(TIMM) else None
+    published = find_published(weights.name, backbone)
+    if published is None or published.trains != ("backbone",):
+        return None
+    with isolated_torch_state():
+        network = build_network(backbone)
+        own = network.state_dict()
+        state = {
+            key if key in own else re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value
+            for key, value in read_checkpoint(Path(weights.file)).state.items()
+        }
+        missing = sorted(key for key in set(own) - set(state) if not key.endswith("num_batches_tracked"))
+        if missing:
+            raise FpnxError(f"{escape(weights.file)} has no {missing[0]}: download it again")
+        network.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+    return network, published.entry.meta["categories"]
+
+
+def _timm_classifier(name: str, file: Path) -> tuple[nn.Module, Sequence[str]] | None:
+    timm = timm_library()
+    state = dict(read_checkpoint(file).state)
+    with isolated_torch_state():
+        network: Any = build_network(name, loaded=state, classifier=True)
+    count = int(network.num_classes)
+    if count == 0:
+        return None
+    config = network.pretrained_cfg
+    names = config.get("label_names") if isinstance(config, dict) else None
+    if not names:
+        subset = timm.data.infer_imagenet_subset(network)
+        if subset is not None:
+            info = timm.data.ImageNetInfo(subset)
+            names = [info.index_to_description(i) for i in range(count)]
+    return network, list(names) if names else [f"class {i}" for i in range(count)]
