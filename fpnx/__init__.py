@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fpnx._version import __version__
 
 if TYPE_CHECKING:
+    from fpnx.analysis.comparison import Comparison
+    from fpnx.commands.compare import compare
     from fpnx.commands.extract import extract
     from fpnx.commands.merge import Merged, merge
     from fpnx.commands.verify import verify
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BusyError",
+    "Comparison",
     "ExtractConfig",
     "FpnxError",
     "ImageError",
@@ -48,6 +51,7 @@ __all__ = [
     "Verification",
     "WeightsInfo",
     "__version__",
+    "compare",
     "create_model",
     "extract",
     "figure",
@@ -60,6 +64,7 @@ __all__ = [
 
 _MODULES = {  # where each public name is defined, below fpnx
     "BusyError": "core.errors",
+    "Comparison": "analysis.comparison",
     "ExtractConfig": "core.config",
     "FpnxError": "core.errors",
     "ImageError": "core.errors",
@@ -77,6 +82,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "StoreError": "core.errors",
     "Verification": "store.verify",
     "WeightsInfo": "core.provenance",
+    "compare": "commands.compare",
     "create_model": "models.factory",
     "extract": "commands.extract",
     "figure": "visualization.figure",

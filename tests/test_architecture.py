@@ -22,7 +22,7 @@ PACKAGE = ROOT / "fpnx"
 LAYERS = """
 cli
 commands
-distributed benchmark training
+distributed benchmark training analysis
 extraction
 inference visualization evaluation
 models

@@ -15,6 +15,7 @@ from fpnx._version import __version__
 from fpnx.cli.completion import completer
 from fpnx.cli.options import config_options
 from fpnx.cli.streams import robust_streams
+from fpnx.core.analysis_config import CompareConfig
 from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.text import escape
@@ -278,6 +279,34 @@ def verify(
         result = run(file, against=against, sample=sample, weights=weights, listener=terminal, **options)
     console.show_json(result.to_json()) if json else views.show_verification(result)
     return result.exit_code
+
+
+@app.command()
+@config_options(CompareConfig, ["Levels", "Output"])
+def compare(
+    files: Annotated[list[str], typer.Argument(help="One file of fpnx extract, or two; a run's shards in quotes.")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Draw the matrices: .png, .svg or .pdf.", rich_help_panel="Output"
+        ),
+    ] = None,
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    """Show how alike the levels of two files are, or those of one: linear CKA and RSA, image by image.
+
+    [dim]fpnx compare a.h5 b.h5 -o matrix.png[/dim]
+
+    [dim]fpnx compare out.h5 --levels P2-P5 --json[/dim]
+    """
+    from fpnx.cli import analysis_view, console
+    from fpnx.commands.compare import compare as run
+
+    with console.Terminal(json) as terminal:
+        result = run(files, output, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else analysis_view.show_comparison(result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,6 +41,7 @@ __all__ = [
     "MODES",
     "ModelConfig",
     "OutputConfig",
+    "PLOTS",
     "PYRAMIDS",
     "PictureConfig",
     "RunConfig",
@@ -50,7 +51,7 @@ __all__ = [
     "fingerprint",
 ]
 
-PLOTS = (".png", ".svg", ".pdf")
+PLOTS = (".png", ".svg", ".pdf")  # endings of charts that are written
 SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 

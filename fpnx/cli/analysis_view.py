@@ -1,0 +1,56 @@
+"""Results of compare, export and probe as text on stdout."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fpnx.core.text import escape, plural
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fpnx.analysis.comparison import Comparison
+
+__all__ = ["show_comparison"]
+
+
+def show_comparison(result: Comparison) -> None:
+    """Print the matrices, what they are of, and which images were left out."""
+    console = _stdout()
+    first, second = (escape(path) for path in result.files)
+    places = "rows and columns" if first == second else "rows"
+    console.print(Text(f"{places}: {first}"), soft_wrap=True)
+    if first != second:
+        console.print(Text(f"columns: {second}"), soft_wrap=True)
+    _show_matrix(console, f"linear CKA (unbiased), {plural(result.images, 'image')}", result.cka, result)
+    drawn = f" of {result.images}, seed {result.seed}" if result.rsa_images < result.images else ""
+    title = f"RSA (Spearman, Euclidean distances), {plural(result.rsa_images, 'image')}{drawn}"
+    _show_matrix(console, title, result.rsa, result)
+    for path, levels in dict(zip(result.files, result.constant, strict=True)).items():
+        if levels:
+            console.print(Text(f"–: vectors of {', '.join(levels)} of {escape(path)} are the same for all images"))
+    if any(result.unmatched):
+        console.print(
+            f"in one file only: {result.unmatched[0]} images of the first, {result.unmatched[1]} of the second"
+        )
+    if result.nonfinite:
+        console.print(f"left out: {plural(result.nonfinite, 'image')} with NaN or infinite values")
+
+
+def _show_matrix(console: Console, title: str, matrix: np.ndarray, result: Comparison) -> None:
+    console.print(Text(title), soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for name in ("", *result.levels[1]):
+        table.add_column(name, justify="right" if name else "left")
+    for level, values in zip(result.levels[0], matrix.tolist(), strict=True):
+        table.add_row(level, *("–" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}" for value in values))
+    console.print(table)
+
+
+def _stdout() -> Console:
+    return Console(highlight=False)
