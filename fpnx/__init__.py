@@ -12,7 +12,9 @@ from fpnx._version import __version__
 
 if TYPE_CHECKING:
     from fpnx.analysis.comparison import Comparison
+    from fpnx.analysis.export import Exported
     from fpnx.commands.compare import compare
+    from fpnx.commands.export import export
     from fpnx.commands.extract import extract
     from fpnx.commands.merge import Merged, merge
     from fpnx.commands.verify import verify
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BusyError",
     "Comparison",
+    "Exported",
     "ExtractConfig",
     "FpnxError",
     "ImageError",
@@ -53,6 +56,7 @@ __all__ = [
     "__version__",
     "compare",
     "create_model",
+    "export",
     "extract",
     "figure",
     "heatmap",
@@ -65,6 +69,7 @@ __all__ = [
 _MODULES = {  # where each public name is defined, below fpnx
     "BusyError": "core.errors",
     "Comparison": "analysis.comparison",
+    "Exported": "analysis.export",
     "ExtractConfig": "core.config",
     "FpnxError": "core.errors",
     "ImageError": "core.errors",
@@ -84,6 +89,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "WeightsInfo": "core.provenance",
     "compare": "commands.compare",
     "create_model": "models.factory",
+    "export": "commands.export",
     "extract": "commands.extract",
     "figure": "visualization.figure",
     "heatmap": "visualization.heatmaps",

@@ -79,6 +79,9 @@ def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
         assert fpnx("extract", "sample_images", "--weights", "random", "--size", "64", "--channels", "8")[0] == 0
     elif "lite2.h5" in reads:
         assert fpnx("extract", "sample_images", "-o", "lite2.h5", "--levels", "C2-C5,P2-P5", *small)[0] == 0
+    elif arguments[0] == "compare":
+        for name in reads:
+            assert fpnx("extract", "sample_images", "-o", name, "--levels", "C3-C5", *small)[0] == 0
     weights = value_of("--weights", arguments)
     if weights == "model.safetensors":
         package.save_weights(package.create_model("mobilenet_v2", weights="random", channels=8), weights)
@@ -153,6 +156,7 @@ def test_python(page: Path, place: Path, fpnx: Callable[..., Any]) -> None:
 
 # What the variables of a page's snippets must hold in the end.
 EXPECTED: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "analysis.md": {"result": lambda result: result.cka.shape == result.rsa.shape == (4, 4)},
     "README.md": {"item": lambda item: item.path == "animals/chelsea.jpg"},
     "python.md": {
         "item": lambda item: item.path == "animals/chelsea.jpg",

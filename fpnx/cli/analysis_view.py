@@ -9,14 +9,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fpnx.core.text import escape, plural
+from fpnx.core.text import escape, format_bytes, plural
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fpnx.analysis.comparison import Comparison
+    from fpnx.analysis.export import Exported
 
-__all__ = ["show_comparison"]
+__all__ = ["show_comparison", "show_exported"]
+
+CANNOT_HOLD = {  # why a name is another one in an export
+    "npy": "are not UTF-8, or hold control characters",
+    "safetensors": "are not UTF-8, too long, or equal but for case",
+    "hloc": "hold spaces, or are not UTF-8: hloc finds these images only under the new names",
+}
 
 
 def show_comparison(result: Comparison) -> None:
@@ -40,6 +47,25 @@ def show_comparison(result: Comparison) -> None:
         )
     if result.nonfinite:
         console.print(f"left out: {plural(result.nonfinite, 'image')} with NaN or infinite values")
+
+
+def show_exported(result: Exported) -> None:
+    """Print what was written, and which images have other names or no features."""
+    console = _stdout()
+    levels = ", ".join(f"{level} {channels}" for level, channels in result.levels.items())
+    where = f"{escape(result.folder)} ({format_bytes(result.bytes)})"
+    console.print(Text(f"{plural(result.images, 'image')} in {where}, channels: {levels}"), soft_wrap=True)
+    if result.left_out:
+        console.print(f"left out: {plural(result.left_out, 'image')} without features, failed or pending")
+    if result.nonfinite:
+        console.print(f"NaN or infinite values are in {plural(result.nonfinite, 'image')}, and written as they are")
+    if result.renamed:
+        new, old = next(iter(result.renamed.items()))
+        line = (
+            f"{plural(len(result.renamed), 'name')} changed, as they {CANNOT_HOLD[result.to]}: {escape(old)} is {new}"
+        )
+        others = "; export.json has all" if len(result.renamed) > 1 else ""
+        console.print(Text(line + others), soft_wrap=True)
 
 
 def _show_matrix(console: Console, title: str, matrix: np.ndarray, result: Comparison) -> None:

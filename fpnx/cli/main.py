@@ -15,7 +15,7 @@ from fpnx._version import __version__
 from fpnx.cli.completion import completer
 from fpnx.cli.options import config_options
 from fpnx.cli.streams import robust_streams
-from fpnx.core.analysis_config import CompareConfig
+from fpnx.core.analysis_config import CompareConfig, ExportConfig
 from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.text import escape
@@ -307,6 +307,31 @@ def compare(
     with console.Terminal(json) as terminal:
         result = run(files, output, listener=terminal, **options)
     console.show_json(result.to_json()) if json else analysis_view.show_comparison(result)
+
+
+@app.command()
+@config_options(ExportConfig, ["Levels", "Output"])
+def export(
+    files: Annotated[list[str], typer.Argument(help="A file of fpnx extract, or all shards of a run.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="DIR", help="Folder to make.", rich_help_panel="Output")
+    ],
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    """Write features for other tools: NumPy arrays of vectors, a safetensors file an image, or descriptors for hloc.
+
+    [dim]fpnx export out.h5 -o vectors/[/dim]
+
+    [dim]fpnx export out.h5 --to hloc --levels C5 -o hloc/[/dim]
+    """
+    from fpnx.cli import analysis_view, console
+    from fpnx.commands.export import export as run
+
+    with console.Terminal(json) as terminal:
+        result = run(files[0] if len(files) == 1 else files, output, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else analysis_view.show_exported(result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,8 +20,9 @@ MAX_NAME_BYTES = 255  # bytes of one name on most file systems
 class OutputPaths:
     """Maps each image's stored path to the path of its own output file below `folder`.
 
-    With the suffix `.png`, `cats/01.jpg` becomes `cats/01.jpg.png`. Eight digits of a hash are added to names that a file system may treat as
-    equal (because of case or Unicode composition), that are too long, or that are also the name of a folder.
+    With the suffix `.png`, `cats/01.jpg` becomes `cats/01.jpg.png`. Eight digits of a hash are added to names that a
+    file system may treat as equal (because of case or Unicode composition), that are too long, or that are also the
+    name of a folder.
     """
 
     def __init__(self, folder: Path, paths: Iterable[str], suffix: str) -> None:

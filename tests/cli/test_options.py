@@ -11,10 +11,17 @@ import typer
 
 from fpnx.cli.main import app
 from fpnx.cli.options import config_options
+from fpnx.core.analysis_config import CompareConfig, ExportConfig
 from fpnx.core.config import BenchmarkConfig, ExtractConfig, VisualizeConfig
 from fpnx.core.option import declared_option, option
 
-CONFIGS = {"extract": ExtractConfig, "visualize": VisualizeConfig, "benchmark": BenchmarkConfig}
+CONFIGS = {
+    "extract": ExtractConfig,
+    "visualize": VisualizeConfig,
+    "benchmark": BenchmarkConfig,
+    "compare": CompareConfig,
+    "export": ExportConfig,
+}
 Run = Callable[..., Any]
 
 
