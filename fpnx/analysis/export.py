@@ -300,7 +300,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def _names(paths: Sequence[str], fits: Callable[[str], bool]) -> tuple[list[str], dict[str, str]]:
     """The name of each image in the export, and name → path of those that do not fit as they are.
 
-    These are written in ASCII, with eight digits of a hash of the path: `b\\xff d.jpg` becomes `b_d~5c8a01d2.jpg`.
+    These are written in ASCII, with eight digits of a hash of the path: `b\\xff d.jpg` becomes `b_d~b6bb2cbe.jpg`.
     """
     names, renamed = [], {}
     for path in paths:
