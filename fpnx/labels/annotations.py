@@ -52,11 +52,13 @@ class ImageLabels:
         name: the image, as the label file names it, with `/` between folders.
         size: (height, width) of the image where the label file says it, else None.
         classes: (n,) int64, indices into `LabelSet.categories`: of the boxes; with the task classification, of the
-            image.
+            image; of a mask file, the different ones in it.
         boxes: (n, 4) float64, x1, y1, x2, y2; shares of width and height where `relative`. None for other tasks.
         relative: whether boxes and polygons are shares of the image's width and height (YOLO).
         segments: the outline of each object, or None for one without; empty where no object has any.
         crowd: (n,) bool: regions of many objects, which are neither trained on nor count as missed.
+        areas: (n,) float64, of the objects in square pixels, as the label file says them, NaN where it does not; None
+            where it says none. Scores by size go by them.
         mask_file: path of the PNG with a class for each pixel, for semantic segmentation; else None.
     """
 
@@ -67,6 +69,7 @@ class ImageLabels:
     relative: bool = False
     segments: tuple[Segment | None, ...] = ()
     crowd: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+    areas: np.ndarray | None = None
     mask_file: str | None = None
 
 
