@@ -13,10 +13,12 @@ from fpnx._version import __version__
 if TYPE_CHECKING:
     from fpnx.analysis.comparison import Comparison
     from fpnx.analysis.export import Exported
+    from fpnx.analysis.probing import Probe
     from fpnx.commands.compare import compare
     from fpnx.commands.export import export
     from fpnx.commands.extract import extract
     from fpnx.commands.merge import Merged, merge
+    from fpnx.commands.probe import probe
     from fpnx.commands.verify import verify
     from fpnx.core.config import ExtractConfig
     from fpnx.core.errors import BusyError, FpnxError, ImageError, Interrupted, NotDoneError, StoreError
@@ -45,6 +47,7 @@ __all__ = [
     "Merged",
     "ModelPart",
     "NotDoneError",
+    "Probe",
     "Provenance",
     "PyramidDataset",
     "PyramidModel",
@@ -62,6 +65,7 @@ __all__ = [
     "heatmap",
     "merge",
     "open",
+    "probe",
     "save_weights",
     "verify",
 ]
@@ -79,6 +83,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "Merged": "commands.merge",
     "ModelPart": "core.provenance",
     "NotDoneError": "core.errors",
+    "Probe": "analysis.probing",
     "Provenance": "core.provenance",
     "PyramidDataset": "store.torch_dataset",
     "PyramidModel": "models.pyramid_model",
@@ -95,6 +100,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "heatmap": "visualization.heatmaps",
     "merge": "commands.merge",
     "open": "store.shard_set",
+    "probe": "commands.probe",
     "save_weights": "models.factory",
     "verify": "commands.verify",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
     from fpnx.analysis.comparison import Comparison
     from fpnx.analysis.export import Exported
+    from fpnx.analysis.probing import Accuracy, Probe, ProbeRow
 
-__all__ = ["show_comparison", "show_exported"]
+__all__ = ["show_comparison", "show_exported", "show_probe"]
 
 CANNOT_HOLD = {  # why a name is another one in an export
     "npy": "are not UTF-8, or hold control characters",
@@ -66,6 +68,45 @@ def show_exported(result: Exported) -> None:
         )
         others = "; export.json has all" if len(result.renamed) > 1 else ""
         console.print(Text(line + others), soft_wrap=True)
+
+
+def show_probe(result: Probe) -> None:
+    """Print the accuracies of all levels, and what was left out."""
+    console = _stdout()
+    for note in result.notes:
+        console.print(Text(note), soft_wrap=True)
+    where = "" if result.kind == "images" else f" in {plural(result.images, 'image')}"
+    what = f"{result.samples} {result.kind}{where}, {len(result.classes)} classes, {result.folds} folds"
+    console.print(f"{what}; the most frequent class has {_share(result.most_frequent)} of them", soft_wrap=True)
+    for number, path in enumerate(result.files):
+        console.print(Text(escape(path)), soft_wrap=True)
+        _show_accuracies(console, result, [row for row in result.rows if row.file == number])
+    asked = result.rows[0].neighbors.samples
+    if asked < result.samples:
+        console.print(f"nearest neighbours are measured on {asked} of these, drawn with seed {result.seed}")
+
+
+def _show_accuracies(console: Console, result: Probe, rows: Sequence[ProbeRow]) -> None:
+    """Print the rows of one file: for boxes the linear accuracy by size too, for pixels its mean over classes."""
+    sizes = list(rows[0].linear.by_size)
+    balanced = ["balanced"] if result.kind == "pixels" else []
+    table = Table(box=None, pad_edge=False)
+    table.add_column("level", no_wrap=True)
+    for name in ("width", "linear", "95 %", *sizes, *balanced, f"{result.neighbors} nearest", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        parts = [_share(row.linear.by_size[name]) for name in sizes]
+        parts += [_share(row.linear.balanced) for _ in balanced]
+        table.add_row(row.name, str(row.channels), *_shares(row.linear), *parts, *_shares(row.neighbors))
+    console.print(table)
+
+
+def _shares(accuracy: Accuracy) -> tuple[str, str]:
+    return _share(accuracy.share), f"{_share(accuracy.low)}–{_share(accuracy.high)}"
+
+
+def _share(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}".removeprefix("0") if value < 1 else f"{value:.2f}"
 
 
 def _show_matrix(console: Console, title: str, matrix: np.ndarray, result: Comparison) -> None:

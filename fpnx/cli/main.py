@@ -15,7 +15,7 @@ from fpnx._version import __version__
 from fpnx.cli.completion import completer
 from fpnx.cli.options import config_options
 from fpnx.cli.streams import robust_streams
-from fpnx.core.analysis_config import CompareConfig, ExportConfig
+from fpnx.core.analysis_config import CompareConfig, ExportConfig, ProbeConfig
 from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.text import escape
@@ -332,6 +332,30 @@ def export(
     with console.Terminal(json) as terminal:
         result = run(files[0] if len(files) == 1 else files, output, listener=terminal, **options)
     console.show_json(result.to_json()) if json else analysis_view.show_exported(result)
+
+
+@app.command()
+@config_options(ProbeConfig, ["Labels", "Levels", "Classifiers", "Output"])
+def probe(
+    files: Annotated[list[str], typer.Argument(help="Files of fpnx extract, side by side; a run's shards in quotes.")],
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    """Show which level tells your classes apart: accuracy of a linear classifier and of nearest neighbours.
+
+    Images, boxes or pixels are classified, each from those of other images (cross-validation).
+
+    [dim]fpnx probe out.h5 --labels folders[/dim]
+
+    [dim]fpnx probe a.h5 b.h5 --labels instances.json --plot levels.png[/dim]
+    """
+    from fpnx.cli import analysis_view, console
+    from fpnx.commands.probe import probe as run
+
+    with console.Terminal(json) as terminal:
+        result = run(files, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else analysis_view.show_probe(result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from fpnx.core.option import like, option
 from fpnx.core.text import escape
 from fpnx.core.validation import check_fields, check_whole, freeze
 
-__all__ = ["EXPORT_FORMATS", "CompareConfig", "ExportConfig", "check_picture"]
+__all__ = ["EXPORT_FORMATS", "CompareConfig", "ExportConfig", "ProbeConfig", "check_picture"]
 
 EXPORT_FORMATS = ("npy", "safetensors", "hloc")
+PROBE_TASKS = ("classification", "detection", "semantic")
 MAX_SEED = 2**63 - 1
 
 
@@ -59,6 +61,35 @@ class ExportConfig(_LevelsConfig):
         super().__post_init__()
         if self.join and self.to != "npy":
             raise FpnxError(f"join is for npy: leave it out with {self.to}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(_LevelsConfig):
+    """All options of `fpnx probe`."""
+
+    labels: str = option(
+        "",
+        "Label file or folder (COCO, YOLO, VOC, CSV, masks), or folders: the images' own.",
+        "Labels",
+        metavar="LABELS",
+    )
+    task: str | None = option(None, "What to classify; by default what the labels have.", "Labels", choices=PROBE_TASKS)
+    cells: int = option(50, "semantic: pixels drawn from each image.", "Labels", metavar="N")
+    folds: int = option(5, "Parts for the cross-validation.", "Classifiers", metavar="N")
+    neighbors: int = option(10, "Nearest neighbours that vote.", "Classifiers", metavar="N")
+    l2: float = option(0.01, "Penalty of the linear classifier's weights.", "Classifiers", metavar="X")
+    seed: int = option(0, "Of all that is drawn.", "Classifiers", metavar="N")
+    plot: str | None = option(None, "Draw the accuracies into FILE.png (.svg, .pdf).", "Output", metavar="FILE")
+    overwrite: bool = like(OutputConfig, "overwrite", help="Replace an existing chart.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("cells", self.cells, 1, 1_000_000)
+        check_whole("folds", self.folds, 2, 100)
+        check_whole("neighbors", self.neighbors, 1, 1000)
+        check_whole("seed", self.seed, 0, MAX_SEED)
+        if not 0 < self.l2 < math.inf:
+            raise FpnxError(f"l2 {self.l2}: take a number above 0, such as 0.01")
 
 
 def check_picture(path: Path, overwrite: bool) -> None:

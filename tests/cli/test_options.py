@@ -11,7 +11,7 @@ import typer
 
 from fpnx.cli.main import app
 from fpnx.cli.options import config_options
-from fpnx.core.analysis_config import CompareConfig, ExportConfig
+from fpnx.core.analysis_config import CompareConfig, ExportConfig, ProbeConfig
 from fpnx.core.config import BenchmarkConfig, ExtractConfig, VisualizeConfig
 from fpnx.core.option import declared_option, option
 
@@ -21,6 +21,7 @@ CONFIGS = {
     "benchmark": BenchmarkConfig,
     "compare": CompareConfig,
     "export": ExportConfig,
+    "probe": ProbeConfig,
 }
 Run = Callable[..., Any]
 

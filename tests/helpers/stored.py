@@ -23,6 +23,7 @@ def stored(
     *,
     failed: Sequence[int] = (),
     input_sizes: Sequence[tuple[int, int]] | None = None,
+    source_sizes: Sequence[tuple[int, int]] | None = None,
     pool: str = "none",
     dtype: str = "float32",
 ) -> Path:
@@ -34,6 +35,7 @@ def stored(
         names: of the images; by default 0.png, 1.png, …
         failed: indices of images that failed.
         input_sizes: (height, width) of each network input without padding; by default without any padding.
+        source_sizes: (height, width) of each image; by default those of the network inputs.
         pool, dtype: as in the config.
     """
     maps = {level: np.asarray(each, dtype) for level, each in features.items()}
@@ -42,6 +44,7 @@ def stored(
     names = [f"{i}.png" for i in range(count)] if names is None else names
     height, width = (max(each.shape[axis] * STRIDES[level] for level, each in maps.items()) for axis in (2, 3))
     sizes = np.array([(height, width)] * count if input_sizes is None else input_sizes, np.int32)
+    sources = sizes if source_sizes is None else np.array(source_sizes, np.int32)
     config = {"levels": list(maps), "channels": 2, "backbone": "none", "dtype": dtype, "pool": pool}
     layout = FileLayout(
         images=ImageList(b"/pictures", tuple(ImageRecord(os.fsencode(n), 10 + i, i) for i, n in enumerate(names))),
@@ -60,7 +63,7 @@ def stored(
     done = [i for i in range(count) if i not in failed]
     counts = {level: [int((~np.isfinite(each[i])).sum()) for i in done] for level, each in maps.items()}
     if done:
-        writer.put(done, {level: each[done] for level, each in maps.items()}, sizes[done], counts)
+        writer.put(done, {level: each[done] for level, each in maps.items()}, sources[done], counts)
     for i in failed:
         writer.fail(i, "it is broken")
     writer.finish()
