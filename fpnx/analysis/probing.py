@@ -207,7 +207,7 @@ def _repeated_classes(samples: Samples, usable: np.ndarray, config: ProbeConfig)
     notes = []
     if rare.any():
         names = [escape(name) for name, alone in zip(samples.names, rare, strict=True) if alone]
-        notes.append(f"left out: {len(names)} classes that are in one image only, such as {names[0]}")
+        notes.append(f"classes in one image only, which are left out: {len(names)}, such as {names[0]}")
     return kept, notes
 
 

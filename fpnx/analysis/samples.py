@@ -11,7 +11,7 @@ import numpy as np
 from fpnx.core.analysis_config import ProbeConfig
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.text import escape, plural
-from fpnx.labels.annotations import Dropped, LabelSet
+from fpnx.labels.annotations import LabelSet
 from fpnx.labels.geometry import fit_to_image
 from fpnx.labels.matching import match_labels
 from fpnx.labels.reading import read_labels
@@ -78,11 +78,14 @@ def labelled_samples(store: Store, images: np.ndarray, config: ProbeConfig) -> S
     names = [store.paths[index] for index in images.tolist()]
     label_set = read_labels(config.labels, names, store.root, config.task)  # type: ignore[arg-type]
     matched = match_labels(label_set, names, store.root)
-    notes = [_note(reason, dropped) for reason, dropped in label_set.dropped.items()]
-    for what, found in (("images without labels", matched.unlabelled), ("labels without an image", matched.absent),
-                        ("labels that fit several images", matched.ambiguous)):  # fmt: skip
+    notes = [f"left out: {each.count} {reason}, such as {each.example}" for reason, each in label_set.dropped.items()]
+    for what, found in (
+        ("images without labels", matched.unlabelled),
+        ("labels without an image", matched.absent),
+        ("labels that fit several images", matched.ambiguous),
+    ):
         if found:
-            notes.append(_note(what, Dropped(len(found), escape(found[0]))))
+            notes.append(f"{what}: {len(found)}, such as {escape(found[0])}")
     collect = {"images": _classified, "boxes": _boxed, "pixels": _pixels}[KINDS[label_set.task]]
     sizes = store.source_sizes[images]
     labelled = [(place, position) for place, position in enumerate(matched.indices) if position is not None]
@@ -124,7 +127,7 @@ def _boxed(labels: LabelSet, labelled: Sequence[tuple[int, int]], sizes: np.ndar
         classes.append(fitted.labels.classes[single])
         places.append(boxes / [width, height, width, height])
         sides.append(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])))
-    notes = [f"left out: {plural(outside, 'box')}es outside of their image"] if outside else []
+    notes = [f"boxes outside of their image: {outside}"] if outside else []
     if crowds:
         notes.append(f"left out: {plural(crowds, 'region')} of many objects (crowds)")
     return np.concatenate(images), np.concatenate(classes), np.concatenate(places), np.concatenate(sides), notes
@@ -148,11 +151,7 @@ def _pixels(
         images.append(np.full(len(chosen), place, np.int64))
         classes.append(known[chosen].astype(np.int64))
         places.append(np.stack([(chosen % width + 0.5) / width, (chosen // width + 0.5) / height], axis=1))
-    notes = [_note("masks that cannot be used", Dropped(len(failed), failed[0]))] if failed else []
+    notes = [f"masks that cannot be used: {len(failed)}, such as {failed[0]}"] if failed else []
     if not images:
         raise FpnxError(f"labels {escape(labels.path)}: no mask can be used: {failed[0]}")
     return np.concatenate(images), np.concatenate(classes), np.concatenate(places), None, notes
-
-
-def _note(what: str, dropped: Dropped) -> str:
-    return f"left out: {dropped.count} {what}, such as {dropped.example}"

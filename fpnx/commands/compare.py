@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from fpnx.analysis.comparison import Comparison, compare_stores
-from fpnx.core.analysis_config import CompareConfig, check_picture
+from fpnx.core.analysis_config import CompareConfig, checked_picture
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.remote.client import connections
@@ -47,9 +46,7 @@ def compare(
     paths = [os.fspath(path) for path in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     if not 1 <= len(paths) <= 2:
         raise FpnxError(f"{len(paths)} files: take one, or two to compare; shards of one run as one, in quotes")
-    target = None if output is None else Path(output)
-    if target is not None:
-        check_picture(target, config.overwrite)
+    target = checked_picture(output, config.overwrite)
     with ExitStack() as stack:
         stack.enter_context(connections())
         stores = [stack.enter_context(open_store(path)) for path in paths]

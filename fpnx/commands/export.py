@@ -9,7 +9,9 @@ from typing import Any
 
 from fpnx.analysis.export import Exported, check_folder, export_store
 from fpnx.core.analysis_config import ExportConfig
+from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
+from fpnx.core.text import escape
 from fpnx.remote.client import connections
 from fpnx.store.output_path import real_output
 from fpnx.store.shard_set import open_store
@@ -42,6 +44,8 @@ def export(
         FpnxError: a request that cannot be carried out.
         TypeError: an option that does not exist.
     """
+    if "://" in os.fspath(output):
+        raise FpnxError(f"output {escape(output)} is an address: name a folder, and copy it there")
     config, folder = ExportConfig(**options), real_output(Path(os.path.abspath(output)))
     check_folder(folder, config.overwrite)
     with connections(), open_store(file) as store:

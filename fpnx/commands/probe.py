@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from fpnx.analysis.probing import Probe, probe_stores
-from fpnx.core.analysis_config import ProbeConfig, check_picture
+from fpnx.core.analysis_config import ProbeConfig, checked_picture
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.remote.client import connections
@@ -46,9 +45,7 @@ def probe(
         raise FpnxError("no labels: name a label file or folder with --labels, or folders for the images' own")
     if not paths:
         raise FpnxError("no files: name those that fpnx extract wrote")
-    target = None if config.plot is None else Path(config.plot)
-    if target is not None:
-        check_picture(target, config.overwrite)
+    target = checked_picture(config.plot, config.overwrite)
     with ExitStack() as stack:
         stack.enter_context(connections())
         stores = [stack.enter_context(open_store(path)) for path in paths]

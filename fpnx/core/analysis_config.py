@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from fpnx.core.option import like, option
 from fpnx.core.text import escape
 from fpnx.core.validation import check_fields, check_whole, freeze
 
-__all__ = ["EXPORT_FORMATS", "CompareConfig", "ExportConfig", "ProbeConfig", "check_picture"]
+__all__ = ["EXPORT_FORMATS", "CompareConfig", "ExportConfig", "ProbeConfig", "checked_picture"]
 
 EXPORT_FORMATS = ("npy", "safetensors", "hloc")
 PROBE_TASKS = ("classification", "detection", "semantic")
@@ -92,12 +93,17 @@ class ProbeConfig(_LevelsConfig):
             raise FpnxError(f"l2 {self.l2}: take a number above 0, such as 0.01")
 
 
-def check_picture(path: Path, overwrite: bool) -> None:
-    """Refuse a path of a chart that cannot be written, or that exists without `overwrite`.
+def checked_picture(picture: str | os.PathLike[str] | None, overwrite: bool) -> Path | None:
+    """The path of a chart to write; None for none.
 
     Raises:
-        FpnxError: with the reason and what to do.
+        FpnxError: for a path that cannot be written, or that exists without `overwrite`.
     """
+    if picture is None:
+        return None
+    if "://" in os.fspath(picture):
+        raise FpnxError(f"picture {escape(picture)} is an address: name a file, and copy it there")
+    path = Path(picture)
     if path.suffix.lower() not in PLOTS:
         raise FpnxError(f"picture {escape(path)}: take a name that ends in {', '.join(PLOTS)}")
     if not path.parent.is_dir():
@@ -106,3 +112,4 @@ def check_picture(path: Path, overwrite: bool) -> None:
         raise FpnxError(f"{escape(path)} is a folder: name a file")
     if path.exists() and not overwrite:
         raise FpnxError(f"{escape(path)} exists: replace it with --overwrite, or name another file")
+    return path

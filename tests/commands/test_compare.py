@@ -114,6 +114,7 @@ def test_mistakes_are_one_line(pair: tuple[Path, Path], tmp_path: Path, fpnx: Ru
     for arguments, message in [
         (["a.h5", "-o", "matrix.jpg"], "take a name that ends in .png, .svg, .pdf"),
         (["a.h5", "-o", "none/matrix.png"], "none does not exist"),
+        (["a.h5", "-o", "s3://bucket/matrix.png"], "is an address: name a file"),
         (["a.h5", "b.h5", "a.h5"], "3 files: take one, or two"),
         (["few.h5"], "3 images to compare: take files that have at least 4"),
         (["a.h5", "--levels", "C2"], "no level 'C2' in a.h5"),

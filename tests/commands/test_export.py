@@ -218,6 +218,7 @@ def test_mistakes_are_one_line(out: Path, tmp_path: Path, fpnx: Run) -> None:
         (["out.h5", "--to", "hloc", "--join", "-o", "made"], "join is for npy"),
         (["out.h5", "-o", "none/made"], "none does not exist"),
         (["out.h5", "-o", "out.h5"], "out.h5 is not a folder"),
+        (["out.h5", "-o", "s3://bucket/made"], "s3://bucket/made is an address"),
         (["out.h5", "--levels", "P5", "-o", "made"], "no level 'P5' in out.h5"),
         (["none.h5", "-o", "made"], "none.h5 has no image that is done"),
         (["missing.h5", "-o", "made"], "missing.h5 does not exist"),

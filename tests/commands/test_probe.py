@@ -104,9 +104,9 @@ def test_a_table_of_classes_and_what_is_left_out(animals: Path, tmp_path: Path, 
     assert [row["name"] for row in document["rows"]] == ["P5"]
     assert document["rows"][0]["linear"]["by_size"] == {}
     notes = "\n".join(document["notes"])
-    assert "9 images without labels" in notes
-    assert "1 labels without an image, such as no/such.jpg" in notes
-    assert "left out: 1 classes that are in one image only, such as fish" in notes
+    assert "images without labels: 9, such as " in notes
+    assert "labels without an image: 1, such as no/such.jpg" in notes
+    assert "classes in one image only, which are left out: 1, such as fish" in notes
 
 
 package_open = fpnx.open
