@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 from fpnx._version import __version__
 
 if TYPE_CHECKING:
+    from fpnx.analysis.comparison import Comparison
+    from fpnx.analysis.export import Exported
+    from fpnx.analysis.probing import Probe
+    from fpnx.commands.compare import compare
+    from fpnx.commands.export import export
     from fpnx.commands.extract import extract
     from fpnx.commands.merge import Merged, merge
     from fpnx.commands.predict import predict
+    from fpnx.commands.probe import probe
     from fpnx.commands.train import train
     from fpnx.commands.verify import verify
     from fpnx.core.config import ExtractConfig
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BusyError",
+    "Comparison",
+    "Exported",
     "ExtractConfig",
     "FpnxError",
     "ImageError",
@@ -50,6 +58,7 @@ __all__ = [
     "PredictConfig",
     "PredictResult",
     "Prediction",
+    "Probe",
     "Provenance",
     "PyramidDataset",
     "PyramidModel",
@@ -62,13 +71,16 @@ __all__ = [
     "Verification",
     "WeightsInfo",
     "__version__",
+    "compare",
     "create_model",
+    "export",
     "extract",
     "figure",
     "heatmap",
     "merge",
     "open",
     "predict",
+    "probe",
     "save_weights",
     "train",
     "verify",
@@ -76,6 +88,8 @@ __all__ = [
 
 _MODULES = {  # where each public name is defined, below fpnx
     "BusyError": "core.errors",
+    "Comparison": "analysis.comparison",
+    "Exported": "analysis.export",
     "ExtractConfig": "core.config",
     "FpnxError": "core.errors",
     "ImageError": "core.errors",
@@ -88,6 +102,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "PredictConfig": "core.predict_config",
     "PredictResult": "prediction.run",
     "Prediction": "prediction.predictions",
+    "Probe": "analysis.probing",
     "Provenance": "core.provenance",
     "PyramidDataset": "store.torch_dataset",
     "PyramidModel": "models.pyramid_model",
@@ -99,13 +114,16 @@ _MODULES = {  # where each public name is defined, below fpnx
     "TrainResult": "training.result",
     "Verification": "store.verify",
     "WeightsInfo": "core.provenance",
+    "compare": "commands.compare",
     "create_model": "models.factory",
+    "export": "commands.export",
     "extract": "commands.extract",
     "figure": "visualization.figure",
     "heatmap": "visualization.heatmaps",
     "merge": "commands.merge",
     "open": "store.shard_set",
     "predict": "commands.predict",
+    "probe": "commands.probe",
     "save_weights": "models.factory",
     "train": "commands.train",
     "verify": "commands.verify",

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "fpnx"
 LAYERS = """
 cli
 commands
-distributed benchmark training prediction
+distributed benchmark training prediction analysis
 extraction
 inference visualization evaluation
 models

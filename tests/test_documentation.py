@@ -36,7 +36,7 @@ from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from tests.helpers.boxes import label_pictures
 from tests.helpers.documentation import PAGES, blocks, command_lines, lines_of, text_of, without_blocks
-from tests.helpers.files import ROOT, copied
+from tests.helpers.files import ROOT, copied, noise_image
 from tests.test_architecture import LAYERS
 
 LANGUAGES = {"sh", "bash", "python", ""}
@@ -60,9 +60,29 @@ def place(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     scene = np.random.default_rng(0).integers(0, 3000, (5, 80, 96)).astype(np.uint16)
     tifffile.imwrite(tmp_path / "scenes" / "a.tif", scene, photometric="minisblack", planarconfig="separate")
     label_pictures(tmp_path / "photos", tmp_path / "instances.json", 2)
+    labelled_images(tmp_path)
     (tmp_path / "list.txt").write_text("photos/00001.jpg\nphotos/00000.jpg\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def labelled_images(folder: Path) -> None:
+    """Four cats and four dogs: folders as classes, a table, and boxes with outlines in COCO's format."""
+    images, objects, rows = [], [], ["path,label"]
+    for number in range(8):
+        kind = ("cats", "dogs")[number % 2]
+        name = f"{kind}/{number}.png"
+        (folder / "animals" / kind).mkdir(parents=True, exist_ok=True)
+        noise_image(number, (64, 48)).save(folder / "animals" / name)
+        rows.append(f"{name},{kind}")
+        images.append({"id": number, "file_name": name, "width": 64, "height": 48})
+        outline = [[8, 8, 40, 8, 40, 32, 8, 32]]
+        objects.append({"id": number, "image_id": number, "category_id": 1 + number % 2, "bbox": [8, 8, 32, 24],
+                        "area": 768, "iscrowd": 0, "segmentation": outline})  # fmt: skip
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    labels = {"images": images, "annotations": objects, "categories": categories}
+    (folder / "animals.json").write_text(json.dumps(labels))
+    (folder / "labels.csv").write_text("\n".join(rows))
 
 
 def value_of(option: str, arguments: list[str]) -> str:
@@ -81,6 +101,11 @@ def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
         assert fpnx("extract", "sample_images", "--weights", "random", "--size", "64", "--channels", "8")[0] == 0
     elif "lite2.h5" in reads:
         assert fpnx("extract", "sample_images", "-o", "lite2.h5", "--levels", "C2-C5,P2-P5", *small)[0] == 0
+    elif "animals.h5" in reads:
+        assert fpnx("extract", "animals", "-o", "animals.h5", "--levels", "C3-C5,P3-P5", *small)[0] == 0
+    elif arguments[0] == "compare":
+        for name in reads:
+            assert fpnx("extract", "sample_images", "-o", name, "--levels", "C3-C5", *small)[0] == 0
     if predictions := value_of("--predictions", arguments):
         box = {"image_id": 0, "category_id": 17, "category_name": "cat", "bbox": [90, 60, 200, 180], "score": 0.9}
         Path(predictions).write_text(json.dumps([{**box, "file_name": "animals/chelsea.jpg", "level": "P5"}]))
@@ -148,6 +173,8 @@ def test_the_trained_command_is_that_of_the_readme() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=lambda page: page.name)
 def test_python(page: Path, place: Path, fpnx: Callable[..., Any]) -> None:
     assert fpnx("extract", "sample_images", "--weights", "random")[0] == 0
+    if "animals.h5" in page.read_text():
+        prepare(["probe", "animals.h5"], fpnx)
     names: dict[str, Any] = {"__name__": "snippet"}
     torch.manual_seed(0)  # of the head's first parameters
     for block in blocks(page, "python"):
@@ -158,6 +185,10 @@ def test_python(page: Path, place: Path, fpnx: Callable[..., Any]) -> None:
 
 # What the variables of a page's snippets must hold in the end.
 EXPECTED: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "analysis.md": {
+        "best": lambda row: row.linear.samples == 8,
+        "result": lambda result: result.cka.shape == result.rsa.shape == (4, 4),
+    },
     "README.md": {"item": lambda item: item.path == "animals/chelsea.jpg"},
     "python.md": {
         "item": lambda item: item.path == "animals/chelsea.jpg",

@@ -15,6 +15,7 @@ from fpnx._version import __version__
 from fpnx.cli.completion import completer
 from fpnx.cli.options import config_options
 from fpnx.cli.streams import robust_streams
+from fpnx.core.analysis_config import CompareConfig, ExportConfig, ProbeConfig
 from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.predict_config import PredictConfig
@@ -341,6 +342,83 @@ def verify(
         result = run(file, against=against, sample=sample, weights=weights, listener=terminal, **options)
     console.show_json(result.to_json()) if json else views.show_verification(result)
     return result.exit_code
+
+
+@app.command()
+@config_options(CompareConfig, ["Levels", "Output"])
+def compare(
+    files: Annotated[list[str], typer.Argument(help="One file of fpnx extract, or two; a run's shards in quotes.")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Draw the matrices: .png, .svg or .pdf.", rich_help_panel="Output"
+        ),
+    ] = None,
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    """Show how alike the levels of two files are, or those of one: linear CKA and RSA, image by image.
+
+    [dim]fpnx compare a.h5 b.h5 -o matrix.png[/dim]
+
+    [dim]fpnx compare out.h5 --levels P2-P5 --json[/dim]
+    """
+    from fpnx.cli import analysis_view, console
+    from fpnx.commands.compare import compare as run
+
+    with console.Terminal(json) as terminal:
+        result = run(files, output, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else analysis_view.show_comparison(result)
+
+
+@app.command()
+@config_options(ExportConfig, ["Levels", "Output"])
+def export(
+    files: Annotated[list[str], typer.Argument(help="A file of fpnx extract, or all shards of a run.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="DIR", help="Folder to make.", rich_help_panel="Output")
+    ],
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    """Write features for other tools: NumPy arrays of vectors, a safetensors file an image, or descriptors for hloc.
+
+    [dim]fpnx export out.h5 -o vectors/[/dim]
+
+    [dim]fpnx export out.h5 --to hloc --levels C5 -o hloc/[/dim]
+    """
+    from fpnx.cli import analysis_view, console
+    from fpnx.commands.export import export as run
+
+    with console.Terminal(json) as terminal:
+        result = run(files[0] if len(files) == 1 else files, output, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else analysis_view.show_exported(result)
+
+
+@app.command()
+@config_options(ProbeConfig, ["Labels", "Levels", "Classifiers", "Output"])
+def probe(
+    files: Annotated[list[str], typer.Argument(help="Files of fpnx extract, side by side; a run's shards in quotes.")],
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    """Show which level tells your classes apart: accuracy of a linear classifier and of nearest neighbours.
+
+    Images, boxes or pixels are classified, each from those of other images (cross-validation).
+
+    [dim]fpnx probe out.h5 --labels folders[/dim]
+
+    [dim]fpnx probe a.h5 b.h5 --labels instances.json --plot levels.png[/dim]
+    """
+    from fpnx.cli import analysis_view, console
+    from fpnx.commands.probe import probe as run
+
+    with console.Terminal(json) as terminal:
+        result = run(files, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else analysis_view.show_probe(result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

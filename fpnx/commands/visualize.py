@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
 from fpnx.remote.client import connections
 from fpnx.store.reader import FAILED, Item, Store
-from fpnx.store.shard_set import open_store
+from fpnx.store.shard_set import open_store, refuse_separate_shards
 from fpnx.visualization.color_scale import ColorScales, measure_scales
 from fpnx.visualization.figure import chosen_levels, draw, mode_in_words, rendered
 from fpnx.visualization.html.page import Page, write_page
@@ -131,7 +130,7 @@ def visualize(
             paths = _extract_photographs(paths, Path(temporary), config, listener)
         stop = stack.enter_context(handle_signals(listener))
         stores = [stack.enter_context(open_store(path)) for path in paths]
-        _refuse_separate_shards(stores)
+        refuse_separate_shards(stores)
         selection = _Selection(stores, from_stores, predictions, config, stop, listener)
         pictures = tuple(selection.pictures(folder)) if folder is not None else ()
         page = None
@@ -314,14 +313,6 @@ def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
         return store[row], ""
     except NotDoneError as error:
         return None, str(error)
-
-
-def _refuse_separate_shards(stores: Sequence[Store]) -> None:
-    """Refuse several shards of one run, which have no image in common: a shell may have expanded their pattern."""
-    runs = [(store.fingerprint, store.shard_slice.list) for store in stores if store.shard_slice]
-    if len(set(runs)) < len(runs):
-        pattern = re.sub(r"\.shard-\d+-", ".shard-*-", stores[0].path)
-        raise FpnxError(f"these are shards of one run: give them as one, in quotes: '{escape(pattern)}'")
 
 
 def _full_path(item: Item) -> str:

@@ -42,6 +42,7 @@ __all__ = [
     "MODES",
     "ModelConfig",
     "OutputConfig",
+    "PLOTS",
     "PYRAMIDS",
     "PictureConfig",
     "RunConfig",
@@ -51,8 +52,8 @@ __all__ = [
     "fingerprint",
 ]
 
-PLOTS = (".png", ".svg", ".pdf")
 DRAWN_FROM = 0.5  # score of a box in a picture, where no threshold is given
+PLOTS = (".png", ".svg", ".pdf")  # endings of charts that are written
 SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 

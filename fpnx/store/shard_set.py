@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from fpnx.core.errors import StoreError
+from fpnx.core.errors import FpnxError, StoreError
 from fpnx.core.image_list import list_fingerprint
 from fpnx.core.names import NameIndex
 from fpnx.core.sharding import Shard, ShardSlice
@@ -32,7 +32,7 @@ try:
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
-__all__ = ["JoinedDataset", "ShardSet", "open_store", "open_shard_set"]
+__all__ = ["JoinedDataset", "ShardSet", "open_store", "open_shard_set", "refuse_separate_shards"]
 
 MAX_OPEN = 64  # open files of a set; an eighth of the process's limit, where that is less
 MAX_NAMED = 5  # missing shards that a message names
@@ -305,6 +305,18 @@ def open_shard_set(paths: Paths) -> ShardSet:
         else:
             files.append(name)
     return ShardSet(files, arguments[0] if len(arguments) == 1 < len(files) else None)
+
+
+def refuse_separate_shards(stores: Sequence[Store]) -> None:
+    """Refuse several shards of one run, which have no image in common: a shell may have expanded their pattern.
+
+    Raises:
+        FpnxError: with the pattern to give instead.
+    """
+    runs = [(store.fingerprint, store.shard_slice.list) for store in stores if store.shard_slice]
+    if len(set(runs)) < len(runs):
+        pattern = re.sub(r"\.shard-\d+-", ".shard-*-", stores[0].path)
+        raise FpnxError(f"these are shards of one run: give them as one, in quotes: '{escape(pattern)}'")
 
 
 def _slice_of(store: Store) -> ShardSlice:

@@ -11,11 +11,20 @@ import typer
 
 from fpnx.cli.main import app
 from fpnx.cli.options import config_options
+from fpnx.core.analysis_config import CompareConfig, ExportConfig, ProbeConfig
 from fpnx.core.config import BenchmarkConfig, ExtractConfig, VisualizeConfig
 from fpnx.core.option import declared_option, option
 from fpnx.core.train_config import TrainConfig
 
-CONFIGS = {"extract": ExtractConfig, "visualize": VisualizeConfig, "benchmark": BenchmarkConfig, "train": TrainConfig}
+CONFIGS = {
+    "extract": ExtractConfig,
+    "visualize": VisualizeConfig,
+    "benchmark": BenchmarkConfig,
+    "compare": CompareConfig,
+    "export": ExportConfig,
+    "probe": ProbeConfig,
+    "train": TrainConfig,
+}
 Run = Callable[..., Any]
 
 
