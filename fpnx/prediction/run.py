@@ -31,7 +31,7 @@ from fpnx.prediction.engine import PredictionCache
 from fpnx.prediction.journal import Journal, check_settings
 from fpnx.prediction.outputs import DEFAULT_OUTPUTS, check_target, resolve_output, run_path, write_document
 from fpnx.prediction.predictions import Reading
-from fpnx.prediction.predictor import Predictor
+from fpnx.prediction.predictor import NOT_CLASSES, Predictor
 from fpnx.prediction.scoring import RunLabels, Worst, score_run
 from fpnx.prediction.sink import PredictionSink, Target
 from fpnx.remote.client import connections
@@ -238,5 +238,5 @@ def _earlier(
 def _head_in_words(predictor: Predictor) -> str:
     if predictor.task == "classification" and predictor.head is None:
         return f"{predictor.kind}, {len(predictor.categories)} classes"
-    named = [each for each in predictor.categories if each.name not in ("__background__", "N/A")]
+    named = [each for each in predictor.categories if each.name not in NOT_CLASSES]
     return f"{predictor.kind}, {len(named)} classes"
