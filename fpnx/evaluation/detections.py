@@ -55,8 +55,8 @@ def to_source(
     """Detections in pixels of the source image. Those with numbers that are not finite are left out.
 
     Boxes are scaled by the ratios of width and height and clipped to the image. The cells of masks are pasted into the
-    scaled boxes as torchvision does it, or sampled at the centres of pixels; masks of the network's input are resized without the padding, bilinearly. Both
-    are cut at 0.5.
+    scaled boxes as torchvision does it, or sampled at the centres of pixels; masks of the network's input are resized
+    without the padding, bilinearly. All are cut at 0.5.
 
     Args:
         image: name of the image.

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fpnx._version import __version__
 from fpnx.core.config import ExtractConfig, fingerprint
 from fpnx.core.errors import FpnxError
@@ -107,7 +105,7 @@ def run_prediction(
         for remark in (*listing.remarks, *listing.truncated):
             listener.message(remark)
         cache = PredictionCache(config)
-        model = cache.model(run)
+        cache.model(run)
         predictor = cache.predictor
         assert predictor is not None, "it is built with the model"
         target = resolve_output(DEFAULT_OUTPUTS[predictor.task] if output is None else output)

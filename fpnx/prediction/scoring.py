@@ -92,7 +92,9 @@ class RunLabels:
         remarks = [*labels.remarks]
         unlabelled, absent = len(matched.unlabelled), len(matched.absent) + len(matched.ambiguous)
         if unlabelled:
-            remarks.append(f"{plural(unlabelled, 'image')} without labels: not scored, such as {escape(matched.unlabelled[0])}")
+            remarks.append(
+                f"{plural(unlabelled, 'image')} without labels: not scored, such as {escape(matched.unlabelled[0])}"
+            )
         if absent:
             example = (*matched.absent, *matched.ambiguous)[0]
             remarks.append(f"labels of {plural(absent, 'image')} that the run does not have, such as {escape(example)}")
@@ -280,10 +282,7 @@ class _Classes(_Scorer):
         self._truth.append(image)
         self._logits.append(logits)
         labelled = set(image.classes.tolist())
-        if multi_label:
-            chosen = set(np.flatnonzero(logits > 0).tolist())
-        else:
-            chosen = {int(np.argmax(logits))}
+        chosen = set(np.flatnonzero(logits > 0).tolist()) if multi_label else {int(np.argmax(logits))}
         if chosen == labelled or not (labelled or multi_label):
             return
         names = ", ".join(escape(categories[i].name) for i in sorted(labelled)) or "no class"
@@ -349,9 +348,7 @@ class _Pixels(_Scorer):
         return labelled.astype(np.int64), predicted
 
 
-def _joined(
-    predicted: Sequence[Category], labels: LabelSet
-) -> tuple[tuple[Category, ...], dict[int, int]]:
+def _joined(predicted: Sequence[Category], labels: LabelSet) -> tuple[tuple[Category, ...], dict[int, int]]:
     """The predicted classes with the numbers of the labels, and the position of each of these in the labels.
 
     Classes are found by their names. Those of weights that name none are taken in their order.

@@ -154,9 +154,7 @@ def draw_classes(photo: Image.Image, classes: Sequence[tuple[int, str, float]], 
     return _with_legend(_Canvas(photo), rows, note)
 
 
-def draw_class_map(
-    photo: Image.Image, class_map: np.ndarray, classes: Sequence[tuple[int, str, float]]
-) -> Image.Image:
+def draw_class_map(photo: Image.Image, class_map: np.ndarray, classes: Sequence[tuple[int, str, float]]) -> Image.Image:
     """The class of each pixel as a colour over the image, and the colours' names below.
 
     Args:
@@ -256,7 +254,9 @@ def _colour(each: DrawnObject) -> tuple[int, int, int]:
     return {Mark.WRONG: WRONG, Mark.MISSED: MISSED}.get(each.mark) or class_colour(each.colour)
 
 
-def _draw_box(pen: ImageDraw.ImageDraw, box: _Rectangle, colour: tuple[int, int, int], stroke: int, dashed: bool) -> None:
+def _draw_box(
+    pen: ImageDraw.ImageDraw, box: _Rectangle, colour: tuple[int, int, int], stroke: int, dashed: bool
+) -> None:
     x1, y1 = round(box.x1), round(box.y1)
     x2, y2 = max(round(box.x2) - 1, x1), max(round(box.y2) - 1, y1)
     if not dashed:

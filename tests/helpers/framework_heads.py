@@ -7,6 +7,7 @@ suppression, anchors, box coding, pasting of masks. They share no code with fpnx
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 def roi_align(feature: np.ndarray, box: np.ndarray, stride: int, side: int) -> np.ndarray:
     """(C, side, side): aligned, as many samples in a cell as it has pixels of the map, rounded up."""
-    channels, height, width = feature.shape
+    channels = len(feature)
     x1, y1, x2, y2 = (value / stride - 0.5 for value in box)
     cell_w, cell_h = (x2 - x1) / side, (y2 - y1) / side
     samples_x, samples_y = max(math.ceil(cell_w), 0), max(math.ceil(cell_h), 0)
@@ -119,9 +120,9 @@ def paste(cells: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarr
 class Reference:
     """A framework's rules. Levels are P3 to P7 for RetinaNet, P2 to P6 otherwise."""
 
-    retinanet_shapes: dict[str, tuple[int, ...]]
-    two_stage_shapes: dict[str, tuple[int, ...]]
-    mask_shapes: dict[str, tuple[int, ...]]
+    retinanet_shapes: ClassVar[dict[str, tuple[int, ...]]]
+    two_stage_shapes: ClassVar[dict[str, tuple[int, ...]]]
+    mask_shapes: ClassVar[dict[str, tuple[int, ...]]]
     lower_limit = -math.inf
     clips_before_nms = True
     drops_empty = False
@@ -164,9 +165,7 @@ class Reference:
         filled = area(boxes) > 0
         return {"boxes": boxes[filled], "scores": scores[filled], "labels": labels[filled]}
 
-    def two_stage(
-        self, state: dict[str, Tensor], levels: list[Tensor], size: tuple[int, int]
-    ) -> dict[str, np.ndarray]:
+    def two_stage(self, state: dict[str, Tensor], levels: list[Tensor], size: tuple[int, int]) -> dict[str, np.ndarray]:
         proposals = self.proposals(state, levels, size)
         pooled = np.stack([self.pool(levels, box, 7) for box in proposals])
         logits, deltas = self.box_outputs(state, torch.from_numpy(pooled).float().flatten(1))
@@ -228,12 +227,12 @@ class Reference:
 class Detectron2(Reference):
     clips_before_nms = False
     drops_empty = True
-    retinanet_shapes = {
+    retinanet_shapes: ClassVar = {
         **{f"head.{part}_subnet.{2 * i}": (CHANNELS, CHANNELS, 3, 3) for part in ("cls", "bbox") for i in range(4)},
         "head.cls_score": (9 * CLASSES, CHANNELS, 3, 3),
         "head.bbox_pred": (36, CHANNELS, 3, 3),
     }
-    two_stage_shapes = {
+    two_stage_shapes: ClassVar = {
         "proposal_generator.rpn_head.conv": (CHANNELS, CHANNELS, 3, 3),
         "proposal_generator.rpn_head.objectness_logits": (3, CHANNELS, 1, 1),
         "proposal_generator.rpn_head.anchor_deltas": (12, CHANNELS, 1, 1),
@@ -242,7 +241,7 @@ class Detectron2(Reference):
         "roi_heads.box_predictor.cls_score": (CLASSES + 1, 24),
         "roi_heads.box_predictor.bbox_pred": (4 * CLASSES, 24),
     }
-    mask_shapes = {
+    mask_shapes: ClassVar = {
         **{f"roi_heads.mask_head.mask_fcn{i}": (CHANNELS, CHANNELS, 3, 3) for i in range(1, 5)},
         "roi_heads.mask_head.deconv": (CHANNELS, CHANNELS, 2, 2),
         "roi_heads.mask_head.predictor": (CLASSES, CHANNELS, 1, 1),
@@ -286,12 +285,12 @@ class Detectron2(Reference):
 
 class MMDetection(Reference):
     lower_limit = -MAX_RATIO
-    retinanet_shapes = {
+    retinanet_shapes: ClassVar = {
         **{f"bbox_head.{part}_convs.{i}.conv": (CHANNELS, CHANNELS, 3, 3) for part in ("cls", "reg") for i in range(4)},
         "bbox_head.retina_cls": (9 * CLASSES, CHANNELS, 3, 3),
         "bbox_head.retina_reg": (36, CHANNELS, 3, 3),
     }
-    two_stage_shapes = {
+    two_stage_shapes: ClassVar = {
         "rpn_head.rpn_conv": (CHANNELS, CHANNELS, 3, 3),
         "rpn_head.rpn_cls": (3, CHANNELS, 1, 1),
         "rpn_head.rpn_reg": (12, CHANNELS, 1, 1),
@@ -300,7 +299,7 @@ class MMDetection(Reference):
         "roi_head.bbox_head.fc_cls": (CLASSES + 1, 24),
         "roi_head.bbox_head.fc_reg": (4 * CLASSES, 24),
     }
-    mask_shapes = {
+    mask_shapes: ClassVar = {
         **{f"roi_head.mask_head.convs.{i}.conv": (CHANNELS, CHANNELS, 3, 3) for i in range(4)},
         "roi_head.mask_head.upsample": (CHANNELS, CHANNELS, 2, 2),
         "roi_head.mask_head.conv_logits": (CLASSES, CHANNELS, 1, 1),

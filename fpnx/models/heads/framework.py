@@ -1,8 +1,8 @@
 """Heads of detectron2's and mmdetection's detectors, computed by the rules of these frameworks.
 
-RetinaNet, Faster R-CNN and Mask R-CNN with the heads of the model zoos. Layers are torchvision's modules. What differs from
-torchvision: anchors are not rounded; the background is the last class; RoIAlign is aligned and takes as many samples as
-a box needs; masks are sampled at the centres of pixels. Sources: detectron2 0.6 (modeling/anchor_generator.py,
+RetinaNet, Faster R-CNN and Mask R-CNN with the heads of the model zoos. Layers are torchvision's modules. What differs
+from torchvision: anchors are not rounded; the background is the last class; RoIAlign is aligned and takes as many
+samples as a box needs; masks are sampled at the centres of pixels. Sources: detectron2 0.6 (modeling/anchor_generator.py,
 box_regression.py, proposal_generator/proposal_utils.py, meta_arch/retinanet.py, roi_heads/fast_rcnn.py), mmdetection 3
 (models/task_modules, models/dense_heads, models/roi_heads).
 """
@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -258,8 +257,10 @@ class _TwoStage(_FrameworkHead):
         logits, deltas = self.box_predictor(pooled)
         counts = [len(each) for each in proposals]
         found = [
-            self._of_image(*each, size)
-            for *each, size in zip(logits.split(counts), deltas.split(counts), proposals, geometry.sizes, strict=True)
+            self._of_image(of_logits, of_deltas, boxes, size)
+            for of_logits, of_deltas, boxes, size in zip(
+                logits.split(counts), deltas.split(counts), proposals, geometry.sizes, strict=True
+            )
         ]
         return [self._detections(each, [f[i : i + 1] for f in features]) for i, each in enumerate(found)]
 
@@ -274,9 +275,7 @@ class _TwoStage(_FrameworkHead):
             boxes, scores, places = [], [], []
             for level, (logits, change, anchor) in enumerate(zip(flat, changes, anchors, strict=True)):
                 best, order = logits[i].topk(min(BEFORE_NMS, logits.shape[1]))
-                decoded = clip_boxes_to_image(
-                    _decoded(change[i][order], anchor[order], (1.0,) * 4, self._rules), size
-                )
+                decoded = clip_boxes_to_image(_decoded(change[i][order], anchor[order], (1.0,) * 4, self._rules), size)
                 filled = _has_area(decoded)
                 boxes.append(decoded[filled])
                 scores.append(best[filled])
@@ -289,9 +288,7 @@ class _TwoStage(_FrameworkHead):
     def _of_image(self, logits: Tensor, deltas: Tensor, proposals: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         scores = logits.softmax(1)[:, :-1]  # the last is the background
         changes = deltas.reshape(len(deltas), -1, 4).expand(-1, self.classes, 4)  # one for all classes, or one for each
-        boxes = _decoded(
-            changes.reshape(-1, 4), proposals.repeat_interleave(self.classes, 0), BOX_WEIGHTS, self._rules
-        )
+        boxes = _decoded(changes.reshape(-1, 4), proposals.repeat_interleave(self.classes, 0), BOX_WEIGHTS, self._rules)
         boxes = clip_boxes_to_image(boxes, size).reshape(-1, self.classes, 4)
         rows, labels = torch.where(scores > self.score_threshold)
         return self._best(boxes[rows, labels], scores[rows, labels], labels, size)
