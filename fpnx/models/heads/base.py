@@ -138,7 +138,10 @@ class Head(nn.Module):
 
     @classmethod
     def for_pyramid(cls, pyramid: Pyramid, classes: int, settings: Mapping[str, Any]) -> Head:
-        """A head for these levels; `settings` are those that `settings()` of another one returned, or empty."""
+        """A head for these levels; `settings` are those that `settings()` of another one returned, or empty.
+
+        Its parameters are drawn from torch's own generator: `create_head` in `fpnx.models.heads.registry` does not.
+        """
         raise NotImplementedError
 
     def initialize(self, seed: int) -> None:
@@ -154,6 +157,13 @@ class Head(nn.Module):
     def losses(self, levels: Mapping[str, Tensor], geometry: Geometry, targets: Sequence[Target]) -> dict[str, Tensor]:
         """The losses by name, each a scalar; their sum is minimised. Needs training mode."""
         raise NotImplementedError
+
+    def loss_counts(self, losses: Mapping[str, Tensor], images: int) -> dict[str, float]:
+        """What each of the losses of the last call of `losses` is a mean over: its images, unless a head says more.
+
+        Several processes weight their losses by it, so that together they have those of the joint batch.
+        """
+        return dict.fromkeys(losses, float(images))
 
     def predict(self, levels: Mapping[str, Tensor], geometry: Geometry) -> list[Prediction]:
         """One prediction for each image. Needs eval mode."""
