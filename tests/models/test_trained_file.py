@@ -59,7 +59,10 @@ def torchvisions(kind: str, classes: int) -> nn.Module:
     return builder(backbone, classes + 1, box_detections_per_img=20, **options)
 
 
-@pytest.mark.parametrize("kind", ["fcos", "retinanet", "faster_rcnn", "mask_rcnn"])
+@pytest.mark.parametrize(
+    "kind",
+    ["fcos", "faster_rcnn", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("retinanet", "mask_rcnn"))],
+)
 def test_torchvisions_detectors_load_it_and_find_the_same(kind: str, tmp_path: Path) -> None:
     trained = trained_of(kind, backbone="resnet50", channels=None)
     generator = torch.Generator().manual_seed(2)
