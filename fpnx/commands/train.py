@@ -24,7 +24,7 @@ DEFAULT_OUTPUT = "model.safetensors"
 
 def train(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    labels: str | os.PathLike[str],
+    labels: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] = DEFAULT_OUTPUT,
     *,
     listener: Listener | None = None,
@@ -49,7 +49,10 @@ def train(
         Interrupted: on SIGINT or SIGTERM; the best weights so far are kept.
         TypeError: an option that does not exist.
     """
-    config, paths = TrainConfig(labels=os.fspath(labels), **options), as_paths(inputs)
+    config = TrainConfig(labels=None if labels is None else os.fspath(labels), **options)
+    paths = as_paths(inputs)
+    if not config.labels:
+        raise FpnxError("no labels: give --labels FILE, or --labels folders where each folder is a class")
     # Cheap checks come first, because loading torch takes seconds.
     refuse_missing(paths)
     target = real_output(Path(output))

@@ -37,8 +37,8 @@ class TrainConfig(InputConfig, ModelConfig):
     a number. `epochs`: `"auto"` or a number. `learning_rate` None: the head's own.
     """
 
-    labels: str = option(
-        "",
+    labels: str | None = option(
+        None,
         "Label file or folder (COCO, YOLO, VOC, CSV, masks), or folders: the images' own.",
         "Labels",
         metavar="LABELS",
@@ -72,7 +72,11 @@ class TrainConfig(InputConfig, ModelConfig):
     )
     freeze_pyramid: bool = option(False, "Train the head only, on the pyramid as it is.", "Training")
     neck_variant: str = option(
-        "full", "Parts of the FPN that are left out, to compare.", "Training", choices=NECK_VARIANTS
+        "full",
+        "full; or an FPN without a part: no-lateral or no-top-down.",
+        "Training",
+        metavar="VARIANT",
+        choices=NECK_VARIANTS,
     )
     levels: str | Iterable[str] | None = like(
         ModelConfig, "levels", help="Such as P3-P5 or C4 (default: those that the head takes)."
@@ -92,8 +96,6 @@ class TrainConfig(InputConfig, ModelConfig):
         check_fields(self)
         for part in (ModelConfig, InputConfig):
             part.__post_init__(self)
-        if not self.labels:
-            raise FpnxError("no labels: give --labels FILE, or --labels folders where each folder is a class")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device):
             raise FpnxError(
                 f"device {self.device!r}: take auto, cpu, cuda, cuda:1 or mps; several: start with torchrun"

@@ -62,7 +62,7 @@ def _wrapped(target: Target, size: tuple[int, int]) -> dict[str, Any]:
     """The parts of a target, as transforms take them; parts that do not depend on places are left out."""
     values: dict[str, Any] = {}
     if target.boxes is not None:
-        values["boxes"] = tv_tensors.BoundingBoxes(target.boxes, format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+        values["boxes"] = tv_tensors.BoundingBoxes(target.boxes, format="XYXY", canvas_size=size)
         values["labels"] = target.labels
     if target.masks is not None:
         values["masks"] = tv_tensors.Mask(target.masks)

@@ -90,10 +90,14 @@ class Source(Protocol):
         left_out: name → reason, of images that are known not to be readable; they are never asked for.
     """
 
-    names: Sequence[str]
-    labels: Sequence[ImageLabels]
-    shapes: Sequence[Hashable]
-    left_out: Mapping[str, str]
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Sequence[ImageLabels]: ...
+    @property
+    def shapes(self) -> Sequence[Hashable]: ...
+    @property
+    def left_out(self) -> Mapping[str, str]: ...
 
     def batch(self, indices: Sequence[int], draw: Draw | None) -> Batch:
         """The batch of some images of one shape; `draw` None: without augmentation."""

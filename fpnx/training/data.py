@@ -236,7 +236,7 @@ def _head(config: TrainConfig, labels: LabelSet) -> type[Head]:
 
 def _labelled(names: list[str], root: str, config: TrainConfig, listener: Listener) -> _Labelled:
     task: Any = config.task or (find_head(config.head).task if config.head else None)
-    labels = read_labels(config.labels, names, root, task)
+    labels = read_labels(config.labels or "", names, root, task)
     matched = match_labels(labels, names, root)
     by_place = {place: labels.images[i] for place, i in enumerate(matched.indices) if i is not None}
     if isinstance(config.val, float):

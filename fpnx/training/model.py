@@ -37,7 +37,7 @@ def model_of_store(store: Store, config: TrainConfig, head: type[Head]) -> Pyram
     Raises:
         FpnxError: the file does not say how it was made, the weights are others, or an option is about the backbone.
     """
-    defaults = TrainConfig(labels="folders")
+    defaults = TrainConfig()
     own = {each.name for part in (ModelConfig, InputConfig) for each in fields(part)} - set(ABOVE_MAPS)
     for name in sorted(own):
         if getattr(config, name) != getattr(defaults, name):

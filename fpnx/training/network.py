@@ -56,7 +56,7 @@ class Network(nn.Module):
             for name in self._neck_parameters():
                 model.fpn.get_parameter(name).requires_grad_(True)
         self._trains_body = unfreeze != 0
-        for name in stage_parameters(model, unfreeze):
+        for name in _stage_parameters(model, unfreeze):
             model.body.get_parameter(name).requires_grad_(True)
         self.train()
 
@@ -175,7 +175,7 @@ def _cells(number: int, model: PyramidModel) -> tuple[int, int]:
     return max(side, 1), max(side, 1)
 
 
-def stage_parameters(model: PyramidModel, unfreeze: int | str) -> list[str]:
+def _stage_parameters(model: PyramidModel, unfreeze: int | str) -> list[str]:
     """Names of the parameters of the backbone's last `unfreeze` stages, `"all"` or a number.
 
     A stage reaches from one tap to the next. They are found by the gradients of the taps.

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["AUTO_WITHOUT_SCORES", "Schedule"]
 
-WARM_UP_STEPS, WARM_UP_SHARE = 200, 0.1  # the shorter of both
+WARM_UP_STEPS, WARM_UP_SHARE = 200, 0.1  # the shorter of both; with `auto` at most an epoch
 LAST = 0.01  # of the peak, at the end of the cosine
 MOST_EPOCHS = 100  # of `auto`, before the rate falls
 FALL = 0.5  # of the epochs before it: over how many the rate falls with `auto`
@@ -37,8 +37,8 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """The learning rate at a step, counted over all epochs from 0, relative to its peak."""
-        total = self.steps * (self.epochs or MOST_EPOCHS)
-        warm_up = min(WARM_UP_STEPS, math.ceil(WARM_UP_SHARE * total))
+        share = 1.0 if self.auto else WARM_UP_SHARE * (self.epochs or 1)
+        warm_up = min(WARM_UP_STEPS, math.ceil(share * self.steps))
         rising = min(1.0, (step + 1) / warm_up)
         if self.epochs is None or self.falls_from is None:
             return rising
