@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+import fpnx
 from fpnx.core.config import ModelConfig
+from fpnx.core.errors import FpnxError
 from fpnx.labels.annotations import Category
 from fpnx.models.factory import NeckPlan, build_model
-from fpnx.models.heads.base import Detections, Geometry
+from fpnx.models.heads.base import Detections, Geometry, Target
 from fpnx.models.heads.registry import HEADS, create_head
 from fpnx.models.heads.trained_file import TrainedModel, load_trained, save_trained
 

@@ -2,9 +2,9 @@
 
 RetinaNet, Faster R-CNN and Mask R-CNN with the heads of the model zoos. Layers are torchvision's modules. What differs
 from torchvision: anchors are not rounded; the background is the last class; RoIAlign is aligned and takes as many
-samples as a box needs; masks are sampled at the centres of pixels. Sources: detectron2 0.6
-(modeling/anchor_generator.py, box_regression.py, proposal_generator/proposal_utils.py, meta_arch/retinanet.py, roi_heads/fast_rcnn.py), mmdetection 3
-(models/task_modules, models/dense_heads, models/roi_heads).
+samples as a box needs; masks are sampled at the centres of pixels. Sources: of detectron2 0.6
+modeling/anchor_generator.py, box_regression.py, proposal_generator/proposal_utils.py, meta_arch/retinanet.py and
+roi_heads/fast_rcnn.py; of mmdetection 3 models/task_modules, models/dense_heads and models/roi_heads.
 """
 
 from __future__ import annotations
