@@ -205,7 +205,8 @@ def prediction_of_results(
         corners = np.array([result["bbox"] for result in results], np.float64).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, :2] + corners[:, 2:]], axis=1)
     if results and "segmentation" in results[0]:
-        masks = tuple(MaskRuns(**result["segmentation"]) for result in results)
+        runs = [result["segmentation"] for result in results]
+        masks = tuple(MaskRuns(size=list(each["size"]), counts=str(each["counts"])) for each in runs)
     if results and "keypoints" in results[0]:
         keypoints = np.array([result["keypoints"] for result in results], np.float64).reshape(len(results), -1, 3)
         keypoint_scores = np.array([result["keypoint_scores"] for result in results], np.float64)

@@ -63,6 +63,8 @@ class Detections:
         levels: (n,) names of the levels that the boxes come from; empty where the head does not say.
         mask_cells: (n, M, M) float32 probabilities of the cells of each box, from which a mask of any size is made;
             None for heads without them.
+        masks_at_centres: whether a pixel's value is that at its centre within the box, as detectron2 and mmdetection
+            have it; else cells are resized to whole pixels and pasted, as torchvision does it.
         keypoints: (n, K, 3) float32 x, y, visibility; None for heads without keypoints.
         keypoint_scores: (n, K) float32; None for heads without keypoints.
     """
@@ -72,6 +74,7 @@ class Detections:
     labels: Tensor
     masks: Tensor | None = None
     mask_cells: Tensor | None = None
+    masks_at_centres: bool = False
     keypoints: Tensor | None = None
     keypoint_scores: Tensor | None = None
     proposals: Tensor | None = None
