@@ -36,6 +36,7 @@ from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from tests.helpers.documentation import PAGES, blocks, command_lines, lines_of, text_of, without_blocks
 from tests.helpers.files import ROOT, copied
+from tests.helpers.trained import CATEGORIES, trained_file
 from tests.test_architecture import LAYERS
 
 LANGUAGES = {"sh", "bash", "python", ""}
@@ -68,6 +69,18 @@ def value_of(option: str, arguments: list[str]) -> str:
     return arguments[arguments.index(option) + 1] if option in arguments else ""
 
 
+def make_parts() -> None:
+    """`parts.safetensors`, a file as `fpnx train` writes it, and `instances.json` with labels of the photographs."""
+    trained_file(Path("parts.safetensors"), "fcos", convolutions=1)
+    names = sorted(path.name for path in Path("photos").iterdir())
+    labels = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [{"id": i, "image_id": i, "category_id": 2, "bbox": [9, 9, 90, 80]} for i in range(len(names))],
+        "categories": [{"id": each.id, "name": each.name} for each in CATEGORIES],
+    }
+    Path("instances.json").write_text(json.dumps(labels))
+
+
 def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
     """Make the files that a command reads."""
     small = ("--weights", "random", "--size", "64", "--channels", "8", "--backbone", "mobilenet_v2")
@@ -85,6 +98,8 @@ def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
     weights = value_of("--weights", arguments)
     if weights == "model.safetensors":
         package.save_weights(package.create_model("mobilenet_v2", weights="random", channels=8), weights)
+    if weights == "parts.safetensors" and arguments[0] == "predict":
+        make_parts()
     if weights == "checkpoint.pth":  # as training code writes it
         model = package.create_model("resnet18", weights="random", levels="C2-C5")
         state = {f"module.{name}": value for name, value in model.body.state_dict().items()}
@@ -97,6 +112,8 @@ def quick(arguments: list[str]) -> list[str]:
     if command == "extract" and "--weights" not in arguments:
         arguments = [*arguments, "--weights", "random"]
     if command == "extract" and not {"--size", "--short-side"} & set(arguments):
+        arguments = [*arguments, "--size", "64"]
+    if command == "predict":
         arguments = [*arguments, "--size", "64"]
     if command == "benchmark":
         named = [] if "--backbone" in arguments else ["--backbone", "mobilenet_v2"]
@@ -146,6 +163,8 @@ def test_the_trained_command_is_that_of_the_readme() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=lambda page: page.name)
 def test_python(page: Path, place: Path, fpnx: Callable[..., Any]) -> None:
     assert fpnx("extract", "sample_images", "--weights", "random")[0] == 0
+    if page.name == "predict.md":
+        make_parts()
     names: dict[str, Any] = {"__name__": "snippet"}
     torch.manual_seed(0)  # of the head's first parameters
     for block in blocks(page, "python"):
@@ -169,6 +188,11 @@ EXPECTED: dict[str, dict[str, Callable[[Any], bool]]] = {
     "format.md": {
         "features": lambda array: array.shape == (256, 56, 56),
         "several": lambda array: array.shape[0] == 256 and array.ndim == 3,
+    },
+    "predict.md": {
+        "sure": lambda boxes: boxes.shape[1] == 4,
+        "several": lambda several: len(several) == 2,
+        "result": lambda result: (result.run.done, result.exit_code) == (3, 0),
     },
     "visualization.md": {"heatmap": lambda array: array.shape == (28, 28)},
 }

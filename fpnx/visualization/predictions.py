@@ -42,6 +42,8 @@ WRONG, MISSED = (235, 30, 30), (255, 215, 0)
 COVERED = 0.4  # share of a small picture that tags may cover
 TAG_LINES = 3  # at most, of one tag
 LEGEND_ROWS = 24  # classes below a picture
+BAR = 3  # height of a bar
+NO_OBJECT = 0  # by custom the number of the background, which stays as it is
 
 # Lines between COCO's keypoints of a person, by their positions.
 SKELETON = (
@@ -240,11 +242,9 @@ def draw_class_map(photo: Image.Image, class_map: np.ndarray, classes: Sequence[
         classes: number, name and share of the pixels of each, the most frequent first.
     """
     canvas = _Canvas(photo)
-    colours = np.zeros((*class_map.shape, 3), np.uint8)
     for number in np.unique(class_map).tolist():
-        colours[class_map == number] = class_colour(number)
-    coloured = Image.fromarray(colours).resize(canvas.size, Image.Resampling.NEAREST)
-    canvas.photo = Image.blend(canvas.photo, coloured, CLASS_OPACITY)
+        if number != NO_OBJECT:
+            canvas.overlay(class_map == number, class_colour(number), CLASS_OPACITY)
     rows = [(number, f"{100 * share:.1f} %  {name}", share) for number, name, share in classes]
     return _with_legend(canvas, rows, "")
 
@@ -270,21 +270,21 @@ def _with_legend(canvas: _Canvas, rows: Sequence[tuple[int, str, float]], note: 
     if len(rows) > len(shown):
         notes.append(f"and {len(rows) - len(shown)} more classes")
     lines = len(notes) + sum(len(block) for _, block, _ in blocks)
-    picture, pen = canvas.finished(lines * canvas.line + 8)
+    picture, pen = canvas.finished(lines * canvas.line + len(blocks) * 2 * BAR + 8)
     y = canvas.height + 4
     for note_line in notes:
         _write(pen, (4, y), note_line, canvas.text, (255, 255, 255))
         y += canvas.line
     for number, block, score in blocks:
-        length = max(1.0, min(score, 1.0) * (canvas.width - canvas.line - 8))
-        left = canvas.line + 4
-        pen.rectangle((left, y + canvas.line - 4, left + length, y + canvas.line - 2), fill=class_colour(number))
-        pen.rectangle(
-            (4, y + 2, canvas.line - 4, y + canvas.line - 4), fill=class_colour(number), outline=(255, 255, 255)
-        )
+        colour = class_colour(number)
+        left, side = canvas.line + 4, canvas.line - 8
+        pen.rectangle((4, y + 3, 4 + side, y + 3 + side), fill=colour, outline=(255, 255, 255))
         for line in block:
-            _write(pen, (left, y - 1), line, canvas.text, (255, 255, 255))
+            _write(pen, (left, y), line, canvas.text, (255, 255, 255))
             y += canvas.line
+        length = max(1.0, min(score, 1.0) * (canvas.width - left - 4))
+        pen.rectangle((left, y, left + length, y + BAR - 1), fill=colour if number != NO_OBJECT else (140, 140, 140))
+        y += 2 * BAR
     return picture
 
 

@@ -46,7 +46,7 @@ def lively_detector(name: str, min_size: int = 96, max_size: int = 160) -> nn.Mo
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = 0.0
-    randomise(network)
+    randomise(network, smallest_variance=0.1)
     network.eval()
     image = smooth_image((min_size, min_size * 4 // 3), seed=100)
     generator = torch.Generator().manual_seed(7)
