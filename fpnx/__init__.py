@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from fpnx.commands.extract import extract
     from fpnx.commands.merge import Merged, merge
     from fpnx.commands.predict import predict
+    from fpnx.commands.train import train
     from fpnx.commands.verify import verify
     from fpnx.core.config import ExtractConfig
     from fpnx.core.errors import BusyError, FpnxError, ImageError, Interrupted, NotDoneError, StoreError
     from fpnx.core.events import Listener
     from fpnx.core.predict_config import PredictConfig
     from fpnx.core.provenance import ModelPart, Provenance, WeightsInfo
+    from fpnx.core.train_config import TrainConfig
     from fpnx.extraction.run import Result
     from fpnx.models.factory import create_model, save_weights
     from fpnx.models.pyramid_model import PyramidModel
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from fpnx.store.shard_set import open_store as open
     from fpnx.store.torch_dataset import PyramidDataset
     from fpnx.store.verify import Verification
+    from fpnx.training.result import TrainResult
     from fpnx.visualization.figure import figure
     from fpnx.visualization.heatmaps import heatmap
 
@@ -52,6 +55,8 @@ __all__ = [
     "Result",
     "Store",
     "StoreError",
+    "TrainConfig",
+    "TrainResult",
     "Verification",
     "WeightsInfo",
     "__version__",
@@ -63,6 +68,7 @@ __all__ = [
     "open",
     "predict",
     "save_weights",
+    "train",
     "verify",
 ]
 
@@ -86,6 +92,8 @@ _MODULES = {  # where each public name is defined, below fpnx
     "Result": "extraction.run",
     "Store": "store.reader",
     "StoreError": "core.errors",
+    "TrainConfig": "core.train_config",
+    "TrainResult": "training.result",
     "Verification": "store.verify",
     "WeightsInfo": "core.provenance",
     "create_model": "models.factory",
@@ -96,6 +104,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "open": "store.shard_set",
     "predict": "commands.predict",
     "save_weights": "models.factory",
+    "train": "commands.train",
     "verify": "commands.verify",
 }
 

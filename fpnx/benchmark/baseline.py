@@ -116,6 +116,8 @@ def _architecture(model: PyramidModel) -> dict[str, Any]:
     neck = model.fpn
     if neck.kind != "fpn":
         raise FpnxError(f"the plain script of --baseline has torchvision's FPN, not {neck.kind}: give --pyramid fpn")
+    if "variant" in neck.identity():
+        raise FpnxError(f"the plain script of --baseline has a whole FPN, not {neck.variant}: take other weights")
     return {
         "backbone": model.backbone,
         "nodes": {node: f"C{level}" for level, node in create_backbone(model.backbone, seed=0).nodes.items()},

@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fpnx.cli.training_view import show_training_plan
 from fpnx.cli.views import show_plan
 from fpnx.core.events import Listener
 from fpnx.core.plan_summary import PlanSummary
+from fpnx.core.training_summary import TrainingSummary
 
-__all__ = ["Terminal", "show_error", "show_json"]
+__all__ = ["Terminal", "is_first_process", "show_error", "show_json"]
 
 SHOW_CURSOR = "\x1b[?25h"
 PROGRESS_INTERVAL = 15.0  # seconds between two lines of progress where stderr is not a terminal
@@ -51,6 +53,11 @@ class Terminal(Listener):
         self.close()
         if not self._json:
             show_plan(plan)
+
+    def training_planned(self, plan: TrainingSummary) -> None:
+        self.close()
+        if not self._json:
+            show_training_plan(plan)
 
     def message(self, text: str) -> None:
         self._console.print(Text(f"fpnx: {text}"), soft_wrap=True)
@@ -103,6 +110,11 @@ class Terminal(Listener):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def is_first_process() -> bool:
+    """Whether torchrun started this process as the first one, or not at all: only that one prints results."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show_error(text: str, wants_json: bool = False) -> None:

@@ -19,6 +19,7 @@ from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfi
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.predict_config import PredictConfig
 from fpnx.core.text import escape
+from fpnx.core.train_config import TrainConfig
 
 __all__ = ["app", "main"]
 
@@ -168,6 +169,35 @@ def benchmark(*, json: Json = False, **options: Any) -> int:
     console.show_json(result.to_json()) if json else benchmark_view.show_benchmark(result)
     if options["plot"] is not None:
         draw_stages(result, options["plot"])
+    return result.exit_code
+
+
+@app.command()
+@config_options(TrainConfig, ["Labels", "Training", "Model", "Checkpoint", "Input", "Output", "Run"])
+def train(
+    inputs: Annotated[
+        list[str], typer.Argument(help="Images, as for extract; or a file of C levels, or all shards of one.")
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="File to make.", rich_help_panel="Output")
+    ] = "model.safetensors",
+    *,
+    json: Json = False,
+    **options: Any,
+) -> int:
+    """Train a pyramid and a head for classification, detection or segmentation, from your own labels.
+
+    [dim]fpnx train birds/ --labels folders -o birds.safetensors --backbone mobilenet_v2[/dim]
+
+    [dim]fpnx train taps.h5 --labels instances.json --head fcos --epochs 12[/dim]
+    """
+    from fpnx.cli import console, training_view
+    from fpnx.commands.train import train as run
+
+    with console.Terminal(json) as terminal:
+        result = run(inputs, output=output, listener=terminal, **options)
+    if console.is_first_process():
+        console.show_json(result.to_json()) if json else training_view.show_training(result)
     return result.exit_code
 
 

@@ -46,7 +46,7 @@ class PredictConfig(RunConfig, InputConfig, CheckpointConfig):
     )
     draw: str | None = option(None, "Draw what was found over the images, into this folder.", "Output", metavar="DIR")
     limit: int | None = like(ExtractConfig, "limit")
-    shard: str | Shard | None = like(ExtractConfig, "shard")
+    shard: str | Shard | None = like(ExtractConfig, "shard")  # noqa: RUF009
     resume: bool = like(OutputConfig, "resume")
     overwrite: bool = like(OutputConfig, "overwrite")
     commit_every: float = like(OutputConfig, "commit_every")

@@ -6,32 +6,19 @@ from typing import Any
 
 from fpnx.core.errors import FpnxError
 
-__all__ = ["evaluation_classes", "mask_functions"]
-
-MISSING = "scores of boxes and masks need faster-coco-eval, which is not installed: pip install 'fpnx[train]'"
+__all__ = ["coco_library"]
 
 
-def evaluation_classes() -> tuple[Any, Any]:
-    """`COCO` and `COCOeval_faster`.
+def coco_library() -> Any:
+    """The module, with `COCO`, `COCOeval_faster` and `mask`.
 
     Raises:
-        FpnxError: where faster-coco-eval is not installed.
+        FpnxError: faster-coco-eval is not installed.
     """
     try:
-        from faster_coco_eval import COCO, COCOeval_faster
+        import faster_coco_eval
     except ImportError:
-        raise FpnxError(MISSING) from None
-    return COCO, COCOeval_faster
-
-
-def mask_functions() -> Any:
-    """The module with `encode`, `decode`, `area`, `frPyObjects` and `merge` of masks as runs.
-
-    Raises:
-        FpnxError: where faster-coco-eval is not installed.
-    """
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError:
-        raise FpnxError(MISSING) from None
-    return mask
+        raise FpnxError(
+            "scores of boxes need faster-coco-eval, which is not installed: pip install 'fpnx[train]'"
+        ) from None
+    return faster_coco_eval

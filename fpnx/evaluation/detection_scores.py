@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from fpnx.core.errors import FpnxError
-from fpnx.core.text import escape
-from fpnx.evaluation.coco_library import evaluation_classes, mask_functions
+from fpnx.evaluation.coco_library import coco_library
 from fpnx.evaluation.detections import SourceDetections
-from fpnx.evaluation.scores import ClassRow, Scores, Value
-from fpnx.labels.annotations import Category, ImageLabels, Segment
+from fpnx.evaluation.scores import ClassRow, Scores, Value, share
+from fpnx.labels.annotations import Category, ImageLabels
+from fpnx.labels.segments import segment_rle
 
 __all__ = ["detection_scores"]
 
@@ -20,7 +19,7 @@ MAX_DETECTIONS = (1, 10, 100)  # of an image, best first, as COCO counts them
 MAX_PROPOSALS = (20, 100, 1000)
 SIZES = {"s": "small", "m": "medium", "l": "large"}  # COCO's: below 32² and 96² square pixels of the source image
 EVERY_SIZE = 0
-MIN_POLYGON = 6  # numbers
+PROPOSAL_IMAGES = 256
 
 
 def detection_scores(
@@ -39,11 +38,11 @@ def detection_scores(
 
     Args:
         categories: the classes, of which `truth` and `found` have indices.
-        truth: the labels of each image.
+        truth: the labels of each image, in its pixels, as `fpnx.labels.geometry.fit_to_image` gives them.
         found: what was found in the same images, in the same order.
 
     Raises:
-        FpnxError: where faster-coco-eval is not installed, or an outline is not of its image's size.
+        FpnxError: where faster-coco-eval is not installed.
     """
     if len(truth) != len(found):
         raise ValueError(f"labels of {len(truth)} images, detections of {len(found)}")
@@ -74,21 +73,21 @@ def detection_scores(
 
 
 class _Objects:
-    """The labelled objects of one image, in pixels of the source image, as COCO annotations without ids."""
+    """The labelled objects of one image as COCO annotations without ids."""
 
     def __init__(self, labels: ImageLabels, size: tuple[int, int], with_masks: bool) -> None:
-        boxes = np.empty((0, 4)) if labels.boxes is None else labels.boxes.astype(np.float64)
-        self.crowd = labels.crowd if len(labels.crowd) == len(boxes) else np.zeros(len(boxes), bool)
-        self._scale = np.array([size[1], size[0]] * 2, np.float64) if labels.relative else np.ones(4)
-        self._name, self._size, self._classes, self._boxes = labels.name, size, labels.classes, boxes * self._scale
+        self._size, self._classes = size, labels.classes
+        self._boxes = np.empty((0, 4)) if labels.boxes is None else labels.boxes.astype(np.float64)
+        self.crowd = labels.crowd if len(labels.crowd) else np.zeros(len(self._boxes), bool)
         # Outlines are rasterised only where masks are scored, or where the file says nothing else of the area.
         said = labels.areas is not None and np.isfinite(labels.areas).all()
         segments = () if said and not with_masks else labels.segments
-        self._runs = [self._as_runs(segment) for segment in segments] or [None] * len(boxes)
+        self._runs = [None if segment is None else segment_rle(segment, size) for segment in segments]
+        self._runs = self._runs or [None] * len(self._boxes)
         self._areas = (self._boxes[:, 2] - self._boxes[:, 0]) * (self._boxes[:, 3] - self._boxes[:, 1])
         for i, runs in enumerate(self._runs):
             if runs is not None:
-                self._areas[i] = mask_functions().area(runs)
+                self._areas[i] = coco_library().mask.area(runs)
         if labels.areas is not None:
             self._areas = np.where(np.isfinite(labels.areas), labels.areas, self._areas)
 
@@ -105,32 +104,8 @@ class _Objects:
         for annotation, box, runs in zip(annotations, self._boxes, self._runs, strict=True):
             x1, y1, x2, y2 = box.tolist()
             annotation["iscrowd"] = int(annotation["iscrowd"] or runs is None)
-            annotation["segmentation"] = runs or self._as_runs([[x1, y1, x2, y1, x2, y2, x1, y2]], scaled=True)
+            annotation["segmentation"] = runs or segment_rle([[x1, y1, x2, y1, x2, y2, x1, y2]], self._size)
         return annotations
-
-    def _as_runs(self, segment: Segment | None, scaled: bool = False) -> dict[str, Any] | None:
-        """An outline as compressed runs; None where there is none."""
-        mask, (height, width) = mask_functions(), self._size
-        if segment is None:
-            return None
-        if isinstance(segment, Mapping):
-            if tuple(segment["size"]) != self._size:
-                theirs = "×".join(map(str, segment["size"]))
-                raise FpnxError(
-                    f"{escape(self._name)}: a mask of {theirs} pixels in the labels, the image has {height}×{width}; "
-                    "masks must have the size of their image"
-                )
-            counts = segment["counts"]
-            if isinstance(counts, list):
-                runs: dict[str, Any] = mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-                return runs
-            return {"size": [height, width], "counts": counts}
-        scale = np.ones(2) if scaled else self._scale[:2]
-        polygons = [(np.reshape(p, (-1, 2)) * scale).ravel().tolist() for p in segment if len(p) >= MIN_POLYGON]
-        if not polygons:
-            return None
-        merged: dict[str, Any] = mask.merge(mask.frPyObjects(polygons, height, width))
-        return merged
 
 
 def _found_boxes(found: Sequence[SourceDetections]) -> list[list[dict[str, Any]]]:
@@ -146,7 +121,7 @@ def _found_boxes(found: Sequence[SourceDetections]) -> list[list[dict[str, Any]]
 
 def _found_masks(found: Sequence[SourceDetections]) -> list[list[dict[str, Any]]]:
     """Annotations of the masks found in each image."""
-    area = mask_functions().area
+    area = coco_library().mask.area
     return [
         [
             {"category_id": int(c) + 1, "segmentation": runs, "score": float(score), "area": float(area(runs))}
@@ -156,24 +131,32 @@ def _found_masks(found: Sequence[SourceDetections]) -> list[list[dict[str, Any]]
     ]
 
 
-def _proposal_scores(truth: list[list[dict[str, Any]]], found: Sequence[SourceDetections]) -> dict[str, Value]:
+def _proposal_scores(truth: Sequence[Sequence[dict[str, Any]]], found: Sequence[SourceDetections]) -> dict[str, Value]:
     """Average recall of the proposals; all objects are of one class."""
-    objects = [[{**annotation, "category_id": 1} for annotation in image] for image in truth]
-    proposals: list[list[dict[str, Any]]] = []
-    for image in found:
-        boxes = np.empty((0, 4)) if image.proposals is None else image.proposals
-        proposals.append(
-            [
-                {"category_id": 1, "bbox": _corner_and_size(box), "score": -float(rank), "area": _area(box)}
-                for rank, box in enumerate(boxes[: MAX_PROPOSALS[-1]])
-            ]
-        )
-    evaluation = _Evaluation("bbox", (Category(1, "object"),), objects, proposals, found, MAX_PROPOSALS)
-    values = {f"proposal_AR{limit}": evaluation.recall(limit=i) for i, limit in enumerate(MAX_PROPOSALS)}
+    right, objects = np.zeros((1 + len(SIZES), len(MAX_PROPOSALS))), np.zeros(1 + len(SIZES))
+    # Some images at a time: the thousand proposals of each take much memory as annotations.
+    for start in range(0, len(found), PROPOSAL_IMAGES):
+        part = slice(start, start + PROPOSAL_IMAGES)
+        annotations = [[{**annotation, "category_id": 1} for annotation in image] for image in truth[part]]
+        proposals = [_found_proposals(image) for image in found[part]]
+        evaluation = _Evaluation("bbox", (Category(1, "object"),), annotations, proposals, found[part], MAX_PROPOSALS)
+        for size, count in enumerate(evaluation.object_counts()):
+            objects[size] += count
+            right[size] += [count * (evaluation.recall(size, i) or 0.0) for i in range(len(MAX_PROPOSALS))]
+    values = {f"proposal_AR{limit}": share(right[EVERY_SIZE, i], objects[0]) for i, limit in enumerate(MAX_PROPOSALS)}
     for i, limit in list(enumerate(MAX_PROPOSALS))[1:]:
-        for number, size in enumerate(SIZES, EVERY_SIZE + 1):
-            values[f"proposal_AR{limit}{size}"] = evaluation.recall(number, i)
+        for size, letter in enumerate(SIZES, EVERY_SIZE + 1):
+            values[f"proposal_AR{limit}{letter}"] = share(right[size, i], objects[size])
     return values
+
+
+def _found_proposals(image: SourceDetections) -> list[dict[str, Any]]:
+    """Annotations of the proposals of an image, with scores in their order."""
+    boxes = np.empty((0, 4)) if image.proposals is None else image.proposals[: MAX_PROPOSALS[-1]]
+    return [
+        {"category_id": 1, "bbox": _corner_and_size(box), "score": -float(rank), "area": _area(box)}
+        for rank, box in enumerate(boxes)
+    ]
 
 
 class _Evaluation:
@@ -188,20 +171,21 @@ class _Evaluation:
         images: Sequence[SourceDetections],
         limits: Sequence[int] = MAX_DETECTIONS,
     ) -> None:
-        coco, evaluator = evaluation_classes()
+        library = coco_library()
         entries = [
             {"id": number, "height": image.size[0], "width": image.size[1]} for number, image in enumerate(images, 1)
         ]
         # Numbers of classes are their positions: names and ids of a label file need not differ.
         classes = [{"id": number, "name": str(number)} for number in range(1, len(categories) + 1)]
         sides = [
-            coco({"images": entries, "categories": classes, "annotations": _numbered(side)}) for side in (truth, found)
+            library.COCO({"images": entries, "categories": classes, "annotations": _numbered(side)})
+            for side in (truth, found)
         ]
-        run = evaluator(*sides, iouType=kind)
+        run = library.COCOeval_faster(*sides, iouType=kind)
         run.params.maxDets = list(limits)
         run.evaluate()
         run.accumulate()
-        self._thresholds = run.params.iouThrs
+        self._thresholds, self._ranges, self._truth = run.params.iouThrs, run.params.areaRng, truth
         # -1 where a class has no objects. (thresholds, recalls, classes, sizes, limits); (thresholds, classes, …)
         shape = (len(self._thresholds), len(categories), 1 + len(SIZES), len(limits))
         self._precision = np.reshape(run.eval["precision"], (shape[0], -1, *shape[1:]))
@@ -214,6 +198,11 @@ class _Evaluation:
     def recall(self, size: int = EVERY_SIZE, limit: int = -1) -> Value:
         """Average recall, of objects of one size, with one of the limits of detections in an image."""
         return _mean(self._recall[:, :, size, limit])
+
+    def object_counts(self) -> list[int]:
+        """How many objects there are of each size, those of every size first; crowds do not count."""
+        areas = np.array([each["area"] for image in self._truth for each in image if not each["iscrowd"]])
+        return [int(((areas >= low) & (areas <= high)).sum()) for low, high in self._ranges]
 
     def by_class(self, iou: float | None = None, recall: bool = False) -> list[Value]:
         """Average precision or recall of each class."""

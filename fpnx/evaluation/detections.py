@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
 from fpnx.core.mask_runs import MaskRuns, encode_mask
@@ -55,8 +55,8 @@ def to_source(
     """Detections in pixels of the source image. Those with numbers that are not finite are left out.
 
     Boxes are scaled by the ratios of width and height and clipped to the image. The cells of masks are pasted into the
-    scaled boxes as torchvision does it; masks of the network's input are resized without the padding, bilinearly. Both
-    are cut at 0.5.
+    scaled boxes as torchvision does it, or sampled at the centres of pixels; masks of the network's input are resized
+    without the padding, bilinearly. All are cut at 0.5.
 
     Args:
         image: name of the image.
@@ -70,7 +70,8 @@ def to_source(
     kept = np.flatnonzero(keep).tolist()
     if detections.mask_cells is not None:
         scaled = torch.from_numpy(_scaled(boxes, input_size, source_size)).float()
-        masks = tuple(_pasted(detections.mask_cells[i].cpu(), scaled[i], source_size) for i in kept)
+        paste = _sampled if detections.masks_at_centres else _pasted
+        masks = tuple(paste(detections.mask_cells[i].cpu(), scaled[i], source_size) for i in kept)
     elif detections.masks is not None:
         masks = tuple(_mask_runs(detections.masks[i], input_size, source_size) for i in kept)
     if detections.proposals is not None:
@@ -125,6 +126,20 @@ def _pasted(cells: Tensor, box: Tensor, size: tuple[int, int]) -> MaskRuns:
     values = F.interpolate(padded, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
     part = values[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     return encode_mask((part > MASK_THRESHOLD).numpy(), rows.start, columns.start, size)
+
+
+def _sampled(cells: Tensor, box: Tensor, size: tuple[int, int]) -> MaskRuns:
+    """As `_pasted`, but each pixel has the value of the cells at its centre, interpolated, and 0 outside of them."""
+    left, top, right, bottom = box.tolist()
+    rows = range(max(math.floor(top) - 1, 0), min(math.ceil(bottom) + 1, size[0]))
+    columns = range(max(math.floor(left) - 1, 0), min(math.ceil(right) + 1, size[1]))
+    if not (rows and columns and right > left and bottom > top):
+        return encode_mask(np.zeros((0, 0), bool), 0, 0, size)
+    y = (torch.arange(rows.start, rows.stop) + 0.5 - top) / (bottom - top) * 2 - 1
+    x = (torch.arange(columns.start, columns.stop) + 0.5 - left) / (right - left) * 2 - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)[None]
+    values = F.grid_sample(cells.float()[None, None], grid, align_corners=False)[0, 0]
+    return encode_mask((values >= MASK_THRESHOLD).numpy(), rows.start, columns.start, size)
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -39,7 +39,7 @@ from fpnx.store.output_path import check_output
 from fpnx.store.reader import PENDING, Store, open_store_file
 from fpnx.store.writer import part_path
 
-__all__ = ["Result", "compute", "planned_result", "provenance_of", "run_extraction"]
+__all__ = ["Result", "compute", "library_versions", "planned_result", "provenance_of", "run_extraction"]
 
 
 @dataclass(frozen=True)
@@ -187,14 +187,7 @@ def run_extraction(
 def provenance_of(plan: Plan) -> Provenance:
     """The provenance that is stored in the output of `plan`: versions, options, weights, device, time."""
     return Provenance(
-        versions={
-            "fpnx": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "pillow": PIL.__version__,
-            "h5py": h5py.__version__,
-        },
+        versions=library_versions(),
         options=plan.config.repeatable() | ({} if plan.engine_cache.module is None else {"backbone": AS_GIVEN}),
         command=tuple(escape(argument) for argument in sys.argv[:64]),
         weights=plan.model.weights.info,
@@ -203,6 +196,18 @@ def provenance_of(plan: Plan) -> Provenance:
         precision=plan.precision,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of fpnx, Python and the libraries that numbers come from."""
+    return {
+        "fpnx": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+        "h5py": h5py.__version__,
+    }
 
 
 def _open_sink(plan: Plan, listener: Listener) -> Sink:

@@ -27,6 +27,7 @@ __all__ = ["read_coco"]
 NO_BOX = "annotations without a box of four numbers"
 NOT_RECORDS = "annotations that are no JSON objects"
 UNKNOWN_IMAGE = "annotations of an image id that is not listed"
+MAX_SIDE = 1 << 31  # pixels
 NO_NAME = "images without a file name"
 KEYS = ("images", "annotations", "categories")
 OTHERS = (  # a key of another JSON format, its name, and what to do
@@ -54,32 +55,21 @@ def read_coco(source: LabelSource) -> LabelSet:
         if not isinstance(annotation, dict):
             dropped.add(NOT_RECORDS, f"number {number + 1}")
             continue
-        what = f"annotation {escape(str(annotation.get('id', number + 1)))}"
+        what = f"annotation {annotation.get('id', number + 1)}"
         image_id = annotation.get("image_id")
         image = by_id.get(image_id) if isinstance(image_id, Hashable) else None
         if image is None:
-            dropped.add(UNKNOWN_IMAGE, f"{what} (image_id {escape(repr(image_id))[:40]})")
+            dropped.add(UNKNOWN_IMAGE, f"{what} (image_id {repr(image_id)[:40]})")
             continue
         name, category_id = records[image][0], _whole(annotation.get("category_id"))
         category = None if category_id is None else positions.get(category_id)
         if category is None:
             if category_id is not None:
                 unknown[category_id] += 1
-            shown = escape(repr(annotation.get("category_id")))[:40]
-            dropped.add(UNKNOWN_CLASS, f"{what} (category_id {shown})", name)
+            dropped.add(UNKNOWN_CLASS, f"{what} (category_id {repr(annotation.get('category_id'))[:40]})", name)
             continue
-        segment = _segment(annotation.get("segmentation"))
-        if segment is None and annotation.get("segmentation"):
-            dropped.add(BAD_OUTLINE, what, name)
-        box = _box(annotation.get("bbox"), segment)
-        if box is None:
-            dropped.add(NO_BOX, what, name)
-        elif problem := box_problem(*box):
-            dropped.add(problem, what, name)
-        else:
-            area = _number(annotation.get("area"))
-            crowd = annotation.get("iscrowd") in (1, True)
-            objects[image].append(FoundObject(what, category, box, segment, crowd, math.nan if area is None else area))
+        if (found := _object(annotation, what, category, name, dropped)) is not None:
+            objects[image].append(found)
     used = {categories[each.category].id for found in objects for each in found}
     _refuse_shifted(where, positions, used, unknown)
     if not used:
@@ -91,6 +81,23 @@ def read_coco(source: LabelSource) -> LabelSet:
         for position, ((name, size), found) in enumerate(zip(records, objects, strict=True))
     )
     return _label_set(source, categories, images, dropped, by_id)
+
+
+def _object(
+    annotation: Mapping[str, Any], what: str, category: int, name: str, dropped: DropCounter
+) -> FoundObject | None:
+    """The object of one annotation; None where it has no box."""
+    segment = _segment(annotation.get("segmentation"))
+    if segment is None and annotation.get("segmentation"):
+        dropped.add(BAD_OUTLINE, what, name)
+    box = _box(annotation.get("bbox"), segment)
+    if problem := NO_BOX if box is None else box_problem(*box):
+        dropped.add(problem, what, name)
+    if box is None or problem:
+        return None
+    area = _number(annotation.get("area")) or math.nan
+    crowd = annotation.get("iscrowd") in (1, True)
+    return FoundObject(what, category, box, segment, crowd, area if 0 < area < math.inf else math.nan)
 
 
 def _label_set(
@@ -177,20 +184,25 @@ def _images(
             raise FpnxError(f"{where}: image {number + 1} of the list is no JSON object with an id")
         name = record.get("file_name") or record.get("coco_url")  # LVIS has addresses only
         if not isinstance(name, str):
-            dropped.add(NO_NAME, f"image {escape(str(record['id']))}")
+            dropped.add(NO_NAME, f"image {record['id']}")
             continue
-        height, width = _whole(record.get("height")), _whole(record.get("width"))
         position = by_name.setdefault(name, len(found))
         if position == len(found):
-            found.append(
-                (name.replace("\\", "/"), (height, width) if height and width and height > 0 < width else None)
-            )
+            found.append((name.replace("\\", "/"), _size(record)))
         if by_id.setdefault(record["id"], position) != position:
             both = f"{escape(found[by_id[record['id']]][0])} and {escape(name)}"
             raise FpnxError(f"{where}: two images have the id {escape(str(record['id']))}, {both}: give each its own")
     if not found:
         raise FpnxError(f"{where}: no images{': ' + dropped.words() if dropped.total else ''}")
     return found, by_id
+
+
+def _size(record: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of an image; None where they are not known."""
+    height, width = _whole(record.get("height")), _whole(record.get("width"))
+    if height is None or width is None or not (0 < height < MAX_SIDE and 0 < width < MAX_SIDE):
+        return None
+    return height, width
 
 
 def _refuse_shifted(where: str, positions: Mapping[int, int], used: set[int], unknown: Mapping[int, int]) -> None:
@@ -242,5 +254,5 @@ def _segment(value: Any) -> Segment | None:
     if isinstance(value, list) and value and not isinstance(value[0], list):
         value = [value]
     if isinstance(value, list):
-        value = [polygon for polygon in value if is_drawable([polygon])]
-    return value if value and is_drawable(value) else None
+        return [polygon for polygon in value if is_drawable([polygon])] or None
+    return value if is_drawable(value) else None

@@ -73,7 +73,7 @@ def read_csv(source: LabelSource) -> LabelSet:
     multi_label = any(len(labels) > 1 for labels in found.values())
     if not multi_label:  # an image without a class can only be meant where each may have any number of them
         for path in [path for path, labels in found.items() if not labels]:
-            dropped.add(NO_LABEL, escape(path))
+            dropped.add(NO_LABEL, path)
             del found[path]
     categories, index = _categories({label for labels in found.values() for label in labels})
     if not categories:
@@ -103,9 +103,12 @@ def _rows(text: str, where: str) -> list[tuple[int, list[str]]]:
     delimiter = next((each for each in DELIMITERS if each in first_line), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
-        return [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+        rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
         raise FpnxError(f"{where}, line {reader.line_num}: not a table ({error})") from None
+    if not rows:
+        raise FpnxError(f"{where}: all lines are empty")
+    return rows
 
 
 def _columns(rows: list[tuple[int, list[str]]], where: str) -> tuple[int, int, int]:

@@ -20,7 +20,8 @@ __all__ = [
     "box_problem",
 ]
 
-# Reasons, as they follow a number: "12 empty boxes".
+MAX_EXAMPLE = 300  # characters
+
 EMPTY_BOX = "empty boxes"
 REVERSED_BOX = "reversed boxes"
 NOT_A_NUMBER = "boxes with values that are not finite numbers"
@@ -42,7 +43,7 @@ class DropCounter:
         """Count one. `what` names it, such as `"annotation 17"`, and `image` is its image."""
         if reason not in self._counts:
             self._counts[reason] = 0
-            self._examples[reason] = f"{what} of {escape(image)}" if image else what
+            self._examples[reason] = escape(f"{what} of {image}" if image else what)[:MAX_EXAMPLE]
         self._counts[reason] += 1
 
     @property
@@ -55,8 +56,8 @@ class DropCounter:
         return {reason: Dropped(count, self._examples[reason]) for reason, count in self._counts.items()}
 
     def words(self) -> str:
-        """All reasons in one line: `"3 empty boxes, such as annotation 17 of a.jpg; 1 …"`."""
-        return "; ".join(f"{each.count} {why}, such as {each.example}" for why, each in self.result().items())
+        """All reasons in one line: `"empty boxes (3), such as annotation 17 of a.jpg; …"`."""
+        return "; ".join(f"{why} ({each.count}), such as {each.example}" for why, each in self.result().items())
 
 
 def box_problem(x1: float, y1: float, x2: float, y2: float) -> str | None:

@@ -33,7 +33,8 @@ def read_bytes(path: str, most: int = -1) -> bytes:
     if is_url(os.fsencode(path)):
         url = checked(os.fsencode(path))
         info = remote.object_info(url)
-        return remote.read(url, info) if most < 0 else remote.read(url, info, 0, min(most, max(info.bytes, 0)))
+        end = min(most, info.bytes) if most >= 0 and info.bytes >= 0 else None  # -1: a server that gives no size
+        return remote.read(url, info, 0, end)[: most if most >= 0 else None]
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -57,11 +58,11 @@ def read_text(path: str) -> str:
     return as_text(read_bytes(path), path)
 
 
-def as_text(content: bytes, path: str) -> str:
-    """Bytes as text; see `read_text`."""
+def as_text(content: bytes, path: str, whole: bool = True) -> str:
+    """Bytes as text, see `read_text`; a part of a file (not `whole`) may end within a character."""
     bom, encoding = next(((bom, name) for bom, name in BOMS if content.startswith(bom)), (b"", "utf-8"))
     try:
-        return content[len(bom) :].decode(encoding)
+        return codecs.getincrementaldecoder(encoding)().decode(content[len(bom) :], whole)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise FpnxError(

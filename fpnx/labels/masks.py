@@ -16,10 +16,10 @@ from fpnx.labels.annotations import Category, ImageLabels, LabelSet
 from fpnx.labels.class_names import find_class_names
 from fpnx.labels.dropped import DropCounter
 from fpnx.labels.files import list_files
-from fpnx.labels.pairing import Pairing, absolute_images
+from fpnx.labels.pairing import absolute_images, pair_files
 from fpnx.labels.source import LabelSource
 
-__all__ = ["IGNORED", "is_class_mask", "mask_files", "mask_values", "read_masks"]
+__all__ = ["IGNORED", "MAX_CLASSES", "is_class_mask", "mask_files", "mask_values", "read_masks"]
 
 IGNORED = 255  # the value of pixels without a class
 MAX_CLASSES = 255  # so that indices stay below IGNORED
@@ -57,9 +57,8 @@ def read_masks(source: LabelSource) -> LabelSet:
                 masks.append(outcome)
             else:
                 reasons[path] = outcome
-    pairing = Pairing(source, files)
     for path, reason in reasons.items():
-        dropped.add(BAD_FILE, f"{escape(os.path.relpath(path, os.path.abspath(source.folder)))} ({reason})")
+        dropped.add(BAD_FILE, f"{os.path.relpath(path, os.path.abspath(source.path))} ({reason})")
     if not masks:
         raise FpnxError(f"{where}: no mask can be used: {dropped.words()}")
     values = sorted({value for mask in masks for value in mask.values} - {IGNORED})
@@ -71,11 +70,10 @@ def read_masks(source: LabelSource) -> LabelSet:
         )
     index = {category.id: position for position, category in enumerate(categories)}
     images: dict[str, ImageLabels] = {}
-    for mask in masks:
-        name = pairing.image_of(mask.path)
+    for mask, name in zip(masks, pair_files(source, [mask.path for mask in masks]), strict=True):
         if name in images:
             first = os.path.basename(images[name].mask_file or "")
-            dropped.add("second masks of one image", f"{escape(os.path.basename(mask.path))} beside {escape(first)}")
+            dropped.add("second masks of one image", f"{os.path.basename(mask.path)} beside {first}")
             continue
         classes = np.array([index[value] for value in mask.values if value != IGNORED], np.int64)
         images[name] = ImageLabels(name=name, size=mask.size, classes=classes, mask_file=mask.path)

@@ -48,28 +48,17 @@ def match_labels(labels: LabelSet, images: Sequence[str], root: str | bytes | os
     Raises:
         FpnxError: where no image has labels; it shows one name of each side.
     """
-    names = ImageNames(images, root)
-    claims: dict[int, list[tuple[int, int]]] = {}
+    found = ImageNames(images, root).assign([entry.name] for entry in labels.images)
+    indices: list[int | None] = [None] * len(images)
     absent: list[str] = []
     ambiguous: list[str] = []
-    for position, entry in enumerate(labels.images):
-        match = names.find(entry.name)
-        if match is None:
+    for position, (entry, image) in enumerate(zip(labels.images, found, strict=True)):
+        if image is None:
             absent.append(entry.name)
-        elif match.index == AMBIGUOUS:
+        elif image == AMBIGUOUS:
             ambiguous.append(entry.name)
         else:
-            claims.setdefault(match.index, []).append((match.rank, position))
-    indices: list[int | None] = [None] * len(images)
-    for image, claimants in claims.items():
-        best = min(claimants)
-        surest = [position for rank, position in claimants if rank == best[0]]
-        others = [position for rank, position in claimants if rank != best[0]]
-        absent += [labels.images[position].name for position in others]
-        if len(surest) == 1:
-            indices[image] = surest[0]
-        else:
-            ambiguous += [labels.images[position].name for position in surest]
+            indices[image] = position
     if not any(index is not None for index in indices):
         raise _nothing_fits(labels, images, ambiguous)
     return Matched(tuple(images), tuple(indices), tuple(absent), tuple(ambiguous))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from fpnx.labels.image_names import AMBIGUOUS, ImageNames
 from fpnx.labels.source import LabelSource
 
-__all__ = ["Pairing", "absolute_images"]
+__all__ = ["absolute_images", "pair_files"]
 
 
 def absolute_images(source: LabelSource) -> set[str]:
@@ -17,26 +17,26 @@ def absolute_images(source: LabelSource) -> set[str]:
     return {os.path.join(root, name) for name in source.images}
 
 
-class Pairing:
-    """Finds the image of a label file.
+def pair_files(source: LabelSource, files: Sequence[str], said: Sequence[str] = ()) -> list[str]:
+    """The name of the image of each label file; where there is none, the path of the file below the folder of labels.
 
     Args:
-        source: the images.
-        files: absolute paths of the label files; those that are images of the run themselves, such as PNG masks in a
-            folder of images, are no candidates.
+        source: the images. Those that are label files themselves, as PNG masks among images are, are left out.
+        files: absolute paths of the label files.
+        said: for each file the name of its image as the file says it, or an empty text.
     """
-
-    def __init__(self, source: LabelSource, files: Iterable[str]) -> None:
-        root, own = os.path.abspath(source.root or "."), set(files)
-        self._images = [name for name in source.images if os.path.join(root, name) not in own]
-        self._names = ImageNames(self._images, root)
-        self._folder = source.folder
-
-    def image_of(self, file: str, *names: str) -> str:
-        """The name of the image that belongs to an absolute path of a label file. `names` are tried first, as names of
-        the image. Where none fits, the path of the file from the folder of labels."""
-        for name in (*names, file):
-            match = self._names.find(name)
-            if match is not None and match.index != AMBIGUOUS:
-                return self._images[match.index]
-        return os.path.relpath(file, os.path.abspath(self._folder or ".")).replace(os.sep, "/")
+    root, own = os.path.abspath(source.root or "."), set(files)
+    folder = os.path.abspath(source.folder or ".")
+    images = [name for name in source.images if os.path.join(root, name) not in own]
+    below = [os.path.relpath(file, folder) for file in files]
+    entries = []
+    for number, file in enumerate(files):
+        # A name in the file counts only with the folders that the file itself is in.
+        named = [said[number]] if said and said[number] else []
+        places = [os.path.join(os.path.dirname(path), name) for name in named for path in (file, below[number])]
+        entries.append([*places, file, below[number]])
+    found = ImageNames(images, root).assign(entries, longer=False)
+    return [
+        below[number].replace(os.sep, "/") if image is None or image == AMBIGUOUS else images[image]
+        for number, image in enumerate(found)
+    ]

@@ -77,9 +77,8 @@ def read_labels(
     source = LabelSource(os.fsdecode(labels), images, os.fsdecode(root))
     kind = _format_of(source)
     if task is not None and task not in TASKS_OF[kind]:
-        raise FpnxError(
-            f"labels {escape(source.path)}: {IN_WORDS[kind]} can be used for {' and '.join(TASKS_OF[kind])}, not for {task}"
-        )
+        tasks = " and ".join(TASKS_OF[kind])
+        raise FpnxError(f"labels {escape(source.path)}: {IN_WORDS[kind]} can be used for {tasks}, not for {task}")
     found = READERS[kind](source)
     return from_outlines(found) if task == "semantic" and found.task == "detection" else found
 
@@ -101,8 +100,7 @@ def _format_of(source: LabelSource) -> str:
         raise FpnxError(f"{where}: the file is empty")
     if _is_xml(start):
         return "voc"
-    # What is cut in a character at its end is no reason to refuse it here.
-    text = as_text(start if len(start) < START else start[: start.rfind(b"\n") + 1] or start[:1], source.path)
+    text = as_text(start, source.path, whole=len(start) < START)
     stripped = text.lstrip()
     if stripped.startswith(("{", "[")):
         return "coco"

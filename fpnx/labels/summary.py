@@ -114,9 +114,8 @@ class LabelSummary:
         if self.crowds:
             lines.append(f"not trained on: {plural(self.crowds, 'region')} of many objects (crowd, difficult)")
         if self.clipped:
-            lines.append(f"cut off at the edge of their image: {self.clipped} boxes" if self.clipped > 1 else
-                         "cut off at the edge of its image: 1 box")  # fmt: skip
-        lines += [f"left out: {each.count} {reason}, such as {each.example}" for reason, each in self.dropped.items()]
+            lines.append(f"boxes cut off at the edge of their image: {self.clipped}")
+        lines += [f"left out: {reason} ({each.count}), such as {each.example}" for reason, each in self.dropped.items()]
         return lines + [f"note: {remark}" for remark in self.remarks]
 
     @property
@@ -131,7 +130,8 @@ class LabelSummary:
         shown = present[:MAX_CLASSES]
         names = [escape(each.category.name) for each in shown]
         width = max(map(len, [*names, "class"]))
-        heads = ("objects", "small", "medium", "large", "images") if detection else ("images",)
+        sized = ("small", "medium", "large") if any(each.small + each.medium + each.large for each in present) else ()
+        heads = ("objects", *sized, "images") if detection else ("images",)
         table = [f"  {'class':<{width}}" + "".join(f"{head:>9}" for head in heads)] if shown else []
         for name, each in zip(names, shown, strict=True):
             table.append(f"  {name:<{width}}" + "".join(f"{getattr(each, head):>9}" for head in heads))

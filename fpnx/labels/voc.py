@@ -18,7 +18,7 @@ from fpnx.labels.annotations import Category, LabelSet
 from fpnx.labels.dropped import DropCounter, box_problem
 from fpnx.labels.files import list_files, read_bytes
 from fpnx.labels.objects import FoundObject, pack_objects
-from fpnx.labels.pairing import Pairing
+from fpnx.labels.pairing import pair_files
 from fpnx.labels.source import LabelSource
 
 __all__ = ["read_voc"]
@@ -40,6 +40,15 @@ class _Object:
     difficult: bool
 
 
+@dataclass(frozen=True)
+class _File:
+    """What one file says: the name of its image, (height, width), and its objects."""
+
+    image: str
+    size: tuple[int, int] | None
+    objects: list[_Object]
+
+
 def read_voc(source: LabelSource) -> LabelSet:
     """Read the XML files of a folder, or one. `difficult` objects are taken as crowds: not trained on, and not missed.
 
@@ -51,8 +60,7 @@ def read_voc(source: LabelSource) -> LabelSet:
     where, dropped = f"labels {escape(source.path)}", DropCounter()
     single = not os.path.isdir(source.path)
     files = [os.path.abspath(source.path)] if single else list_files(os.path.abspath(source.path), (".xml",))
-    pairing = Pairing(source, files)
-    found: dict[str, tuple[tuple[int, int] | None, list[_Object]]] = {}
+    found: dict[str, _File] = {}
     for path in files:
         name = os.path.basename(path)
         try:
@@ -62,30 +70,29 @@ def read_voc(source: LabelSource) -> LabelSet:
         except ValueError as error:
             if single:
                 raise FpnxError(f"{where}: {escape(str(error))}") from None
-            dropped.add(BAD_FILE, f"{escape(name)} ({escape(str(error))})")
+            dropped.add(BAD_FILE, f"{name} ({error})")
             continue
         image = (root.findtext("filename") or "").strip()
-        # A file name counts only with the folders that its label file is in.
-        names = (os.path.join(os.path.dirname(path), image),) if image else ()
-        known = found.setdefault(pairing.image_of(path, *names), (_size(root), []))
-        known[1].extend(_objects(root, name, dropped))
-    classes = sorted({each.name for _, objects in found.values() for each in objects})
+        found[path] = _File(image, _size(root), _objects(root, name, dropped))
+    objects = [each for file in found.values() for each in file.objects]
+    classes = sorted({each.name for each in objects})
     if not classes:
         why = f": {dropped.words()}" if dropped.total else ", since there is none"
         raise FpnxError(f"{where}: no object can be used{why}")
-    from_zero = any(min(each.corners[:2]) < 1 for _, objects in found.values() for each in objects)
+    from_zero = any(min(each.corners[:2]) < 1 for each in objects)
     shift, index = 0.0 if from_zero else 1.0, {name: position for position, name in enumerate(classes)}
     images = []
-    for image, (size, objects) in found.items():
+    names = pair_files(source, list(found), [file.image for file in found.values()])
+    for image, file in zip(names, found.values(), strict=True):
         kept = []
-        for each in objects:
+        for each in file.objects:
             x1, y1, x2, y2 = each.corners
             box = (x1 - shift, y1 - shift, x2, y2)
             if problem := box_problem(*box):
                 dropped.add(problem, each.what)
             else:
                 kept.append(FoundObject(each.what, index[each.name], box, crowd=each.difficult))
-        images.append(pack_objects(image, size, kept, dropped))
+        images.append(pack_objects(image, file.size, kept, dropped))
     if not any(len(image.classes) for image in images):
         raise FpnxError(f"{where}: no object can be used: {dropped.words()}")
     return LabelSet(
@@ -139,7 +146,7 @@ def _parsed(path: str) -> ElementTree.Element:
 def _objects(root: ElementTree.Element, file: str, dropped: DropCounter) -> list[_Object]:
     found = []
     for number, element in enumerate(root.findall("object"), 1):
-        what = f"object {number} of {escape(file)}"
+        what = f"object {number} of {file}"
         name = (element.findtext("name") or "").strip()
         box = element.find("bndbox")
         corners = [] if box is None else [_number(box.findtext(corner)) for corner in CORNERS]

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import escape, plural
+from fpnx.core.text import escape
 from fpnx.labels.annotations import Category, LabelSet, Segment
-from fpnx.labels.class_names import find_class_names
+from fpnx.labels.class_names import CLASS_FILES, find_class_names
 from fpnx.labels.dropped import UNKNOWN_CLASS, DropCounter, box_problem
 from fpnx.labels.files import list_files, read_text
 from fpnx.labels.objects import FoundObject, pack_objects
-from fpnx.labels.pairing import Pairing
+from fpnx.labels.pairing import pair_files
 from fpnx.labels.source import LabelSource
 
 __all__ = ["NAMES_LINE", "YAML_NAMES", "is_yolo_text", "read_yolo"]
@@ -54,13 +54,10 @@ def read_yolo(source: LabelSource) -> LabelSet:
     files = _text_files(source)
     if not files:
         raise FpnxError(f"{where}: no text file with labels; YOLO keeps them in labels/ beside images/, one an image")
-    pairing, remarks = Pairing(source, files), []
-    found: dict[str, list[FoundObject]] = {}
-    for path in files:
-        objects = _objects(path, data, dropped)
-        if objects is not None:
-            found.setdefault(pairing.image_of(path), []).extend(objects)
-    ids = {each.category for objects in found.values() for each in objects}
+    remarks = []
+    read = {path: _objects(path, data, dropped) for path in files}
+    by_file = {path: objects for path, objects in read.items() if objects is not None}
+    ids = {each.category for objects in by_file.values() for each in objects}
     if not ids:
         why = f": {dropped.words()}" if dropped.total else ", since all files are empty"
         raise FpnxError(f"{where}: no line can be used{why}")
@@ -75,7 +72,7 @@ def read_yolo(source: LabelSource) -> LabelSet:
     categories = tuple(Category(number, names[number]) for number in sorted(names))
     index = {category.id: position for position, category in enumerate(categories)}
     images = []
-    for name, objects in found.items():
+    for name, objects in zip(pair_files(source, list(by_file)), by_file.values(), strict=True):
         known = []
         for each in objects:
             if each.category in index:
@@ -116,9 +113,7 @@ def _text_files(source: LabelSource) -> list[str]:
 
 def _is_other_text(name: str) -> bool:
     """Whether a text file is known to hold no labels: names of classes, notes, lists of images."""
-    return name.startswith(("readme", "requirements", "license")) or name in (
-        "classes.txt", "labels.txt", "obj.names.txt", "train.txt", "val.txt", "test.txt", "notes.txt",
-    )  # fmt: skip
+    return name in (*CLASS_FILES, "train.txt", "val.txt", "test.txt") or name.startswith(("readme", "requirements"))
 
 
 def _objects(path: str, data: _DataFile | None, dropped: DropCounter) -> list[FoundObject] | None:
@@ -128,7 +123,7 @@ def _objects(path: str, data: _DataFile | None, dropped: DropCounter) -> list[Fo
         words = line.split()
         if not words:
             continue
-        what, values = f"line {number} of {escape(name)}", [_value(word) for word in words]
+        what, values = f"line {number} of {name}", [_value(word) for word in words]
         numbers = [value for value in values if value is not None]
         if not numbers:
             return None
@@ -174,11 +169,11 @@ def _value(word: str) -> float | None:
 
 def _refuse_from_one(where: str, named_by: str, names: dict[int, str], ids: set[int]) -> None:
     """Refuse classes that are counted from 1: none is 0, and the last is the number of names."""
-    if min(ids) >= 1 and max(ids) == len(names) and len(names) not in names:
+    count = len(names)
+    if min(ids) >= 1 and max(ids) == count and count not in names:
         raise FpnxError(
-            f"{where}: classes are counted from 1: they are {min(ids)} to {max(ids)}, and {named_by} names "
-            f"{plural(len(names), 'class')[:-1] + 'es' if len(names) > 1 else '1 class'}, 0 to {len(names) - 1}; YOLO "
-            f"counts from 0, so subtract 1 from each"
+            f"{where}: classes are counted from 1: they are {min(ids)} to {count}, and {named_by} names {count} "
+            f"class{'es' * (count != 1)}, 0 to {count - 1}; YOLO counts from 0, so subtract 1 from each"
         )
 
 

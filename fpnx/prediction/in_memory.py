@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -66,8 +65,7 @@ class _Images:
                     name = os.fspath(image) if alone else os.fsdecode(source.name)
                     self._items.append((name, partial(self._read, source)))
             else:
-                picture = to_picture(image, config.pixels)
-                self._items.append((f"image {number}", lambda picture=picture: picture))
+                self._items.append((f"image {number}", partial(_same, to_picture(image, config.pixels))))
         if config.limit is not None:
             del self._items[config.limit :]
 
@@ -97,6 +95,10 @@ def _predictions(images: _Images, config: PredictConfig) -> Iterator[Prediction]
             model.shapes(recipe.padded(size))  # refuses a size that the network cannot take
             (found,) = engine([model.resize(picture, size, recipe)]).arrays[FOUND]
             yield prediction_of(name, found, reading, size, source_size, read)
+
+
+def _same(picture: Image.Image) -> Image.Image:
+    return picture
 
 
 def _stands_for_several(image: Any) -> bool:

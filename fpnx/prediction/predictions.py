@@ -174,7 +174,9 @@ def prediction_of(
 def results_of(prediction: Prediction) -> list[dict[str, Any]]:
     """The objects or classes as plain values: COCO's results without the image, with names beside the numbers."""
     results: list[dict[str, Any]] = []
-    for i, (label, name, score) in enumerate(zip(prediction.labels.tolist(), prediction.names, prediction.scores, strict=True)):
+    for i, (label, name, score) in enumerate(
+        zip(prediction.labels.tolist(), prediction.names, prediction.scores, strict=True)
+    ):
         result: dict[str, Any] = {"category_id": label, "category_name": name}
         if prediction.boxes is not None:
             x1, y1, x2, y2 = prediction.boxes[i].tolist()
@@ -183,7 +185,9 @@ def results_of(prediction: Prediction) -> list[dict[str, Any]]:
         if prediction.mask_runs is not None:
             result["segmentation"] = dict(prediction.mask_runs[i])
         if prediction.keypoints is not None:
-            result["keypoints"] = [round(value, COORDINATE_DIGITS) for value in prediction.keypoints[i].ravel().tolist()]
+            result["keypoints"] = [
+                round(value, COORDINATE_DIGITS) for value in prediction.keypoints[i].ravel().tolist()
+            ]
         if prediction.keypoint_scores is not None:
             result["keypoint_scores"] = [float(str(np.float32(v))) for v in prediction.keypoint_scores[i].tolist()]
         if prediction.levels:
@@ -192,14 +196,17 @@ def results_of(prediction: Prediction) -> list[dict[str, Any]]:
     return results
 
 
-def prediction_of_results(image: str, size: tuple[int, int], task: Task, results: Sequence[Mapping[str, Any]]) -> Prediction:
+def prediction_of_results(
+    image: str, size: tuple[int, int], task: Task, results: Sequence[Mapping[str, Any]]
+) -> Prediction:
     """The prediction that `results_of` made plain, without its picture and class map."""
     boxes = masks = keypoints = keypoint_scores = None
     if task == "detection":
         corners = np.array([result["bbox"] for result in results], np.float64).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, :2] + corners[:, 2:]], axis=1)
     if results and "segmentation" in results[0]:
-        masks = tuple(MaskRuns(**result["segmentation"]) for result in results)
+        runs = [result["segmentation"] for result in results]
+        masks = tuple(MaskRuns(size=list(each["size"]), counts=str(each["counts"])) for each in runs)
     if results and "keypoints" in results[0]:
         keypoints = np.array([result["keypoints"] for result in results], np.float64).reshape(len(results), -1, 3)
         keypoint_scores = np.array([result["keypoint_scores"] for result in results], np.float64)

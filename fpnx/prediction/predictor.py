@@ -20,6 +20,7 @@ from fpnx.models.backbones.registry import TIMM, build_network, timm_library
 from fpnx.models.factory import build_model
 from fpnx.models.heads.base import Head, Pyramid
 from fpnx.models.heads.detector import detector_head, has_detector_head
+from fpnx.models.heads.framework import FRAMEWORKS, framework_head
 from fpnx.models.heads.trained_file import load_trained
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
@@ -27,9 +28,10 @@ from fpnx.models.weights.checkpoints import read_checkpoint
 from fpnx.models.weights.resolve import is_weights_file
 from fpnx.models.weights.torchvision import detector_of, find_published
 
-__all__ = ["Predictor", "build_predictor"]
+__all__ = ["NOT_CLASSES", "Predictor", "build_predictor"]
 
 COCO_CLASSES = 91  # of torchvision's detectors, with the background and the numbers that COCO does not use
+NOT_CLASSES = ("__background__", "N/A")  # torchvision's names of numbers that are no class
 NO_HEAD = "take weights of a detector or a classifier, such as coco or imagenet, or a file of fpnx train"
 
 
@@ -86,8 +88,10 @@ def build_predictor(config: ExtractConfig) -> Predictor:
     model = build_model(config, keep_heads=True)
     heads, weights = model.weights.heads, model.weights
     model.weights = replace(weights, heads={})
-    if has_detector_head(heads):
+    if has_detector_head(heads) and weights.framework == "torchvision detection":
         return _detector(model, heads)
+    if weights.framework in FRAMEWORKS and heads:
+        return _framework_detector(model, heads, weights.framework)
     if (found := _classifier(model)) is not None:
         network, names = found
         return Predictor(
@@ -127,13 +131,9 @@ def _trained(config: ExtractConfig) -> Predictor | None:
 def _detector(model: PyramidModel, heads: Mapping[str, Tensor]) -> Predictor:
     """A detector in torchvision's layout."""
     name = model.weights.name
-    pyramid = Pyramid(
-        channels={level: model.channels[level] for level in model.levels},
-        strides={level: model.stride(level) for level in model.levels},
-    )
     detector = detector_of(name)
     try:
-        head = detector_head(heads, pyramid, detector)
+        head = detector_head(heads, _pyramid_of(model), detector)
     except FpnxError as error:
         raise FpnxError(f"{escape(name)}: {error}") from error
     loaded = sum(key.startswith(("rpn.", "roi_heads.", "head.")) for key in heads)
@@ -146,6 +146,34 @@ def _detector(model: PyramidModel, heads: Mapping[str, Tensor]) -> Predictor:
         categories=_detector_categories(detector, head.classes),
         multi_label=False,
         kind=head.summary,
+    )
+
+
+def _framework_detector(model: PyramidModel, heads: Mapping[str, Tensor], framework: str) -> Predictor:
+    """A detector of detectron2 or mmdetection."""
+    name = model.weights.name
+    try:
+        head = framework_head(framework, heads, _pyramid_of(model))
+    except FpnxError as error:
+        raise FpnxError(f"{escape(name)}: {error}") from error
+    model.weights = replace(model.weights, ignored=model.weights.ignored - len(heads))
+    known = [each for each in _detector_categories(None, COCO_CLASSES) if each.name not in NOT_CLASSES]
+    numbered = tuple(Category(i, f"class {i}") for i in range(1, head.classes + 1))
+    return Predictor(
+        model=model,
+        head=head,
+        network=None,
+        task="detection",
+        categories=tuple(known) if head.classes == len(known) else numbered,
+        multi_label=False,
+        kind=f"{head.kind} of {framework}",
+    )
+
+
+def _pyramid_of(model: PyramidModel) -> Pyramid:
+    return Pyramid(
+        channels={level: model.channels[level] for level in model.levels},
+        strides={level: model.stride(level) for level in model.levels},
     )
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fpnx._version import __version__
 from fpnx.core.config import ExtractConfig, fingerprint
 from fpnx.core.errors import FpnxError
@@ -31,7 +29,7 @@ from fpnx.prediction.engine import PredictionCache
 from fpnx.prediction.journal import Journal, check_settings
 from fpnx.prediction.outputs import DEFAULT_OUTPUTS, check_target, resolve_output, run_path, write_document
 from fpnx.prediction.predictions import Reading
-from fpnx.prediction.predictor import Predictor
+from fpnx.prediction.predictor import NOT_CLASSES, Predictor
 from fpnx.prediction.scoring import RunLabels, Worst, score_run
 from fpnx.prediction.sink import PredictionSink, Target
 from fpnx.remote.client import connections
@@ -107,7 +105,7 @@ def run_prediction(
         for remark in (*listing.remarks, *listing.truncated):
             listener.message(remark)
         cache = PredictionCache(config)
-        model = cache.model(run)
+        cache.model(run)
         predictor = cache.predictor
         assert predictor is not None, "it is built with the model"
         target = resolve_output(DEFAULT_OUTPUTS[predictor.task] if output is None else output)
@@ -238,5 +236,5 @@ def _earlier(
 def _head_in_words(predictor: Predictor) -> str:
     if predictor.task == "classification" and predictor.head is None:
         return f"{predictor.kind}, {len(predictor.categories)} classes"
-    named = [each for each in predictor.categories if each.name not in ("__background__", "N/A")]
+    named = [each for each in predictor.categories if each.name not in NOT_CLASSES]
     return f"{predictor.kind}, {len(named)} classes"

@@ -29,7 +29,7 @@ from fpnx.labels.reading import read_labels
 from fpnx.labels.semantic import class_map
 from fpnx.prediction.journal import Journal
 from fpnx.prediction.predictions import prediction_of_results
-from fpnx.prediction.predictor import Predictor
+from fpnx.prediction.predictor import NOT_CLASSES, Predictor
 from fpnx.prediction.sink import PredictionSink, Target
 from fpnx.visualization.png_files import PngPaths
 from fpnx.visualization.predictions import DrawnObject, Mark, draw_classes, draw_objects, draw_wrong_pixels
@@ -40,7 +40,6 @@ SHOWN = 10  # worst images
 MATCHED = 0.5  # least overlap (IoU) of a found object with the labelled one that it is
 EXAMPLES = 3
 UNNAMED = re.compile(r"class \d+")
-NO_CLASSES = ("__background__", "N/A")  # torchvision's names of numbers that are no class
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,13 @@ class RunLabels:
         remarks = [*labels.remarks]
         unlabelled, absent = len(matched.unlabelled), len(matched.absent) + len(matched.ambiguous)
         if unlabelled:
-            remarks.append(f"{plural(unlabelled, 'image')} without labels: not scored, such as {escape(matched.unlabelled[0])}")
+            remarks.append(
+                f"{plural(unlabelled, 'image')} without labels: not scored, such as {escape(matched.unlabelled[0])}"
+            )
         if absent:
             example = (*matched.absent, *matched.ambiguous)[0]
             remarks.append(f"labels of {plural(absent, 'image')} that the run does not have, such as {escape(example)}")
-        unknown = [each.name for each in predicted if each.id not in places and each.name not in NO_CLASSES]
+        unknown = [each.name for each in predicted if each.id not in places and each.name not in NOT_CLASSES]
         if unknown:
             remarks.append(f"{_classes(unknown)} not in the labels: what is found of them is not scored")
         missing = [category.name for i, category in enumerate(labels.categories) if i not in set(places.values())]
@@ -281,10 +282,7 @@ class _Classes(_Scorer):
         self._truth.append(image)
         self._logits.append(logits)
         labelled = set(image.classes.tolist())
-        if multi_label:
-            chosen = set(np.flatnonzero(logits > 0).tolist())
-        else:
-            chosen = {int(np.argmax(logits))}
+        chosen = set(np.flatnonzero(logits > 0).tolist()) if multi_label else {int(np.argmax(logits))}
         if chosen == labelled or not (labelled or multi_label):
             return
         names = ", ".join(escape(categories[i].name) for i in sorted(labelled)) or "no class"
@@ -350,9 +348,7 @@ class _Pixels(_Scorer):
         return labelled.astype(np.int64), predicted
 
 
-def _joined(
-    predicted: Sequence[Category], labels: LabelSet
-) -> tuple[tuple[Category, ...], dict[int, int]]:
+def _joined(predicted: Sequence[Category], labels: LabelSet) -> tuple[tuple[Category, ...], dict[int, int]]:
     """The predicted classes with the numbers of the labels, and the position of each of these in the labels.
 
     Classes are found by their names. Those of weights that name none are taken in their order.
@@ -381,7 +377,7 @@ def _joined(
         raise FpnxError(
             f"labels {escape(labels.path)}: none of their classes is predicted: they have "
             f"{_few([each.name for each in categories])}, the weights "
-            f"{_few([each.name for each in predicted if each.name not in NO_CLASSES])}"
+            f"{_few([each.name for each in predicted if each.name not in NOT_CLASSES])}"
         )
     beyond = max(category.id for category in categories) + 1
     joined, places = [], {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.errors import ImageError
 from fpnx.core.text import escape
 from fpnx.extraction.plan import Plan
 from fpnx.extraction.sink import Outcome

@@ -6,8 +6,8 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import Protocol
 
-from fpnx.core.config import OutputConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import escape
 from fpnx.store.writer import part_path
@@ -18,14 +18,28 @@ DEFAULT_OUTPUTS = {"h5": "out.h5", "png": "out_png"}  # by format
 RESERVED_SUFFIXES = (".part", ".part.new", ".lock")
 
 
-def check_output(output: Path, config: OutputConfig) -> None:
+class _HowToTreat(Protocol):
+    """Options for an output that exists."""
+
+    @property
+    def resume(self) -> bool: ...
+    @property
+    def overwrite(self) -> bool: ...
+
+
+def check_output(output: Path, config: _HowToTreat, example: str = DEFAULT_OUTPUTS["h5"]) -> None:
     """Refuse a path that cannot be written, or that exists without `resume` or `overwrite`.
+
+    Args:
+        output: the file.
+        config: whether an existing one is continued or replaced.
+        example: the name of such a file, for messages.
 
     Raises:
         FpnxError: with the reason and what to do.
     """
     if not output.name:
-        raise FpnxError(f"output {escape(output)} is a folder: name a file in it, such as {escape(output / 'out.h5')}")
+        raise FpnxError(f"output {escape(output)} is a folder: name a file in it, such as {escape(output / example)}")
     if output.name.endswith(RESERVED_SUFFIXES):
         stem = re.sub(r"(\.(part|new|lock))+$", "", str(output))
         raise FpnxError(f"output {escape(output)}: fpnx keeps such names for itself: name the output {escape(stem)}")
@@ -38,7 +52,7 @@ def check_output(output: Path, config: OutputConfig) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         raise FpnxError(f"output {escape(output)}: {reason}: name another with -o") from error
     if info is not None and stat.S_ISDIR(info.st_mode):
-        raise FpnxError(f"output {escape(output)} is a folder: name a file in it, such as {escape(output / 'out.h5')}")
+        raise FpnxError(f"output {escape(output)} is a folder: name a file in it, such as {escape(output / example)}")
     if info is not None and not stat.S_ISREG(info.st_mode):
         raise FpnxError(f"output {escape(output)} is not a regular file: name another with -o")
     if not output.parent.is_dir():

@@ -13,8 +13,9 @@ from fpnx.cli.main import app
 from fpnx.cli.options import config_options
 from fpnx.core.config import BenchmarkConfig, ExtractConfig, VisualizeConfig
 from fpnx.core.option import declared_option, option
+from fpnx.core.train_config import TrainConfig
 
-CONFIGS = {"extract": ExtractConfig, "visualize": VisualizeConfig, "benchmark": BenchmarkConfig}
+CONFIGS = {"extract": ExtractConfig, "visualize": VisualizeConfig, "benchmark": BenchmarkConfig, "train": TrainConfig}
 Run = Callable[..., Any]
 
 

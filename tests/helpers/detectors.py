@@ -48,12 +48,17 @@ def lively_detector(name: str, min_size: int = 96, max_size: int = 160) -> nn.Mo
                 module.eps = 0.0
     randomise(network, smallest_variance=0.1)
     network.eval()
+    heads = getattr(network, "roi_heads", None)
+    if heads is not None:
+        most, heads.detections_per_img = heads.detections_per_img, 5  # masks and keypoints of more take long
     image = smooth_image((min_size, min_size * 4 // 3), seed=100)
     generator = torch.Generator().manual_seed(7)
     for layer, (spread, mean) in LAST_LAYERS.items():
         modules = dict(network.named_modules())
         if layer in modules:
             _rescale(network, modules[layer], as_tensor(image), spread, mean, generator)
+    if heads is not None:
+        heads.detections_per_img = most
     return network
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
-from fpnx.models.necks.fpn import FPN
+import fpnx
+from fpnx.core.config import ModelConfig
+from fpnx.models.factory import NeckPlan, build_model
+from fpnx.models.necks.fpn import FPN, VARIANTS
+from fpnx.models.necks.pafpn import PAFPN
+from tests.helpers.necks import check_executed_form
 
 CHANNELS = {2: 3, 3: 5, 4: 7, 5: 11}
 
@@ -114,3 +121,70 @@ def test_seeds_depend_on_the_absolute_level_alone() -> None:
     weight = upper.inner_blocks[0][0].weight
     assert 0.8 * bound < weight.abs().max() <= bound
     assert not upper.inner_blocks[0][0].bias.any()
+
+
+@pytest.mark.parametrize(
+    ("variant", "p4"),
+    [
+        # M4 = 2 C4 + 0.5 = [[2.5 4.5 6.5] [8.5 10.5 12.5] [14.5 16.5 18.5]], and nothing from M5
+        ("no-top-down", [[26.0, 45.0, 34.0], [57.0, 94.5, 69.0], [50.0, 81.0, 58.0]]),
+        # M4 = nearest(10 C5) = [[10 10 20] [10 10 20] [30 30 40]], and nothing from C4
+        ("no-lateral", [[40.0, 80.0, 60.0], [100.0, 180.0, 130.0], [80.0, 140.0, 100.0]]),
+    ],
+)
+def test_variants_by_hand(variant: str, p4: list[list[float]]) -> None:
+    """The pyramid of `test_two_levels_by_hand`, with a part left out."""
+    fpn = FPN({4: 1, 5: 1}, channels=1, variant=variant)
+    with torch.no_grad():
+        for i, scale, bias in ((0, 2.0, 0.5), (1, 10.0, 0.0)):
+            if variant == "no-lateral" and i == 0:
+                assert not list(fpn.inner_blocks[0].parameters())
+                continue
+            fpn.inner_blocks[i][0].weight.fill_(scale)
+            fpn.inner_blocks[i][0].bias.fill_(bias)
+        for block in fpn.layer_blocks:
+            block[0].weight.fill_(1.0)
+            block[0].bias.zero_()
+        c4 = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]]])
+        c5 = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+        levels = fpn({"C4": c4, "C5": c5})
+    assert levels["P5"].tolist() == [[[[100.0, 100.0], [100.0, 100.0]]]]
+    assert levels["P4"][0, 0].tolist() == p4
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_a_variant_has_the_parameters_of_the_whole_but_for_what_it_lacks(variant: str) -> None:
+    whole, part = FPN(CHANNELS, 4, "p5"), FPN(CHANNELS, 4, "p5", variant=variant)
+    whole.initialize(3)
+    part.initialize(3)
+    state = whole.state_dict()
+    absent = {f"inner_blocks.{i}.0.{name}" for i in range(3) for name in ("weight", "bias")}
+    assert set(state) - set(part.state_dict()) == (absent if variant == "no-lateral" else set())
+    assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+    assert part.identity() == {**whole.identity(), "variant": variant}
+    assert "variant" not in whole.identity()
+    assert not PAFPN.choices
+    losses = sum(level.square().mean() for level in part(taps(37, 50)).values())
+    losses.backward()
+    assert all(value.grad is not None for value in part.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_the_executed_form_of_a_variant_gives_its_numbers(variant: str, photos: Path, tmp_path: Path) -> None:
+    config = ModelConfig(backbone="mobilenet_v2", weights="random", channels=16)
+    model = build_model(config, plan=NeckPlan(levels=("P3", "P4", "P5", "P6"), top_block="pool", variant=variant))
+    with torch.no_grad():
+        for name, value in model.fpn.named_parameters():
+            if name.endswith("bias"):
+                value.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    check_executed_form(model, [(64, 96), (75, 101)])
+    file = tmp_path / "variant.safetensors"
+    fpnx.save_weights(model, file)
+    assert fpnx.create_model(weights=str(file)).fpn.variant == variant
+    fpnx.extract(photos, tmp_path / "out.h5", weights=str(file), size=64)
+    with fpnx.open(tmp_path / "out.h5") as store:
+        assert store.levels == ("P3", "P4", "P5", "P6")
+        item = store[0]
+        expected = fpnx.create_model(weights=str(file), size=64).features(photos / item.path)
+        for name, level in expected.items():
+            assert np.abs(item[name] - level.numpy()).max() <= 1e-5 * level.abs().max().item()

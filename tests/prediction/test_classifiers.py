@@ -10,7 +10,6 @@ import torch
 from torchvision import models
 
 import fpnx
-from fpnx.models.preprocessing import Recipe
 from fpnx.models.weights.timm import timm_weights
 from fpnx.models.weights.torchvision import best_weights, classification_recipe
 from tests.helpers.detectors import smooth_image
@@ -23,8 +22,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
-
-
 
 
 @pytest.mark.parametrize("backbone", ["mobilenet_v2", pytest.param("densenet121", marks=pytest.mark.slow)])

@@ -94,7 +94,7 @@ def test_classes_are_a_table(models: Path, tmp_path: Path) -> None:
 def test_masks_are_pngs_with_the_numbers_of_classes(models: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path, draw_scenes(2, size=(50, 90)))
     result = predict_to_file(images, tmp_path / "masks", weights=models / "semantic.safetensors", **SMALL)
-    logits, trained, picture = predicted_alone(models / "semantic.safetensors", images / "0000.png")
+    logits, trained, _ = predicted_alone(models / "semantic.safetensors", images / "0000.png")
     expected = np.array([each.id for each in trained.categories])[class_map(logits, (SIDE, SIDE), (50, 90))]
     with Image.open(tmp_path / "masks" / "0000.png.png") as mask:
         assert mask.mode == "P"
@@ -146,11 +146,11 @@ def test_an_output_that_exists_is_kept(models: Path, tmp_path: Path) -> None:
     weights = models / "fcos.safetensors"
     predict_to_file(images, tmp_path / "out.json", weights=weights, **SMALL)
     before = (tmp_path / "out.json").read_bytes()
-    with pytest.raises(FpnxError, match="out.json exists: continue it with --resume, replace it with --overwrite"):
+    with pytest.raises(FpnxError, match=r"out\.json exists: continue it with --resume, replace it with --overwrite"):
         predict_to_file(images, tmp_path / "out.json", weights=weights, **SMALL)
     again = predict_to_file(images, tmp_path / "out.json", weights=weights, resume=True, **SMALL)
     assert (again.run.computed, again.run.done, again.found) == (0, 2, len(json.loads(before)))
-    with pytest.raises(FpnxError, match="of a run with other settings .score_threshold"):
+    with pytest.raises(FpnxError, match=r"of a run with other settings \(score_threshold"):
         predict_to_file(images, tmp_path / "out.json", weights=weights, resume=True, threshold=0.9, **SMALL)
     assert (tmp_path / "out.json").read_bytes() == before
     predict_to_file(images, tmp_path / "out.json", weights=weights, overwrite=True, threshold=0.9, **SMALL)

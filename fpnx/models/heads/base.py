@@ -63,6 +63,8 @@ class Detections:
         levels: (n,) names of the levels that the boxes come from; empty where the head does not say.
         mask_cells: (n, M, M) float32 probabilities of the cells of each box, from which a mask of any size is made;
             None for heads without them.
+        masks_at_centres: whether a pixel's value is that at its centre within the box, as detectron2 and mmdetection
+            have it; else cells are resized to whole pixels and pasted, as torchvision does it.
         keypoints: (n, K, 3) float32 x, y, visibility; None for heads without keypoints.
         keypoint_scores: (n, K) float32; None for heads without keypoints.
     """
@@ -72,6 +74,7 @@ class Detections:
     labels: Tensor
     masks: Tensor | None = None
     mask_cells: Tensor | None = None
+    masks_at_centres: bool = False
     keypoints: Tensor | None = None
     keypoint_scores: Tensor | None = None
     proposals: Tensor | None = None
@@ -135,7 +138,10 @@ class Head(nn.Module):
 
     @classmethod
     def for_pyramid(cls, pyramid: Pyramid, classes: int, settings: Mapping[str, Any]) -> Head:
-        """A head for these levels; `settings` are those that `settings()` of another one returned, or empty."""
+        """A head for these levels; `settings` are those that `settings()` of another one returned, or empty.
+
+        Its parameters are drawn from torch's own generator: `create_head` in `fpnx.models.heads.registry` does not.
+        """
         raise NotImplementedError
 
     def initialize(self, seed: int) -> None:
@@ -151,6 +157,13 @@ class Head(nn.Module):
     def losses(self, levels: Mapping[str, Tensor], geometry: Geometry, targets: Sequence[Target]) -> dict[str, Tensor]:
         """The losses by name, each a scalar; their sum is minimised. Needs training mode."""
         raise NotImplementedError
+
+    def loss_counts(self, losses: Mapping[str, Tensor], images: int) -> dict[str, float]:
+        """What each of the losses of the last call of `losses` is a mean over: its images, unless a head says more.
+
+        Several processes weight their losses by it, so that together they have those of the joint batch.
+        """
+        return dict.fromkeys(losses, float(images))
 
     def predict(self, levels: Mapping[str, Tensor], geometry: Geometry) -> list[Prediction]:
         """One prediction for each image. Needs eval mode."""

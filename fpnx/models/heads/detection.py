@@ -186,12 +186,16 @@ class FcosHead(_OneStageHead):
     def __init__(self, pyramid: Pyramid, classes: int, *, channels: int | None = None, convolutions: int = 4) -> None:
         super().__init__(pyramid, classes, channels, convolutions)
         arguments = {"num_convs": convolutions, "norm_layer": partial(nn.GroupNorm, norm_groups(self.channels))}
-        self.head = FCOSHead(WIDEST, 1, classes + 1, num_convs=0)
+        self.head = _FcosHead(WIDEST, 1, classes + 1, num_convs=0)
         self.head.classification_head = FCOSClassificationHead(self.channels, 1, classes + 1, **arguments)
         self.head.regression_head = FCOSRegressionHead(self.channels, 1, **arguments)
         sides = _contiguous(self.strides)
         anchors = _Anchors([(side,) for side in sides], [(1.0,)] * len(sides), self.strides)
         self._keep(FCOS(self._backbone(), classes + 1, anchor_generator=anchors, head=self.head))
+
+    def loss_counts(self, losses: Mapping[str, Tensor], images: int) -> dict[str, float]:
+        """The locations within objects, over which torchvision's FCOS takes the mean of each loss."""
+        return dict.fromkeys(losses, float(self.head.locations))
 
     def _losses(
         self, targets: list[dict[str, Tensor]], outputs: dict[str, Tensor], anchors: list[Tensor], counts: list[int]
@@ -323,6 +327,9 @@ class FasterRcnnHead(_DetectionHead):
         features = self._features(levels)
         device = next(iter(features.values())).device
         prepared = [_in_torchvisions_form(target, device) for target in targets]
+        for target in prepared if self.needs_masks else ():
+            if not len(target["boxes"]):
+                target.setdefault("masks", torch.zeros(0, *geometry.padded, dtype=torch.bool, device=device))
         proposals, of_proposals = self.rpn(_image_list(geometry, device), features, prepared)
         _, of_boxes = self.roi_heads(_in_float32(features), proposals, list(geometry.sizes), prepared)
         return {**of_proposals, **of_boxes}
@@ -371,6 +378,16 @@ class MaskRcnnHead(FasterRcnnHead):
             mask_roi_pool=_roi_pool(self._pooled, MASK_SIDE),
             mask_predictor=_MaskPredictor(256, 256, self.classes + 1),
         )
+
+
+class _FcosHead(FCOSHead):
+    """torchvision's, which notes how many locations are within objects."""
+
+    locations = 0
+
+    def compute_loss(self, targets: Any, head_outputs: Any, anchors: Any, matched_idxs: list[Tensor]) -> Any:
+        self.locations = int(sum((each >= 0).sum() for each in matched_idxs))
+        return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
 
 
 class _Anchors(AnchorGenerator):

@@ -211,8 +211,7 @@ def _retinanet(state: Mapping[str, Tensor], pyramid: Pyramid) -> tuple[nn.Module
     anchors = _anchors(sides, RATIOS)
     per_cell, channels = anchors.num_anchors_per_location()[0], _width(pyramid)
     outputs, coordinates = (
-        state[f"head.{part}.weight"].shape[0]
-        for part in ("classification_head.cls_logits", "regression_head.bbox_reg")
+        state[f"head.{part}.weight"].shape[0] for part in ("classification_head.cls_logits", "regression_head.bbox_reg")
     )
     if coordinates != 4 * per_cell:
         raise FpnxError(

@@ -13,6 +13,7 @@ from fpnx.models.heads.classify import ClassifyHead
 from fpnx.models.heads.detection import FasterRcnnHead, FcosHead, MaskRcnnHead, RetinaNetHead
 from fpnx.models.heads.semantic import SemanticHead
 from fpnx.models.pyramid_model import PyramidModel
+from fpnx.models.torch_state import isolated_torch_state
 
 __all__ = ["HEADS", "create_head", "default_head", "find_head"]
 
@@ -62,6 +63,7 @@ def create_head(
     """
     channels = {name: model.channels[name] for name in model.levels}
     pyramid = Pyramid(channels=channels, strides={name: model.stride(name) for name in model.levels})
-    head = find_head(kind).for_pyramid(pyramid, classes, settings or {})
+    with isolated_torch_state():
+        head = find_head(kind).for_pyramid(pyramid, classes, settings or {})
     head.initialize(seed)
     return head

@@ -65,7 +65,12 @@ class SemanticHead(Head):
         logits = self._logits(levels, geometry)
         classes = torch.stack([_semantic_of(target) for target in targets]).to(logits.device)
         total = F.cross_entropy(logits, classes, ignore_index=IGNORED, reduction="sum")
-        return {"semantic": total / (classes != IGNORED).sum().clamp(min=1)}
+        self._pixels = (classes != IGNORED).sum()
+        return {"semantic": total / self._pixels.clamp(min=1)}
+
+    def loss_counts(self, losses: Mapping[str, Tensor], images: int) -> dict[str, float]:
+        """The pixels that have a class."""
+        return dict.fromkeys(losses, float(self._pixels))
 
     def predict(self, levels: Mapping[str, Tensor], geometry: Geometry) -> list[Prediction]:
         """(classes, H, W) float32 logits of each image, of the padded input's size."""
@@ -76,10 +81,9 @@ class SemanticHead(Head):
         for name in self.levels:
             x, stride = levels[name], self.pyramid.strides[name]
             for block in self.head.blocks[name]:
-                x = block(x)
-                if stride > self.stride:
-                    stride //= 2
-                    x = _upsampled(x, 2, _cells(geometry.padded, stride))
+                factor = 2 if stride > self.stride else 1
+                stride //= factor
+                x = _upsampled(block(x), factor, _cells(geometry.padded, stride))
             total = x if total is None else total + x
         assert total is not None
         logits: Tensor = self.head.classifier(total)

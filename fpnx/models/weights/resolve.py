@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fpnx.core.config import PYRAMIDS, TOP_BLOCKS, CheckpointConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, parse_levels
-from fpnx.core.provenance import AS_GIVEN, ModelPart, Setting, WeightsInfo
+from fpnx.core.provenance import AS_GIVEN, NO_PARAMETERS, ModelPart, Setting, WeightsInfo
 from fpnx.core.text import did_you_mean, escape
 from fpnx.core.validation import parse_blocks
 from fpnx.models.backbones.factory import check_backbone_name, detect_stages
@@ -441,7 +441,8 @@ def _from_file(file: Path, backbone: str | None, config: ModelConfig, recipe: Re
             size = tuple(description["size"])
     except FpnxError as error:
         raise FpnxError(f"{escape(file)}: {error}") from error
-    parts = description.get("parts", {})
+    # A pyramid without parameters is not in the file; where another one is asked for, it is drawn.
+    parts = {name: part for name, part in description.get("parts", {}).items() if part[1] != NO_PARAMETERS}
     body, fpn = (
         ModelPart(*parts[part]) if part in parts else ModelPart(None, file.name)
         if any(key.startswith(f"{part}.") for key in layout.state) else ModelPart.drawn(config.seed)

@@ -160,9 +160,7 @@ def detector_weights(detector: str) -> str:
 
 def detector_of(weights: str) -> str | None:
     """The name in `DETECTORS` of the detector that published weights are for; None for other weights."""
-    return next(
-        (name for name in DETECTORS if weights in map(str, models.get_model_weights(name))), None
-    )
+    return next((name for name in DETECTORS if weights in map(str, models.get_model_weights(name))), None)
 
 
 @lru_cache(maxsize=1)
