@@ -74,7 +74,10 @@ class ProbeConfig(_LevelsConfig):
         "Labels",
         metavar="LABELS",
     )
-    task: str | None = option(None, "What to classify; by default what the labels have.", "Labels", choices=PROBE_TASKS)
+    task: str | None = option(
+        None, "classification, detection or semantic (default: by the labels).", "Labels", metavar="TASK",
+        choices=PROBE_TASKS,
+    )  # fmt: skip
     cells: int = option(50, "semantic: pixels drawn from each image.", "Labels", metavar="N")
     folds: int = option(5, "Parts for the cross-validation.", "Classifiers", metavar="N")
     neighbors: int = option(10, "Nearest neighbours that vote.", "Classifiers", metavar="N")
