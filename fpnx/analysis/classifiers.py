@@ -15,7 +15,7 @@ __all__ = ["Features", "Folds", "interval", "linear_predictions", "neighbor_pred
 
 BLOCK = 8192  # vectors that are standardised and multiplied at a time
 QUERY_BLOCK = 1024
-HELD_BYTES = 1 << 29  # of the vectors of a training set, which are kept standardised if they fit
+HELD_BYTES = 1 << 28  # of the vectors of a training set, which are kept standardised if they fit
 STEPS = 200  # of L-BFGS at most
 TOLERANCE = 1e-5  # of the gradient, at which L-BFGS stops
 CONSTANT = 1e-6  # standard deviation of a channel in shares of its mean, below which it is rounding noise
@@ -28,7 +28,7 @@ class Features:
 
     Attributes:
         width: length of a vector.
-        rows: from indices (m,), in ascending order, to their vectors (m, width) float32.
+        rows: from indices (m,), in ascending order, to their vectors, a new array (m, width) float32.
     """
 
     width: int
@@ -108,8 +108,8 @@ class Folds:
             count = int((self.folds != number).sum())
             first, second = (total - sums[number]) / count
             mean, deviation = first + shift, np.sqrt(np.maximum(second - first**2, 0))
-            means[number] = mean
-            scales[number] = np.where(deviation > CONSTANT * np.abs(mean), deviation, 1)
+            means[number] = mean.astype(np.float32)
+            scales[number] = np.where(deviation > CONSTANT * np.abs(mean), deviation, 1).astype(np.float32)
         return means, scales
 
     def training(self, fold: int) -> np.ndarray:
@@ -118,8 +118,10 @@ class Folds:
 
     def standardised(self, fold: int, indices: np.ndarray) -> Tensor:
         """(m, C) float32 vectors, with the mean and standard deviation of the training samples of a fold."""
-        values = (self.features.rows(indices) - self._mean[fold]) / self._scale[fold]
-        return torch.from_numpy(values.astype(np.float32))
+        values = self.features.rows(indices)  # a copy
+        values -= self._mean[fold]
+        values /= self._scale[fold]
+        return torch.from_numpy(values)
 
     def batches(self, fold: int, indices: np.ndarray) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
         """A function that yields all vectors of `indices` with their classes; small sets are kept in memory."""

@@ -147,7 +147,7 @@ class Probe:
 def probe_stores(stores: Sequence[Store], config: ProbeConfig, listener: Listener) -> Probe:
     """Probe the levels of files on the images that are done in all of them; the same samples and folds for all.
 
-    Vectors beyond 1 GiB are in temporary files. A classifier holds at most 0.5 GiB of training vectors.
+    Vectors beyond 1 GiB are in temporary files. A classifier holds at most 0.25 GiB of training vectors.
 
     Raises:
         FpnxError: for labels that do not fit, fewer than two classes, or too few samples.
