@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ def test_warm_up_and_cosine() -> None:
     assert factors[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
     assert max(factors) == factors[19] == 1.0
     assert factors[110] == pytest.approx(LAST + (1 - LAST) / 2, abs=1e-9)  # half of the cosine's 180 steps
-    assert all(later <= earlier for earlier, later in zip(factors[20:], factors[21:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(factors[20:]))
     assert factors[-1] == pytest.approx(LAST, abs=1e-3)
     assert not schedule.finished(9)
     assert schedule.finished(10)
