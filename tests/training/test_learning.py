@@ -22,12 +22,12 @@ from fpnx.evaluation.scores import Scores
 from tests.helpers.shapes import CATEGORY_IDS, CLASSES, draw_scenes, write_coco, write_images
 
 GOOD = 0.9
-COUNT, HELD_OUT, SIDE = 72, 16, 64
+COUNT, HELD_OUT, SIDE = 64, 16, 48
 CELL = 8  # pixels: of P3
-COMMON: dict[str, Any] = {"learning_rate": 1e-2, "batch_size": 4, "ema": 0.9, "channels": 32, "device": "cpu"}
+COMMON: dict[str, Any] = {"learning_rate": 5e-3, "batch_size": 4, "ema": 0.9, "channels": 32, "device": "cpu"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "classify": {"levels": "P2-P3", "epochs": 30},
-    "fcos": {"levels": "P2-P4", "epochs": 16, "convolutions": 2},
+    "classify": {"levels": "P2-P3", "epochs": 20, "learning_rate": 1e-2},
+    "fcos": {"levels": "P2-P4", "epochs": 12, "convolutions": 1},
     "semantic": {"levels": "P2-P3", "epochs": 12},
     "retinanet": {"levels": "P2-P4", "epochs": 30, "convolutions": 2},
     "faster_rcnn": {"levels": "P2-P4", "epochs": 20, "learning_rate": 3e-3},
