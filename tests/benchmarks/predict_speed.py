@@ -3,8 +3,8 @@
 Run: python tests/benchmarks/predict_speed.py [DETECTOR] [IMAGES] [ROUNDS]
 
 The detector has random parameters; its files are put into a hub cache of their own. `processor` is the processor time
-of one image on one core, decoding and writing left out: load on the machine affects it less than elapsed time. `elapsed`
-is the whole run: files to JSON, with all cores, without making the model.
+of one image on one core, decoding and writing left out: load on the machine affects it less than elapsed time.
+`elapsed` is the whole run: files to JSON, with all cores, without making the model.
 """
 
 from __future__ import annotations
