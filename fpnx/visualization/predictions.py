@@ -90,7 +90,7 @@ class _Canvas:
 
     def __init__(self, photo: Image.Image) -> None:
         longer = max(photo.size)
-        self.scale = min(max(1.0, LEAST_SIDE / longer), 64.0) if longer < MOST_SIDE else MOST_SIDE / longer
+        self.scale = max(1.0, LEAST_SIDE / longer) if longer < MOST_SIDE else MOST_SIDE / longer
         self.size = max(1, round(photo.width * self.scale)), max(1, round(photo.height * self.scale))
         self.photo = photo.convert("RGB").resize(self.size, Image.Resampling.LANCZOS)
         self.width, self.height = max(self.size[0], LEAST_WIDTH), max(self.size[1], LEAST_HEIGHT)

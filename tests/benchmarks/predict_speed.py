@@ -2,9 +2,9 @@
 
 Run: python tests/benchmarks/predict_speed.py [DETECTOR] [IMAGES] [ROUNDS]
 
-The detector has random parameters; its files are put into a hub cache of their own. `processor` is the processor time of
-one image on one core, decoding and writing left out: load on the machine affects it less than elapsed time. `elapsed`
-is the whole run: files to JSON, with all cores, without making the model.
+The detector has random parameters; its file is put into a hub cache of its own. `processor` is the processor time of
+one image on one core, decoding and writing left out: load on the machine affects it less than elapsed time.
+`elapsed` is the whole run: files to JSON, with all cores, without making the model.
 """
 
 from __future__ import annotations
@@ -98,7 +98,12 @@ def _plain(network: nn.Module, paths: list[Path], output: Path) -> None:
             for box, label, score in zip(found["boxes"], found["labels"], found["scores"], strict=True):
                 x1, y1, x2, y2 = box.tolist()
                 results.append(
-                    {"image_id": i, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(score)}
+                    {
+                        "image_id": i,
+                        "category_id": int(label),
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "score": float(score),
+                    }
                 )
     output.write_text(json.dumps(results))
 
