@@ -44,10 +44,13 @@ def backbone_names() -> list[str]:
 
 
 def weights_names() -> list[str]:
-    """What `--weights` takes, besides files: words, and torchvision's weights of classifiers and of FPN detectors."""
+    """What `--weights` takes, besides files: words, torchvision's weights of classifiers and of FPN detectors, and the
+    names of these detectors."""
     classifiers = [name for text in _torchvision_sources("models") for name in _weights_in(text)]
-    detectors = [name for text in _torchvision_sources("models/detection") for name in _weights_in(text)]
-    return [*WEIGHTS, *sorted([*classifiers, *(name for name in detectors if "_FPN_" in name)])]
+    sources = list(_torchvision_sources("models/detection"))
+    detectors = [name for text in sources for name in _weights_in(text) if "_FPN_" in name]
+    builders = [name for text in sources for name in BUILDER.findall(text) if "_fpn" in name]
+    return [*WEIGHTS, *sorted([*classifiers, *detectors, *builders])]
 
 
 def level_names() -> list[str]:

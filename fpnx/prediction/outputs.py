@@ -29,6 +29,7 @@ from fpnx.visualization.png_files import PngPaths, save_png
 __all__ = [
     "DEFAULT_OUTPUTS",
     "MASK_CLASSES",
+    "check_pictures",
     "check_target",
     "resolve_output",
     "run_path",
@@ -79,6 +80,23 @@ def check_target(output: Path, task: Task, config: PredictConfig) -> None:
         what = "boxes are written as COCO results" if task == "detection" else "classes are written as a table"
         raise FpnxError(f"output {escape(output)}: {what}: take a name such as {target}")
     check_output(output, OutputConfig(resume=config.resume, overwrite=config.overwrite))
+
+
+def check_pictures(folder: Path, names: Sequence[str], config: PredictConfig) -> None:
+    """Refuse a folder for pictures that is none, or that has pictures of these images without `resume` or `overwrite`.
+
+    Raises:
+        FpnxError: with the reason and what to do.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise FpnxError(f"draw {escape(folder)}: it is not a folder: name another")
+    paths = PngPaths(folder, names)
+    existing = [] if config.resume or config.overwrite else [n for n in names if os.path.lexists(paths[n])]
+    if existing:
+        raise FpnxError(
+            f"{len(existing)} of the pictures are there already, such as {escape(paths[existing[0]])}: replace them "
+            f"with --overwrite, or name another folder with --draw"
+        )
 
 
 def _check_folder(output: Path, config: PredictConfig) -> None:

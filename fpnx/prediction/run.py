@@ -27,7 +27,14 @@ from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import Listing, find_images
 from fpnx.prediction.engine import PredictionCache
 from fpnx.prediction.journal import Journal, check_settings
-from fpnx.prediction.outputs import DEFAULT_OUTPUTS, check_target, resolve_output, run_path, write_document
+from fpnx.prediction.outputs import (
+    DEFAULT_OUTPUTS,
+    check_pictures,
+    check_target,
+    resolve_output,
+    run_path,
+    write_document,
+)
 from fpnx.prediction.predictions import Reading
 from fpnx.prediction.predictor import NOT_CLASSES, Predictor
 from fpnx.prediction.scoring import RunLabels, Worst, score_run
@@ -112,6 +119,8 @@ def run_prediction(
         target = target if run.shard is None else shard_path(target, run.shard)
         check_target(target, predictor.task, config)
         names = [os.fsdecode(source.name) for source in listing.sources]
+        if config.draw is not None:
+            check_pictures(Path(config.draw), names, config)
         labels = None
         if config.labels is not None:
             labels = RunLabels.read(config.labels, names, os.fsdecode(listing.root), predictor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ from fpnx.core.text import escape
 from fpnx.extraction.plan import Plan
 from fpnx.extraction.sink import Outcome
 from fpnx.images.decoding import decode
+from fpnx.labels.masks import mask_values
 from fpnx.prediction.engine import FOUND
 from fpnx.prediction.journal import Journal
 from fpnx.prediction.outputs import save_mask, write_classes, write_csv, write_results
-from fpnx.prediction.predictions import Prediction, Reading, draw_prediction, prediction_of, results_of
+from fpnx.prediction.predictions import (
+    Prediction,
+    Reading,
+    draw_prediction,
+    prediction_of,
+    prediction_of_results,
+    results_of,
+)
 from fpnx.store.reader import DONE, FAILED
 from fpnx.store.regions import RegionBatch
 from fpnx.visualization.png_files import PngPaths, save_png
@@ -62,6 +70,7 @@ class PredictionSink:
         self._pictures = None if target.pictures is None else PngPaths(target.pictures, target.names)
         self._nonfinite: dict[str, int] = {}
         self.status = journal.status
+        self._done_before = np.flatnonzero(self.status == DONE).tolist()
         for index, reason in plan.layout.errors.items():
             if self.status[index] != FAILED or journal.errors.get(index) != reason:
                 journal.fail(index, reason)
@@ -107,6 +116,7 @@ class PredictionSink:
     def finish(self) -> None:
         """Write the output. The journal stays until it is removed."""
         self._journal.commit()
+        self._draw_done_before()
         names = self._target.names
         if self._reading.task == "detection":
             write_results(self._target.output, self._journal, names, self._target.image_ids)
@@ -139,7 +149,21 @@ class PredictionSink:
 
     def save(self, drawn: Image.Image, path: Path, name: str) -> None:
         """Write a picture, with the name of its image and the model in its metadata."""
-        save_png(drawn, path, {"Title": escape(name), "Description": self._description})
+        save_png(drawn, path, {"Title": escape(name), "Description": self._description}, quick=True)
+
+    def _draw_done_before(self) -> None:
+        """Draw the images that an earlier run has done and not drawn."""
+        if self._pictures is None:
+            return
+        missing = {i for i in self._done_before if not self._pictures[self._target.names[i]].exists()}
+        for index, entry in self._journal.entries() if missing else ():
+            if index in missing:
+                size = (entry["size"][0], entry["size"][1])
+                name = self._target.names[index]
+                prediction = prediction_of_results(name, size, self._reading.task, entry["results"])
+                if self._masks is not None:
+                    prediction = replace(prediction, class_map=mask_values(str(self._masks[name])))
+                self._draw(index, prediction)
 
     def _draw(self, index: int, prediction: Prediction) -> None:
         assert self._pictures is not None, "there is a folder for pictures"

@@ -2,8 +2,8 @@
 
 Run: python tests/benchmarks/predict_speed.py [DETECTOR] [IMAGES] [ROUNDS]
 
-The detector has random parameters; its files are put into a hub cache of their own. `processor` is the processor time
-of one image on one core, decoding and writing left out: load on the machine affects it less than elapsed time.
+The detector has random parameters; its file is put into a hub cache of its own. `processor` is the processor time of
+one image on one core, decoding and writing left out: load on the machine affects it less than elapsed time.
 `elapsed` is the whole run: files to JSON, with all cores, without making the model.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,33 @@ def test_pictures_are_drawn_beside_the_results(models: Path, tmp_path: Path) -> 
             with Image.open(tmp_path / kind / f"{i:04}.png.png") as picture:
                 assert max(picture.size) >= 640
                 assert picture.text["Title"] == f"{i:04}.png"
+
+
+def test_pictures_that_are_missing_are_drawn_by_resume(models: Path, tmp_path: Path) -> None:
+    images = write_images(tmp_path, draw_scenes(2))
+    weights, drawn = models / "semantic.safetensors", tmp_path / "found"
+    predict_to_file(images, tmp_path / "masks", weights=weights, draw=drawn, **SMALL)
+    expected = (drawn / "0000.png.png").read_bytes()
+    with pytest.raises(FpnxError, match=r"2 of the pictures are there already, such as .*0000\.png\.png"):
+        predict_to_file(images, tmp_path / "other", weights=weights, draw=drawn, **SMALL)
+    (images / "0001.png").rename(tmp_path / "kept.png")
+    (images / "0001.png").write_bytes(b"\x89PNG")  # so that the run does not end
+    shutil.rmtree(tmp_path / "masks")
+    shutil.rmtree(drawn)
+    with pytest.raises(FpnxError):
+        fail_at_the_end(images, tmp_path / "masks", weights)
+    predict_to_file(images, tmp_path / "masks", weights=weights, draw=drawn, resume=True, **SMALL)
+    assert (drawn / "0000.png.png").read_bytes() == expected
+
+
+def fail_at_the_end(images: Path, output: Path, weights: Path) -> None:
+    """A run whose images are done, and whose output cannot be written in the end."""
+    output.mkdir()
+    (output / "classes.json").mkdir()
+    try:
+        predict_to_file(images, output, weights=weights, overwrite=True, **SMALL)
+    finally:
+        (output / "classes.json").rmdir()
 
 
 def test_scores_are_those_of_pycocotools_on_the_written_file(models: Path, tmp_path: Path) -> None:
