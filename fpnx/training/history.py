@@ -14,7 +14,7 @@ from fpnx.training.loop import Epoch
 
 __all__ = ["draw_history", "write_log"]
 
-SMALLEST_SCORES = 6  # scores of the plot, the first ones
+MOST_SCORES = 6  # scores of the plot, the first ones
 
 
 def write_log(path: str, epochs: Sequence[Epoch]) -> None:
@@ -37,10 +37,14 @@ def draw_history(path: str, epochs: Sequence[Epoch]) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     numbers = [each.number for each in epochs]
     scored = [each for each in epochs if each.scores]
-    names = [name for name in (scored[0].scores if scored else {}) if _is_shown(name)][:SMALLEST_SCORES]
+    known = [
+        name for name in (scored[0].scores if scored else {}) if any(each.scores[name] is not None for each in scored)
+    ]
+    names = [name for name in known if _is_shown(name)][:MOST_SCORES]
     figure = Figure(figsize=(5.5 * (2 if names else 1), 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if names else 1, squeeze=False)[0]
@@ -55,6 +59,7 @@ def draw_history(path: str, epochs: Sequence[Epoch]) -> None:
         panels[1].set_title("scores on the images held out", loc="left")
     for panel in panels:
         panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
