@@ -22,19 +22,18 @@ from fpnx.evaluation.scores import Scores
 from tests.helpers.shapes import CATEGORY_IDS, CLASSES, draw_scenes, write_coco, write_images
 
 GOOD = 0.9
-COUNT, HELD_OUT, SIDE = 64, 16, 48
+COUNT, HELD_OUT, SIDE = 80, 16, 64
 CELL = 8  # pixels: of P3
-COMMON: dict[str, Any] = {"learning_rate": 5e-3, "batch_size": 4, "ema": 0.9, "channels": 32, "device": "cpu"}
+COMMON: dict[str, Any] = {"learning_rate": 1e-2, "batch_size": 4, "ema": 0.9, "channels": 32, "device": "cpu"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "classify": {"levels": "P2-P3", "epochs": 20, "learning_rate": 1e-2},
-    "fcos": {"levels": "P2-P4", "epochs": 12, "convolutions": 1},
-    "semantic": {"levels": "P2-P3", "epochs": 12},
-    "retinanet": {"levels": "P2-P4", "epochs": 30, "convolutions": 2},
-    "faster_rcnn": {"levels": "P2-P4", "epochs": 20, "learning_rate": 3e-3},
-    "mask_rcnn": {"levels": "P2-P4", "epochs": 20, "learning_rate": 3e-3},
+    "classify": {"levels": "P2-P3", "epochs": 30},
+    "fcos": {"levels": "P2-P4", "epochs": 12, "convolutions": 2},
+    "semantic": {"levels": "P2-P3", "epochs": 18},
+    "retinanet": {"levels": "P2-P4", "epochs": 45, "convolutions": 2},
+    "faster_rcnn": {"levels": "P2-P4", "epochs": 18, "learning_rate": 5e-3},
 }
 SCORES = {"classify": "accuracy", "semantic": "mIoU"}
-SLOW = ("retinanet", "faster_rcnn", "mask_rcnn")
+SLOW = ("retinanet", "faster_rcnn")
 Corruption = Callable[[dict[str, Any]], None]
 
 
@@ -98,10 +97,6 @@ def score_of(head: str, data: Path, tmp_path: Path, corrupt: Corruption | None =
     assert scores.images == HELD_OUT
     value = scores.values[SCORES.get(head, "AP50")]
     assert value is not None
-    if head == "mask_rcnn":
-        mask = scores.values["mask_AP50"]
-        assert mask is not None
-        return min(value, mask)
     return value
 
 
@@ -154,9 +149,9 @@ def test_a_head_learns(head: str, data: Path, tmp_path: Path) -> None:
         pytest.param("fcos", shift_boxes, id="boxes"),
         pytest.param("fcos", shift_classes, id="classes of boxes", marks=pytest.mark.slow),
         pytest.param("fcos", exchange_images, id="other images", marks=pytest.mark.slow),
-        pytest.param("classify", shift_classes, id="classes of images"),
+        pytest.param("classify", shift_classes, id="classes of images", marks=pytest.mark.slow),
         pytest.param("semantic", shift_classes, id="classes of pixels", marks=pytest.mark.slow),
-        pytest.param("semantic", shift_boxes, id="pixels"),
+        pytest.param("semantic", shift_boxes, id="pixels", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_labels_are_noticed(head: str, corrupt: Corruption, data: Path, tmp_path: Path) -> None:

@@ -340,6 +340,19 @@ def test_a_loss_that_is_not_finite_is_told(scenes: Path, tmp_path: Path) -> None
         train(tmp_path / "maps.h5", labels, tmp_path / "a.safetensors", **ABOVE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["retinanet", "faster_rcnn", "mask_rcnn"])
+def test_other_heads_are_trained_scored_and_saved(head: str, scenes: Path, tmp_path: Path) -> None:
+    images, labels = inputs(scenes, head)
+    options = {**ABOVE, "convolutions": None, "epochs": 1}
+    result = train(images, labels, tmp_path / "a.safetensors", head=head, val=0.5, **MODEL, **options)
+    assert result.scores is not None
+    assert ("mask_AP" in result.scores.values) == (head == "mask_rcnn")
+    assert ("proposal_AR100" in result.scores.values) == (head != "retinanet")
+    assert ("loss_mask" in result.epochs[0].losses) == (head == "mask_rcnn")
+    assert load_trained(tmp_path / "a.safetensors").head.kind == head
+
+
 def test_the_command_line(scenes: Path, fpnx: Run, tmp_path: Path) -> None:
     code, out, error = fpnx(*command(scenes, "a.safetensors", "--json", "--epochs", 1))
     assert code == 0, error
