@@ -88,38 +88,6 @@ def extract(
 
 
 @app.command()
-@config_options(PredictConfig, ["Model", "Results", "Output", "Input", "Run", "Checkpoint"])
-def predict(
-    images: Images,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="File to make (default predictions.json, predictions.csv), or folder of masks (predictions_masks).",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    *,
-    json: Json = False,
-    **options: Any,
-) -> int:
-    """Find objects in images with a detector, or name their classes, and score it with labels.
-
-    [dim]fpnx predict photos/ --weights coco --draw found/[/dim]
-
-    [dim]fpnx predict photos/ --weights parts.safetensors --labels instances.json[/dim]
-    """
-    from fpnx.cli import console, views
-    from fpnx.commands.predict import predict_to_file as run
-
-    with console.Terminal(json) as terminal:
-        result = run(images, output, listener=terminal, **options)
-    console.show_json(result.to_json()) if json else views.show_predictions(result)
-    return result.exit_code
-
-
-@app.command()
 @config_options(VisualizeConfig, ["Output", "Images", "Pictures", "Photographs"])
 def visualize(
     inputs: Annotated[list[str], typer.Argument(help="Files of features, compared image by image; or photographs.")],
@@ -202,146 +170,60 @@ def train(
     return result.exit_code
 
 
-@app.command("list")
-@config_options(ExtractConfig, ["Input"], only=["limit"])
-def list_images(images: Images, **options: Any) -> int:
-    """List images once, with sizes and times, so that shards need not search for them again: extract @list.txt.
-
-    [dim]fpnx list photos/ > list.txt[/dim]
-
-    [dim]fpnx list photos/ scans/ --limit 1000 > list.txt[/dim]
-    """
-    from fpnx.cli import console
-    from fpnx.commands.list import list_images as run
-
-    result = run(images, **options)
-    sys.stdout.flush()
-    sys.stdout.buffer.writelines(result.lines)
-    sys.stdout.buffer.flush()
-    with console.Terminal() as terminal:
-        for text in result.messages:
-            terminal.message(text)
-    return result.exit_code
-
-
 @app.command()
-@config_options(OutputConfig, ["Output"], only=["overwrite"])
-def merge(
-    output: Annotated[str, typer.Argument(help="File to make.")],
-    shards: Annotated[list[str], typer.Argument(help="All shards of a run, in any order.")],
-    *,
-    json: Json = False,
-    **options: Any,
-) -> None:
-    """Copy all shards of a run into one file, as a whole run would have written it.
-
-    [dim]fpnx merge out.h5 out.shard-*.h5[/dim]
-
-    [dim]fpnx merge out.h5 'node?/out.shard-*.h5' --overwrite[/dim]
-    """
-    from fpnx.cli import console, views
-    from fpnx.commands.merge import merge as run
-
-    with console.Terminal(json) as terminal:
-        merged = run(output, shards, listener=terminal, **options)
-    console.show_json(merged.to_json()) if json else views.show_merged(merged)
-
-
-@app.command()
-def info(
-    files: Annotated[
-        list[str],
-        typer.Argument(help="A file of fpnx extract, also while it is written; or all shards of a run."),
-    ],
-    json: Json = False,
-) -> None:
-    """Show what a file, or all shards of a run, hold, and Python code that reads it.
-
-    [dim]fpnx info out.h5[/dim]
-
-    [dim]fpnx info out.shard-*.h5 --json[/dim]
-    """
-    from fpnx.cli import console, views
-    from fpnx.commands.info import info as run
-    from fpnx.store.info import store_facts
-
-    with run(files) as store:
-        console.show_json(store_facts(store)) if json else views.show_info(store)
-
-
-@app.command()
-def models(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            help="Name of a backbone, or part of a name.", metavar="[NAME]", autocompletion=completer("backbones")
-        ),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """List the backbones, or show one: taps, parameters, operations, and its weights with their files.
-
-    [dim]fpnx models mobilenet[/dim]
-
-    [dim]fpnx models resnet50 --json[/dim]
-    """
-    from fpnx.cli import console, models_view
-    from fpnx.commands import models as catalogue
-
-    if name is not None and catalogue.is_backbone(name):
-        details = catalogue.details(name)
-        console.show_json(details) if json else models_view.show_details(details)
-    else:
-        names = catalogue.matching(name)
-        rows = catalogue.entries(names)
-        kinds = catalogue.pyramids() if name is None else []
-        console.show_json(catalogue.overview(rows)) if json else models_view.show_overview(names, rows, kinds)
-
-
-@app.command()
-@config_options(ExtractConfig, ["Compare", "Run", "Model", "Output"], only=["device", "offline"])
-def verify(
-    files: Annotated[
-        list[str], typer.Argument(help="A file of fpnx extract, also an unfinished .part; or all shards of a run.")
-    ],
-    against: Annotated[
-        list[str] | None,
-        typer.Option(metavar="IMAGES", help="The images: compute some again and compare.", rich_help_panel="Compare"),
-    ] = None,
-    sample: Annotated[
-        int, typer.Option(metavar="N", help="How many to compute again.", rich_help_panel="Compare")
-    ] = SAMPLE,
-    weights: Annotated[
+@config_options(PredictConfig, ["Model", "Results", "Output", "Input", "Run", "Checkpoint"])
+def predict(
+    images: Images,
+    output: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE",
-            help="The weights, if they are no longer where the file says.",
-            rich_help_panel="Compare",
-            autocompletion=completer("weights"),
+            "-o",
+            "--output",
+            help="File to make (default predictions.json, predictions.csv), or folder of masks (predictions_masks).",
+            rich_help_panel="Output",
         ),
     ] = None,
     *,
     json: Json = False,
     **options: Any,
 ) -> int:
-    """Check that a file is complete: tables agree, all values can be read, NaN and infinite values are counted right.
+    """Find objects in images with a detector, or name their classes, and score it with labels.
 
-    Values are compared with those of the images only if --against names these.
+    [dim]fpnx predict photos/ --weights coco --draw found/[/dim]
 
-    Exit code 1: the file does not verify. Exit code 2: it is not a file of fpnx, or it is truncated.
-
-    [dim]fpnx verify out.shard-*.h5[/dim]
-
-    [dim]fpnx verify out.h5 --against photos/ --sample 20[/dim]
+    [dim]fpnx predict photos/ --weights parts.safetensors --labels instances.json[/dim]
     """
     from fpnx.cli import console, views
-    from fpnx.commands.verify import verify as run
+    from fpnx.commands.predict import predict_to_file as run
 
-    file = files[0] if len(files) == 1 else files
     with console.Terminal(json) as terminal:
-        result = run(file, against=against, sample=sample, weights=weights, listener=terminal, **options)
-    console.show_json(result.to_json()) if json else views.show_verification(result)
+        result = run(images, output, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else views.show_predictions(result)
     return result.exit_code
+
+
+@app.command()
+@config_options(ProbeConfig, ["Labels", "Levels", "Classifiers", "Output"])
+def probe(
+    files: Annotated[list[str], typer.Argument(help="Files of fpnx extract, side by side; a run's shards in quotes.")],
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    """Show which level tells your classes apart: accuracy of a linear classifier and of nearest neighbours.
+
+    Images, boxes or pixels are classified, each from those of other images (cross-validation).
+
+    [dim]fpnx probe out.h5 --labels folders[/dim]
+
+    [dim]fpnx probe a.h5 b.h5 --labels instances.json --plot levels.png[/dim]
+    """
+    from fpnx.cli import analysis_view, console
+    from fpnx.commands.probe import probe as run
+
+    with console.Terminal(json) as terminal:
+        result = run(files, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else analysis_view.show_probe(result)
 
 
 @app.command()
@@ -398,27 +280,145 @@ def export(
 
 
 @app.command()
-@config_options(ProbeConfig, ["Labels", "Levels", "Classifiers", "Output"])
-def probe(
-    files: Annotated[list[str], typer.Argument(help="Files of fpnx extract, side by side; a run's shards in quotes.")],
+def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name of a backbone, or part of a name.", metavar="[NAME]", autocompletion=completer("backbones")
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the backbones, or show one: taps, parameters, operations, and its weights with their files.
+
+    [dim]fpnx models mobilenet[/dim]
+
+    [dim]fpnx models resnet50 --json[/dim]
+    """
+    from fpnx.cli import console, models_view
+    from fpnx.commands import models as catalogue
+
+    if name is not None and catalogue.is_backbone(name):
+        details = catalogue.details(name)
+        console.show_json(details) if json else models_view.show_details(details)
+    else:
+        names = catalogue.matching(name)
+        rows = catalogue.entries(names)
+        kinds = catalogue.pyramids() if name is None else []
+        console.show_json(catalogue.overview(rows)) if json else models_view.show_overview(names, rows, kinds)
+
+
+@app.command()
+def info(
+    files: Annotated[
+        list[str],
+        typer.Argument(help="A file of fpnx extract, also while it is written; or all shards of a run."),
+    ],
+    json: Json = False,
+) -> None:
+    """Show what a file, or all shards of a run, hold, and Python code that reads it.
+
+    [dim]fpnx info out.h5[/dim]
+
+    [dim]fpnx info out.shard-*.h5 --json[/dim]
+    """
+    from fpnx.cli import console, views
+    from fpnx.commands.info import info as run
+    from fpnx.store.info import store_facts
+
+    with run(files) as store:
+        console.show_json(store_facts(store)) if json else views.show_info(store)
+
+
+@app.command()
+@config_options(ExtractConfig, ["Compare", "Run", "Model", "Output"], only=["device", "offline"])
+def verify(
+    files: Annotated[
+        list[str], typer.Argument(help="A file of fpnx extract, also an unfinished .part; or all shards of a run.")
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IMAGES", help="The images: compute some again and compare.", rich_help_panel="Compare"),
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(metavar="N", help="How many to compute again.", rich_help_panel="Compare")
+    ] = SAMPLE,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="The weights, if they are no longer where the file says.",
+            rich_help_panel="Compare",
+            autocompletion=completer("weights"),
+        ),
+    ] = None,
+    *,
+    json: Json = False,
+    **options: Any,
+) -> int:
+    """Check that a file is complete: tables agree, all values can be read, NaN and infinite values are counted right.
+
+    Values are compared with those of the images only if --against names these.
+
+    Exit code 1: the file does not verify. Exit code 2: it is not a file of fpnx, or it is truncated.
+
+    [dim]fpnx verify out.shard-*.h5[/dim]
+
+    [dim]fpnx verify out.h5 --against photos/ --sample 20[/dim]
+    """
+    from fpnx.cli import console, views
+    from fpnx.commands.verify import verify as run
+
+    file = files[0] if len(files) == 1 else files
+    with console.Terminal(json) as terminal:
+        result = run(file, against=against, sample=sample, weights=weights, listener=terminal, **options)
+    console.show_json(result.to_json()) if json else views.show_verification(result)
+    return result.exit_code
+
+
+@app.command()
+@config_options(OutputConfig, ["Output"], only=["overwrite"])
+def merge(
+    output: Annotated[str, typer.Argument(help="File to make.")],
+    shards: Annotated[list[str], typer.Argument(help="All shards of a run, in any order.")],
     *,
     json: Json = False,
     **options: Any,
 ) -> None:
-    """Show which level tells your classes apart: accuracy of a linear classifier and of nearest neighbours.
+    """Copy all shards of a run into one file, as a whole run would have written it.
 
-    Images, boxes or pixels are classified, each from those of other images (cross-validation).
+    [dim]fpnx merge out.h5 out.shard-*.h5[/dim]
 
-    [dim]fpnx probe out.h5 --labels folders[/dim]
-
-    [dim]fpnx probe a.h5 b.h5 --labels instances.json --plot levels.png[/dim]
+    [dim]fpnx merge out.h5 'node?/out.shard-*.h5' --overwrite[/dim]
     """
-    from fpnx.cli import analysis_view, console
-    from fpnx.commands.probe import probe as run
+    from fpnx.cli import console, views
+    from fpnx.commands.merge import merge as run
 
     with console.Terminal(json) as terminal:
-        result = run(files, listener=terminal, **options)
-    console.show_json(result.to_json()) if json else analysis_view.show_probe(result)
+        merged = run(output, shards, listener=terminal, **options)
+    console.show_json(merged.to_json()) if json else views.show_merged(merged)
+
+
+@app.command("list")
+@config_options(ExtractConfig, ["Input"], only=["limit"])
+def list_images(images: Images, **options: Any) -> int:
+    """List images once, with sizes and times, so that shards need not search for them again: extract @list.txt.
+
+    [dim]fpnx list photos/ > list.txt[/dim]
+
+    [dim]fpnx list photos/ scans/ --limit 1000 > list.txt[/dim]
+    """
+    from fpnx.cli import console
+    from fpnx.commands.list import list_images as run
+
+    result = run(images, **options)
+    sys.stdout.flush()
+    sys.stdout.buffer.writelines(result.lines)
+    sys.stdout.buffer.flush()
+    with console.Terminal() as terminal:
+        for text in result.messages:
+            terminal.message(text)
+    return result.exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
