@@ -20,6 +20,7 @@ from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.text import escape, plural
 from fpnx.core.train_config import TrainConfig
 from fpnx.core.training_summary import TrainingSummary
+from fpnx.evaluation.coco_library import coco_library
 from fpnx.evaluation.scores import Scores
 from fpnx.extraction.run import library_versions
 from fpnx.images.decoding import pillow_limits
@@ -98,6 +99,8 @@ class _Run:
         self._data, self._output, self._config = data, output, config
         self._processes, self._listener, self._stop = processes, listener, stop
         self._precision = precision
+        if data.labels.task == "detection" and data.validation:
+            coco_library()  # told now where it is not installed, and not after the first epoch
         head = create_head(
             data.head, data.model, len(data.labels.categories), seed=config.seed, settings=self._head_settings()
         )
@@ -151,6 +154,7 @@ class _Run:
                 self._listener.message(_epoch_line(trainer))
 
         finished = trainer.run(keep)
+        trainer.failed = dict(self._processes.gather(sorted(trainer.failed.items())))
         result = self._result(trainer, plan)
         if first and trainer.best:
             self._write(trainer, result)

@@ -136,6 +136,7 @@ def corrupted_masks(masks: Path, folder: Path, corrupt: Corruption) -> Path:
     return folder
 
 
+@pytest.mark.timeout(1200)  # of the slow ones
 @pytest.mark.parametrize(
     "head", [pytest.param(head, marks=pytest.mark.slow if head in SLOW else ()) for head in SETTINGS]
 )

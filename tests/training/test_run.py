@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from fpnx.commands.train import train
 from fpnx.core.errors import FpnxError
 from fpnx.models.heads.trained_file import load_trained
 from tests.helpers.files import ROOT
-from tests.helpers.process import document, process
+from tests.helpers.process import document
 from tests.helpers.shapes import draw_scenes, write_coco, write_folders, write_masks
 from tests.helpers.training import ABOVE, MODEL, assert_same_weights
 
@@ -105,23 +106,24 @@ def command(scenes: Path, output: str, *more: object) -> list[str]:
 
 
 def test_a_killed_run_continues_to_the_same_weights(scenes: Path, tmp_path: Path) -> None:
-    assert process(*command(scenes, "whole.safetensors", "--log", "whole.jsonl"), cwd=tmp_path).returncode == 0
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    images, labels = inputs(scenes, "fcos")
+    options = {**MODEL, **ABOVE, "epochs": 4}
+    train(images, labels, tmp_path / "whole.safetensors", log=tmp_path / "whole.jsonl", **options)
     arguments = [sys.executable, "-m", "fpnx", *command(scenes, "cut.safetensors", "--log", "cut.jsonl", "--resume")]
-    part = tmp_path / "cut.safetensors.part"
-    for epochs in (1, 2):
-        with subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
-            assert running.stderr is not None
-            for line in running.stderr:
-                if line.startswith(f"fpnx: epoch {epochs} of"):
-                    time.sleep(0.05 * epochs)
-                    break
-            running.send_signal(signal.SIGKILL)
-        assert part.exists()
-        assert not (tmp_path / "cut.safetensors").exists()
-    done = process(*command(scenes, "cut.safetensors", "--log", "cut.jsonl", "--resume"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same_weights(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    output, part = tmp_path / "cut.safetensors", tmp_path / "cut.safetensors.part"
+    with subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("fpnx: epoch 2 of"):
+                time.sleep(0.1 * random.random())
+                break
+        running.send_signal(signal.SIGKILL)
+    assert part.exists()
+    assert not output.exists()
+    continued = train(images, labels, output, log=tmp_path / "cut.jsonl", resume=True, **options)
+    assert len(continued.epochs) == 4
+    assert_same_weights(tmp_path / "whole.safetensors", output)
     assert not part.exists()
     logs = [
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
