@@ -119,7 +119,7 @@ class _Canvas(_Sheet):
 
     def __init__(self, photo: Image.Image) -> None:
         longer = max(photo.size)
-        scale = min(max(1.0, LEAST_SIDE / longer), 64.0) if longer < MOST_SIDE else MOST_SIDE / longer
+        scale = max(1.0, LEAST_SIDE / longer) if longer < MOST_SIDE else MOST_SIDE / longer
         self.size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
         self.photo = photo.convert("RGB").resize(self.size, Image.Resampling.LANCZOS)
         width, height = max(self.size[0], LEAST_WIDTH), max(self.size[1], LEAST_HEIGHT)
