@@ -89,6 +89,7 @@ def test_a_batch_that_does_not_fit_is_named_and_skipped(result: BenchmarkResult)
         assert not case.end_to_end
 
 
+@pytest.mark.slow
 def test_kinds_of_pyramid_are_columns_of_one_table(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fpnx.cli.benchmark_view import show_benchmark
 

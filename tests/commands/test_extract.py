@@ -432,7 +432,13 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, samples:
     assert (tmp_path / "600.h5").stat().st_size < 4e6
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, 143, id="term", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupts_say_what_is_kept(tmp_path: Path, samples: Path, signum: signal.Signals, code: int) -> None:
     copied(samples, tmp_path / "many", 120)
     arguments = ["extract", "many", *TINY, "--batch-size", "1", "--json"]

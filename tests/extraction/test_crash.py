@@ -296,6 +296,7 @@ def test_ragged_runs_with_broken_headers_resume(many: Path, tmp_path: Path) -> N
     assert verify(tmp_path / "out.h5").exit_code == 0
 
 
+@pytest.mark.slow
 def test_two_runs_started_together_ten_times(runs: Runs, many: Path, reference: Path) -> None:
     output = runs.cwd / "both.h5"
     line = ("extract", many, "-o", output, "--max-failed", "1", *LINE)

@@ -139,6 +139,7 @@ def test_images_are_batched_by_padded_size(hub, tmp_path):
         assert store["0.png"].input_size == (64, 70)
 
 
+@pytest.mark.slow
 def test_the_recipe_gives_the_detectors_sizes():
     rng = np.random.default_rng(0)
     transform = GeneralizedRCNNTransform(800, 1333, [0.0] * 3, [1.0] * 3).eval()

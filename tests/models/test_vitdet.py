@@ -138,6 +138,7 @@ def pyramid(state: Parameters, x: Tensor) -> dict[str, Tensor]:
     return levels | {"P6": levels["P5"][:, :, ::2, ::2]}
 
 
+@pytest.mark.slow
 def test_levels_equal_the_definition(tmp_path: Path) -> None:
     """Up to the first block of global attention; the blocks behind it are of the same two kinds."""
     state = checkpoint()
