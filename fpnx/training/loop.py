@@ -116,6 +116,10 @@ class Trainer:
         self._config, self._processes, self._listener, self._stop = config, processes, listener, stop
         self._training, self._precision = list(training), precision
         self._averaged = network.averaged_copy() if config.ema else network
+        # Tensors stay the same ones; their values are changed in place.
+        self._averages = list(
+            zip(self._averaged.trained_state().values(), network.trained_state().values(), strict=True)
+        )
         self._optimiser = torch.optim.AdamW(network.groups(learning_rate, config.weight_decay, BACKBONE_SHARE))
         self._peaks = [group["lr"] for group in self._optimiser.param_groups]
         self._parameters = [each for group in self._optimiser.param_groups for each in group["params"]]
@@ -263,12 +267,11 @@ class Trainer:
         if self._averaged is self._network:
             return
         decay = min(self._config.ema, (1 + self._updates) / (WARM_AVERAGE + self._updates))
-        now, averaged = self._network.trained_state(), self._averaged.trained_state()
-        for name, value in averaged.items():
-            if value.is_floating_point():
-                value.lerp_(now[name], 1 - decay)
+        for averaged, now in self._averages:
+            if averaged.is_floating_point():
+                averaged.lerp_(now, 1 - decay)
             else:
-                value.copy_(now[name])
+                averaged.copy_(now)
 
     def _validated(self) -> Scores | None:
         if not self._validation:

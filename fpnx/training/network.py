@@ -56,7 +56,8 @@ class Network(nn.Module):
             for name in self._neck_parameters():
                 model.fpn.get_parameter(name).requires_grad_(True)
         self._trains_body = unfreeze != 0
-        for name in _stage_parameters(model, unfreeze):
+        self._body_parameters = tuple(_stage_parameters(model, unfreeze))
+        for name in self._body_parameters:
             model.body.get_parameter(name).requires_grad_(True)
         self.train()
 
@@ -103,8 +104,7 @@ class Network(nn.Module):
         state = {f"head.{name}": value for name, value in self.head.state_dict(keep_vars=False).items()}
         if self._trains_neck:
             state |= {f"fpn.{name}": value for name, value in self.model.fpn.state_dict().items()}
-        trained = {name for name, each in self.model.body.named_parameters() if each.requires_grad}
-        return state | {f"body.{n}": value for n, value in self.model.body.state_dict().items() if n in trained}
+        return state | {f"body.{name}": self.model.body.get_parameter(name).detach() for name in self._body_parameters}
 
     def load_trained(self, state: Mapping[str, Tensor]) -> None:
         """Set the values of `trained_state`."""

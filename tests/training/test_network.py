@@ -123,7 +123,11 @@ def test_an_averaged_copy_shares_what_is_frozen() -> None:
     copied.load_trained(state)
     assert all((value == 0.25).all() for value in copied.trained_state().values())
     assert not any((value == 0.25).all() for value in net.trained_state().values() if value.ndim > 1)
-    assert network(unfreeze=1, backbone="resnet18").averaged_copy().model.body is not net.model.body
+    tuned = network(unfreeze=1, backbone="resnet18")
+    copied = tuned.averaged_copy()
+    assert copied.model.body is not tuned.model.body
+    assert list(copied.trained_state()) == list(tuned.trained_state())
+    assert any(name.startswith("body.layer4.") for name in copied.trained_state())
 
 
 def test_maps_in_place_of_images() -> None:

@@ -81,6 +81,19 @@ def test_a_file_of_float16_is_enough(scenes: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_the_last_stage_of_the_backbone_is_trained_and_saved(scenes: Path, tmp_path: Path, ema: float) -> None:
+    images, labels = inputs(scenes, "fcos")
+    train(images, labels, tmp_path / "a.safetensors", unfreeze=1, ema=ema, learning_rate=1e-2, **MODEL, **ABOVE)
+    trained = load_trained(tmp_path / "a.safetensors").model
+    assert trained.weights.body.trained
+    before = package.create_model(**{name: MODEL[name] for name in ("backbone", "weights")}).body.state_dict()
+    changed = {name for name, value in trained.body.state_dict().items() if not torch.equal(value, before[name])}
+    last = {name for name in before if int(name.split(".")[1]) >= 14 and name.endswith((".weight", ".bias"))}
+    assert changed
+    assert changed <= last
+
+
 def test_two_runs_are_equal_and_leave_the_process_alone(scenes: Path, tmp_path: Path) -> None:
     images, labels = inputs(scenes, "fcos")
     torch.manual_seed(1)
