@@ -133,7 +133,7 @@ def show_merged(result: Merged) -> None:
 
 def show_info(store: Store) -> None:
     """Print what a file holds, and Python code that reads it."""
-    from fpnx.store.info import level_shapes, reading_snippet, region_summary, store_facts  # loads h5py
+    from fpnx.store.info import level_shapes, reading_snippet, store_facts  # loads h5py
 
     console, provenance = _stdout(), store.provenance
     facts = store_facts(store)
@@ -149,7 +149,7 @@ def show_info(store: Store) -> None:
         ("pyramid", f"{', '.join(store.levels)}, {describe_pyramid(store.pyramid, provenance.weights.pyramid)}"),
         *_checkpoint(provenance.weights),
         ("recipe", provenance.recipe),
-        *([("regions", _regions_line(region_summary(store)))] if store.has_regions else []),
+        *([("regions", _regions_line(store.regions.summary()))] if store.has_regions else []),
         ("stored as", f"{store.config['dtype']}{'' if store.has_regions else ', pool ' + store.config['pool']}"),
         ("computed in", f"{provenance.precision} on {provenance.device}"),
         ("made by", ", ".join(f"{k} {v}" for k, v in provenance.versions.items())),

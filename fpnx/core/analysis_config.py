@@ -8,17 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fpnx.core.config import PLOTS, OutputConfig
+from fpnx.core.config import OutputConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
 from fpnx.core.option import like, option
+from fpnx.core.option_groups import TASKS
 from fpnx.core.text import escape
-from fpnx.core.validation import check_fields, check_whole, freeze
+from fpnx.core.validation import PLOTS, check_fields, check_whole, freeze
 
 __all__ = ["EXPORT_FORMATS", "CompareConfig", "ExportConfig", "ProbeConfig", "checked_picture"]
 
 EXPORT_FORMATS = ("npy", "safetensors", "hloc")
-PROBE_TASKS = ("classification", "detection", "semantic")
 MAX_SEED = 2**63 - 1
 
 
@@ -76,7 +76,7 @@ class ProbeConfig(_LevelsConfig):
     )
     task: str | None = option(
         None, "classification, detection or semantic (default: by the labels).", "Labels", metavar="TASK",
-        choices=PROBE_TASKS,
+        choices=TASKS,
     )  # fmt: skip
     cells: int = option(50, "semantic: pixels drawn from each image.", "Labels", metavar="N")
     folds: int = option(5, "Parts for the cross-validation.", "Classifiers", metavar="N")

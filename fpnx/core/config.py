@@ -28,8 +28,7 @@ from fpnx.core.option_groups import (
     RunConfig,
 )
 from fpnx.core.sharding import Shard, parse_shard
-from fpnx.core.text import escape
-from fpnx.core.validation import check_fields, check_whole, freeze, parse_roi_size, several
+from fpnx.core.validation import check_fields, check_plot, check_whole, freeze, parse_roi_size, several
 
 __all__ = [
     "BenchmarkConfig",
@@ -42,7 +41,6 @@ __all__ = [
     "MODES",
     "ModelConfig",
     "OutputConfig",
-    "PLOTS",
     "PYRAMIDS",
     "PictureConfig",
     "RunConfig",
@@ -53,7 +51,6 @@ __all__ = [
 ]
 
 DRAWN_FROM = 0.5  # score of a box in a picture, where no threshold is given
-PLOTS = (".png", ".svg", ".pdf")  # endings of charts that are written
 SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
@@ -253,8 +250,8 @@ class BenchmarkConfig:
             number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
             check_whole("repeats", number, 1, 10_000, "auto or ")
             freeze(self, "repeats", number)
-        if self.plot is not None and not self.plot.lower().endswith(PLOTS):
-            raise FpnxError(f"plot {escape(self.plot)}: take a name that ends in {', '.join(PLOTS)}")
+        if self.plot is not None:
+            check_plot(self.plot)
         runs = self.runs()  # which checks every other field
         if not runs:
             raise FpnxError("no precision or no batch size: name at least one, or auto")

@@ -38,10 +38,12 @@ __all__ = [
     "PYRAMIDS",
     "PictureConfig",
     "RunConfig",
+    "TASKS",
     "TOP_BLOCKS",
 ]
 
 PYRAMIDS = ("fpn", "pafpn", "bifpn", "nasfpn", "simple", "image")
+TASKS = ("classification", "detection", "semantic")
 DTYPES = ("float32", "float16")
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16")
 TOP_BLOCKS = ("pool", "c5", "p5", "m5")

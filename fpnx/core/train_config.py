@@ -9,18 +9,15 @@ from typing import Any
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.option import like, option
-from fpnx.core.option_groups import InputConfig, ModelConfig, OutputConfig, RunConfig
-from fpnx.core.text import escape
-from fpnx.core.validation import auto_or_whole, check_fields, check_whole, freeze
+from fpnx.core.option_groups import TASKS, InputConfig, ModelConfig, OutputConfig, RunConfig
+from fpnx.core.validation import auto_or_whole, check_fields, check_plot, check_whole, freeze
 
-__all__ = ["HEAD_NAMES", "TASK_NAMES", "TrainConfig"]
+__all__ = ["HEAD_NAMES", "TrainConfig"]
 
-TASK_NAMES = ("classification", "detection", "semantic")
 HEAD_NAMES = ("classify", "fcos", "retinanet", "faster_rcnn", "mask_rcnn", "semantic")
 NECK_VARIANTS = ("full", "no-lateral", "no-top-down")
 AUGMENTATIONS = ("auto", "none")
 MAX_EPOCHS = 10_000
-PLOTS = (".png", ".svg", ".pdf")
 
 # Options that do not change what is learned, or that only name files: a run may be continued with other ones.
 WITHOUT_EFFECT = frozenset(
@@ -44,7 +41,7 @@ class TrainConfig(InputConfig, ModelConfig):
         metavar="LABELS",
     )
     task: str | None = option(
-        None, "What is learned (default: by the labels).", "Labels", metavar="TASK", choices=TASK_NAMES
+        None, "What is learned (default: by the labels).", "Labels", metavar="TASK", choices=TASKS
     )
     val: str | float = option(
         "0.15", "Images held out: a share, a label file of their own, or 0.", "Labels", metavar="FRACTION|LABELS|0"
@@ -112,8 +109,8 @@ class TrainConfig(InputConfig, ModelConfig):
             value = getattr(self, name)
             if value is not None and not (least < value < most and value >= 0):
                 raise FpnxError(f"{name.replace('_', ' ')} {value}: take a number from 0 to {most:g}, such as 0.01")
-        if self.plot is not None and not self.plot.lower().endswith(PLOTS):
-            raise FpnxError(f"plot {escape(self.plot)}: take a name that ends in {', '.join(PLOTS)}")
+        if self.plot is not None:
+            check_plot(self.plot)
         if self.resume and self.overwrite:
             raise FpnxError("resume continues a run and overwrite replaces it: give one of them")
         if self.freeze_pyramid and self.unfreeze:

@@ -16,9 +16,11 @@ from fpnx.core.option import declared_option
 from fpnx.core.text import did_you_mean, escape
 
 __all__ = [
+    "PLOTS",
     "auto_or_whole",
     "check_choice",
     "check_fields",
+    "check_plot",
     "check_whole",
     "checked_size",
     "freeze",
@@ -32,6 +34,8 @@ __all__ = [
     "several",
     "three_numbers",
 ]
+
+PLOTS = (".png", ".svg", ".pdf")  # endings of charts that are written
 
 SIZES = ("recipe", "native")
 MAX_ROI_SIDE = 64  # cells
@@ -221,6 +225,12 @@ def _is_of(value: object, kind: Any) -> bool:
 def freeze(config: object, name: str, value: object) -> None:
     """Set a field of a frozen config; only for its own `__post_init__`."""
     object.__setattr__(config, name, value)
+
+
+def check_plot(name: str) -> None:
+    """Refuse a name for a plot that does not end in one of `PLOTS`."""
+    if not name.lower().endswith(PLOTS):
+        raise FpnxError(f"plot {escape(name)}: take a name that ends in {', '.join(PLOTS)}")
 
 
 def check_whole(what: str, value: object, least: int, most: int, prefix: str = "") -> None:

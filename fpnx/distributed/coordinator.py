@@ -183,7 +183,7 @@ class _DistributedRun:
             self.plan,
             config=replace(self.plan.config, actors=placement.actors, cpus=placement.cpus),
             devices=(device,),
-            workers=decode_threads(self.config, self.plan.listing, placement.cpus),
+            workers=decode_threads(self.config.workers, self.plan.listing, placement.cpus),
             cpus=placement.cpus,
         )
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,12 @@ from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.events import Listener
 from fpnx.core.files import check_space, free_bytes
-from fpnx.core.plan_summary import LevelShape, PlanSummary, RegionSummary
+from fpnx.core.plan_summary import LevelShape, PlanSummary
 from fpnx.core.system import usable_cpus
 from fpnx.core.validation import parse_pool
 from fpnx.extraction.regions import PlannedRegions, RunBoxes
-from fpnx.images.decoding import upright_size
+from fpnx.images.decoding import upright_sizes
 from fpnx.images.listing import Listing
-from fpnx.images.reading import ImageSource
 from fpnx.inference.devices import resolve_device, resolve_precision
 from fpnx.inference.engine_cache import EngineCache
 from fpnx.inference.region_pooling import RegionPooling
@@ -113,7 +110,7 @@ class Plan:
             work=self.model.work,
             level_names=self.model.levels,
             levels=self.shapes,
-            regions=self._region_summary(),
+            regions=None if self.layout.regions is None else self.layout.regions.summary(self.layout.dtype),
             recipe=self.recipe.to_json(),
             recipe_text=str(self.recipe),
             devices=tuple(map(str, self.devices)),
@@ -124,21 +121,6 @@ class Plan:
             bytes_free=self.bytes_free,
             fingerprint=self.layout.fingerprint,
             head=self.head,
-        )
-
-    def _region_summary(self) -> RegionSummary | None:
-        layout = self.layout.regions
-        if layout is None:
-            return None
-        channels, height, width = layout.shape
-        return RegionSummary(
-            count=len(layout),
-            images=len(np.unique(layout.image)),
-            classes=len(layout.names),
-            channels=channels,
-            height=height,
-            width=width,
-            bytes_per_region=channels * height * width * np.dtype(self.layout.dtype).itemsize,
         )
 
 
@@ -184,7 +166,7 @@ def make_plan(
     if regions is not None:
         identity["regions"] = regions.identity()
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
-    workers = decode_threads(config, listing, cpus)
+    workers = decode_threads(config.workers, listing, cpus)
     existing = _file_to_resume(output, config) or finished if stored else None
     done_before = 0
     if existing is not None:
@@ -255,11 +237,11 @@ def fingerprint_fields(model: PyramidModel, recipe: Recipe, config: ExtractConfi
     return {name: list(value) if isinstance(value, tuple) else value for name, value in identity.items()}
 
 
-def decode_threads(config: ExtractConfig, listing: Listing, cpus: int) -> int:
-    """Number of decode threads: `--workers`, else one for each core, or the most where images come over a network,
-    since the threads then mostly wait."""
-    if isinstance(config.workers, int):
-        return config.workers
+def decode_threads(workers: str | int, listing: Listing, cpus: int) -> int:
+    """Number of decode threads: `--workers`, or for `"auto"` one for each core, or the most where images come over a
+    network, since the threads then mostly wait."""
+    if isinstance(workers, int):
+        return workers
     return (
         MAX_DECODE_THREADS if any(is_url(source.path) for source in listing.sources) else min(MAX_DECODE_THREADS, cpus)
     )
@@ -293,22 +275,15 @@ def _input_sizes(
         sizes[:] = recipe.input_size((1, 1), max_pixels, model.largest_scale)
         return sizes, errors
 
-    def measure(source: ImageSource) -> tuple[int, int] | ImageError:
-        try:
-            return recipe.input_size(upright_size(source, max_pixels), max_pixels, model.largest_scale)
-        except ImageError as error:
-            return error
-
-    threads = ThreadPoolExecutor(max(workers, 4))
-    try:
-        for i, size in enumerate(_map_ordered(threads, measure, listing.sources, 256)):
-            if isinstance(size, ImageError):
-                errors[i] = str(size)
-            else:
-                sizes[i] = size
+    with closing(upright_sizes(listing.sources, max_pixels, workers)) as measured:
+        for i, source_size in enumerate(measured):
+            try:
+                if isinstance(source_size, ImageError):
+                    raise source_size
+                sizes[i] = recipe.input_size(source_size, max_pixels, model.largest_scale)
+            except ImageError as error:
+                errors[i] = str(error)
             listener.progress("headers", i + 1, count)
-    finally:
-        threads.shutdown(cancel_futures=True)
     return sizes, errors
 
 
@@ -338,16 +313,3 @@ def _stored_shapes(model: PyramidModel, size: tuple[int, int], pool: str) -> dic
     if pooled is None:
         return shapes
     return {level: (shape[0], *pooled) for level, shape in shapes.items()}
-
-
-def _map_ordered(
-    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any], depth: int
-) -> Iterator[Any]:
-    """Results of `function` in order, computed in `pool` with at most `depth` items in progress."""
-    futures: deque[Future[Any]] = deque()
-    for item in items:
-        futures.append(pool.submit(function, item))
-        if len(futures) >= depth:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()

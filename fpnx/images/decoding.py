@@ -6,7 +6,9 @@ import importlib.util
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -24,7 +26,7 @@ from fpnx.images.color_profile import is_srgb
 from fpnx.images.reading import ImageSource, open_source
 from fpnx.images.value_mapping import SampleType, map_to_bytes
 
-__all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_rgb", "upright_size"]
+__all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_rgb", "upright_size", "upright_sizes"]
 
 AS_TAGGED = PixelOptions()
 Note = Callable[[str], None]  # takes a kind of `fpnx.core.image_notes`
@@ -37,6 +39,7 @@ DAMAGED = (
     ("PNG", rb"\x89PNG"),
 )
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+MIN_HEADER_THREADS, HEADERS_AHEAD = 4, 256  # threads that read headers, and headers that they may be ahead
 BACKGROUND = (255, 255, 255)  # colour behind transparent pixels
 EXIF_ORIENTATION = 0x0112
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 0x0102, 0x0106, 0x0153  # TIFF tags
@@ -77,6 +80,33 @@ def upright_size(source: ImageSource, max_pixels: int) -> tuple[int, int]:
     with _opened(source, max_pixels, whole=False) as opened:
         width, height = opened.size
         return (width, height) if opened.orientation >= 5 else (height, width)
+
+
+def upright_sizes(
+    sources: Sequence[ImageSource], max_pixels: int, threads: int
+) -> Generator[tuple[int, int] | ImageError, None, None]:
+    """(height, width) of each image as `upright_size` gives it, in order; the error where it cannot be read.
+
+    Headers are read in at least `MIN_HEADER_THREADS` threads, a bounded number ahead. Close it where it is not used up.
+    """
+
+    def measure(source: ImageSource) -> tuple[int, int] | ImageError:
+        try:
+            return upright_size(source, max_pixels)
+        except ImageError as error:
+            return error
+
+    pool = ThreadPoolExecutor(max(threads, MIN_HEADER_THREADS), "fpnx-headers")
+    reading: deque[Future[tuple[int, int] | ImageError]] = deque()
+    try:
+        for source in sources:
+            reading.append(pool.submit(measure, source))
+            if len(reading) >= HEADERS_AHEAD:
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class PixelBudget:

@@ -153,11 +153,7 @@ class Engine:
 
     def batch(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> Tensor:
         """The network's input of a padded size (height, width): (B, 3, H, W) float32, channels last."""
-        if len({image.shape for image in pixels}) == 1:
-            stacked = torch.from_numpy(np.stack(pixels)).to(self.device)
-            return self.recipe.pad(self.recipe.normalise(stacked), padded)
-        each = [self.recipe.normalise(torch.from_numpy(np.stack([image])).to(self.device)) for image in pixels]
-        return torch.cat([self.recipe.pad(image, padded) for image in each])
+        return self.recipe.batch(pixels, padded, self.device)
 
     def pooled_regions(
         self, levels: Mapping[str, Tensor], boxes: Sequence[np.ndarray] | None, scaled_level: str | None

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["TASKS", "Category", "Dropped", "ImageLabels", "LabelSet", "Segment", "Task"]
+__all__ = ["Category", "Dropped", "ImageLabels", "LabelSet", "Segment", "Task"]
 
 Task = Literal["classification", "detection", "semantic"]
-TASKS: tuple[Task, ...] = ("classification", "detection", "semantic")
 
 # The outline of one object: polygons, each (x1, y1, x2, y2, …) in pixels, or COCO's run-length encoding
 # `{"size": [height, width], "counts": [...] | str}`.

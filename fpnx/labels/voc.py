@@ -1,7 +1,7 @@
 """Pascal VOC's XML files: one for each image, with `<object><name>…</name><bndbox>…</bndbox></object>`.
 
 VOC counts pixels from 1 and includes the last: a box from 1 to the width covers the whole image, so that x1 = xmin − 1
-and x2 = xmax in continuous coordinates. Files of tools that count from 0 are told by a 0 among the corners.
+and x2 = xmax in continuous coordinates. Files of tools that count from 0 are recognised by a 0 among the corners.
 """
 
 from __future__ import annotations

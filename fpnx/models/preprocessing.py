@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -161,6 +162,24 @@ class Recipe:
         if (height, width) == size:
             return images
         return F.pad(images, (0, size[1] - width, 0, size[0] - height))
+
+    def batch(
+        self, pixels: Sequence[np.ndarray], padded: tuple[int, int], device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """The network's input for resized images (h, w, 3), 0..255, of one padded size.
+
+        Args:
+            pixels: of each image, as `resize` gives them.
+            padded: (height, width) after padding.
+            device: where it is made.
+
+        Returns:
+            (B, 3, H, W) float32, channels last.
+        """
+        if len({image.shape for image in pixels}) == 1:
+            return self.pad(self.normalise(torch.from_numpy(np.stack(pixels)).to(device)), padded)
+        each = [self.normalise(torch.from_numpy(np.stack([image])).to(device)) for image in pixels]
+        return torch.cat([self.pad(image, padded) for image in each])
 
     def __call__(self, picture: Image.Image, scale: float = 1.0) -> torch.Tensor:
         """One RGB image → (3, H, W) float32 network input, padding included, at `scale` times the recipe's size."""

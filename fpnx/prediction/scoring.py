@@ -364,7 +364,7 @@ def _joined(predicted: Sequence[Category], labels: LabelSet) -> tuple[tuple[Cate
         if shift not in (0, 1):
             raise FpnxError(
                 f"labels {escape(labels.path)}: {plural(len(categories), 'class')}, and the weights have "
-                f"{len(predicted)} without names: they cannot be told which is which"
+                f"{len(predicted)} without names: nothing says which is which"
             )
         pairs = [i - shift if i >= shift else None for i in range(len(predicted))]
     else:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fpnx.core.plan_summary import LevelShape, RegionSummary
+from fpnx.core.plan_summary import LevelShape
 
 if TYPE_CHECKING:
     from fpnx.store.reader import Store
 
 
-__all__ = ["exceeds_float16", "level_shapes", "reading_snippet", "region_summary", "store_facts", "too_large_levels"]
+__all__ = ["exceeds_float16", "level_shapes", "reading_snippet", "store_facts", "too_large_levels"]
 
 MAX_SAMPLES = 8  # images whose values are read to tell infinite values from NaN
 
@@ -43,27 +43,12 @@ def store_facts(store: Store) -> dict[str, Any]:
         "nonfinite": store.nonfinite_by_level(),
         "too_large": list(too_large_levels(store)),
         "levels": [shape.to_json() for shape in level_shapes(store)],
-        **({"regions": region_summary(store).to_json()} if store.has_regions else {}),
+        **({"regions": store.regions.summary().to_json()} if store.has_regions else {}),
         "failed": [{"path": path, "reason": reason} for path, reason in store.failures()],
         "config": store.config,
         "fingerprint": store.fingerprint,
         "provenance": store.provenance.to_json(),
     }
-
-
-def region_summary(store: Store) -> RegionSummary:
-    """Number and shape of the regions of a file of regions."""
-    regions = store.regions
-    channels, height, width = regions.features.shape[1:]
-    return RegionSummary(
-        count=len(regions),
-        images=len(np.unique(regions.image)),
-        classes=len(regions.names),
-        channels=channels,
-        height=height,
-        width=width,
-        bytes_per_region=channels * height * width * regions.features.dtype.itemsize,
-    )
 
 
 def exceeds_float16(values: np.ndarray) -> bool:

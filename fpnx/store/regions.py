@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fpnx.core.plan_summary import RegionSummary
+
 __all__ = ["REGION_TABLES", "RegionBatch", "RegionLayout", "Regions", "first_rows"]
 
 # Per region: name, dtype and shape of one row of the datasets in /regions, besides the features.
@@ -37,6 +39,10 @@ class RegionLayout:
 
     def __len__(self) -> int:
         return len(self.image)
+
+    def summary(self, dtype: Any) -> RegionSummary:
+        """Number and shape of the regions, stored in `dtype`."""
+        return _summary(self.image, self.names, self.shape, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +95,10 @@ class Regions:
         first, last = np.searchsorted(self.image, (index, index + 1)).tolist()
         return slice(first, last)
 
+    def summary(self) -> RegionSummary:
+        """Number and shape of the regions."""
+        return _summary(self.image, self.names, self.features.shape[1:], self.features.dtype)
+
     def __repr__(self) -> str:
         return f"Regions({len(self)}, {'×'.join(map(str, self.features.shape[1:]))})"
 
@@ -101,3 +111,16 @@ def first_rows(image: np.ndarray, count: int) -> np.ndarray:
         count: number of images.
     """
     return np.searchsorted(image, np.arange(count + 1))
+
+
+def _summary(image: np.ndarray, names: Mapping[int, str], shape: tuple[int, int, int], dtype: Any) -> RegionSummary:
+    channels, height, width = shape
+    return RegionSummary(
+        count=len(image),
+        images=len(np.unique(image)),
+        classes=len(names),
+        channels=channels,
+        height=height,
+        width=width,
+        bytes_per_region=channels * height * width * np.dtype(dtype).itemsize,
+    )

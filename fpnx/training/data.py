@@ -6,17 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from fpnx.core.errors import FpnxError
+from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.events import Listener
 from fpnx.core.system import usable_cpus
 from fpnx.core.text import escape, plural
 from fpnx.core.train_config import TrainConfig
+from fpnx.extraction.plan import decode_threads
+from fpnx.images.decoding import upright_sizes
 from fpnx.images.listing import find_images
 from fpnx.labels.annotations import ImageLabels, LabelSet
 from fpnx.labels.matching import Matched, match_labels
@@ -28,7 +30,7 @@ from fpnx.models.pyramid_model import PyramidModel
 from fpnx.store.reader import DONE, Store
 from fpnx.store.shard_set import open_store
 from fpnx.training.batches import Source
-from fpnx.training.image_batches import ImageBatches, header_sizes
+from fpnx.training.image_batches import ImageBatches
 from fpnx.training.model import model_for_images, model_of_store
 from fpnx.training.split import held_out
 from fpnx.training.tap_batches import TapBatches
@@ -36,7 +38,6 @@ from fpnx.training.targets import TargetMaker
 
 __all__ = ["TrainingData", "is_store", "open_data"]
 
-MAX_DECODE_THREADS = 8
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
@@ -144,9 +145,13 @@ def _from_images(inputs: Sequence[str | os.PathLike[str]], config: TrainConfig, 
     kind = _head(config, found.labels)
     model = model_for_images(config, kind)
     make = TargetMaker(found.labels, masks=kind.needs_masks)
-    workers = config.workers if isinstance(config.workers, int) else min(MAX_DECODE_THREADS, usable_cpus())
+    workers = decode_threads(config.workers, listing, usable_cpus())
     images = [listing.sources[place] for place in found.places]
-    sizes = header_sizes(images, config.max_pixels, workers, listener)
+    sizes: list[tuple[int, int] | str] = []
+    with closing(upright_sizes(images, config.max_pixels, workers)) as measured:
+        for size in measured:
+            sizes.append(str(size) if isinstance(size, ImageError) else size)
+            listener.progress("headers", len(sizes), len(images))
     source = ImageBatches(images, found.each, sizes, model, make, max_pixels=config.max_pixels, workers=workers)
     return _data(found, kind, model, make, source, config, escape(listing.root), names, sizes)
 

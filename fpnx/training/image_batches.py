@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fpnx.core.errors import FpnxError, ImageError
-from fpnx.core.events import Listener
 from fpnx.core.text import escape
-from fpnx.images.decoding import PixelBudget, decode, upright_size
+from fpnx.images.decoding import PixelBudget, decode
 from fpnx.images.reading import ImageSource
 from fpnx.labels.annotations import ImageLabels
 from fpnx.models.heads.base import Geometry, Target
@@ -25,26 +23,7 @@ from fpnx.training.augmentation import augmented
 from fpnx.training.batches import Batch, Draw, Inputs, empty_batch, random_seed
 from fpnx.training.targets import TargetMaker, padded_target, resized_target
 
-__all__ = ["ImageBatches", "header_sizes"]
-
-
-def header_sizes(
-    images: Sequence[ImageSource], max_pixels: int, workers: int, listener: Listener
-) -> list[tuple[int, int] | str]:
-    """(height, width) of each upright image, from its header; the reason where it cannot be read."""
-
-    def measure(image: ImageSource) -> tuple[int, int] | str:
-        try:
-            return upright_size(image, max_pixels)
-        except ImageError as error:
-            return str(error)
-
-    sizes: list[tuple[int, int] | str] = []
-    with ThreadPoolExecutor(max(workers, 4), "fpnx-headers") as threads:
-        for i, measured in enumerate(threads.map(measure, images)):
-            sizes.append(measured)
-            listener.progress("headers", i + 1, len(images))
-    return sizes
+__all__ = ["ImageBatches"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,7 @@ class ImageBatches:
     Args:
         images: the files.
         labels: of each image.
-        sizes: (height, width) of each, as `header_sizes` gives them.
+        sizes: (height, width) of each upright image; the reason where it cannot be read.
         model: whose input the batches are, by its recipe.
         make: makes the targets.
         max_pixels: of an image and of the input.
@@ -177,16 +156,8 @@ class ImageBatches:
     def _inputs(self, samples: Sequence[_Sample], padded: tuple[int, int]) -> Inputs:
         scales = self._model.scales
         if not scales:
-            return self._normalised([sample.pixels[0] for sample in samples], padded)
+            return self._recipe.batch([sample.pixels[0] for sample in samples], padded)
         return {
-            name: self._normalised([sample.pixels[i] for sample in samples], scaled_size(padded, scale))
+            name: self._recipe.batch([sample.pixels[i] for sample in samples], scaled_size(padded, scale))
             for i, (name, scale) in enumerate(scales.items())
         }
-
-    def _normalised(self, pixels: Sequence[np.ndarray], padded: tuple[int, int]) -> Tensor:
-        """(B, 3, H, W) float32, channels last, padded."""
-        recipe = self._recipe
-        if len({each.shape for each in pixels}) == 1:
-            return recipe.pad(recipe.normalise(torch.from_numpy(np.stack(pixels))), padded)
-        each = [recipe.normalise(torch.from_numpy(np.stack([one]))) for one in pixels]
-        return torch.cat([recipe.pad(image, padded) for image in each])

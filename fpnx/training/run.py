@@ -100,7 +100,7 @@ class _Run:
         self._processes, self._listener, self._stop = processes, listener, stop
         self._precision = precision
         if data.labels.task == "detection" and data.validation:
-            coco_library()  # told now where it is not installed, and not after the first epoch
+            coco_library()  # raises now where it is not installed, and not after the first epoch
         head = create_head(
             data.head, data.model, len(data.labels.categories), seed=config.seed, settings=self._head_settings()
         )

@@ -1,4 +1,4 @@
-"""Formats are told by content, and what is no label file is refused in one line."""
+"""Formats are recognised by content, and what is no label file is refused in one line."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fpnx.core.config import ModelConfig
 from fpnx.core.errors import FpnxError
+from fpnx.core.option_groups import TASKS
 from fpnx.core.provenance import ModelPart
 from fpnx.core.text import escape
-from fpnx.labels.annotations import TASKS, Category, Task
+from fpnx.labels.annotations import Category, Task
 from fpnx.models.factory import NeckPlan, build_model, describe_model
 from fpnx.models.heads.base import Head
 from fpnx.models.heads.registry import create_head
@@ -104,8 +105,8 @@ def load_trained(path: str | os.PathLike[str], config: ModelConfig | None = None
         state = {name: value for name, value in checkpoint.state.items() if not name.startswith(PREFIX)}
         _fill(head, state)
     except FpnxError as error:
-        told = str(error)
-        raise FpnxError(told if told.startswith(escape(file)) else f"{escape(file)}: {told}") from error
+        reason = str(error)
+        raise FpnxError(reason if reason.startswith(escape(file)) else f"{escape(file)}: {reason}") from error
     return TrainedModel(
         model=model,
         head=head.eval(),
