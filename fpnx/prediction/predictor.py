@@ -24,7 +24,7 @@ from fpnx.models.heads.framework import FRAMEWORKS, framework_head
 from fpnx.models.heads.trained_file import load_trained
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
-from fpnx.models.weights.checkpoints import read_checkpoint
+from fpnx.models.weights.checkpoints import read_checkpoint, read_description
 from fpnx.models.weights.resolve import is_weights_file
 from fpnx.models.weights.torchvision import detector_of, find_published
 
@@ -111,8 +111,7 @@ def _trained(config: ExtractConfig) -> Predictor | None:
     file = Path(config.weights)
     if not is_weights_file(config.weights) or not file.is_file():
         return None
-    checkpoint = read_checkpoint(file, config.weights_key)
-    if "head" not in (checkpoint.description or {}):
+    if "head" not in read_description(file):
         return None
     trained = load_trained(file, config)
     weights = trained.model.weights

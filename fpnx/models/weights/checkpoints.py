@@ -24,7 +24,7 @@ from fpnx.core.files import atomic_write
 from fpnx.core.text import escape
 from fpnx.core.warning_filters import ignored_warnings
 
-__all__ = ["AVERAGES", "SUFFIXES", "Checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["AVERAGES", "SUFFIXES", "Checkpoint", "read_checkpoint", "read_description", "write_checkpoint"]
 
 FORMAT = "fpnx-weights"
 FORMAT_VERSION = 1
@@ -114,6 +114,19 @@ def read_checkpoint(file: Path, key: str | None = None, *, averages_first: bool 
     except READ_ERRORS as error:
         raise FpnxError(f"cannot read weights from {escape(file)}: {_reason(error)}") from error
     return _extract_state_dict(content, file, key, averages_first)
+
+
+def read_description(file: Path) -> Mapping[str, Any]:
+    """The description that `write_checkpoint` adds, from the header alone where the file is safetensors; else empty.
+
+    Raises:
+        FpnxError: as `read_checkpoint` does.
+    """
+    try:
+        with safetensors.safe_open(file, framework="pt") as handle:
+            return _parse_description((handle.metadata() or {}).get("fpnx"), file) or {}
+    except (safetensors.SafetensorError, OSError):  # of another kind, or damaged
+        return read_checkpoint(file).description or {}
 
 
 def _other_content(file: Path, start: bytes) -> str:
