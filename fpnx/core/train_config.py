@@ -53,8 +53,17 @@ class TrainConfig(InputConfig, ModelConfig):
     convolutions: int | None = option(
         None, "Of fcos and retinanet, before the last one (default 4).", "Training", metavar="N"
     )
+    box_samples: int | None = option(
+        None,
+        "Of faster_rcnn and mask_rcnn: boxes of an image whose class is trained on (default 512).",
+        "Training",
+        metavar="N",
+    )
     epochs: str | int = option(
         "auto", "auto: until the validation score no longer rises.", "Training", metavar="auto|N", complete=("auto",)
+    )
+    val_interval: int = option(
+        1, "Epochs from one validation to the next; the last epoch is always validated.", "Training", metavar="N"
     )
     patience: int = option(5, "With --epochs auto: epochs without a better score.", "Training", metavar="N")
     batch_size: int = option(8, "Images in one step, over all processes together.", "Training", metavar="N")
@@ -103,6 +112,9 @@ class TrainConfig(InputConfig, ModelConfig):
         freeze(self, "val", _validation(self.val))
         if self.convolutions is not None:
             check_whole("convolutions", self.convolutions, 1, 16)
+        if self.box_samples is not None:
+            check_whole("box samples", self.box_samples, 1, 65536)
+        check_whole("val interval", self.val_interval, 1, MAX_EPOCHS)
         check_whole("patience", self.patience, 1, MAX_EPOCHS)
         check_whole("batch size", self.batch_size, 1, 65536)
         for name, least, most in (("learning_rate", 0.0, 10.0), ("weight_decay", -1.0, 10.0), ("ema", -1.0, 1.0)):

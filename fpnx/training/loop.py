@@ -45,7 +45,7 @@ class Epoch:
         learning_rate: at its end.
         images: trained on.
         seconds: of training and validation.
-        score: the main score on the images held out; None without such images.
+        score: the main score on the images held out; None where the epoch was not validated.
         scores: all of them.
     """
 
@@ -90,7 +90,8 @@ class Trainer:
 
     Attributes:
         history: of the epochs that are done.
-        best: number of the epoch with the best score, from 1; 0 before the first.
+        best: number of the epoch with the best score, from 1, or of the last one where none has a score; 0 before the
+            first.
         best_scores: of that epoch; None without images that are held out.
         best_state: the averaged parameters of that epoch.
         failed: name → reason, for images that could not be read.
@@ -210,7 +211,7 @@ class Trainer:
         means = {name: value / images for name, value in totals.items()} if images else {}
         if not images:
             raise FpnxError("no image of the training could be read: see the messages above")
-        scores = self._validated()
+        scores = self._validated(epoch + 1)
         self._finish_epoch(means, rate, images, time.perf_counter() - started, scores)
         return True
 
@@ -273,8 +274,9 @@ class Trainer:
             else:
                 averaged.copy_(now)
 
-    def _validated(self) -> Scores | None:
-        if not self._validation:
+    def _validated(self, number: int) -> Scores | None:
+        """The scores of this epoch, where it is one that is validated."""
+        if not self._validation or (number % self._config.val_interval and number != self.schedule.epochs):
             return None
         self._averaged.eval()
         scores, failed = validation_scores(
@@ -297,13 +299,13 @@ class Trainer:
             scores={} if scores is None else dict(scores.values),
         )
         best = max((each.score for each in self.history if each.score is not None), default=-math.inf)
-        if epoch.score is None or epoch.score >= best:
+        if epoch.score >= best if epoch.score is not None else best == -math.inf:
             self.best, self.best_scores = epoch.number, scores
             self.best_state = {
                 name: value.detach().cpu().clone() for name, value in self._averaged.trained_state().items()
             }
         self.history.append(epoch)
-        if self._validation:
+        if scores is not None:
             self.schedule.after_epoch([each.score for each in self.history])
 
     def _note_failures(self, failed: Sequence[tuple[int, str]]) -> None:

@@ -196,6 +196,8 @@ class _Run:
         settings: dict[str, Any] = {}
         if self._config.convolutions is not None:
             settings["convolutions"] = self._config.convolutions
+        if self._config.box_samples is not None:
+            settings["box_samples"] = self._config.box_samples
         if self._data.labels.multi_label and self._data.head == "classify":
             settings["multi_label"] = True
         return settings

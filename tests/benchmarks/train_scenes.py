@@ -197,7 +197,7 @@ class Workplace:
             if (run := json.loads(line))["command"] == list(command):
                 return run["result"]
         started = time.perf_counter()
-        output = str(self.folder / "model.safetensors")
+        output = str(self.folder / f"model-{os.getpid()}.safetensors")
         result = json.loads(fpnx("train", *command, "-o", output, "--overwrite", "--json"))
         run = {"command": list(command), "result": result, "wall_seconds": time.perf_counter() - started}
         with file.open("a") as runs:

@@ -376,6 +376,17 @@ def test_thresholds_are_set_on_the_head(kind: str) -> None:
         assert len(head.predict(levels, geometry)[0].boxes) > len(few.boxes)
 
 
+def test_classes_are_trained_on_as_many_boxes_as_asked_for() -> None:
+    geometry = Geometry(padded=(64, 96), sizes=SIZES)
+    for samples in (4, 16):
+        head = head_of("faster_rcnn", box_samples=samples).train()
+        pooled = []
+        head.roi_heads.box_roi_pool.register_forward_hook(lambda *call: pooled.append(len(call[-1])))  # noqa: B023
+        with isolated_torch_state(0):
+            head.losses(levels_for(head, (64, 96)), geometry, targets_of("faster_rcnn"))
+        assert pooled == [samples * len(SIZES)]
+
+
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_mixed_precision_trains_on_the_same_boxes(kind: str) -> None:
     head = head_of(kind).train()

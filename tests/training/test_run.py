@@ -285,6 +285,18 @@ def test_labels_of_their_own_for_validation(tmp_path: Path) -> None:
     assert counts == {"square": expected.count(0), "circle": expected.count(1), "triangle": expected.count(2)}
 
 
+def test_only_epochs_of_the_interval_and_the_last_are_validated(scenes: Path, tmp_path: Path) -> None:
+    images, labels = inputs(scenes, "classify")
+    options = {**MODEL, **SETTINGS["classify"], "epochs": 5}
+    every = train(images, labels, tmp_path / "a.safetensors", **options)
+    some = train(images, labels, tmp_path / "b.safetensors", val_interval=2, **options)
+    assert [each.score is not None for each in some.epochs] == [False, True, False, True, True]
+    assert [each.score for each in some.epochs[1::2]] == [each.score for each in every.epochs[1::2]]
+    assert some.epochs[-1].score == every.epochs[-1].score
+    scored = {each.number: each.score for each in some.epochs if each.score is not None}
+    assert scored[some.best] == max(scored.values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -306,6 +318,8 @@ def test_labels_of_their_own_for_validation(tmp_path: Path) -> None:
         ({"plot": "p.txt"}, r"plot p.txt: take a name that ends in .png, .svg, .pdf"),
         ({"learning_rate": 1e6}, r"learning rate 1000000.0: take a number from 0 to 10"),
         ({"device": "cuda:0,cuda:1"}, r"several: start with torchrun"),
+        ({"val_interval": 0}, r"val interval 0: take a whole number from 1 to 10000"),
+        ({"box_samples": 64}, r"head fcos has no setting 'box_samples': it has channels, convolutions"),
         ({"ema": 1.0}, r"ema 1.0: take a number from 0 to 1"),
         ({"epochs": 0}, r"epochs 0: take auto or a whole number from 1 to 10000"),
     ],

@@ -43,6 +43,7 @@ OCTAVE_SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # of RetinaNet's anchors
 COARSEST_POOLED = 32  # stride of the coarsest level that boxes are pooled from; the next is for proposals alone
 BOX_SIDE, MASK_SIDE = 7, 14  # cells of pooled boxes and masks
 BOX_FEATURES = 1024  # width of Faster R-CNN's two layers on pooled boxes
+BOX_SAMPLES = 512  # proposals of an image on which these are trained
 
 
 class _DetectionHead(Head):
@@ -259,6 +260,7 @@ class FasterRcnnHead(_DetectionHead):
         pyramid, classes: as for `Head`.
         channels: width of the levels; None: their own where all have the same and at most 256, else 256.
         box_features: width of the two layers on pooled boxes.
+        box_samples: proposals of an image on which these layers are trained, a quarter of them objects.
 
     Attributes:
         score_threshold, nms_threshold, max_detections: as for `FcosHead`.
@@ -270,10 +272,16 @@ class FasterRcnnHead(_DetectionHead):
     default_top_block = "pool"
 
     def __init__(
-        self, pyramid: Pyramid, classes: int, *, channels: int | None = None, box_features: int = BOX_FEATURES
+        self,
+        pyramid: Pyramid,
+        classes: int,
+        *,
+        channels: int | None = None,
+        box_features: int = BOX_FEATURES,
+        box_samples: int = BOX_SAMPLES,
     ) -> None:
         super().__init__(pyramid, classes, channels)
-        self.box_features = box_features
+        self.box_features, self.box_samples = box_features, box_samples
         sides = [ALL_SIDES] if len(self.levels) == 1 else [(8 * stride,) for stride in self.strides]
         anchors = _Anchors(sides, [ASPECT_RATIOS] * len(sides), self.strides)
         strides = {name: s for name, s in pyramid.strides.items() if name in self.levels and s <= COARSEST_POOLED}
@@ -285,18 +293,19 @@ class FasterRcnnHead(_DetectionHead):
             box_roi_pool=_roi_pool(self._pooled, BOX_SIDE),
             box_head=TwoMLPHead(self.channels * BOX_SIDE**2, box_features),
             box_predictor=_BoxPredictor(box_features, classes + 1),
+            box_batch_size_per_image=box_samples,
         )
         self.rpn, self.roi_heads = detector.rpn, detector.roi_heads
 
     @classmethod
     def for_pyramid(cls, pyramid: Pyramid, classes: int, settings: Mapping[str, Any]) -> FasterRcnnHead:
-        """A head for these levels; settings: `channels` and `box_features`."""
-        defaults = {"channels": None, "box_features": BOX_FEATURES}
+        """A head for these levels; settings: `channels`, `box_features` and `box_samples`."""
+        defaults = {"channels": None, "box_features": BOX_FEATURES, "box_samples": BOX_SAMPLES}
         return cls(pyramid, classes, **checked_settings(cls.kind, settings, defaults))
 
     def settings(self) -> dict[str, Any]:
-        """`channels` and `box_features`."""
-        return {"channels": self.channels, "box_features": self.box_features}
+        """`channels`, `box_features` and `box_samples`."""
+        return {"channels": self.channels, "box_features": self.box_features, "box_samples": self.box_samples}
 
     @property
     def score_threshold(self) -> float:
@@ -364,7 +373,7 @@ class MaskRcnnHead(FasterRcnnHead):
     Losses are those of Faster R-CNN and `loss_mask`. Keys: those of torchvision's Mask R-CNN behind its backbone.
 
     Args:
-        pyramid, classes, channels, box_features: as for `FasterRcnnHead`.
+        pyramid, classes, channels, box_features, box_samples: as for `FasterRcnnHead`.
     """
 
     kind = "mask_rcnn"
