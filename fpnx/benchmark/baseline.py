@@ -1,11 +1,13 @@
-"""Runs the plain script `fpnx.benchmark.baseline_script` in a process of its own and measures it."""
+"""Runs a script that fpnx is compared with in a process of its own and measures it."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,25 @@ from fpnx.models.backbones.factory import create_backbone
 from fpnx.models.preprocessing import Recipe
 from fpnx.models.pyramid_model import PyramidModel
 
-__all__ = ["BaselineProcess", "baseline_model"]
+__all__ = ["BaselineProcess", "baseline_model", "check_installed"]
 
+SCRIPTS = {"plain": "fpnx.benchmark.baseline_script", "openvino": "fpnx.benchmark.openvino_script"}
 SECONDS_TO_END = 10
 
 
 class BaselineProcess:
-    """The plain script on the images of a case, with its parameters and batch size.
+    """A script on the images of a case, with its parameters and batch size.
+
+    Args:
+        kind: `"plain"` or `"openvino"`.
 
     Attributes:
         rss: peak bytes of its main process so far, without the DataLoader's workers; None where it is not known.
     """
 
-    def __init__(self, case: BenchmarkCase, folder: Path) -> None:
-        plan = case.plan
-        folder = folder / f"plain {plan.model.backbone}"
+    def __init__(self, case: BenchmarkCase, folder: Path, kind: str) -> None:
+        plan, self._kind = case.plan, kind
+        folder = folder / f"{kind} {plan.model.backbone}"
         folder.mkdir()
         self.output, self.rss = folder / "out.h5", None
         self._batch_size = case.batch_size
@@ -50,7 +56,7 @@ class BaselineProcess:
         self._log = open(folder / "log", "w+b")  # noqa: SIM115
         # In a new session, so that only this process receives Ctrl-C.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fpnx.benchmark.baseline_script"],
+            [sys.executable, "-m", SCRIPTS[kind]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -95,9 +101,19 @@ class BaselineProcess:
         if not answer:
             self._log.seek(0)
             last = self._log.read().decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
-            raise FpnxError(f"the plain script failed: {last[0]}")
+            raise FpnxError(f"the {self._kind} script failed: {last[0]}")
         result: dict[str, Any] = json.loads(answer)
         return result
+
+
+def check_installed(kinds: Iterable[str]) -> None:
+    """Refuse a script whose library is missing.
+
+    Raises:
+        FpnxError: with the command that installs it.
+    """
+    if "openvino" in kinds and importlib.util.find_spec("openvino") is None:
+        raise FpnxError("baseline openvino needs OpenVINO: pip install openvino")
 
 
 def baseline_model(model: PyramidModel, recipe: Recipe, parameters: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ __all__ = ["CaseResult", "BenchmarkResult"]
 
 @dataclass(kw_only=True)
 class CaseResult:
-    """The samples of one configuration, or of the plain script.
+    """The samples of one configuration, or of a script that it is compared with.
 
     Attributes:
         pyramid: the kind of pyramid.
@@ -27,6 +27,7 @@ class CaseResult:
         core: milliseconds of processor time per image over all stages, with all cores busy.
         end_to_end: images/s from image files to the HDF5 file, without the first batches.
         images: of one end-to-end run.
+        baseline: `"plain"` or `"openvino"` where the samples are those of that script, else None.
         rss, added, cuda: peak bytes of an end-to-end run, as in `PeakMemory`.
         errors: relative error of each level against float32: ‖a − b‖ / ‖b‖.
     """
@@ -37,7 +38,7 @@ class CaseResult:
     batch_size: int
     size: tuple[int, int]
     images: int = 0
-    plain_script: bool = False
+    baseline: str | None = None
     reason: str | None = None
     shapes: Sequence[LevelShape] = ()
     costs: Sequence[Cost] = ()
@@ -59,7 +60,7 @@ class CaseResult:
     @property
     def title(self) -> tuple[str, str, str]:
         """Network, precision and batch size, the three parts of the name."""
-        return self.network, "plain script" if self.plain_script else self.precision, f"batch {self.batch_size}"
+        return self.network, f"{self.baseline} script" if self.baseline else self.precision, f"batch {self.batch_size}"
 
     @property
     def network(self) -> str:
@@ -136,7 +137,7 @@ class BenchmarkResult:
     Attributes:
         machine: processor, memory, device, threads, versions.
         facts: images, weights, recipe, seconds and notes.
-        cases: one for each configuration, then those of the plain script.
+        cases: one for each configuration, then those of the scripts of `--baseline`.
         rounds: how many were measured.
         workers: decoding threads.
         ceilings: samples of the FLOP/s of a large matrix product, by precision.

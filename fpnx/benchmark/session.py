@@ -19,7 +19,7 @@ import torch
 import torchvision
 
 from fpnx._version import __version__
-from fpnx.benchmark.baseline import BaselineProcess
+from fpnx.benchmark.baseline import BaselineProcess, check_installed
 from fpnx.benchmark.case import BenchmarkCase
 from fpnx.benchmark.profiling import count_costs, count_executed
 from fpnx.benchmark.results import BenchmarkResult, CaseResult
@@ -70,7 +70,7 @@ class Session:
         """Make images, models and engines, and warm up: everything before the first sample."""
         runs = self._config.runs()
         self._total = 2 * len(runs) + sum(run.precision not in ("auto", "float32") for run in runs)
-        self._total += len({run.backbone for run in runs}) if self._config.baseline else 0
+        self._total += len({run.backbone for run in runs}) * len(self._config.baselines)
         files = self._link_files()
         listing, plans = find_images([self._folder / "images"]), list[Plan]()
         for run in runs:
@@ -87,7 +87,7 @@ class Session:
             case_result = self.result.cases[0]
             raise FpnxError(f"nothing can be measured: {case_result.name} {case_result.reason}")
         self._compare_precisions()
-        if self._config.baseline:
+        if self._config.baselines:
             self._add_baselines()
         for precision in dict.fromkeys(plan.precision for plan in plans):
             self._products[precision] = MatrixProduct(plans[0].device, precision)
@@ -211,16 +211,15 @@ class Session:
         return files
 
     def _check_baseline(self, plans: Sequence[Plan]) -> None:
-        for plan in plans if self._config.baseline else ():
+        check_installed(self._config.baselines)
+        for plan in plans if self._config.baselines else ():
             recipe = plan.recipe
             if plan.model.fpn.kind != "fpn":
-                raise FpnxError(
-                    f"the plain script of --baseline has an FPN, and not {plan.model.fpn.kind}: leave it out"
-                )
+                raise FpnxError(f"the script of --baseline has an FPN, and not {plan.model.fpn.kind}: leave it out")
             if recipe.fixed_size is None or recipe.fixed_size != (recipe.height, recipe.width):
-                raise FpnxError("the plain script of --baseline takes one size, without padding: give --size 224")
+                raise FpnxError("the script of --baseline takes one size, without padding: give --size 224")
             if recipe.bands is not None or recipe.source_range is not None:
-                raise FpnxError("the plain script of --baseline knows no --bands and no --value-range: leave them out")
+                raise FpnxError("the script of --baseline knows no --bands and no --value-range: leave them out")
 
     def _facts(self, plan: Plan) -> dict[str, Any]:
         weights = plan.model.weights.info
@@ -273,16 +272,17 @@ class Session:
     def _add_baselines(self) -> None:
         for backbone in dict.fromkeys(case_result.backbone for case_result, _ in self._active_cases()):
             case_result, case = next(pair for pair in self._active_cases() if pair[0].backbone == backbone)
-            baseline_result = replace(case_result, plain_script=True, precision="float32", executed=None, stages={})
-            baseline_result.forward, baseline_result.core, baseline_result.end_to_end = [], [], []
-            baseline_result.rss = baseline_result.added = baseline_result.cuda = None
-            baseline_result.errors = {}
-            self.result.cases.append(baseline_result)
-            with self._step("preparations", baseline_result):
-                self._baselines.append((baseline_result, BaselineProcess(case, self._folder)))
+            for kind in self._config.baselines:
+                baseline_result = replace(case_result, baseline=kind, precision="float32", executed=None, stages={})
+                baseline_result.forward, baseline_result.core, baseline_result.end_to_end = [], [], []
+                baseline_result.rss = baseline_result.added = baseline_result.cuda = None
+                baseline_result.errors = {}
+                self.result.cases.append(baseline_result)
+                with self._step("preparations", baseline_result):
+                    self._baselines.append((baseline_result, BaselineProcess(case, self._folder, kind)))
 
     def _compare_baselines(self) -> None:
-        """The error of the plain script's output against that of fpnx in float32."""
+        """The error of the scripts' output against that of fpnx in float32."""
         for case_result, baseline in self._active_baselines():
             _, case = next(pair for pair in self._active_cases() if pair[0].backbone == case_result.backbone)
             if case.plan.precision == "float32":

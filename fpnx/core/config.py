@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 DRAWN_FROM = 0.5  # score of a box in a picture, where no threshold is given
+BASELINES = ("plain", "openvino")  # scripts that a benchmark compares with
 SAMPLE = 8  # images that `fpnx verify --against` computes again
 
 
@@ -239,12 +240,22 @@ class BenchmarkConfig:
         metavar="auto|N",
         complete=("auto",),
     )
-    baseline: bool = option(False, "Also measure a plain script of torchvision and h5py.", "Run")
+    baseline: str | Iterable[str] | None = option(
+        None,
+        "Also measure a plain script of torchvision and h5py, or one with OpenVINO; several with commas.",
+        "Run",
+        metavar="plain|openvino",
+        complete=BASELINES,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("backbone", "pyramid", "precision", "batch_size"):
             freeze(self, name, several(name.replace("_", " "), getattr(self, name)))
+        freeze(self, "baseline", several("baseline", self.baseline))
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise FpnxError(f"baseline {name!r}: take {' or '.join(BASELINES)}")
         if self.repeats != "auto":
             value = self.repeats
             number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
@@ -256,6 +267,11 @@ class BenchmarkConfig:
         if not runs:
             raise FpnxError("no precision or no batch size: name at least one, or auto")
         freeze(self, "size", runs[0].size)
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The scripts to compare with."""
+        return tuple(self.baseline or ())
 
     def runs(self) -> list[ExtractConfig]:
         """One extraction for each backbone, pyramid, precision and batch size; the batch size changes fastest."""

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from fpnx.inference.winograd import WinogradConvolution
+
 __all__ = [
     "SIZES_PACKED",
     "PackedConv2d",
@@ -46,11 +48,13 @@ class PackedConv2d(nn.Module):
     """activation(convolution(x) [+ other]) for inference; float32 parameters until `prepare`.
 
     `convolution` is read, never changed. Not for training, and without a useful `state_dict`. Once its weight is packed
-    for one map size, only the packed weight is held, until a map of another size comes.
+    for one map size, only the packed weight is held, until a map of another size comes. Where Winograd's way is faster,
+    packing transforms the weight for it, once for all sizes.
 
     Attributes:
         activation: a module applied at the end, or None.
         accumulates: whether `other` may be overwritten with the result.
+        winograd: the weight as Winograd's way takes it, once it is packed for a map size for which that is faster.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -62,7 +66,8 @@ class PackedConv2d(nn.Module):
         self.activation: nn.Module | None = None
         self.accumulates = False
         self._fused: tuple[str, list[float], str] = ("none", [], "")
-        self._packed: dict[tuple[int, int], Tensor] = {}
+        self._packed: dict[tuple[int, int], Tensor | WinogradConvolution] = {}
+        self.winograd: WinogradConvolution | None = None
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> PackedConv2d:
@@ -81,7 +86,7 @@ class PackedConv2d(nn.Module):
         """(out, in / groups, height, width), in channels-last layout once prepared."""
         weight = self._plain
         if weight is None:  # two threads may both unpack it: the result is the same
-            packed = next(iter(self._packed.values()))
+            packed = next(each for each in self._packed.values() if isinstance(each, Tensor))
             weight = packed.to_dense().contiguous(memory_format=torch.channels_last)
             self._plain = weight
         return weight
@@ -115,6 +120,8 @@ class PackedConv2d(nn.Module):
         weight = self._packed.get(size)
         if weight is None and getattr(_PACKING, "on", False):
             weight = self._pack(x, size)
+        if isinstance(weight, WinogradConvolution):
+            return weight(x, self.bias, self.padding, other, self.activation, accumulates=self.accumulates)
         if weight is not None:
             return self._forward_packed(weight, x, other)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -134,16 +141,26 @@ class PackedConv2d(nn.Module):
             y = torch.ops.mkldnn._convolution_pointwise.binary(x, other, *geometry, "add", None, *unary)
         return y
 
-    def _pack(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def _pack(self, x: Tensor, size: tuple[int, int]) -> Tensor | WinogradConvolution:
         geometry = (self.padding, self.stride, self.dilation, self.groups)
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
+        packed: Tensor | WinogradConvolution
+        if self._takes_winograd(x, size):
+            packed = self.winograd = self.winograd or WinogradConvolution(self.weight)
+        else:
+            packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
         # A new dictionary: other threads may be reading the old one.
         before = self._packed
         kept = list(before.items())[1 - SIZES_PACKED :] if len(before) >= SIZES_PACKED else before
         self._packed = {**dict(kept), size: packed}
-        if not before:  # most runs have a single size
+        if not before and isinstance(packed, Tensor):  # most runs have a single size
             self._plain = None
         return packed
+
+    def _takes_winograd(self, x: Tensor, size: tuple[int, int]) -> bool:
+        plain = self.stride == self.dilation == (1, 1) and self.groups == 1 and self.weight.shape[2:] == (3, 3)
+        return (
+            plain and x.dtype is torch.float32 and WinogradConvolution.is_faster(self.weight.shape, self.padding, size)
+        )
 
 
 @contextmanager

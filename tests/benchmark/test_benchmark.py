@@ -54,7 +54,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResult:
             precision="float32,bfloat16",
             batch_size="2,4096",
             images=str(folder),
-            baseline=True,
+            baseline="plain",
         )
 
 
@@ -122,10 +122,20 @@ def test_the_plain_script_computes_the_same(result: BenchmarkResult) -> None:
 
 
 @pytest.mark.slow
+def test_openvino_computes_the_same(photos: Path) -> None:
+    pytest.importorskip("openvino")
+    result = benchmark(**TINY | {"repeats": 1}, images=str(photos), baseline="openvino")
+    assert [case.name for case in result.cases][1:] == ["mobilenet_v2 openvino script batch 2"]
+    assert max(result.cases[-1].errors.values()) < 1e-4
+    assert result.cases[-1].forward
+    assert result.cases[-1].end_to_end
+
+
+@pytest.mark.slow
 def test_each_backbone_has_its_own_plain_script(photos: Path) -> None:
     options = TINY | {"backbone": ["mobilenet_v2", "resnet50"], "repeats": 1}
-    result = benchmark(**options, images=str(photos), baseline=True)
-    plain = [case for case in result.cases if case.plain_script]
+    result = benchmark(**options, images=str(photos), baseline="plain")
+    plain = [case for case in result.cases if case.baseline]
     assert [case.backbone for case in plain] == ["mobilenet_v2", "resnet50"]
     assert all(max(case.errors.values()) < 1e-4 for case in plain)
 
@@ -256,10 +266,11 @@ def shown_on_a_terminal(result: BenchmarkResult) -> str:
         (["--images", "unreadable"], "no image in unreadable can be read"),
         (["--plot", "stages.txt"], "plot stages.txt"),
         (["--plot", "nowhere/stages.png"], "its folder does not exist"),
-        (["--baseline", "--size", "native", "--images", "one"], "takes one size"),
+        (["--baseline", "plain", "--size", "native", "--images", "one"], "takes one size"),
+        (["--baseline", "onnx"], "baseline 'onnx': take plain or openvino"),
         (["--levels", "P2,P9"], "level 'P9'"),
         (["--pyramid", "fpn,pyramid"], "pyramid 'pyramid'"),
-        (["--pyramid", "image", "--backbone", "mobilenet_v2", "--baseline"], "has an FPN, and not image"),
+        (["--pyramid", "image", "--backbone", "mobilenet_v2", "--baseline", "plain"], "has an FPN, and not image"),
         pytest.param(
             ["--device", "cuda"],
             "no CUDA device",
