@@ -179,7 +179,7 @@ def _copy(path: Path, disk: OpenFile, store: ShardSet, stop: StopRequest, listen
     """Copy all features and results of the shards into the file at `path`, which `disk` has open for writing."""
     with open_hdf5(os.fspath(path)) as file:
         images, pyramids = file["images"], file["pyramids"]
-        tables = {name: DatasetExtent.of(images[name]) for name in ("source_size", "error", "status")}
+        tables = {name: DatasetExtent.of(images[name]) for name in ("source_size", "error", "status", "digest")}
         tables["nonfinite"] = DatasetExtent.of(file["stats/nonfinite"])
         extents: dict[Any, DatasetExtent] = {
             (size, level): DatasetExtent.of(pyramids[format_size(size)][level])
@@ -206,6 +206,7 @@ def _copy(path: Path, disk: OpenFile, store: ShardSet, stop: StopRequest, listen
     _raise_if_stopped(stop)
     tables["source_size"].write(disk, 0, store.source_sizes)
     tables["nonfinite"].write(disk, 0, store.nonfinite)
+    tables["digest"].write(disk, 0, store.digests)
     if store.has_regions:
         tables["box"].write(disk, 0, store.regions.box)
         tables["level"].write(disk, 0, store.regions.level)

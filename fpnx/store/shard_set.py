@@ -68,7 +68,7 @@ class ShardSet(Store):
         self.root, self.levels = first.root, first.levels
         self.paths = [path for shard in self.shards for path in shard.paths]
         self.padded_sizes = [size for shard in self.shards for size in shard.padded_sizes]
-        for table in ("bytes", "mtimes_ns", "input_sizes", "status", "source_sizes", "nonfinite"):
+        for table in ("bytes", "mtimes_ns", "input_sizes", "status", "source_sizes", "nonfinite", "digests"):
             setattr(self, table, np.concatenate([getattr(shard, table) for shard in self.shards]))
         self.rows, self._pieces = _joined_rows(self.shards)
         self._firsts = [shard.shard_slice.first for shard in self.shards if shard.shard_slice]

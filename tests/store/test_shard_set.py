@@ -37,7 +37,7 @@ from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 from tests.helpers.process import document
 
 OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "channels": 8, "levels": "C4,P4-P6"}
-TABLES = ("bytes", "mtime_ns", "source_size", "input_size", "status", "error", "row", "path", "group")
+TABLES = ("bytes", "mtime_ns", "source_size", "input_size", "status", "error", "row", "path", "group", "digest")
 
 
 def part(layout: FileLayout, index: int, count: int) -> FileLayout:
