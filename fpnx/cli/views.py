@@ -173,6 +173,8 @@ def show_verification(result: Verification) -> None:
     console.print(Text(f"{escape(result.file)}: {result.done} done, {result.failed} failed, {result.pending} pending"))
     shards = f" in {result.shards} shards" if result.shards else ""
     console.print(f"{result.values} values read{shards}", end="")
+    if result.hashed:
+        console.print(f", bytes of {plural(result.hashed, 'image')} compared", end="")
     if result.compared:
         console.print(
             f", {result.compared} images computed again, largest difference {result.largest_difference:.1g}", end=""
@@ -207,7 +209,11 @@ def show_plan(plan: PlanSummary) -> None:
             pyramid += f", {plan.work:g} times the work of one pass"
     rows = [
         ("images", f"{plan.images} in {escape(plan.root)}{skipped}{before}"),
-        *([] if plan.update is None else [("update", ", ".join(f"{count} {what}" for what, count in plan.update.items()))]),
+        *(
+            []
+            if plan.update is None
+            else [("update", ", ".join(f"{count} {what}" for what, count in plan.update.items()))]
+        ),
         *([("shard", str(plan.shard))] if plan.shard else []),
         ("backbone", f"{plan.backbone}, {weights.body}"),
         *([] if predicts and weights.pyramid.trained is False else [("pyramid", pyramid)]),

@@ -117,19 +117,18 @@ def read_shard_status(
         FpnxError: a file was made from other images or with another config, or is not finished under its final name.
     """
     fingerprint, total = list_fingerprint(images.records), len(images.records)
+    names = list_fingerprint(images.records, times=False)
     status = []
     for shard in (Shard(index, count) for index in range(count)):
         part = shard.slice(total)
         shard_images = ImageList(
-            images.root, images.records[part.start : part.stop], ShardSlice.of(shard, total, fingerprint)
+            images.root, images.records[part.start : part.stop], ShardSlice.of(shard, total, fingerprint, names)
         )
         status.append(_read_status(shard_path(output, shard), shard_images, config, read_digests))
     return status
 
 
-def _read_status(
-    file: Path, images: ImageList, config: Mapping[str, Any], read_digests: ReadDigests
-) -> ShardStatus:
+def _read_status(file: Path, images: ImageList, config: Mapping[str, Any], read_digests: ReadDigests) -> ShardStatus:
     path = next((path for path in (file, part_path(file)) if path.exists()), None)
     if path is None:
         return ShardStatus()

@@ -392,7 +392,9 @@ class _WriterThread:
             features.ready()
             if self._plan.regions is not None:
                 regions = self._plan.regions.batch(boxes, features, self._plan.layout)
-        self._write(lambda: self._sink.put(indices, features.arrays, source_sizes, features.nonfinite, regions, digests))
+        self._write(
+            lambda: self._sink.put(indices, features.arrays, source_sizes, features.nonfinite, regions, digests)
+        )
         features.recycle()
 
     def _write(self, action: Callable[[], None]) -> None:

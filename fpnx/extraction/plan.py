@@ -14,7 +14,7 @@ import torch
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.events import Listener
-from fpnx.core.files import check_space, free_bytes
+from fpnx.core.files import SMALLER_FEATURES, check_space, free_bytes
 from fpnx.core.plan_summary import LevelShape, PlanSummary
 from fpnx.core.system import usable_cpus
 from fpnx.core.validation import parse_pool
@@ -233,7 +233,7 @@ def make_plan(
         destination=destination,
     )
     if stored and existing is None and config.format == "h5" and not handed_out:
-        check_space(output, layout.total_bytes(), plan.bytes_free)
+        check_space(output, layout.total_bytes(), plan.bytes_free, SMALLER_FEATURES)
     return plan
 
 

@@ -172,7 +172,9 @@ def run_extraction(
 
                     check_png_folder(output, listing, config)
                 else:
-                    check_output(output, config, may_exist=config.update)  # again: another run may have ended in the meantime
+                    check_output(
+                        output, config, may_exist=config.update
+                    )  # again: another run may have ended in the meantime
                 boxes = read_boxes(images, listing, config)
                 for remark in () if boxes is None else boxes.remarks:
                     listener.message(remark)

@@ -15,7 +15,7 @@ from fpnx.core.image_list import ImageList
 from fpnx.core.text import escape
 from fpnx.store.reader import DONE, Store, different_fields
 
-__all__ = ["ImageMatch", "ReadDigests", "check_same_config", "check_same_run", "match_images"]
+__all__ = ["ImageMatch", "ReadDigests", "check_same_config", "check_same_run", "match_images", "same_slice"]
 
 # Names of listed images → the content hash of each as it is now, in order; None where it cannot be read.
 ReadDigests = Callable[[Sequence[bytes]], Iterable[bytes | None]]
@@ -133,8 +133,11 @@ def check_same_run(
 
 
 def same_slice(store: Store, images: ImageList) -> bool:
-    """Whether file and list are the same shard of the same list, or neither is a shard."""
-    return store.shard_slice == images.shard
+    """Whether file and list are the same shard of the same list, apart from times, or neither is a shard."""
+    old, new = store.shard_slice, images.shard
+    if old is None or new is None:
+        return old is new
+    return old.index == new.index and old.is_of_list(new)
 
 
 def _is_changed(old: tuple[int, int], new: tuple[int, int]) -> bool:

@@ -33,6 +33,7 @@ class Verification:
         values: number of stored values that were read.
         problems: one line for each problem; empty where the file verifies.
         shards: number of files of a set of shards; 0 for a single file.
+        hashed: number of images whose bytes were compared with the stored content hash.
         compared: number of images that were recomputed.
         largest_difference: between stored and recomputed values, relative to the largest value of their level.
     """
@@ -45,6 +46,7 @@ class Verification:
     values: int
     problems: tuple[str, ...]
     shards: int = 0
+    hashed: int = 0
     compared: int = 0
     largest_difference: float = 0.0
 

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from fpnx.core.errors import FpnxError, StoreError
-from fpnx.core.files import OpenFile, disk_error, sync_folder
+from fpnx.core.files import SMALLER_FEATURES, OpenFile, disk_error, sync_folder
 from fpnx.core.image_list import DIGEST_BYTES
 from fpnx.core.provenance import Provenance
 from fpnx.core.text import escape
@@ -136,7 +136,7 @@ class Writer:
             finally:
                 temporary.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:
-            raise disk_error(error, output, layout.total_bytes()) from error
+            raise disk_error(error, output, layout.total_bytes(), SMALLER_FEATURES) from error
         writer = cls(output)
         writer.space_is_reserved = reserved
         return writer
@@ -305,7 +305,7 @@ class Writer:
         try:
             yield
         except OSError as error:
-            message = disk_error(error, self.output, self._bytes)
+            message = disk_error(error, self.output, self._bytes, SMALLER_FEATURES)
             self._failure = FpnxError(f"{message}; what was committed is kept: continue it with --resume")
             raise self._failure from error
 
