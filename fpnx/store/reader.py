@@ -46,6 +46,7 @@ __all__ = [
     "PENDING",
     "Box",
     "Item",
+    "MapLayout",
     "Store",
     "different_fields",
     "open_store_file",
@@ -203,11 +204,11 @@ class Store:
         nonfinite: (N, levels) int64, number of NaN and infinite values.
         shard_slice: which slice of which list this is, for a shard; else None.
         complete: whether this is a finished file (not a `.part`).
-        shards: the stores of all shards, for a set of shards; see `fpnx.store.shard_set`.
+        files: the stores of all files, where several are read as one; see `fpnx.store.shard_set`.
     """
 
-    shards: Sequence[Store] = ()
-    _full_path: Any  # for reopening: absolute, or a URL; those of all shards for a set
+    files: Sequence[Store] = ()
+    _full_path: Any  # for reopening: absolute, or a URL; those of all files where there are several
     _regions: Regions | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -290,8 +291,12 @@ class Store:
             ) from error
 
     def each_file(self) -> Iterator[Store]:
-        """Yields the store of every file: this one; for a set, the shards in order, each opened when it is yielded."""
+        """Yields the store of every file: this one; or those of `files` in order, each opened when it is yielded."""
         yield self
+
+    def root_of(self, index: int) -> str:
+        """The folder, archive or URL that the name of image `index` is relative to: `root`, where there is one file."""
+        return self.root
 
     def refresh(self) -> None:
         """Read again what changes during a run: status, source sizes, errors, counts of NaN and inf, regions.
