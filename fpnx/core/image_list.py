@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from fpnx.core.sharding import ShardSlice
 
-__all__ = ["ImageList", "ImageRecord", "list_fingerprint", "record_line"]
+__all__ = ["DIGEST_BYTES", "ImageList", "ImageRecord", "list_fingerprint", "record_line"]
+
+DIGEST_BYTES = 16  # of an image's content hash
 
 
 class ImageRecord(NamedTuple):

@@ -62,7 +62,7 @@ class Recomputation:
     """Recomputes a sample of a store's images, with the model and options that the store was computed with.
 
     Args:
-        store: the file, or all shards of a run.
+        store: the file, or several as one.
         against: the images that it was made from: files, folders, or `"@list.txt"`.
         options: of `fpnx.extract`, as `recompute_options` gives them.
         sample: how many images to compute, evenly spread over those that are done.

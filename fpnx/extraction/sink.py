@@ -57,6 +57,7 @@ class Sink(Protocol):
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
         regions: RegionBatch | None = None,
+        digests: np.ndarray | None = None,
     ) -> None:
         """Take the features of images of one padded size; the arguments are those of `Writer.put`.
 

@@ -23,7 +23,7 @@ from fpnx.core.text import escape, plural
 from fpnx.core.warning_filters import ignored_warnings
 from fpnx.images import tiff
 from fpnx.images.color_profile import is_srgb
-from fpnx.images.reading import ImageSource, open_source
+from fpnx.images.reading import ImageSource, content_digest, open_source
 from fpnx.images.value_mapping import SampleType, map_to_bytes
 
 __all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_rgb", "upright_size", "upright_sizes"]
@@ -145,6 +145,7 @@ def decode(
     *,
     claim: Callable[[int], None] | None = None,
     note: Note | None = None,
+    digest: Callable[[bytes], None] | None = None,
 ) -> Image.Image:
     """Decode an image to upright 8-bit RGB: first frame, alpha over white, wider values scaled to 8 bits.
 
@@ -154,6 +155,7 @@ def decode(
         pixels: which bands are read, and which range of their values becomes 0..255.
         claim: called with the number of pixels before they are decoded; see `PixelBudget`.
         note: called with each kind of note about it, see `fpnx.core.image_notes`.
+        digest: called with the content hash of its file, see `content_digest`; without it, none is computed.
 
     Raises:
         ImageError: with the reason why it cannot be read.
@@ -179,6 +181,8 @@ def decode(
             orientation = _orientation(image)  # Pillow has turned a TIFF by now, and gives 1
         if (is_deep or pixels.rescales) and _is_flat(rgb):
             note(FLAT)
+        if digest is not None:  # of the same open file, whose pages the system still has in memory
+            digest(content_digest(opened.file))
         transpose = TRANSPOSE.get(orientation)
         return rgb.transpose(transpose) if transpose is not None else rgb
 

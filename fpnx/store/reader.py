@@ -16,6 +16,7 @@ import numpy as np
 
 from fpnx.core.config import DTYPES
 from fpnx.core.errors import FpnxError, NotDoneError, StoreError
+from fpnx.core.image_list import DIGEST_BYTES
 from fpnx.core.levels import UNSTRIDED_LEVELS, level_number, level_of_stride, parse_levels
 from fpnx.core.names import NameIndex
 from fpnx.core.provenance import Provenance
@@ -202,6 +203,8 @@ class Store:
         source_sizes, input_sizes: (N, 2) int32, (height, width) of the source and of the network input.
         padded_sizes: (height, width) of each image's network input with padding; None where it has none.
         nonfinite: (N, levels) int64, number of NaN and infinite values.
+        digests: (N, 16) uint8, content hash of each image file: the first bytes of its sha256; all zeros where it is not
+            known, as for images that are not done, and in files of earlier versions.
         shard_slice: which slice of which list this is, for a shard; else None.
         complete: whether this is a finished file (not a `.part`).
         files: the stores of all files, where several are read as one; see `fpnx.store.shard_set`.
@@ -299,7 +302,8 @@ class Store:
         return self.root
 
     def refresh(self) -> None:
-        """Read again what changes during a run: status, source sizes, errors, counts of NaN and inf, regions.
+        """Read again what changes during a run: status, source sizes, errors, content hashes, counts of NaN and inf,
+        regions.
 
         The status is read first: everything of an image that is done was written before its status.
         """
@@ -308,6 +312,10 @@ class Store:
         self.source_sizes: np.ndarray = read_table(images, "source_size", np.int32, (count, 2))
         statistics = get_member(self._file, "stats", h5py.Group)
         self.nonfinite: np.ndarray = read_table(statistics, "nonfinite", np.int64, (count, len(self.levels)))
+        self.digests: np.ndarray = np.zeros((count, DIGEST_BYTES), np.uint8)
+        if "digest" in images:
+            self.digests = read_table(images, "digest", np.uint8, (count, DIGEST_BYTES))
+            self.digests[self.status != DONE] = 0
         self._regions = None
 
     @property

@@ -48,13 +48,13 @@ class Piece(NamedTuple):
     Attributes:
         file: number of the file.
         start: the first row in the joined dataset.
-        count: how many.
+        rows: how many.
         first: the first row in the file.
     """
 
     file: int
     start: int
-    count: int
+    rows: int
     first: int
 
 
@@ -73,6 +73,7 @@ class JoinedStore(Store):
         root: that of the first file; `root_of` gives that of an image.
         argument: what `fpnx.open` takes to open the same files: a glob, or a list of paths.
         repeated: number of images that were left out, since another of the files has them.
+        shard_list: fingerprint of the list that the files were cut from, where all are shards of one run; else None.
     """
 
     def __init__(self, paths: Iterable[str], name: str | None = None) -> None:
@@ -90,13 +91,16 @@ class JoinedStore(Store):
         self.argument = name or (arguments if arguments[1:] else arguments[0])
         self.path = name or arguments[0] + (f" and {len(arguments) - 1} more" if arguments[1:] else "")
         self.shard_slice = None
+        self.shard_list = None
+        if first.shard_slice is not None and len(self._runs) == 1:
+            self.shard_list = first.shard_slice.list
         self.config, self.provenance, self.fingerprint = first.config, first.provenance, first.fingerprint
         self.root, self.levels = first.root, first.levels
         kept = _kept_images(self._runs)
         self.repeated = len(kept) - int(kept.sum())
         self.paths = list(compress((path for file in self.files for path in file.paths), kept.tolist()))
         self.padded_sizes = list(compress((size for file in self.files for size in file.padded_sizes), kept.tolist()))
-        for table in ("bytes", "mtimes_ns", "input_sizes", "status", "source_sizes", "nonfinite"):
+        for table in ("bytes", "mtimes_ns", "input_sizes", "status", "source_sizes", "nonfinite", "digests"):
             setattr(self, table, np.concatenate([getattr(file, table) for file in self.files])[kept])
         ends = np.cumsum([len(file) for file in self.files])
         self._kept = [np.flatnonzero(chosen) for chosen in np.split(kept, ends[:-1])]
@@ -122,7 +126,9 @@ class JoinedStore(Store):
             records = (
                 record
                 for file in run
-                for record in zip(map(os.fsencode, file.paths), file.bytes.tolist(), file.mtimes_ns.tolist(), strict=True)
+                for record in zip(
+                    map(os.fsencode, file.paths), file.bytes.tolist(), file.mtimes_ns.tolist(), strict=True
+                )
             )
             if (shard := run[0].shard_slice) and list_fingerprint(records) != shard.list:
                 return "their images are not those of the list that they were cut from"
@@ -140,7 +146,9 @@ class JoinedStore(Store):
     def errors(self) -> np.ndarray:
         """(N,) reasons of all images; see `Store.errors`."""
         with self._lock:
-            return np.concatenate([file.errors()[kept] for file, kept in zip(self.each_file(), self._kept, strict=True)])
+            return np.concatenate(
+                [file.errors()[kept] for file, kept in zip(self.each_file(), self._kept, strict=True)]
+            )
 
     def failures(self) -> list[tuple[str, str]]:
         """(path, reason) of every failed image."""
@@ -270,7 +278,7 @@ class JoinedDataset:
         with store._lock:
             first = find(store._file_at(pieces[0].file))
             self.name, self.dtype, self.attrs = first.name, first.dtype, dict(first.attrs)
-            self.shape: tuple[int, ...] = (pieces[-1].start + pieces[-1].count, *first.shape[1:])
+            self.shape: tuple[int, ...] = (pieces[-1].start + pieces[-1].rows, *first.shape[1:])
         self._rows_of: dict[int, range] = {}
         for file, start, count, _ in pieces:
             self._rows_of[file] = range(self._rows_of.get(file, range(start, start)).start, start + count)
@@ -404,11 +412,10 @@ def _open_runs(paths: Iterable[str]) -> list[list[Store]]:
             _refuse_other_config(first, store)
             shard = store.shard_slice
             run = runs.setdefault(len(runs) if shard is None else (shard.list, shard.images, shard.count), {})
-            index = 0 if shard is None else shard.index
-            if index in run:
-                both = f"{escape(run[index].path)} and {escape(store.path)}"
-                raise StoreError(f"shard {store.shard_slice.shard} is there twice: {both}: name each shard once")
-            run[index] = store
+            if shard is not None and shard.index in run:
+                both = f"{escape(run[shard.index].path)} and {escape(store.path)}"
+                raise StoreError(f"shard {shard.shard} is there twice: {both}: name each shard once")
+            run[0 if shard is None else shard.index] = store
         finally:
             store.release()
     incomplete = [run for run in runs.values() if len(run) < _run_length(run)]

@@ -19,7 +19,7 @@ import numpy as np
 from fpnx.core.config import fingerprint
 from fpnx.core.errors import FpnxError, StoreError
 from fpnx.core.files import OpenFile, disk_error, sync_folder
-from fpnx.core.image_list import ImageList
+from fpnx.core.image_list import DIGEST_BYTES, ImageList
 from fpnx.core.provenance import Provenance
 from fpnx.core.text import escape
 from fpnx.store.file_layout import FileLayout, create_file, encode_reason
@@ -101,6 +101,8 @@ class Writer:
             self._levels: list[str] = json.loads(file.attrs["config"])["levels"]
             datasets = {name: file[name] for name in ("images/source_size", "images/error", "images/status")}
             datasets["stats/nonfinite"] = file["stats/nonfinite"]
+            if "digest" in images:  # a `.part` of an earlier version has none
+                datasets["images/digest"] = images["digest"]
             for group in dict.fromkeys(filter(None, self._groups)):
                 datasets |= {f"{group}/{level}": file[f"pyramids/{group}/{level}"] for level in self._levels}
             self._first_regions: np.ndarray | None = None  # of each image; None for a file of maps
@@ -165,6 +167,7 @@ class Writer:
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
         regions: RegionBatch | None = None,
+        digests: np.ndarray | None = None,
     ) -> None:
         """Write the features of images of one padded size.
 
@@ -174,12 +177,14 @@ class Writer:
             source_sizes: (len(indices), 2) height and width.
             nonfinite: level → number of NaN and infinite values of each image.
             regions: those of the images, for a file of regions.
+            digests: (len(indices), 16) uint8 content hashes; None where they are not known.
 
         Raises:
             FpnxError: where writing fails.
         """
         rows = self._rows[list(indices)].tolist()
         nonfinite_counts = np.array([nonfinite[level] for level in self._levels]).T
+        digests = np.zeros((len(indices), DIGEST_BYTES), np.uint8) if digests is None else digests
         with self._writing():
             for start, end in _runs(rows):
                 for level, values in features.items():
@@ -190,6 +195,7 @@ class Writer:
                 self._write("images/source_size", indices[start], source_sizes[start:end])
                 self._write("images/error", indices[start], np.full(end - start, b""))  # an earlier run may have failed
                 self._write("stats/nonfinite", indices[start], nonfinite_counts[start:end])
+                self._write_digests(indices[start], digests[start:end])
         self._uncommitted.update(dict.fromkeys(indices, DONE))
 
     def fail(self, index: int, reason: str) -> None:
@@ -208,6 +214,7 @@ class Writer:
             self._write("images/source_size", index, np.zeros((1, 2)))
             self._write("images/error", index, np.array([encode_reason(reason)]))
             self._write("stats/nonfinite", index, np.zeros((1, len(self._levels))))
+            self._write_digests(index, np.zeros((1, DIGEST_BYTES), np.uint8))
         self._uncommitted[index] = FAILED
 
     def reset_failed(self) -> None:
@@ -278,6 +285,10 @@ class Writer:
 
     def _write(self, name: str, first: int, values: np.ndarray) -> None:
         self._extents[name].write(self._disk, first, values)
+
+    def _write_digests(self, first: int, digests: np.ndarray) -> None:
+        if "images/digest" in self._extents:
+            self._write("images/digest", first, digests)
 
     def _mark(self, states: Mapping[int, int]) -> None:
         indices = sorted(states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import multiprocessing
 import os
@@ -59,6 +60,7 @@ def test_datasets_and_attributes_of_a_file(made: Path, photos: Path) -> None:
             "status": ((7,), "uint8"),
             "error": ((7,), "|S240"),
             "row": ((7,), "int64"),
+            "digest": ((7, 16), "uint8"),
         }
         assert file["stats/nonfinite"].shape == (7, 5)
         assert list(file["pyramids"]) == ["64x96"]
@@ -73,6 +75,20 @@ def test_datasets_and_attributes_of_a_file(made: Path, photos: Path) -> None:
         assert plist.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
         assert plist.get_layout() == h5py.h5d.CONTIGUOUS
         assert file["images/bytes"][0] == (photos / "a.jpg").stat().st_size
+
+
+def test_digests_are_those_of_the_image_files(made: Path, photos: Path) -> None:
+    with fpnx.open(made) as store:
+        done = [path for path in store.paths if path != "bad.jpg"]
+        expected = {path: hashlib.sha256((photos / path).read_bytes()).digest()[:16] for path in done}
+        assert {path: digest.tobytes() for path, digest in zip(store.paths, store.digests, strict=True)} == {
+            **expected, "bad.jpg": bytes(16),
+        }  # fmt: skip
+    with h5py.File(made, "r+") as file:
+        del file["images/digest"]  # as in a file of an earlier version
+    with fpnx.open(made) as store:
+        assert not store.digests.any()
+        assert store.digests.shape == (7, 16)
 
 
 def test_reading(store: Store, photos: Path) -> None:
