@@ -45,8 +45,11 @@ def show_result(result: Result) -> None:
         console.print("dry run: nothing was computed or written")
         return
     _show_run(console, result)
+    if result.duplicates:
+        console.print(_duplicates_line(result.duplicates))
     if result.stopped:
-        console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))
+        option = "--update" if result.plan is not None and result.plan.update is not None else "--resume"
+        console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with {option}"))
     else:
         console.print(Text(f"{result.done} of {result.images} images are in {escape(result.output)}"), soft_wrap=True)
 
@@ -145,6 +148,7 @@ def show_info(store: Store) -> None:
         console,
         ("file", f"{escape(store.path)}{'' if store.complete else ' (unfinished)'}"),
         ("images", f"{counts['done']} done, {counts['failed']} failed, {counts['pending']} pending"),
+        *([("duplicates", _duplicates_line(facts["duplicates"]))] if facts["duplicates"] else []),
         *([("shard", str(store.shard_slice))] if store.shard_slice else []),
         *([("shards", str(facts["shards"]))] if facts["shards"] else []),
         *([("files", str(facts["files"]))] if facts["files"] > facts["shards"] else []),
@@ -207,6 +211,7 @@ def show_plan(plan: PlanSummary) -> None:
             pyramid += f", {plan.work:g} times the work of one pass"
     rows = [
         ("images", f"{plan.images} in {escape(plan.root)}{skipped}{before}"),
+        *([] if plan.update is None else [("update", ", ".join(f"{count} {what}" for what, count in plan.update.items()))]),
         *([("shard", str(plan.shard))] if plan.shard else []),
         ("backbone", f"{plan.backbone}, {weights.body}"),
         *([] if predicts and weights.pyramid.trained is False else [("pyramid", pyramid)]),
@@ -237,6 +242,11 @@ def _regions_line(regions: RegionSummary) -> str:
     shape = f"{regions.channels}×{regions.height}×{regions.width}"
     counts = f"{plural(regions.count, 'region')} in {plural(regions.images, 'image')}"
     return f"{counts}, {shape} each, {format_bytes(regions.bytes_per_region)}"
+
+
+def _duplicates_line(count: int) -> str:
+    """How many images are there more than once."""
+    return f"{plural(count, 'image')} with the same bytes as another one"
 
 
 def _output_line(plan: PlanSummary) -> str:

@@ -39,6 +39,7 @@ from fpnx.extraction.pipeline import STAGES
 from fpnx.extraction.plan import Plan, decode_threads, make_plan
 from fpnx.extraction.regions import read_boxes
 from fpnx.extraction.run import Result
+from fpnx.extraction.update import digest_reader
 from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
 from fpnx.inference.devices import resolve_precision
@@ -148,6 +149,7 @@ class _DistributedRun:
         self.status: list[ShardStatus] = []
         self.reports: dict[int, ShardReport] = {}
         self._last_shown: tuple[int, str] | None = None
+        self._read_digests = digest_reader(plan.listing, config.max_pixels, plan.workers, listener)
         self._said = set[str]() if plan.regions is None else {*plan.regions.boxes.remarks}
 
     @property
@@ -190,7 +192,9 @@ class _DistributedRun:
     def read_status(self) -> None:
         """Read the status of all shards from their files."""
         layout = self.plan.layout
-        self.status = read_shard_status(self.target, self.count, layout.images, layout.config)
+        self.status = read_shard_status(
+            self.target, self.count, layout.images, layout.config, self._read_digests
+        )
         self.plan = replace(self.plan, done_before=sum(each.done for each in self.status))
 
     def check_space(self) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fpnx.store.reader import Store
 
 
-__all__ = ["exceeds_float16", "level_shapes", "reading_snippet", "store_facts", "too_large_levels"]
+__all__ = ["duplicate_count", "exceeds_float16", "level_shapes", "reading_snippet", "store_facts", "too_large_levels"]
 
 MAX_SAMPLES = 8  # images whose values are read to tell infinite values from NaN
 
@@ -42,6 +42,7 @@ def store_facts(store: Store) -> dict[str, Any]:
         "shards": sum(file.shard_slice is not None for file in store.files),
         "files": len(store.files),
         "root": store.root,
+        "duplicates": duplicate_count(store),
         "nonfinite": store.nonfinite_by_level(),
         "too_large": list(too_large_levels(store)),
         "levels": [shape.to_json() for shape in level_shapes(store)],
@@ -51,6 +52,12 @@ def store_facts(store: Store) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "provenance": store.provenance.to_json(),
     }
+
+
+def duplicate_count(store: Store) -> int:
+    """Number of images that are done and whose file has the same bytes as that of another one before it."""
+    digests = store.digests[store.digests.any(axis=1)]
+    return len(digests) - len(np.unique(digests, axis=0))
 
 
 def exceeds_float16(values: np.ndarray) -> bool:

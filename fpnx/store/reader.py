@@ -205,6 +205,7 @@ class Store:
         nonfinite: (N, levels) int64, number of NaN and infinite values.
         digests: (N, 16) uint8, content hash of each image file: the first bytes of its sha256; all zeros where it is not
             known, as for images that are not done, and in files of earlier versions.
+        has_digests: whether the file has a place for content hashes.
         shard_slice: which slice of which list this is, for a shard; else None.
         complete: whether this is a finished file (not a `.part`).
         files: the stores of all files, where several are read as one; see `fpnx.store.shard_set`.
@@ -313,7 +314,8 @@ class Store:
         statistics = get_member(self._file, "stats", h5py.Group)
         self.nonfinite: np.ndarray = read_table(statistics, "nonfinite", np.int64, (count, len(self.levels)))
         self.digests: np.ndarray = np.zeros((count, DIGEST_BYTES), np.uint8)
-        if "digest" in images:
+        self.has_digests = "digest" in images
+        if self.has_digests:
             self.digests = read_table(images, "digest", np.uint8, (count, DIGEST_BYTES))
             self.digests[self.status != DONE] = 0
         self._regions = None

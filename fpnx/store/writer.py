@@ -16,18 +16,17 @@ from typing import Any, TypeVar
 import h5py
 import numpy as np
 
-from fpnx.core.config import fingerprint
 from fpnx.core.errors import FpnxError, StoreError
 from fpnx.core.files import OpenFile, disk_error, sync_folder
-from fpnx.core.image_list import DIGEST_BYTES, ImageList
+from fpnx.core.image_list import DIGEST_BYTES
 from fpnx.core.provenance import Provenance
 from fpnx.core.text import escape
 from fpnx.store.file_layout import FileLayout, create_file, encode_reason
 from fpnx.store.hdf5 import open_hdf5
-from fpnx.store.reader import DONE, FAILED, PENDING, Store, different_fields
+from fpnx.store.reader import DONE, FAILED, PENDING
 from fpnx.store.regions import RegionBatch, first_rows
 
-__all__ = ["DatasetExtent", "Writer", "part_path", "check_same_run"]
+__all__ = ["DatasetExtent", "Writer", "part_path"]
 
 AnyWriter = TypeVar("AnyWriter", bound="Writer")
 
@@ -144,7 +143,7 @@ class Writer:
 
     @classmethod
     def reopen(cls: type[AnyWriter], output: Path) -> AnyWriter:
-        """Open the `.part` beside `output`, which `check_same_run` has accepted; failed images are pending again.
+        """Open the `.part` beside `output`, which `fpnx.store.matching.check_same_run` has accepted; failed images are pending again.
 
         Raises:
             FpnxError: where it cannot be opened for writing, or writing fails.
@@ -309,47 +308,6 @@ class Writer:
             message = disk_error(error, self.output, self._bytes)
             self._failure = FpnxError(f"{message}; what was committed is kept: continue it with --resume")
             raise self._failure from error
-
-
-def check_same_run(store: Store, config: Mapping[str, Any], images: ImageList) -> None:
-    """Raise unless `store` was made with `config` from the images `images`.
-
-    Raises:
-        FpnxError: with the fields, or the number of images, that differ.
-        StoreError: where the file is damaged.
-    """
-    store.check()
-    fields = different_fields(store.config, config)
-    if fields or store.fingerprint != fingerprint(config):
-        raise FpnxError(
-            f"{escape(store.path)} was made with another config ({'; '.join(fields) or 'its fingerprint differs'}): "
-            f"repeat that one, take another output, or start over with --overwrite"
-        )
-    stored = dict(zip(store.paths, zip(store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True), strict=True))
-    requested = {os.fsdecode(record.name): (record.bytes, record.mtime_ns) for record in images.records}
-    added, removed = len(requested.keys() - stored.keys()), len(stored.keys() - requested.keys())
-    changed = sum(_is_changed(stored[name], requested[name]) for name in requested.keys() & stored.keys())
-    reordered = not (added or removed or changed) and list(stored) != list(requested)
-    if added or removed or changed or reordered:
-        what = "in another order" if reordered else f"{added} added, {removed} removed, {changed} changed"
-        raise FpnxError(
-            f"{escape(store.path)} was made from other images ({what}): "
-            f"bring the same ones, take another output, or start over with --overwrite"
-        )
-    if store.shard_slice != images.shard:
-        old, new = (f"shard {shard}" if shard else "no shard" for shard in (store.shard_slice, images.shard))
-        what = "its list had other images outside this shard" if old == new else f"it is {old}, not {new}"
-        raise FpnxError(
-            f"{escape(store.path)} was cut from another list ({what}): bring the same one, take another output, or "
-            f"start over with --overwrite"
-        )
-
-
-def _is_changed(old: tuple[int, int], new: tuple[int, int]) -> bool:
-    """Whether (bytes, mtime_ns) are those of two versions of an image. At a URL either may be unknown (-1 and 0)."""
-    if min(old[0], new[0]) < 0:
-        return old[1] != new[1] and 0 not in (old[1], new[1])
-    return old != new
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
