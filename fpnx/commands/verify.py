@@ -34,8 +34,8 @@ def verify(
     """Read and check everything in `file`; with `against`, compare the bytes of all images, and recompute some.
 
     Args:
-        file: a file that `fpnx extract` wrote, or its `.part`; or all shards of a run, as a glob or paths in any
-            order. Every stored value is read.
+        file: a file that `fpnx extract` wrote, or its `.part`; or several as one, as a glob or paths, such as a run's
+            shards. Every stored value is read.
         against: the images that it was made from: files, folders, or `"@list.txt"`, wherever they are now. All are
             read; their times do not matter.
         sample: how many images are recomputed, evenly spread over those that are done.
@@ -46,8 +46,8 @@ def verify(
         listener: receives the progress.
 
     Raises:
-        FpnxError: for a file that fpnx did not write, shards that are not the complete set of one run, or images or
-            weights that are not found.
+        FpnxError: for a file that fpnx did not write, files that are not read as one, or images or weights that are not
+            found.
     """
     if sample < 1:
         raise FpnxError(f"sample {sample}: take 1 image or more")

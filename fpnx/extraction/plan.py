@@ -173,11 +173,10 @@ def make_plan(
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
     workers = decode_threads(config.workers, listing, cpus)
     read_digests, update = digest_reader(listing, config.max_pixels, workers, listener), None
+    existing = _file_to_resume(output, config) or finished if stored else None
     if config.update and stored and not handed_out:
         update = find_update(output, config, identity, listing.records, read_digests)
         existing = update.existing
-    else:
-        existing = _file_to_resume(output, config) or finished if stored else None
     done_before = 0
     if existing is not None:
         with open_store_file(existing) as store:

@@ -67,7 +67,7 @@ class Recomputation:
     All images whose content hash the store has are read, and their bytes compared.
 
     Args:
-        store: the file, or all shards of a run.
+        store: the file, or several as one.
         against: the images that it was made from: files, folders, or `"@list.txt"`.
         options: of `fpnx.extract`, as `recompute_options` gives them.
         sample: how many images to compute, evenly spread over those that are done.
@@ -110,14 +110,15 @@ class Recomputation:
         except TypeError as error:
             name = escape(store.path)
             raise FpnxError(f"{name} was made with options that this fpnx does not know: {error}") from error
-        self.read = [row for row in sources if row not in {*resized} and store.digests[row].any()]
-        changed = self._changed(listing, [sources[row].name for row in self.read], listener)
-        self._problems += describe_first("its bytes are not those that were computed", store, changed)
-        excluded = {*missing, *resized, *changed}
+        excluded = {*missing, *resized}
         usable = [item.index for item in store if item.index not in excluded]
+        self._engine: Engine | None = self._make_engine() if usable else None
+        self.read = [row for row in usable if store.digests[row].any()]
+        changed = set(self._changed(listing, [sources[row].name for row in self.read], listener))
+        self._problems += describe_first("its bytes are not those that were computed", store, sorted(changed))
+        usable = [row for row in usable if row not in changed]
         evenly = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
         self.chosen = [(row, sources[row]) for row in sorted({usable[round(at)] for at in evenly})]
-        self._engine: Engine | None = self._make_engine() if self.chosen else None
 
     def _changed(self, listing: Listing, names: Sequence[bytes], listener: Listener | None) -> list[int]:
         """Those of the images `read` whose bytes are not those that were computed, or cannot be read."""

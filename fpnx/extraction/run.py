@@ -171,10 +171,8 @@ def run_extraction(
                     from fpnx.extraction.png_sink import check_png_folder
 
                     check_png_folder(output, listing, config)
-                else:
-                    check_output(
-                        output, config, may_exist=config.update
-                    )  # again: another run may have ended in the meantime
+                else:  # again: another run may have ended in the meantime
+                    check_output(output, config, may_exist=config.update)
                 boxes = read_boxes(images, listing, config)
                 for remark in () if boxes is None else boxes.remarks:
                     listener.message(remark)

@@ -25,8 +25,8 @@ from fpnx.core.text import escape
 from fpnx.remote.backends import AbandonedError
 from fpnx.remote.client import RemoteError, check_writable, object_info, send
 from fpnx.remote.urls import bucket_and_key, checked, is_url, is_web, with_name
-from fpnx.store.output_path import real_output
 from fpnx.store.matching import check_same_run
+from fpnx.store.output_path import real_output
 from fpnx.store.reader import open_store_file
 from fpnx.store.verify import verify_structure
 from fpnx.store.writer import part_path

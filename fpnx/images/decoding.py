@@ -97,7 +97,7 @@ def upright_sizes(
 ) -> Generator[tuple[int, int] | ImageError, None, None]:
     """(height, width) of each image as `upright_size` gives it, in order; the error where it cannot be read.
 
-    Headers are read in at least `MIN_READING_THREADS` threads, a bounded number ahead. Close it where it is not used up.
+    At least `MIN_READING_THREADS` threads read, a bounded number of images ahead. Close it where it is not used up.
     """
     return _read_each(lambda source: upright_size(source, max_pixels), sources, threads)
 

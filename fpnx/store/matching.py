@@ -1,4 +1,4 @@
-"""Which images of a list are those of a file: by name, size and time, and by the content hash where only times differ."""
+"""Which images of a list are those of a file: by name, size and time; by the content hash where only times differ."""
 
 from __future__ import annotations
 
@@ -74,9 +74,8 @@ def match_images(
         if not _is_changed(old, new) and not (check_content and is_done):
             continue
         other_size = old[0] != new[0] and min(old[0], new[0]) >= 0
-        if other_size or read_digests is None or not store.has_digests:
-            stored[position] = -1
-        elif is_done and not store.digests[index].any():
+        is_unknown = not store.has_digests or (is_done and not store.digests[index].any())
+        if other_size or is_unknown or read_digests is None:
             stored[position] = -1
         elif is_done:
             to_read.append(position)

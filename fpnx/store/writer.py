@@ -143,7 +143,7 @@ class Writer:
 
     @classmethod
     def reopen(cls: type[AnyWriter], output: Path) -> AnyWriter:
-        """Open the `.part` beside `output`, which `fpnx.store.matching.check_same_run` has accepted; failed images are pending again.
+        """Open the `.part` beside `output`, which is known to be of the same run; failed images are pending again.
 
         Raises:
             FpnxError: where it cannot be opened for writing, or writing fails.

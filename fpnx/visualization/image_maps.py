@@ -119,7 +119,7 @@ def item_maps(item: Item, photo: Photo | None = None) -> ImageMaps:
 def find_photo(item: Item) -> Photo:
     """Read the source image of a stored image, if it is still there and has the stored size."""
     store, row = item.store, item.index
-    path = os.fsencode(os.path.join(store.root, item.path))
+    path = os.fsencode(os.path.join(store.root_of(row), item.path))
     try:
         source = locate(path)
     except (OSError, ValueError, FpnxError) as error:
