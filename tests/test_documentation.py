@@ -121,6 +121,9 @@ def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
         assert fpnx("extract", "sample_images", "-o", "lite2.h5", "--levels", "C2-C5,P2-P5", *small)[0] == 0
     elif "animals.h5" in reads:
         assert fpnx("extract", "animals", "-o", "animals.h5", "--levels", "C3-C5,P3-P5", *small)[0] == 0
+    elif "march.h5" in reads:
+        for folder, name in (("sample_images/animals", "march.h5"), ("photos", "april.h5")):
+            assert fpnx("extract", folder, "-o", name, *small)[0] == 0
     elif arguments[0] == "compare":
         for name in reads:
             assert fpnx("extract", "sample_images", "-o", name, "--levels", "C3-C5", *small)[0] == 0
@@ -236,6 +239,8 @@ EXPECTED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "result": lambda result: result.done == 5,
         "checked": lambda checked: checked.problems == (),
         "every": lambda regions: len(regions) == 6,
+        "both": lambda store: store.paths[0] == "chelsea.jpg" and store.paths[-1] == "00002.jpg",
+        "joined": lambda data: len(data) == len(data.store),
     },
     "format.md": {
         "features": lambda array: array.shape == (256, 56, 56),
@@ -547,7 +552,7 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
     rows = {next(iter(re.findall(r"`(\w+)`", row[0]))): row[1] for row in rows_of("key", provenance_text)}
     assert set(rows) == set(provenance) == {field.name for field in fields(Provenance)} - {"others"}
     assert set(re.findall(r"`(\w+)`", rows["versions"])) == set(provenance["versions"])
-    assert set(re.findall(r"`(\w+)`", rows["merged"])) == set(provenance["merged"])
+    assert set(re.findall(r"`(\w+)`", rows["merged"])) == {*provenance["merged"], "files"}  # not of shards
     in_files = {"key", "prefix"}  # only of weights that are in a file under a key or prefix
     assert keys_of("key of `weights`", provenance_text) == set(provenance["weights"]) | in_files
 

@@ -63,8 +63,8 @@ class JoinedStore(Store):
 
     The images are those of the first file, then those of the next, and so on. The shards of a run stand together, in
     the order of their slices, where the first of them is named: a set of them equals the file of a run without shards.
-    An image that is in several files, with the same name and the same bytes, is taken once, from the first file in
-    which it is done.
+    Their lists may differ in the times of images, as those of copies do. An image that is in several files, with the
+    same name and the same bytes, is taken once, from the first file in which it is done.
 
     Only a limited number of the files are open at a time.
 
@@ -73,7 +73,7 @@ class JoinedStore(Store):
         root: that of the first file; `root_of` gives that of an image.
         argument: what `fpnx.open` takes to open the same files: a glob, or a list of paths.
         repeated: number of images that were left out, since another of the files has them.
-        shard_list: fingerprint of the list that the files were cut from, where all are shards of one run; else None.
+        shard_list: fingerprint of the list that all files were cut from, where they are shards of one; else None.
     """
 
     def __init__(self, paths: Iterable[str], name: str | None = None) -> None:
@@ -91,9 +91,8 @@ class JoinedStore(Store):
         self.argument = name or (arguments if arguments[1:] else arguments[0])
         self.path = name or arguments[0] + (f" and {len(arguments) - 1} more" if arguments[1:] else "")
         self.shard_slice = None
-        self.shard_list = None
-        if first.shard_slice is not None and len(self._runs) == 1:
-            self.shard_list = first.shard_slice.list
+        lists = {file.shard_slice.list if file.shard_slice else None for file in self.files}
+        self.shard_list = lists.pop() if len(lists) == 1 else None
         self.config, self.provenance, self.fingerprint = first.config, first.provenance, first.fingerprint
         self.root, self.levels = first.root, first.levels
         kept = _kept_images(self._runs)

@@ -174,6 +174,43 @@ def test_globs_single_files_and_shards_beside_files(tmp_path: Path, monkeypatch:
         assert (len(store), store.sizes, list(store), store.failures()) == (0, [], [], [])
 
 
+def shards_of_copies(tmp_path: Path, name: str, shift: int = 0) -> list[Path]:
+    """Two shards of a run whose images have times of their own, and from image 2 on sizes larger by `shift`."""
+    folder = tmp_path / name
+    folder.mkdir()
+    layout = layout_of(["64x64"] * 5)
+    records = [
+        record._replace(bytes=record.bytes + shift * (i >= 2), mtime_ns=len(name) * 1000 + i)
+        for i, record in enumerate(layout.images.records)
+    ]
+    return fill_set(folder, replace(layout, images=replace(layout.images, records=tuple(records))), 2)
+
+
+def test_shards_that_were_made_from_copies_with_other_times(tmp_path: Path) -> None:
+    here, there = shards_of_copies(tmp_path, "here"), shards_of_copies(tmp_path, "there")
+    for files in ([here[0], there[1]], [here[1], there[0]]):
+        with fpnx.open(files) as store:
+            assert store.paths == [f"{n}.png" for n in range(5)]
+            assert [int(item["P4"].max()) for item in store] == [1, 2, 3, 4, 5]
+            assert (len(store.files), store.shard_list) == (2, None)
+        assert fpnx.verify(files).problems == ()
+    merged = fpnx.merge(tmp_path / "out.h5", [there[1], here[0]])
+    assert (merged.shards, merged.done, merged.repeated) == (2, 5, 0)
+    with fpnx.open(merged.output) as store:
+        assert store.mtimes_ns.tolist() == [4000, 4001, 5002, 5003, 5004]
+        assert store.provenance.merged is not None
+        assert store.provenance.merged["files"] == [path.name for path in (here[0], there[1])]
+    with pytest.raises(StoreError, match="shard 0/2 is there twice"):
+        fpnx.open([*here, there[0]])
+    other = shards_of_copies(tmp_path, "changed", shift=1)
+    with pytest.raises(StoreError, match=r"are shards of different runs \(their lists of images differ\): name all"):
+        fpnx.open([here[0], other[1]])
+    with h5py.File(there[1], "r+") as file:
+        file["images/bytes"][0] = 99
+    with pytest.raises(StoreError, match="cannot be merged: their images are not those of the list"):
+        fpnx.merge(tmp_path / "again.h5", [here[0], there[1]])
+
+
 def other_bytes(path: Path) -> Path:
     file_of(path, [7, 5])
     with h5py.File(path, "r+") as file:
