@@ -2,10 +2,10 @@
 
 Run: OMP_NUM_THREADS=1 python tests/benchmarks/update.py [IMAGES]
 
-2,000 images (or IMAGES), of which then 50 are added, 20 changed and 30 removed (in proportion). The updated file is compared
-with one of a whole run: names, tables, and values. Then the update is killed at random moments, and given again until it
-ends. Each run is a process, forked after the libraries are loaded; bytes are what it read by system calls (`rchar` in
-`/proc/self/io`), also from the page cache.
+2,000 images (or IMAGES), to which then 50 are added, of which 20 are changed and 30 removed (in proportion). The updated
+file is compared with one of a whole run: names, tables, and values. Then the update is killed at random moments, and
+given again until it ends. Each run is a process, forked after the libraries are loaded; bytes are what it read by
+system calls (`rchar` in `/proc/self/io`), also from the page cache.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def main(arguments: Sequence[str]) -> None:
         duration = run(photos, new, update=True)["seconds"]
         for _ in range(5):
             shutil.copy(old, new)
-            while run(photos, new, kill_after=randomly.uniform(0.05, 1.1) * duration, update=True, commit_every=0.1) is None:
+            moments = iter(lambda: randomly.uniform(0.05, 1.1) * duration, 0.0)
+            while run(photos, new, kill_after=next(moments), update=True, commit_every=0.1) is None:
                 kills += 1
             assert not compare(new, whole)["differences"]
         print(json.dumps({"kills": kills, "each of 5 files equals the whole run": True}), flush=True)
