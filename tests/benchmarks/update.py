@@ -2,7 +2,7 @@
 
 Run: OMP_NUM_THREADS=1 python tests/benchmarks/update.py [IMAGES]
 
-2,000 images (or IMAGES), to which then 50 are added, of which 20 are changed and 30 removed (in proportion). The updated
+To 2,000 images (or IMAGES) 50 are added, 20 are changed and 30 removed (in proportion). The updated
 file is compared with one of a whole run: names, tables, and values. Then the update is killed at random moments, and
 given again until it ends. Each run is a process, forked after the libraries are loaded; bytes are what it read by
 system calls (`rchar` in `/proc/self/io`), also from the page cache.

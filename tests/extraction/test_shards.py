@@ -142,7 +142,7 @@ def test_images_and_attributes_of_a_shard(photos: Path, tmp_path: Path) -> None:
     assert result.to_json()["shard"] == cuts[1].to_json() if cuts[1] else False
     with h5py.File(result.output) as file:
         attribute = json.loads(file.attrs["shard"])
-        assert attribute == {"index": 1, "count": 4, "first": 1, "images": 6, "list": list_fingerprint(records)}
+        assert attribute == {"index": 1, "count": 4, "first": 1, "images": 6, "list": lists[0], "names": lists[1]}
         config = file.attrs["config"]
     with fpnx.open(result.output) as store:
         assert [os.fsencode(path) for path in store.paths] == names[1:3]
