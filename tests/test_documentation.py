@@ -121,6 +121,9 @@ def prepare(arguments: list[str], fpnx: Callable[..., Any]) -> None:
         assert fpnx("extract", "sample_images", "-o", "lite2.h5", "--levels", "C2-C5,P2-P5", *small)[0] == 0
     elif "animals.h5" in reads:
         assert fpnx("extract", "animals", "-o", "animals.h5", "--levels", "C3-C5,P3-P5", *small)[0] == 0
+    elif "march.h5" in reads:
+        for folder, name in (("sample_images/animals", "march.h5"), ("photos", "april.h5")):
+            assert fpnx("extract", folder, "-o", name, *small)[0] == 0
     elif arguments[0] == "compare":
         for name in reads:
             assert fpnx("extract", "sample_images", "-o", name, "--levels", "C3-C5", *small)[0] == 0
@@ -236,6 +239,8 @@ EXPECTED: dict[str, dict[str, Callable[[Any], bool]]] = {
         "result": lambda result: result.done == 5,
         "checked": lambda checked: checked.problems == (),
         "every": lambda regions: len(regions) == 6,
+        "both": lambda store: store.paths[0] == "chelsea.jpg" and store.paths[-1] == "00002.jpg",
+        "joined": lambda data: len(data) == len(data.store),
     },
     "format.md": {
         "features": lambda array: array.shape == (256, 56, 56),
@@ -467,7 +472,7 @@ def keys_of(heading: str, text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def files(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of one size, one of several, a shard, a merged file, and one of regions."""
+    """A file of one size, one of several, a shard, a merged file, an updated one, and one of regions."""
     folder = tmp_path_factory.mktemp("files")
     options: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "levels": "C3,P3", "channels": 8}
     package.extract(samples, folder / "one.h5", size=64, **options)
@@ -475,6 +480,8 @@ def files(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for index in range(2):
         package.extract(samples, folder / "out.h5", size=64, shard=f"{index}/2", **options)
     package.merge(folder / "merged.h5", str(folder / "out.shard-*.h5"))
+    package.extract(samples, folder / "updated.h5", size=64, limit=2, **options)
+    package.extract(samples, folder / "updated.h5", size=64, update=True, **options)
     labels = label_pictures(samples / "animals", folder / "boxes.json", 3)
     package.extract(samples, folder / "regions.h5", size=64, boxes=labels, **{**options, "levels": "P3-P4"})
     return {path.stem: path for path in folder.glob("*.h5")}
@@ -543,11 +550,14 @@ def test_attributes_and_keys_are_those_of_the_format_page(files: dict[str, Path]
     with h5py.File(files["merged"], "r") as file:
         assert "shard" not in file.attrs
         provenance = json.loads(file.attrs["provenance"])
+    with h5py.File(files["updated"], "r") as file:
+        provenance["updated"] = updated = json.loads(file.attrs["provenance"])["updated"]
     provenance_text = text[text.index("**`provenance`** is") :]
     rows = {next(iter(re.findall(r"`(\w+)`", row[0]))): row[1] for row in rows_of("key", provenance_text)}
     assert set(rows) == set(provenance) == {field.name for field in fields(Provenance)} - {"others"}
     assert set(re.findall(r"`(\w+)`", rows["versions"])) == set(provenance["versions"])
-    assert set(re.findall(r"`(\w+)`", rows["merged"])) == set(provenance["merged"])
+    assert set(re.findall(r"`(\w+)`", rows["updated"])) == {*updated, *updated["runs"][0]}
+    assert set(re.findall(r"`(\w+)`", rows["merged"])) == {*provenance["merged"], "files"}  # not of shards
     in_files = {"key", "prefix"}  # only of weights that are in a file under a key or prefix
     assert keys_of("key of `weights`", provenance_text) == set(provenance["weights"]) | in_files
 

@@ -38,6 +38,7 @@ HLOC_KEY = "global_descriptor"
 SAFETENSORS = ".safetensors"
 MAX_PART_BYTES = 255 - len(SAFETENSORS)  # of a part of a path, on most file systems
 OVERHEAD = 4096  # bytes for each image, of names, headers and groups
+FEWER_LEVELS = "write less with fewer --levels"  # where the disk is full
 ENDING = re.compile(r"\.[A-Za-z0-9]{1,8}$")
 
 
@@ -125,13 +126,13 @@ def export_store(store: Store, folder: Path, config: ExportConfig, listener: Lis
     with lock(folder):
         check_folder(folder, config.overwrite)
         try:
-            check_space(folder, needed, free_bytes(folder.parent))
+            check_space(folder, needed, free_bytes(folder.parent), FEWER_LEVELS)
             with _new_folder(folder) as part:
                 renamed = WRITERS[config.to](part, job)
                 _write_manifest(part, job, config.to, renamed)
                 size = sum(os.path.getsize(part / name) for name in _files(part))
         except (OSError, RuntimeError) as error:
-            raise disk_error(error, folder, needed) from error
+            raise disk_error(error, folder, needed, FEWER_LEVELS) from error
     columns = [store.levels.index(level) for level in levels]
     return Exported(
         folder=folder,

@@ -145,7 +145,7 @@ def benchmark(*, json: Json = False, **options: Any) -> int:
 @config_options(TrainConfig, ["Labels", "Training", "Model", "Checkpoint", "Input", "Output", "Run"])
 def train(
     inputs: Annotated[
-        list[str], typer.Argument(help="Images, as for extract; or a file of C levels, or all shards of one.")
+        list[str], typer.Argument(help="Images, as for extract; or a file of C levels, or several, read as one.")
     ],
     output: Annotated[
         str, typer.Option("-o", "--output", help="File to make.", rich_help_panel="Output")
@@ -205,7 +205,7 @@ def predict(
 @app.command()
 @config_options(ProbeConfig, ["Labels", "Levels", "Classifiers", "Output"])
 def probe(
-    files: Annotated[list[str], typer.Argument(help="Files of fpnx extract, side by side; a run's shards in quotes.")],
+    files: Annotated[list[str], typer.Argument(help="Files of fpnx extract, side by side; read as one: 'out.*.h5'.")],
     *,
     json: Json = False,
     **options: Any,
@@ -229,7 +229,7 @@ def probe(
 @app.command()
 @config_options(CompareConfig, ["Levels", "Output"])
 def compare(
-    files: Annotated[list[str], typer.Argument(help="One file of fpnx extract, or two; a run's shards in quotes.")],
+    files: Annotated[list[str], typer.Argument(help="One file of fpnx extract, or two; read as one: 'out.*.h5'.")],
     output: Annotated[
         str | None,
         typer.Option(
@@ -257,7 +257,7 @@ def compare(
 @app.command()
 @config_options(ExportConfig, ["Levels", "Output"])
 def export(
-    files: Annotated[list[str], typer.Argument(help="A file of fpnx extract, or all shards of a run.")],
+    files: Annotated[list[str], typer.Argument(help="A file of fpnx extract, or several, read as one.")],
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="DIR", help="Folder to make.", rich_help_panel="Output")
     ],
@@ -312,15 +312,15 @@ def models(
 def info(
     files: Annotated[
         list[str],
-        typer.Argument(help="A file of fpnx extract, also while it is written; or all shards of a run."),
+        typer.Argument(help="A file of fpnx extract, also while it is written; or several, read as one."),
     ],
     json: Json = False,
 ) -> None:
-    """Show what a file, or all shards of a run, hold, and Python code that reads it.
+    """Show what a file, or several read as one, hold, and Python code that reads it.
 
     [dim]fpnx info out.h5[/dim]
 
-    [dim]fpnx info out.shard-*.h5 --json[/dim]
+    [dim]fpnx info march.h5 april.h5 --json[/dim]
     """
     from fpnx.cli import console, views
     from fpnx.commands.info import info as run
@@ -334,7 +334,7 @@ def info(
 @config_options(ExtractConfig, ["Compare", "Run", "Model", "Output"], only=["device", "offline"])
 def verify(
     files: Annotated[
-        list[str], typer.Argument(help="A file of fpnx extract, also an unfinished .part; or all shards of a run.")
+        list[str], typer.Argument(help="A file of fpnx extract, also an unfinished .part; or several, read as one.")
     ],
     against: Annotated[
         list[str] | None,
@@ -380,22 +380,24 @@ def verify(
 @config_options(OutputConfig, ["Output"], only=["overwrite"])
 def merge(
     output: Annotated[str, typer.Argument(help="File to make.")],
-    shards: Annotated[list[str], typer.Argument(help="All shards of a run, in any order.")],
+    files: Annotated[list[str], typer.Argument(help="All shards of a run, or files with the same options.")],
     *,
     json: Json = False,
     **options: Any,
 ) -> None:
-    """Copy all shards of a run into one file, as a whole run would have written it.
+    """Copy all shards of a run, or files with the same options, into one file, as one run would have written it.
+
+    An image that is in several files, with the same bytes, is taken once.
 
     [dim]fpnx merge out.h5 out.shard-*.h5[/dim]
 
-    [dim]fpnx merge out.h5 'node?/out.shard-*.h5' --overwrite[/dim]
+    [dim]fpnx merge year.h5 march.h5 april.h5 --overwrite[/dim]
     """
     from fpnx.cli import console, views
     from fpnx.commands.merge import merge as run
 
     with console.Terminal(json) as terminal:
-        merged = run(output, shards, listener=terminal, **options)
+        merged = run(output, files, listener=terminal, **options)
     console.show_json(merged.to_json()) if json else views.show_merged(merged)
 
 

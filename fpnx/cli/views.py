@@ -45,8 +45,11 @@ def show_result(result: Result) -> None:
         console.print("dry run: nothing was computed or written")
         return
     _show_run(console, result)
+    if result.duplicates:
+        console.print(_duplicates_line(result.duplicates))
     if result.stopped:
-        console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with --resume"))
+        option = "--update" if result.plan is not None and result.plan.update is not None else "--resume"
+        console.print(Text(f"stopped: {result.stopped}; what was done is kept: continue with {option}"))
     else:
         console.print(Text(f"{result.done} of {result.images} images are in {escape(result.output)}"), soft_wrap=True)
 
@@ -125,10 +128,13 @@ def show_pictures(result: VisualizeResult) -> None:
 
 
 def show_merged(result: Merged) -> None:
-    """Print how many images and shards were merged, and where they are."""
+    """Print how many images and files were merged, and where they are."""
     failed = f", {result.failed} of them failed" if result.failed else ""
-    line = f"{result.images} images of {result.shards} shards are in {escape(result.output)}{failed}"
+    files = plural(result.files, "shard" if result.shards == result.files else "file")
+    line = f"{plural(result.images, 'image')} of {files} are in {escape(result.output)}{failed}"
     _stdout().print(Text(f"{line} ({format_bytes(result.bytes)})"), soft_wrap=True)
+    if result.repeated:
+        _stdout().print(f"{plural(result.repeated, 'image')} in several files, taken once")
 
 
 def show_info(store: Store) -> None:
@@ -142,8 +148,10 @@ def show_info(store: Store) -> None:
         console,
         ("file", f"{escape(store.path)}{'' if store.complete else ' (unfinished)'}"),
         ("images", f"{counts['done']} done, {counts['failed']} failed, {counts['pending']} pending"),
+        *([("duplicates", _duplicates_line(facts["duplicates"]))] if facts["duplicates"] else []),
         *([("shard", str(store.shard_slice))] if store.shard_slice else []),
         *([("shards", str(facts["shards"]))] if facts["shards"] else []),
+        *([("files", str(facts["files"]))] if facts["files"] > facts["shards"] else []),
         ("root", escape(store.root)),
         ("backbone", f"{store.config['backbone']}, {provenance.weights.body}"),
         ("pyramid", f"{', '.join(store.levels)}, {describe_pyramid(store.pyramid, provenance.weights.pyramid)}"),
@@ -159,7 +167,7 @@ def show_info(store: Store) -> None:
         _show_levels(console, level_shapes(store))
     _show_failures(console, store.failures())
     _show_nonfinite(console, store.nonfinite_by_level(), facts["too_large"])
-    console.print("\nread them as one:\n" if facts["shards"] else "\nread it with h5py alone:\n")
+    console.print("\nread them as one:\n" if facts["files"] else "\nread it with h5py alone:\n")
     console.print(Text(reading_snippet(store)), soft_wrap=True)
 
 
@@ -167,8 +175,10 @@ def show_verification(result: Verification) -> None:
     """Print what was checked, and the problems."""
     console = _stdout()
     console.print(Text(f"{escape(result.file)}: {result.done} done, {result.failed} failed, {result.pending} pending"))
-    shards = f" in {result.shards} shards" if result.shards else ""
-    console.print(f"{result.values} values read{shards}", end="")
+    files = f" in {plural(result.files, 'shard' if result.shards == result.files else 'file')}" if result.files else ""
+    console.print(f"{result.values} values read{files}", end="")
+    if result.hashed:
+        console.print(f", bytes of {plural(result.hashed, 'image')} compared", end="")
     if result.compared:
         console.print(
             f", {result.compared} images computed again, largest difference {result.largest_difference:.1g}", end=""
@@ -203,6 +213,7 @@ def show_plan(plan: PlanSummary) -> None:
             pyramid += f", {plan.work:g} times the work of one pass"
     rows = [
         ("images", f"{plan.images} in {escape(plan.root)}{skipped}{before}"),
+        *([("update", ", ".join(f"{count} {what}" for what, count in plan.update.items()))] if plan.update else []),
         *([("shard", str(plan.shard))] if plan.shard else []),
         ("backbone", f"{plan.backbone}, {weights.body}"),
         *([] if predicts and weights.pyramid.trained is False else [("pyramid", pyramid)]),
@@ -233,6 +244,11 @@ def _regions_line(regions: RegionSummary) -> str:
     shape = f"{regions.channels}×{regions.height}×{regions.width}"
     counts = f"{plural(regions.count, 'region')} in {plural(regions.images, 'image')}"
     return f"{counts}, {shape} each, {format_bytes(regions.bytes_per_region)}"
+
+
+def _duplicates_line(count: int) -> str:
+    """How many images are there more than once."""
+    return f"{plural(count, 'image')} with the same bytes as another one"
 
 
 def _output_line(plan: PlanSummary) -> str:

@@ -33,7 +33,7 @@ def compare(
     scaled by one number.
 
     Args:
-        files: one file, or two; each may be a glob of a run's shards.
+        files: one file, or two; each may be a glob of files that are read as one.
         output: a picture of the matrices to write, PNG, SVG or PDF.
         listener: receives progress events.
         options: the fields of `fpnx.core.analysis_config.CompareConfig`.

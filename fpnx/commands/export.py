@@ -35,7 +35,7 @@ def export(
     The folder also gets `export.json`, which says what it holds and which images have other names there.
 
     Args:
-        file: a file that `fpnx extract` wrote, or a run's shards as a glob or as paths.
+        file: a file that `fpnx extract` wrote, or several as one, as a glob or paths, such as a run's shards.
         output: the folder to make; it gets its name when all of it is written.
         listener: receives progress events.
         options: the fields of `fpnx.core.analysis_config.ExportConfig`.

@@ -64,7 +64,7 @@ def extract(
     if config.engine == "local":
         destination = resolve_destination(DEFAULT_OUTPUTS[config.format] if output is None else output, config)
         if destination.url is None and config.format == "h5":
-            check_output(destination.local, config)
+            check_output(destination.local, config, may_exist=config.update)
         from fpnx.extraction.run import run_extraction
         from fpnx.inference.engine_cache import EngineCache
 

@@ -1,4 +1,4 @@
-"""The command `fpnx info`: what a file, or all shards of a run, hold."""
+"""The command `fpnx info`: what a file, or several read as one, hold."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ __all__ = ["info"]
 
 
 def info(files: Sequence[str]) -> Store:
-    """Open what `fpnx extract` wrote: one file, or all shards of a run as one store. Close it after use.
+    """Open what `fpnx extract` wrote: one file, or several as one store. Close it after use.
 
     Raises:
-        StoreError: a file that is not readable as one of fpnx, or an incomplete set of shards.
+        StoreError: a file that is not readable as one of fpnx, or files that are not read as one; see
+            `fpnx.store.shard_set.open_store`.
     """
     return open_store(files[0] if len(files) == 1 else list(files))

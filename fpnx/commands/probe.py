@@ -30,8 +30,8 @@ def probe(
     regression and of nearest neighbours, each sample predicted from the images of other folds.
 
     Args:
-        files: one file or several, side by side; each may be a glob of a run's shards. Only images that are done in all
-            of them are used.
+        files: one file or several, side by side; each may be a glob of files that are read as one. Only images that are
+            done in all of them are used.
         listener: receives progress events.
         options: the fields of `fpnx.core.analysis_config.ProbeConfig`; `labels` must be given.
 

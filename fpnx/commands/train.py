@@ -33,8 +33,8 @@ def train(
     """Labelled images, or stored maps with labels → a trained pyramid and head; `fpnx train` as a function.
 
     Args:
-        inputs: images, as `fpnx.extract` takes them; or a file of C levels that `fpnx.extract` wrote, or all shards of
-            one: the backbone is then not run.
+        inputs: images, as `fpnx.extract` takes them; or a file of C levels that `fpnx.extract` wrote, or several
+            as one: the backbone is then not run.
         labels: a label file or folder; or `"folders"`, where the first folder of each image's name is its class.
         output: the `.safetensors` file to make; `output` + `.part` is what an unfinished run continues from.
         listener: receives progress and messages.

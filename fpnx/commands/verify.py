@@ -31,12 +31,13 @@ def verify(
     offline: bool = ExtractConfig.offline,
     listener: Listener | None = None,
 ) -> Verification:
-    """Read and check everything in `file`; with `against`, recompute some of its images and compare.
+    """Read and check everything in `file`; with `against`, compare the bytes of all images, and recompute some.
 
     Args:
-        file: a file that `fpnx extract` wrote, or its `.part`; or all shards of a run, as a glob or paths in any
-            order. Every stored value is read.
-        against: the images that it was made from: files, folders, or `"@list.txt"`.
+        file: a file that `fpnx extract` wrote, or its `.part`; or several as one, as a glob or paths, such as a run's
+            shards. Every stored value is read.
+        against: the images that it was made from: files, folders, or `"@list.txt"`, wherever they are now. All are
+            read; their times do not matter.
         sample: how many images are recomputed, evenly spread over those that are done.
         backbone: the module or model that was given to `fpnx.extract`, where it was one.
         weights: path of the weights file, if it is not where it was.
@@ -45,8 +46,8 @@ def verify(
         listener: receives the progress.
 
     Raises:
-        FpnxError: for a file that fpnx did not write, shards that are not the complete set of one run, or images or
-            weights that are not found.
+        FpnxError: for a file that fpnx did not write, files that are not read as one, or images or weights that are not
+            found.
     """
     if sample < 1:
         raise FpnxError(f"sample {sample}: take 1 image or more")
@@ -59,12 +60,13 @@ def verify(
         if isinstance(backbone, (str, type)):
             raise FpnxError(f"backbone {backbone!r:.60}: take the nn.Module that fpnx.extract was given")
         options = recompute_options(store, backbone, weights, device, offline)
-        recomputation = Recomputation(store, against, options, sample, backbone)
+        recomputation = Recomputation(store, against, options, sample, backbone, listener)
         structure = verify_structure(store, listener)
         largest, problems = recomputation.compare()
         return replace(
             structure,
             problems=(*structure.problems, *problems),
             compared=len(recomputation.chosen),
+            hashed=len(recomputation.read),
             largest_difference=largest,
         )

@@ -97,7 +97,8 @@ def visualize(
     """Draw stored pyramids or photographs; `fpnx visualize` as a function.
 
     Args:
-        inputs: files written by `fpnx extract`, compared image by image; or photographs.
+        inputs: files written by `fpnx extract`, compared image by image, each of which may be a glob of files that are
+            read as one; or photographs.
         output: folder for pictures; by default `<file>_png` beside the file, or `<first photograph>_png` in the
             current folder. With `html` and without `output` no pictures are written.
         html: path of an HTML page to write.
@@ -305,7 +306,7 @@ def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
     row = store.index(item.path) if item.path in store else None
     if row is None:
         row = next(
-            (i for i, path in enumerate(store.paths) if normal_form(os.path.join(store.root, path)) == full), None
+            (i for i, path in enumerate(store.paths) if normal_form(os.path.join(store.root_of(i), path)) == full), None
         )
     if row is None:
         return None, "this image is not in this file"
@@ -316,7 +317,7 @@ def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:
 
 
 def _full_path(item: Item) -> str:
-    return normal_form(os.path.join(item.store.root, item.path))
+    return normal_form(os.path.join(item.store.root_of(item.index), item.path))
 
 
 def _model_of(store: Store) -> str:

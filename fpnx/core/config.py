@@ -101,6 +101,8 @@ class ExtractConfig(DistributedConfig, PictureConfig, RunConfig, OutputConfig, I
             return
         if self.format != "h5":
             raise FpnxError(f"engine {self.engine} makes files of features: leave out --format {self.format}")
+        if self.update:
+            raise FpnxError(f"engine {self.engine} makes new shards: update each with --shard I/N --update")
         if self.shard is not None:
             raise FpnxError(f"shard {self.shard} is one and engine {self.engine} makes all of them: give one of them")
         if self.device not in ("auto", "cpu", "cuda"):

@@ -29,6 +29,7 @@ __all__ = [
     "BLOCK",
     "LARGE",
     "OpenFile",
+    "SMALLER_FEATURES",
     "check_space",
     "reserve_space",
     "disk_error",
@@ -39,6 +40,7 @@ __all__ = [
     "atomic_write",
 ]
 
+SMALLER_FEATURES = "store less with --dtype float16, --pool 7x7 or fewer --levels"  # in a file of `fpnx extract`
 LARGE = 1 << 16  # bytes; from this size on, a direct write or an early writeback is worth its system calls
 BLOCK = max(4096, mmap.PAGESIZE)  # bytes; direct writes begin and end at a multiple of it, in file and memory
 STAGING = 1 << 20  # bytes of the buffer that unaligned memory is copied to before a direct write
@@ -108,30 +110,33 @@ def lock(output: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def disk_error(error: Exception, output: Path, needed: int) -> FpnxError:
-    """The FpnxError for a failed write of `output`, which needs `needed` bytes; for a full disk, with the numbers."""
+def disk_error(error: Exception, output: Path, needed: int, advice: str = "") -> FpnxError:
+    """The FpnxError for a failed write of `output`, which needs `needed` bytes; for a full disk, with the numbers.
+
+    `advice` says how the output can be made smaller, such as `SMALLER_FEATURES`.
+    """
+    smaller = f", or {advice}" if advice else ""
     match = re.search(r"errno = (\d+)", str(error))  # HDF5 gives the number in its message only
     number = getattr(error, "errno", None) or (int(match[1]) if match else None)
     if number == errno.EFBIG:
         return FpnxError(
             f"{escape(output)} may not become {format_bytes(needed)} large: this file system or `ulimit -f` forbids "
-            f"it; take another output, or store less with --dtype float16, --pool 7x7 or fewer --levels"
+            f"it; take another output{smaller}"
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
         free = free_bytes(output.parent)
         return FpnxError(
             f"too little disk space for {escape(output)}: it takes {format_bytes(needed)}"
-            f"{'' if free is None else f' and {format_bytes(free)} are free'}; make room, or store less with "
-            f"--dtype float16, --pool 7x7 or fewer --levels"
+            f"{'' if free is None else f' and {format_bytes(free)} are free'}; make room{smaller}"
         )
     why = os.strerror(number) if number else escape(str(error))
     return FpnxError(f"cannot write {escape(output)}: {why}")
 
 
-def check_space(output: Path, needed: int, free: int | None) -> None:
-    """Raise FpnxError where fewer than `needed` bytes are known to be free for `output`."""
+def check_space(output: Path, needed: int, free: int | None, advice: str = "") -> None:
+    """Raise FpnxError where fewer than `needed` bytes are known to be free for `output`; see `disk_error`."""
     if free is not None and needed > free:
-        raise disk_error(OSError(errno.ENOSPC, ""), output, needed)
+        raise disk_error(OSError(errno.ENOSPC, ""), output, needed, advice)
 
 
 def reserve_space(descriptor: int, size: int) -> bool:

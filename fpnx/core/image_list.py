@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from fpnx.core.sharding import ShardSlice
 
-__all__ = ["ImageList", "ImageRecord", "list_fingerprint", "record_line"]
+__all__ = ["DIGEST_BYTES", "ImageList", "ImageRecord", "list_fingerprint", "record_line", "without_time"]
+
+DIGEST_BYTES = 16  # of an image's content hash
 
 
 class ImageRecord(NamedTuple):
@@ -46,14 +48,14 @@ class ImageList:
         return len(self.records)
 
 
-def list_fingerprint(records: Iterable[tuple[bytes, int, int]]) -> str:
-    """sha256 (hex) of the lines that `fpnx list` writes for `records`.
+def list_fingerprint(records: Iterable[tuple[bytes, int, int]], *, times: bool = True) -> str:
+    """sha256 (hex) of the lines that `fpnx list` writes for `records`; without `times`, of `without_time` of each.
 
     It depends on names, sizes, times and order only, not on whether the list was written to a file.
     """
     digest = hashlib.sha256()
     for record in records:
-        digest.update(record_line(record))
+        digest.update(record_line(record) if times else without_time(record_line(record)))
     return digest.hexdigest()
 
 
@@ -61,3 +63,8 @@ def record_line(record: tuple[bytes, int, int]) -> bytes:
     """One record as a line of JSON, `["cats/01.jpg",81234,1700000000000000000]`, in ASCII."""
     name, size, mtime = record
     return json.dumps([os.fsdecode(name), size, mtime], separators=(",", ":")).encode() + b"\n"
+
+
+def without_time(line: bytes) -> bytes:
+    """The line of a record without its time, `["cats/01.jpg",81234`."""
+    return line.rpartition(b",")[0]

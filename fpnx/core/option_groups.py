@@ -232,6 +232,8 @@ class OutputConfig:
     )
     resume: bool = option(False, "Continue an earlier run where it ended, or start.", "Output")
     overwrite: bool = option(False, "Replace an existing output, once the new one is complete.", "Output")
+    update: bool = option(False, "Compute new and changed images, copy the others from the existing output.", "Output")
+    check_content: bool = option(False, "With --update: compare bytes, and trust no size and time.", "Output")
     commit_every: float = option(5.0, "Save results this often: a crash loses no more.", "Output", metavar="SECONDS")
     max_failed: str | int = option("0", "Images that may fail before exit code 1.", "Output", metavar="N|P%")
     strict: bool = option(False, "Stop at the first image that fails.", "Output")
@@ -248,6 +250,13 @@ class OutputConfig:
             raise FpnxError(f"pool {self.pool!r}: take none, avg, max, or a grid such as 7x7")
         if self.resume and self.overwrite:
             raise FpnxError("resume continues a file and overwrite replaces it: give one of them")
+        if self.update and (self.resume or self.overwrite):
+            other = "resume" if self.resume else "overwrite"
+            raise FpnxError(f"update continues and replaces a file by itself: leave out --{other}")
+        if self.update and self.format != "h5":
+            raise FpnxError(f"update is for a file of features: leave out --format {self.format}")
+        if self.check_content and not self.update:
+            raise FpnxError("check content says how images are compared: give --update beside it")
         if not 0 <= self.commit_every < math.inf:
             raise FpnxError(f"commit every {self.commit_every} seconds: take a number from 0 (every batch), not inf")
         freeze(self, "max_failed", str(self.max_failed))

@@ -76,6 +76,8 @@ class PlanSummary:
         skipped: number of other files that were skipped, by kind: extensions such as `.txt`, and kinds in words.
         shard: for a shard, its slice of the list; else None.
         done_before: number of images that an earlier run finished.
+        update: with `--update`, the number of images that are "copied" from files that are there, and that were
+            "added", "changed" and "removed" since the output was finished; else None.
         root: the folder, archive or URL that names are relative to.
         weights: which parts are trained.
         trained_pyramid: the name of weights for this backbone whose pyramid is trained; None where there are none.
@@ -97,6 +99,7 @@ class PlanSummary:
     skipped: Mapping[str, int]
     shard: ShardSlice | None
     done_before: int
+    update: Mapping[str, int] | None
     root: str
     backbone: str
     weights: WeightsInfo
@@ -145,6 +148,7 @@ class PlanSummary:
             "skipped_kinds": dict(self.skipped),
             "shard": None if self.shard is None else self.shard.to_json(),
             "done_before": self.done_before,
+            **({} if self.update is None else {"update": dict(self.update)}),
             "root": self.root,
             "backbone": self.backbone,
             "weights": self.weights.to_json(),

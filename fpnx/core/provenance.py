@@ -167,6 +167,7 @@ class Provenance:
         options: the options that the features depend on, as `fpnx.extract` takes them; None where a file has none.
         command: the command line.
         merged: for a merged file, the files it was merged from.
+        updated: for an updated file, how many images were copied into it, and how these had been computed.
         others: further entries, written by a later version of fpnx.
     """
 
@@ -179,6 +180,7 @@ class Provenance:
     options: Mapping[str, Any] | None = None
     command: tuple[str, ...] = ()
     merged: Mapping[str, Any] | None = None
+    updated: Mapping[str, Any] | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -193,6 +195,7 @@ class Provenance:
             "precision": self.precision,
             "time": self.time,
             "merged": None if self.merged is None else dict(self.merged),
+            "updated": None if self.updated is None else dict(self.updated),
         }
         return {name: value for name, value in plain.items() if value is not None} | dict(self.others)
 
@@ -207,7 +210,8 @@ class Provenance:
         texts = {name: entries.get(name) for name in ("recipe", "device", "precision", "time")}
         if not all(isinstance(text, str) for text in texts.values()):
             raise ValueError("its provenance is incomplete")
-        options, merged, command = entries.get("options"), entries.get("merged"), entries.get("command", [])
+        options, command = entries.get("options"), entries.get("command", [])
+        merged, updated = entries.get("merged"), entries.get("updated")
         known = {each.name for each in fields(cls)}
         return cls(
             weights=WeightsInfo.from_json(entries.get("weights")),
@@ -215,6 +219,7 @@ class Provenance:
             options=options if isinstance(options, Mapping) else None,
             command=tuple(map(str, command)) if isinstance(command, list) else (),
             merged=merged if isinstance(merged, Mapping) else None,
+            updated=updated if isinstance(updated, Mapping) else None,
             others={name: value for name, value in entries.items() if name not in known},
             **{name: str(text) for name, text in texts.items()},
         )

@@ -40,7 +40,9 @@ class ShardSlice:
         index, count: of the shard.
         first: index of its first image in the whole list.
         images: number of images in the whole list.
-        list: fingerprint of the whole list; see `fpnx.images.manifest`.
+        list: fingerprint of the whole list; see `fpnx.core.image_list.list_fingerprint`.
+        names: fingerprint of the whole list without times, the same for copies of the images with other times; empty in
+            files of earlier versions.
     """
 
     index: int
@@ -48,11 +50,17 @@ class ShardSlice:
     first: int
     images: int
     list: str
+    names: str = ""
 
     @classmethod
-    def of(cls, shard: Shard, images: int, fingerprint: str) -> ShardSlice:
+    def of(cls, shard: Shard, images: int, fingerprint: str, names: str = "") -> ShardSlice:
         """The slice of `shard` in a list of `images`."""
-        return cls(shard.index, shard.count, shard.slice(images).start, images, fingerprint)
+        return cls(shard.index, shard.count, shard.slice(images).start, images, fingerprint, names)
+
+    def is_of_list(self, other: ShardSlice) -> bool:
+        """Whether both are shards, of any number, of one list, or of lists that differ in times alone."""
+        same = self.list == other.list or bool(self.names and self.names == other.names)
+        return same and (self.count, self.images) == (other.count, other.images)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ShardSlice:
@@ -62,9 +70,11 @@ class ShardSlice:
             ValueError: for values that `to_json` cannot have returned.
         """
         numbers = [values.get(name) for name in ("index", "count", "first", "images")]
-        if not all(type(number) is int for number in numbers) or not isinstance(values.get("list"), str):
+        if not all(type(number) is int for number in numbers) or not all(
+            isinstance(values.get(name, ""), str) for name in ("list", "names")
+        ):
             raise ValueError("its shard does not have whole numbers and a fingerprint")
-        shard = cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        shard = cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
         index, count, first, images = shard.index, shard.count, shard.first, shard.images
         if not (0 <= index < count <= MAX_SHARDS and images >= 0 and first == shard.slice.start):
             raise ValueError(f"there is no shard {index}/{count} from {first} on of {images} images")
@@ -82,7 +92,7 @@ class ShardSlice:
 
     def to_json(self) -> dict[str, Any]:
         """Values for JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "names" or value}
 
     def __str__(self) -> str:
         indices = self.slice

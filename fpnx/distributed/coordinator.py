@@ -19,7 +19,7 @@ from fpnx._version import __version__
 from fpnx.core.config import DistributedConfig, ExtractConfig
 from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
-from fpnx.core.files import check_space, lock
+from fpnx.core.files import SMALLER_FEATURES, check_space, lock
 from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.sharding import Shard, shard_path
 from fpnx.core.text import escape
@@ -39,6 +39,7 @@ from fpnx.extraction.pipeline import STAGES
 from fpnx.extraction.plan import Plan, decode_threads, make_plan
 from fpnx.extraction.regions import read_boxes
 from fpnx.extraction.run import Result
+from fpnx.extraction.update import digest_reader
 from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
 from fpnx.inference.devices import resolve_precision
@@ -148,6 +149,7 @@ class _DistributedRun:
         self.status: list[ShardStatus] = []
         self.reports: dict[int, ShardReport] = {}
         self._last_shown: tuple[int, str] | None = None
+        self._read_digests = digest_reader(plan.listing, config.max_pixels, plan.workers, listener)
         self._said = set[str]() if plan.regions is None else {*plan.regions.boxes.remarks}
 
     @property
@@ -190,14 +192,14 @@ class _DistributedRun:
     def read_status(self) -> None:
         """Read the status of all shards from their files."""
         layout = self.plan.layout
-        self.status = read_shard_status(self.target, self.count, layout.images, layout.config)
+        self.status = read_shard_status(self.target, self.count, layout.images, layout.config, self._read_digests)
         self.plan = replace(self.plan, done_before=sum(each.done for each in self.status))
 
     def check_space(self) -> None:
         """Raise FpnxError if the disk is too small for the rest, as far as its size is known."""
         needed = self.plan.layout.total_bytes()
         existing = sum(path.stat().st_size for paths in find_shard_files(self.target).values() for path in paths)
-        check_space(self.target, needed - existing, self.plan.bytes_free)
+        check_space(self.target, needed - existing, self.plan.bytes_free, SMALLER_FEATURES)
 
     def execute(self, submit: Callable[[ShardJob, Sequence[int]], RunningWork], stop: StopRequest) -> Result:
         """Write the image list, have all unfinished shards worked on, and read what the files hold then."""

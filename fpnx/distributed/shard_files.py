@@ -20,8 +20,9 @@ from fpnx.distributed.quarantine import Quarantine
 from fpnx.images.listing import Listing
 from fpnx.images.manifest import is_manifest, manifest_lines
 from fpnx.store.info import too_large_levels
+from fpnx.store.matching import ReadDigests, check_same_run
 from fpnx.store.reader import DONE, PENDING, open_store_file
-from fpnx.store.writer import check_same_run, part_path
+from fpnx.store.writer import part_path
 
 __all__ = [
     "MAX_SHARD_IMAGES",
@@ -100,7 +101,9 @@ def find_shard_files(output: Path) -> dict[Shard, list[Path]]:
     return files
 
 
-def read_shard_status(output: Path, count: int, images: ImageList, config: Mapping[str, Any]) -> list[ShardStatus]:
+def read_shard_status(
+    output: Path, count: int, images: ImageList, config: Mapping[str, Any], read_digests: ReadDigests
+) -> list[ShardStatus]:
     """The status of each of `count` shards.
 
     Args:
@@ -108,27 +111,29 @@ def read_shard_status(output: Path, count: int, images: ImageList, config: Mappi
         count: number of shards.
         images: all images of the run.
         config: what the files' attribute `config` must hold.
+        read_digests: reads images whose times differ from those in the files.
 
     Raises:
         FpnxError: a file was made from other images or with another config, or is not finished under its final name.
     """
     fingerprint, total = list_fingerprint(images.records), len(images.records)
+    names = list_fingerprint(images.records, times=False)
     status = []
     for shard in (Shard(index, count) for index in range(count)):
         part = shard.slice(total)
         shard_images = ImageList(
-            images.root, images.records[part.start : part.stop], ShardSlice.of(shard, total, fingerprint)
+            images.root, images.records[part.start : part.stop], ShardSlice.of(shard, total, fingerprint, names)
         )
-        status.append(_read_status(shard_path(output, shard), shard_images, config))
+        status.append(_read_status(shard_path(output, shard), shard_images, config, read_digests))
     return status
 
 
-def _read_status(file: Path, images: ImageList, config: Mapping[str, Any]) -> ShardStatus:
+def _read_status(file: Path, images: ImageList, config: Mapping[str, Any], read_digests: ReadDigests) -> ShardStatus:
     path = next((path for path in (file, part_path(file)) if path.exists()), None)
     if path is None:
         return ShardStatus()
     with open_store_file(path) as store:
-        check_same_run(store, config, images)
+        check_same_run(store, config, images, read_digests)
         pending = bool((store.status == PENDING).any())
         if path == file and pending:
             raise FpnxError(

@@ -155,6 +155,7 @@ def run_pipeline(
 class _DecodedImage:
     pixels: Any  # as `PyramidModel.resize` gives them
     source_size: tuple[int, int]
+    digest: bytes
     boxes: ImageBoxes | None = None  # of a run with boxes
 
 
@@ -251,11 +252,13 @@ class _BatchLoader:
             return ImageError(f"{type(error).__name__}: {error}")
 
     def _decoded(self, index: int) -> _DecodedImage:
-        plan, kinds = self._plan, set[str]()
+        plan, kinds, digests = self._plan, set[str](), list[bytes]()
         with self._budget.share() as claim:
             with self._timer.measure("decode"):
                 source, config = plan.listing.sources[index], plan.config
-                picture = decode(source, config.max_pixels, config.pixels, claim=claim, note=kinds.add)
+                picture = decode(
+                    source, config.max_pixels, config.pixels, claim=claim, note=kinds.add, digest=digests.append
+                )
             source_size = (picture.height, picture.width)
             size = plan.recipe.input_size(source_size, plan.config.max_pixels)
             if size != tuple(plan.layout.input_sizes[index].tolist()):
@@ -267,7 +270,7 @@ class _BatchLoader:
                 boxes, notes = plan.regions.of_image(index, source_size, size)
                 kinds |= notes
             self._notes.add(kinds)
-            return _DecodedImage(pixels, source_size, boxes)
+            return _DecodedImage(pixels, source_size, digests[0], boxes)
 
 
 class _ComputeThread(threading.Thread):
@@ -368,21 +371,30 @@ class _WriterThread:
         """Queue the features of a batch for writing."""
         source_sizes = np.array([image.source_size for _, image in images], np.int32)
         boxes = [image.boxes for _, image in images if image.boxes is not None]
-        return self._thread.submit(self._put, [index for index, _ in images], features, source_sizes, boxes)
+        digests = np.frombuffer(b"".join(image.digest for _, image in images), np.uint8).reshape(len(images), -1)
+        indices = [index for index, _ in images]
+        return self._thread.submit(self._put, indices, features, source_sizes, boxes, digests)
 
     def fail(self, index: int, reason: str) -> Future[None]:
         """Queue the mark of a failed image."""
         return self._thread.submit(self._write, lambda: self._sink.fail(index, reason))
 
     def _put(
-        self, indices: Sequence[int], features: Features, source_sizes: np.ndarray, boxes: Sequence[ImageBoxes]
+        self,
+        indices: Sequence[int],
+        features: Features,
+        source_sizes: np.ndarray,
+        boxes: Sequence[ImageBoxes],
+        digests: np.ndarray,
     ) -> None:
         regions = None
         with self._timer.measure("forward"):
             features.ready()
             if self._plan.regions is not None:
                 regions = self._plan.regions.batch(boxes, features, self._plan.layout)
-        self._write(lambda: self._sink.put(indices, features.arrays, source_sizes, features.nonfinite, regions))
+        self._write(
+            lambda: self._sink.put(indices, features.arrays, source_sizes, features.nonfinite, regions, digests)
+        )
         features.recycle()
 
     def _write(self, action: Callable[[], None]) -> None:

@@ -14,11 +14,12 @@ import torch
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.events import Listener
-from fpnx.core.files import check_space, free_bytes
+from fpnx.core.files import SMALLER_FEATURES, check_space, free_bytes
 from fpnx.core.plan_summary import LevelShape, PlanSummary
 from fpnx.core.system import usable_cpus
 from fpnx.core.validation import parse_pool
 from fpnx.extraction.regions import PlannedRegions, RunBoxes
+from fpnx.extraction.update import Update, digest_reader, find_update
 from fpnx.images.decoding import upright_sizes
 from fpnx.images.listing import Listing
 from fpnx.inference.devices import resolve_device, resolve_precision
@@ -29,8 +30,9 @@ from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.weights.torchvision import COCO
 from fpnx.remote.urls import is_url
 from fpnx.store.file_layout import FileLayout
+from fpnx.store.matching import check_same_run
 from fpnx.store.reader import DONE, open_store_file
-from fpnx.store.writer import check_same_run, part_path
+from fpnx.store.writer import part_path
 
 __all__ = ["Plan", "decode_threads", "fingerprint_fields", "make_plan"]
 
@@ -54,6 +56,7 @@ class Plan:
         engine_cache: holds the model and its engines.
         regions: the boxes whose features are stored in place of maps; else None.
         done_before: number of images that an earlier run has done.
+        update: with `--update`, what is taken over from files that are there; else None.
         destination: URL that the output is uploaded to; None where it stays local.
         head: what predicts, in words; None where features are stored.
     """
@@ -73,6 +76,7 @@ class Plan:
     engine_cache: EngineCache
     regions: PlannedRegions | None = None
     done_before: int = 0
+    update: Update | None = None
     destination: str | None = None
     head: str | None = None
 
@@ -102,6 +106,7 @@ class Plan:
             skipped=self.listing.skipped,
             shard=self.listing.shard_slice,
             done_before=self.done_before,
+            update=None if self.update is None else self.update.counts(),
             root=os.fsdecode(self.listing.root),
             backbone=self.model.backbone,
             weights=self.model.weights.info,
@@ -167,11 +172,16 @@ def make_plan(
         identity["regions"] = regions.identity()
     cpus = config.cpus if isinstance(config.cpus, int) else usable_cpus()
     workers = decode_threads(config.workers, listing, cpus)
+    read_digests, update = digest_reader(listing, config.max_pixels, workers, listener), None
     existing = _file_to_resume(output, config) or finished if stored else None
+    if config.update and stored and not handed_out:
+        update = find_update(output, config, identity, listing.records, read_digests)
+        existing = update.existing
     done_before = 0
     if existing is not None:
         with open_store_file(existing) as store:
-            check_same_run(store, identity, listing.records)
+            if update is None:
+                check_same_run(store, identity, listing.records, read_digests)
             sizes, padded, rows = store.input_sizes, store.padded_sizes, store.rows
             errors = {i: store.error(i) for i in np.flatnonzero(rows < 0).tolist()}
             done_before = int((store.status == DONE).sum())
@@ -180,7 +190,8 @@ def make_plan(
         sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
         padded, rows = [None] * count, np.full(count, -1, np.int64)
     else:
-        sizes, errors = _input_sizes(listing, model, recipe, config.max_pixels, workers, listener)
+        known = None if update is None else update.input_sizes(len(listing.sources))
+        sizes, errors = _input_sizes(listing, model, recipe, config.max_pixels, workers, listener, known)
         padded, rows = _padded_sizes(model, recipe, sizes, errors)
     shapes = {size: _stored_shapes(model, size, config.pool) for size in dict.fromkeys(padded) if size is not None}
     rows_of_regions = None
@@ -213,14 +224,15 @@ def make_plan(
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         workers=workers,
         cpus=cpus,
-        bytes_free=None if free is None else free + (0 if existing else _bytes_of_part(output)),
+        bytes_free=None if free is None else free + (0 if existing or update else _bytes_of_part(output)),
         engine_cache=engine_cache,
         regions=regions,
         done_before=done_before,
+        update=update,
         destination=destination,
     )
     if stored and existing is None and config.format == "h5" and not handed_out:
-        check_space(output, layout.total_bytes(), plan.bytes_free)
+        check_space(output, layout.total_bytes(), plan.bytes_free, SMALLER_FEATURES)
     return plan
 
 
@@ -264,26 +276,35 @@ def _file_to_resume(output: Path, config: ExtractConfig) -> Path | None:
 
 
 def _input_sizes(
-    listing: Listing, model: PyramidModel, recipe: Recipe, max_pixels: int, workers: int, listener: Listener
+    listing: Listing,
+    model: PyramidModel,
+    recipe: Recipe,
+    max_pixels: int,
+    workers: int,
+    listener: Listener,
+    known: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """(N, 2) network-input sizes without padding, and the reasons, by index, why images have none.
 
-    Reads the headers of the images where the size depends on them."""
+    Reads the headers of the images where the size depends on them, except for those whose size is `known`, not 0, 0."""
     count = len(listing.sources)
     sizes, errors = np.zeros((count, 2), np.int32), dict[int, str]()
     if recipe.sizing == "stretch":
         sizes[:] = recipe.input_size((1, 1), max_pixels, model.largest_scale)
         return sizes, errors
 
-    with closing(upright_sizes(listing.sources, max_pixels, workers)) as measured:
-        for i, source_size in enumerate(measured):
+    if known is not None:
+        sizes[:] = known
+    indices = np.flatnonzero(~sizes.any(axis=1)).tolist()
+    with closing(upright_sizes([listing.sources[i] for i in indices], max_pixels, workers)) as measured:
+        for done, (i, source_size) in enumerate(zip(indices, measured, strict=True), start=1):
             try:
                 if isinstance(source_size, ImageError):
                     raise source_size
                 sizes[i] = recipe.input_size(source_size, max_pixels, model.largest_scale)
             except ImageError as error:
                 errors[i] = str(error)
-            listener.progress("headers", i + 1, count)
+            listener.progress("headers", done, len(indices))
     return sizes, errors
 
 

@@ -57,6 +57,7 @@ class PngSink:
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
         regions: RegionBatch | None = None,
+        digests: np.ndarray | None = None,
     ) -> None:
         """Draw the features of images of one padded size; the arguments are those of `Writer.put`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import nn
 
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
+from fpnx.core.events import Listener
 from fpnx.core.names import NameIndex
 from fpnx.core.provenance import AS_GIVEN
+from fpnx.core.system import usable_cpus
 from fpnx.core.text import escape
-from fpnx.extraction.plan import fingerprint_fields
+from fpnx.extraction.plan import decode_threads, fingerprint_fields
 from fpnx.extraction.regions import scaled_boxes
+from fpnx.extraction.update import digest_reader
 from fpnx.images.decoding import decode, pillow_limits
-from fpnx.images.listing import find_images
+from fpnx.images.listing import Listing, find_images
 from fpnx.inference.devices import arithmetic, resolve_device
 from fpnx.inference.engine import Engine
 from fpnx.models.factory import build_model
@@ -61,19 +64,32 @@ def recompute_options(
 class Recomputation:
     """Recomputes a sample of a store's images, with the model and options that the store was computed with.
 
+    All images whose content hash the store has are read, and their bytes compared.
+
     Args:
-        store: the file, or all shards of a run.
+        store: the file, or several as one.
         against: the images that it was made from: files, folders, or `"@list.txt"`.
         options: of `fpnx.extract`, as `recompute_options` gives them.
         sample: how many images to compute, evenly spread over those that are done.
         module: the network that the store was computed with, where it was none of a name.
+        listener: receives the progress.
+
+    Attributes:
+        read: indices of the images whose bytes were compared.
+        chosen: (index, source) of the images that are computed again.
 
     Raises:
         FpnxError: where none of the images is found, or the model cannot be built.
     """
 
     def __init__(
-        self, store: Store, against: Any, options: dict[str, Any], sample: int, module: nn.Module | None = None
+        self,
+        store: Store,
+        against: Any,
+        options: dict[str, Any],
+        sample: int,
+        module: nn.Module | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self._store, self._module = store, module
         listing = find_images([against] if isinstance(against, (str, os.PathLike)) else list(against))
@@ -86,19 +102,33 @@ class Recomputation:
                 f"none of the images of {escape(store.path)} is in {escape(listing.root)}: name the same folder"
             )
         known_sizes = [row for row, source in sources.items() if min(source.bytes, store.bytes[row]) >= 0]
-        changed = [row for row in known_sizes if sources[row].bytes != store.bytes[row]]
+        resized = [row for row in known_sizes if sources[row].bytes != store.bytes[row]]
         self._problems = [*describe_first("not among the images any more", store, missing)]
-        self._problems += describe_first("its file size is not the stored one", store, changed)
-        excluded = {*missing, *changed}
-        usable = [item.index for item in store if item.index not in excluded]
-        evenly = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
-        self.chosen = [(row, sources[row]) for row in sorted({usable[round(at)] for at in evenly})]
+        self._problems += describe_first("its file size is not the stored one", store, resized)
         try:
             self._config = ExtractConfig(**options)
         except TypeError as error:
             name = escape(store.path)
             raise FpnxError(f"{name} was made with options that this fpnx does not know: {error}") from error
-        self._engine: Engine | None = self._make_engine() if self.chosen else None
+        excluded = {*missing, *resized}
+        usable = [item.index for item in store if item.index not in excluded]
+        self._engine: Engine | None = self._make_engine() if usable else None
+        self.read = [row for row in usable if store.digests[row].any()]
+        changed = set(self._changed(listing, [sources[row].name for row in self.read], listener))
+        self._problems += describe_first("its bytes are not those that were computed", store, sorted(changed))
+        usable = [row for row in usable if row not in changed]
+        evenly = np.linspace(0, len(usable) - 1, min(sample, len(usable)))
+        self.chosen = [(row, sources[row]) for row in sorted({usable[round(at)] for at in evenly})]
+
+    def _changed(self, listing: Listing, names: Sequence[bytes], listener: Listener | None) -> list[int]:
+        """Those of the images `read` whose bytes are not those that were computed, or cannot be read."""
+        threads = decode_threads("auto", listing, usable_cpus())
+        read_digests = digest_reader(listing, self._config.max_pixels, threads, listener or Listener())
+        return [
+            row
+            for row, digest in zip(self.read, read_digests(names), strict=True)
+            if digest != self._store.digests[row].tobytes()
+        ]
 
     def _make_engine(self) -> Engine:
         """An engine that computes as the store was computed.

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +31,7 @@ from fpnx.extraction.pipeline import STAGES, StageTimer, run_pipeline
 from fpnx.extraction.plan import Plan, make_plan
 from fpnx.extraction.regions import read_boxes
 from fpnx.extraction.sink import Hdf5Sink, Outcome, Sink, outcome_of
+from fpnx.extraction.update import copy_features
 from fpnx.extraction.upload import Destination, check_destination, scratch_folder, upload
 from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
@@ -61,6 +62,7 @@ class Result:
         too_large: levels stored as float16 with values that are too large for it, and became infinite.
         stopped: why the run ended early; None where it did not.
         complete: whether `output` has its final name.
+        duplicates: number of images with the bytes of another one before them; see `fpnx.store.info.duplicate_count`.
         dry_run: whether the run was only planned.
         image_notes: by kind of note, such as `"transparency"`, number of images that this run computed and that it is
             about; see `fpnx.core.image_notes`.
@@ -83,6 +85,7 @@ class Result:
     too_large: tuple[str, ...] = ()
     stopped: str | None = None
     complete: bool = True
+    duplicates: int = 0
     dry_run: bool = False
     lost: tuple[str, ...] = ()
     image_notes: Mapping[str, int] = field(default_factory=dict)
@@ -110,6 +113,7 @@ class Result:
             "complete": self.complete,
             "done": self.done,
             "computed": self.computed,
+            "duplicates": self.duplicates,
             "failed": [{"path": path, "reason": reason} for path, reason in self.failed],
             "lost": list(self.lost),
             "image_notes": dict(self.image_notes),
@@ -150,7 +154,7 @@ def run_extraction(
     listener, output, png = listener or Listener(), destination.local, config.format == "png"
     with connections(), scratch_folder(destination):
         if not png:
-            check_output(output, config)
+            check_output(output, config, may_exist=config.update)
         finished_url = check_destination(destination, config)
         with handle_signals(listener) as stop, pillow_limits():
             assert not isinstance(config.shard, str), "the config parses it"
@@ -167,8 +171,8 @@ def run_extraction(
                     from fpnx.extraction.png_sink import check_png_folder
 
                     check_png_folder(output, listing, config)
-                else:
-                    check_output(output, config)  # again: another run may have ended in the meantime
+                else:  # again: another run may have ended in the meantime
+                    check_output(output, config, may_exist=config.update)
                 boxes = read_boxes(images, listing, config)
                 for remark in () if boxes is None else boxes.remarks:
                     listener.message(remark)
@@ -185,11 +189,12 @@ def run_extraction(
                 if png:
                     config.check_channels({shape.level: shape.channels for shape in plan.shapes})
                 listener.planned(plan.summary)
-                if config.dry_run:
-                    return planned_result(plan)
-                result = None if png else _finished_result(plan, finished_url)
-                if result is None:
-                    result = compute(plan, _open_sink(plan, listener), stop, listener)
+                with nullcontext() if plan.update is None else closing(plan.update):
+                    if config.dry_run:
+                        return planned_result(plan)
+                    result = None if png else _finished_result(plan, finished_url)
+                    if result is None:
+                        result = compute(plan, _open_sink(plan, listener), stop, listener)
                 if destination.url is not None and finished_url is None and result.complete:
                     upload(destination, plan.layout.config, listing.records, stop, listener)
                 return result
@@ -206,6 +211,7 @@ def provenance_of(plan: Plan) -> Provenance:
         device=", ".join(map(_device_name, plan.devices)),
         precision=plan.precision,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        updated=plan.update.provenance() if plan.update is not None and plan.update.sources else None,
     )
 
 
@@ -231,13 +237,16 @@ def _open_sink(plan: Plan, listener: Listener) -> Sink:
 
 
 def _finished_result(plan: Plan, url: str | None) -> Result | None:
-    """The result of the run that has finished the output before, with `resume`; None where the run must go on.
+    """The result of the run that has finished the output before, with `resume` or `update`; None where the run must go
+    on.
 
     Args:
         plan: of this run.
         url: of a finished output in an object store.
     """
-    if not plan.config.resume or part_path(plan.output).exists():
+    if plan.update is not None and plan.update.existing == plan.output:
+        part_path(plan.output).unlink(missing_ok=True)  # of a list that is no longer that of the run
+    elif not plan.config.resume or part_path(plan.output).exists():
         return None
     output = plan.output if plan.output.exists() else url
     if output is None:
@@ -262,7 +271,11 @@ def compute(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> Re
     timer, notes = StageTimer(), ImageNotes()
     try:
         stop.begin()
-        stopped = run_pipeline(plan, sink, timer, notes, stop, listener)
+        stopped = None
+        if plan.update is not None:
+            assert isinstance(sink, Hdf5Sink)
+            stopped = copy_features(plan.update, plan.layout, sink, plan.config.commit_every, stop, listener)
+        stopped = stopped or run_pipeline(plan, sink, timer, notes, stop, listener)
         if stopped is None:
             sink.finish()
         else:
@@ -273,7 +286,8 @@ def compute(plan: Plan, sink: Sink, stop: StopRequest, listener: Listener) -> Re
     result = _result(plan, sink.outcome(), timer, notes, complete=stopped is None, stopped=stopped)
     if stop.signum is not None and stopped == "interrupted":
         raise Interrupted(
-            f"interrupted: {result.done} of {result.images} images are done and kept: continue with --resume",
+            f"interrupted: {result.done} of {result.images} images are done and kept: continue with "
+            f"{'--resume' if plan.update is None else '--update'}",
             stop.signum,
         )
     return result
@@ -312,6 +326,7 @@ def _result(
         strict=plan.config.strict,
         too_small=outcome.too_small,
         too_large=outcome.too_large,
+        duplicates=outcome.duplicates,
         stopped=stopped,
         complete=complete,
         dry_run=dry_run,

@@ -11,7 +11,7 @@ import numpy as np
 from fpnx.core.events import Listener
 from fpnx.core.provenance import Provenance
 from fpnx.extraction.plan import Plan
-from fpnx.store.info import too_large_levels
+from fpnx.store.info import duplicate_count, too_large_levels
 from fpnx.store.reader import DONE, Store, open_store_file
 from fpnx.store.regions import RegionBatch
 from fpnx.store.writer import Writer, part_path
@@ -32,6 +32,7 @@ class Outcome:
         nonfinite: number of NaN and infinite values by level.
         too_small: levels stored as float16 whose values, in a sample of images, are all too small for it.
         too_large: levels stored as float16 with values that are too large for it, and became infinite.
+        duplicates: number of images with the bytes of another one before them.
     """
 
     done: int = 0
@@ -39,6 +40,7 @@ class Outcome:
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     too_small: tuple[str, ...] = ()
     too_large: tuple[str, ...] = ()
+    duplicates: int = 0
 
 
 class Sink(Protocol):
@@ -57,6 +59,7 @@ class Sink(Protocol):
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
         regions: RegionBatch | None = None,
+        digests: np.ndarray | None = None,
     ) -> None:
         """Take the features of images of one padded size; the arguments are those of `Writer.put`.
 
@@ -84,12 +87,14 @@ class Hdf5Sink(Writer):
 
     @classmethod
     def open(cls, plan: Plan, provenance: Provenance, listener: Listener) -> Hdf5Sink:
-        """Reopen the `.part` of the plan's output with `resume`, else create one.
+        """Reopen the `.part` of the plan's output where the run continues it, else create one.
 
         Raises:
             FpnxError: where creating or writing it fails.
         """
-        if plan.config.resume and part_path(plan.output).exists():
+        part = part_path(plan.output)
+        continued = plan.config.resume if plan.update is None else plan.update.existing == part
+        if continued and part.exists():
             return cls.reopen(plan.output)
         sink = cls.create(plan.output, plan.layout, provenance)
         if not sink.space_is_reserved:
@@ -111,6 +116,7 @@ def outcome_of(store: Store) -> Outcome:
         nonfinite=store.nonfinite_by_level(),
         too_small=_too_small(store),
         too_large=too_large_levels(store),
+        duplicates=duplicate_count(store),
     )
 
 

@@ -25,10 +25,11 @@ from fpnx.core.text import escape
 from fpnx.remote.backends import AbandonedError
 from fpnx.remote.client import RemoteError, check_writable, object_info, send
 from fpnx.remote.urls import bucket_and_key, checked, is_url, is_web, with_name
+from fpnx.store.matching import check_same_run
 from fpnx.store.output_path import real_output
 from fpnx.store.reader import open_store_file
 from fpnx.store.verify import verify_structure
-from fpnx.store.writer import check_same_run, part_path
+from fpnx.store.writer import part_path
 
 __all__ = ["Destination", "check_destination", "upload", "resolve_destination", "scratch_folder"]
 
@@ -71,6 +72,8 @@ def resolve_destination(output: str | os.PathLike[str], config: ExtractConfig) -
                 f"scratch {escape(config.scratch)} is for outputs in object stores: {escape(text)} is written in place"
             )
         return Destination(real_output(Path(text) if shard is None else shard_path(Path(text), shard)))
+    if config.update:
+        raise FpnxError(f"output {escape(text)}: update works on a disk: download it, update it there, and send it")
     url = checked(os.fsencode(text))
     name = bucket_and_key(url)[1].rpartition("/")[2]
     if is_web(url) or not name or config.format != "h5":

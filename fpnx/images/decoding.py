@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,13 +23,23 @@ from fpnx.core.text import escape, plural
 from fpnx.core.warning_filters import ignored_warnings
 from fpnx.images import tiff
 from fpnx.images.color_profile import is_srgb
-from fpnx.images.reading import ImageSource, open_source
+from fpnx.images.reading import ImageSource, content_digest, open_source
 from fpnx.images.value_mapping import SampleType, map_to_bytes
 
-__all__ = ["PixelBudget", "to_rgb", "decode", "pillow_limits", "upright_rgb", "upright_size", "upright_sizes"]
+__all__ = [
+    "PixelBudget",
+    "content_digests",
+    "decode",
+    "pillow_limits",
+    "to_rgb",
+    "upright_rgb",
+    "upright_size",
+    "upright_sizes",
+]
 
 AS_TAGGED = PixelOptions()
 Note = Callable[[str], None]  # takes a kind of `fpnx.core.image_notes`
+_Read = TypeVar("_Read")
 
 # Magic bytes of formats that are checked further: a file that begins so, and is not recognised, is damaged.
 DAMAGED = (
@@ -39,7 +49,7 @@ DAMAGED = (
     ("PNG", rb"\x89PNG"),
 )
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-MIN_HEADER_THREADS, HEADERS_AHEAD = 4, 256  # threads that read headers, and headers that they may be ahead
+MIN_READING_THREADS, READ_AHEAD = 4, 256  # threads that read headers or whole files, and images that they may be ahead
 BACKGROUND = (255, 255, 255)  # colour behind transparent pixels
 EXIF_ORIENTATION = 0x0112
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 0x0102, 0x0106, 0x0153  # TIFF tags
@@ -87,21 +97,43 @@ def upright_sizes(
 ) -> Generator[tuple[int, int] | ImageError, None, None]:
     """(height, width) of each image as `upright_size` gives it, in order; the error where it cannot be read.
 
-    Headers are read in at least `MIN_HEADER_THREADS` threads, a bounded number ahead. Close it where it is not used up.
+    At least `MIN_READING_THREADS` threads read, a bounded number of images ahead. Close it where it is not used up.
+    """
+    return _read_each(lambda source: upright_size(source, max_pixels), sources, threads)
+
+
+def content_digests(
+    sources: Sequence[ImageSource], max_pixels: int, threads: int
+) -> Generator[bytes | ImageError, None, None]:
+    """Content hash of each image's file, see `content_digest`, in order; the error where it cannot be read.
+
+    All bytes of the files are read, as many at a time as `upright_sizes` reads. Close it where it is not used up.
     """
 
-    def measure(source: ImageSource) -> tuple[int, int] | ImageError:
+    def digest(source: ImageSource) -> bytes:
+        with _image_errors(), open_source(_allowed(source), _most_bytes(max_pixels)) as file:
+            return content_digest(file)
+
+    return _read_each(digest, sources, threads)
+
+
+def _read_each(
+    read: Callable[[ImageSource], _Read], sources: Sequence[ImageSource], threads: int
+) -> Generator[_Read | ImageError, None, None]:
+    """What `read` gives of each source, in order, or the `ImageError` that it raises."""
+
+    def attempt(source: ImageSource) -> _Read | ImageError:
         try:
-            return upright_size(source, max_pixels)
+            return read(source)
         except ImageError as error:
             return error
 
-    pool = ThreadPoolExecutor(max(threads, MIN_HEADER_THREADS), "fpnx-headers")
-    reading: deque[Future[tuple[int, int] | ImageError]] = deque()
+    pool = ThreadPoolExecutor(max(threads, MIN_READING_THREADS), "fpnx-reading")
+    reading: deque[Future[_Read | ImageError]] = deque()
     try:
         for source in sources:
-            reading.append(pool.submit(measure, source))
-            if len(reading) >= HEADERS_AHEAD:
+            reading.append(pool.submit(attempt, source))
+            if len(reading) >= READ_AHEAD:
                 yield reading.popleft().result()
         while reading:
             yield reading.popleft().result()
@@ -145,6 +177,7 @@ def decode(
     *,
     claim: Callable[[int], None] | None = None,
     note: Note | None = None,
+    digest: Callable[[bytes], None] | None = None,
 ) -> Image.Image:
     """Decode an image to upright 8-bit RGB: first frame, alpha over white, wider values scaled to 8 bits.
 
@@ -154,6 +187,7 @@ def decode(
         pixels: which bands are read, and which range of their values becomes 0..255.
         claim: called with the number of pixels before they are decoded; see `PixelBudget`.
         note: called with each kind of note about it, see `fpnx.core.image_notes`.
+        digest: called with the content hash of its file, see `content_digest`; without it, none is computed.
 
     Raises:
         ImageError: with the reason why it cannot be read.
@@ -179,6 +213,8 @@ def decode(
             orientation = _orientation(image)  # Pillow has turned a TIFF by now, and gives 1
         if (is_deep or pixels.rescales) and _is_flat(rgb):
             note(FLAT)
+        if digest is not None:  # of the same open file, whose pages the system still has in memory
+            digest(content_digest(opened.file))
         transpose = TRANSPOSE.get(orientation)
         return rgb.transpose(transpose) if transpose is not None else rgb
 
@@ -301,30 +337,41 @@ class _Opened:
 @contextmanager
 def _opened(source: ImageSource, max_pixels: int, whole: bool = True) -> Iterator[_Opened]:
     """Open the file; every error inside the block becomes an `ImageError` with a short reason."""
+    most = _most_bytes(max_pixels)
+    with _image_errors(), open_source(_allowed(source), most, whole) as file:
+        start = file.read(512)
+        header = tiff.read_header(file) if tiff.is_tiff(start) else None
+        image = None
+        if header is not None:
+            _check_size(header.height, header.width, max_pixels)
+            if math.prod(header.tile) > max(max_pixels, MAX_TILE_PIXELS):  # a small image may have a huge tile
+                raise ImageError(f"tiles of {math.prod(header.tile)} pixels, over the limit of {max_pixels}")
+        if header is None or tiff.pillow_is_right(header):
+            image = _open_with_pillow(file, start)
+        if image is None and header is None:
+            raise ImageError(_reason(start))
+        if image is None:
+            assert header is not None
+            tiff.check_bands_readable(header, most)
+            yield _Opened(file, None, header)
+            return
+        with image:
+            _check_size(image.height, image.width, max_pixels)
+            yield _Opened(file, image, header)
+
+
+def _allowed(source: ImageSource) -> ImageSource:
+    """The source, unless it must not be opened."""
+    if source.blocked:
+        raise ImageError(source.blocked)
+    return source
+
+
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """Every error inside the block becomes an `ImageError` with a short reason."""
     try:
-        if source.blocked:
-            raise ImageError(source.blocked)
-        most = _most_bytes(max_pixels)
-        with open_source(source, most, whole) as file:
-            start = file.read(512)
-            header = tiff.read_header(file) if tiff.is_tiff(start) else None
-            image = None
-            if header is not None:
-                _check_size(header.height, header.width, max_pixels)
-                if math.prod(header.tile) > max(max_pixels, MAX_TILE_PIXELS):  # a small image may have a huge tile
-                    raise ImageError(f"tiles of {math.prod(header.tile)} pixels, over the limit of {max_pixels}")
-            if header is None or tiff.pillow_is_right(header):
-                image = _open_with_pillow(file, start)
-            if image is None and header is None:
-                raise ImageError(_reason(start))
-            if image is None:
-                assert header is not None
-                tiff.check_bands_readable(header, most)
-                yield _Opened(file, None, header)
-                return
-            with image:
-                _check_size(image.height, image.width, max_pixels)
-                yield _Opened(file, image, header)
+        yield
     except ImageError:
         raise
     except MemoryError as error:

@@ -102,7 +102,8 @@ def find_images(
     skipped, remarks, truncated = _by_kind(found.skipped), tuple(found.remarks), tuple(found.truncated)
     if shard is None:
         return Listing(root, tuple(sources), skipped, None, remarks, truncated)
-    part = ShardSlice.of(shard, len(sources), list_fingerprint(source.record for source in sources))
+    records = [source.record for source in sources]
+    part = ShardSlice.of(shard, len(sources), list_fingerprint(records), list_fingerprint(records, times=False))
     return Listing(root, tuple(sources[part.first : part.slice.stop]), skipped, part, remarks, truncated)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.image_list import ImageRecord, list_fingerprint, record_line
+from fpnx.core.image_list import ImageRecord, list_fingerprint, record_line, without_time
 from fpnx.core.sharding import Shard, ShardSlice
 from fpnx.core.text import escape
 from fpnx.images.local_files import existing_path
@@ -86,12 +86,13 @@ def read_manifest(path: str | bytes, limit: int | None = None, shard: Shard | No
             header = _header(path, _line(file))
             total = header["images"] if limit is None else min(limit, header["images"])
             wanted = shard.slice(total) if shard is not None else range(total)
-            all_lines, first_lines, count = hashlib.sha256(), hashlib.sha256(), 0  # first_lines: within `limit`
+            all_lines, first_lines, names, count = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), 0
             lines: list[bytes] = []
             for line in iter(lambda: _line(file), b""):
                 all_lines.update(line)
-                if count < total:
+                if count < total:  # within `limit`
                     first_lines.update(line)
+                    names.update(without_time(line))
                 if count in wanted:
                     lines.append(line)
                 count += 1
@@ -101,7 +102,9 @@ def read_manifest(path: str | bytes, limit: int | None = None, shard: Shard | No
         raise _altered(path, f"it has {count} lines, where its first says {header['images']}")
     if all_lines.hexdigest() != header["sha256"]:
         raise _altered(path, "its lines do not have the sha256 of its first line")
-    shard_slice = ShardSlice.of(shard, total, first_lines.hexdigest()) if shard is not None else None
+    shard_slice = None
+    if shard is not None:
+        shard_slice = ShardSlice.of(shard, total, first_lines.hexdigest(), names.hexdigest())
     records = tuple(_record(path, line) for line in lines)
     return Manifest(os.fsencode(header["root"]), records, _skipped(header), shard_slice)
 

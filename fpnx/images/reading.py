@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from fpnx.core.errors import FpnxError, ImageError
-from fpnx.core.image_list import ImageRecord
+from fpnx.core.image_list import DIGEST_BYTES, ImageRecord
 from fpnx.core.names import same_name
 from fpnx.core.text import escape
 from fpnx.images.local_files import NOT_REGULAR, existing_path, open_regular
@@ -31,10 +32,11 @@ from fpnx.remote import client as remote
 from fpnx.remote import urls
 from fpnx.remote.backends import ObjectInfo
 
-__all__ = ["ImageSource", "locate", "member_source", "open_source", "open_text"]
+__all__ = ["ImageSource", "content_digest", "locate", "member_source", "open_source", "open_text"]
 
 MAX_LIST_BYTES = 1 << 30  # of a list at a URL
 MAX_BOM_BYTES = 4
+HASHED_AT_ONCE = 1 << 18  # bytes
 BOMS = (  # byte order marks, which editors and shells of Windows write before a text; the longer ones first
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -177,6 +179,15 @@ def open_source(source: ImageSource, most: int, whole: bool = True) -> Iterator[
             _check_unchanged(file, source, member)
     except remote.RemoteError as error:
         raise ImageError(error.reason) from error
+
+
+def content_digest(file: BinaryIO) -> bytes:
+    """The content hash of an open file: the first `DIGEST_BYTES` bytes of the sha256 of all its bytes."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(HASHED_AT_ONCE):
+        digest.update(block)
+    return digest.digest()[:DIGEST_BYTES]
 
 
 def _open_remote(source: ImageSource, archived: ArchiveMember | None, most: int, whole: bool) -> BinaryIO:

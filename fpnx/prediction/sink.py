@@ -82,8 +82,9 @@ class PredictionSink:
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
         regions: RegionBatch | None = None,
+        digests: np.ndarray | None = None,
     ) -> None:
-        """Take the predictions for images of one padded size; there are no regions.
+        """Take the predictions for images of one padded size; there are no regions, and content hashes are not kept.
 
         Raises:
             FpnxError: where a file cannot be written.

@@ -20,12 +20,20 @@ def image_indices(indices: Indices, count: int, file: str) -> np.ndarray:
     Raises:
         IndexError: for an index or mask that does not fit the number of images.
         TypeError: for anything but a slice, whole numbers, or a mask.
+        ValueError: for a slice whose step is 0.
     """
     if isinstance(indices, slice):
+        if indices.step == 0:
+            raise ValueError(f"images {indices!r}: the step of a slice cannot be 0; leave it out for all images")
         return np.arange(count)[indices]
-    values = np.asarray(indices)
-    if values.ndim != 1 or (values.size and values.dtype.kind not in "biu"):
-        raise TypeError(f"images {indices!r}: take a slice, a list of indices, or a boolean mask; store[i] reads one")
+    try:
+        values = np.asarray(indices)
+    except ValueError:  # lists of different lengths
+        values = np.empty((0, 0))
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "biu") or _is_mixed(indices, values):
+        raise TypeError(
+            f"images {indices!r:.200}: take a slice, a list of indices, or a boolean mask; store[i] reads one"
+        )
     if values.dtype.kind == "b":
         if len(values) != count:
             raise IndexError(f"a mask of {len(values)} values: {file} holds {count} images")
@@ -35,6 +43,13 @@ def image_indices(indices: Indices, count: int, file: str) -> np.ndarray:
         raise IndexError(f"image {beyond[0]}: {file} holds {count}")
     values = values.astype(np.int64)
     return np.where(values < 0, values + count, values)
+
+
+def _is_mixed(indices: Any, values: np.ndarray) -> bool:
+    """Whether `indices` has both truth values and numbers, of which NumPy makes numbers: an index or a mask?"""
+    if not isinstance(indices, (list, tuple)) or values.dtype.kind not in "iu":
+        return False
+    return any(isinstance(value, (bool, np.bool_)) for value in indices)
 
 
 def checked_out(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

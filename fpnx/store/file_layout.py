@@ -14,7 +14,7 @@ import numpy as np
 
 from fpnx.core.config import fingerprint
 from fpnx.core.files import BLOCK, LARGE, reserve_space
-from fpnx.core.image_list import ImageList
+from fpnx.core.image_list import DIGEST_BYTES, ImageList
 from fpnx.core.provenance import Provenance
 from fpnx.core.text import escape
 from fpnx.core.validation import format_size
@@ -23,7 +23,7 @@ from fpnx.store.regions import REGION_TABLES, RegionLayout
 
 __all__ = ["FileLayout", "create_file", "encode_reason"]
 
-TABLE_BYTES = 8 + 8 + 8 + 8 + 1 + ERROR_BYTES + 8 + 16 + 16  # per image, without its path and statistics
+TABLE_BYTES = 8 + 8 + 8 + 8 + 1 + ERROR_BYTES + 8 + 16 + 16 + DIGEST_BYTES  # per image, without its path and statistics
 REGION_BYTES = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for _, dtype, shape in REGION_TABLES)
 VALID_RULE = "rows ceil(input_height / stride), columns ceil(input_width / stride) of a map are not padding"
 
@@ -144,6 +144,7 @@ def _create_datasets(file: h5py.File, layout: FileLayout, provenance: Provenance
         ("status", status),
         ("error", errors),
         ("row", layout.rows.astype(np.int64)),
+        ("digest", np.zeros((count, DIGEST_BYTES), np.uint8)),
     ):
         _create_contiguous(images, name, values.shape, values.dtype)[...] = values
     statistics = file.create_group("stats")

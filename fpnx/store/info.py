@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fpnx.core.plan_summary import LevelShape
+from fpnx.store.shard_set import JoinedStore
 
 if TYPE_CHECKING:
     from fpnx.store.reader import Store
 
 
-__all__ = ["exceeds_float16", "level_shapes", "reading_snippet", "store_facts", "too_large_levels"]
+__all__ = ["duplicate_count", "exceeds_float16", "level_shapes", "reading_snippet", "store_facts", "too_large_levels"]
 
 MAX_SAMPLES = 8  # images whose values are read to tell infinite values from NaN
 
@@ -38,8 +39,10 @@ def store_facts(store: Store) -> dict[str, Any]:
         "complete": store.complete,
         "images": {"total": len(store), **counts},
         "shard": store.shard_slice.to_json() if store.shard_slice else None,
-        "shards": len(store.shards),
+        "shards": sum(file.shard_slice is not None for file in store.files),
+        "files": len(store.files),
         "root": store.root,
+        "duplicates": duplicate_count(store),
         "nonfinite": store.nonfinite_by_level(),
         "too_large": list(too_large_levels(store)),
         "levels": [shape.to_json() for shape in level_shapes(store)],
@@ -49,6 +52,12 @@ def store_facts(store: Store) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "provenance": store.provenance.to_json(),
     }
+
+
+def duplicate_count(store: Store) -> int:
+    """Number of images that are done and whose file has the same bytes as that of another one before it."""
+    digests = store.digests[store.digests.any(axis=1)]
+    return len(digests) - len(np.unique(digests, axis=0))
 
 
 def exceeds_float16(values: np.ndarray) -> bool:
@@ -70,12 +79,12 @@ def too_large_levels(store: Store) -> tuple[str, ...]:
 
 
 def reading_snippet(store: Store) -> str:
-    """Python code that reads this file with h5py alone, or a set of shards with fpnx."""
+    """Python code that reads this file with h5py alone, or several files with fpnx."""
     level = store.levels[0]
-    if store.shards:
+    if isinstance(store, JoinedStore):
         values = "item.regions.features" if store.has_regions else f"item[{level!r}]"
         statement = f"item = next(iter(store)); print(item.path, {values}.shape)"
-        return f"import fpnx\n\nwith fpnx.open({store.path!r}) as store:\n    {statement}\n"
+        return f"import fpnx\n\nwith fpnx.open({store.argument!r}) as store:\n    {statement}\n"
     lines = [
         "import h5py",
         "",

@@ -27,13 +27,16 @@ class _HowToTreat(Protocol):
     def overwrite(self) -> bool: ...
 
 
-def check_output(output: Path, config: _HowToTreat, example: str = DEFAULT_OUTPUTS["h5"]) -> None:
+def check_output(
+    output: Path, config: _HowToTreat, example: str = DEFAULT_OUTPUTS["h5"], may_exist: bool = False
+) -> None:
     """Refuse a path that cannot be written, or that exists without `resume` or `overwrite`.
 
     Args:
         output: the file.
         config: whether an existing one is continued or replaced.
         example: the name of such a file, for messages.
+        may_exist: whether an existing file is no error in any case.
 
     Raises:
         FpnxError: with the reason and what to do.
@@ -57,7 +60,7 @@ def check_output(output: Path, config: _HowToTreat, example: str = DEFAULT_OUTPU
         raise FpnxError(f"output {escape(output)} is not a regular file: name another with -o")
     if not output.parent.is_dir():
         raise FpnxError(f"output folder {escape(output.parent)} does not exist: make it, or name another with -o")
-    if existing and not (config.resume or config.overwrite):
+    if existing and not (config.resume or config.overwrite or may_exist):
         what = "exists" if output in existing else "holds an unfinished run"
         raise FpnxError(
             f"{escape(existing[0])} {what}: continue it with --resume, replace it with --overwrite, or name another "

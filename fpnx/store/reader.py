@@ -16,6 +16,7 @@ import numpy as np
 
 from fpnx.core.config import DTYPES
 from fpnx.core.errors import FpnxError, NotDoneError, StoreError
+from fpnx.core.image_list import DIGEST_BYTES
 from fpnx.core.levels import UNSTRIDED_LEVELS, level_number, level_of_stride, parse_levels
 from fpnx.core.names import NameIndex
 from fpnx.core.provenance import Provenance
@@ -46,6 +47,7 @@ __all__ = [
     "PENDING",
     "Box",
     "Item",
+    "MapLayout",
     "Store",
     "different_fields",
     "open_store_file",
@@ -69,6 +71,13 @@ class Box(NamedTuple):
     top: float
     right: float
     bottom: float
+
+
+class MapLayout(NamedTuple):
+    """Of all maps of one padded size and level: the stride in input pixels, and the shape (n, C, H, W)."""
+
+    stride: int
+    shape: tuple[int, ...]
 
 
 class Item:
@@ -121,14 +130,14 @@ class Item:
 
     def stride(self, level: str) -> int:
         """Stride of a level in input pixels."""
-        return int(self._dataset(level).attrs["stride"])
+        return self._layout(level).stride
 
     def valid(self, level: str) -> tuple[int, int]:
         """(height, width) of the cells that are not padding."""
-        dataset = self._dataset(level)
+        stride, shape = self._layout(level)
         if self._store.config.get("pool", "none") != "none":
-            return dataset.shape[2], dataset.shape[3]
-        return valid_extent(self.input_size, int(dataset.attrs["stride"]), dataset.shape[2:])
+            return shape[2], shape[3]
+        return valid_extent(self.input_size, stride, shape[2:])
 
     def box(self, level: str, y: int, x: int) -> Box:
         """The rectangle of source pixels under cell (y, x) of `level`; a cell covers stride × stride input pixels.
@@ -141,16 +150,16 @@ class Item:
             raise TypeError(f"cell ({y!r}, {x!r}): take whole numbers, row and column")
         if not (0 <= y < height and 0 <= x < width):
             raise FpnxError(f"cell ({y}, {x}) is outside {level}, which has {height}×{width} cells")
-        dataset = self._dataset(level)
-        top, bottom = self._span(y, 0, dataset)
-        left, right = self._span(x, 1, dataset)
+        layout = self._layout(level)
+        top, bottom = self._span(y, 0, layout)
+        left, right = self._span(x, 1, layout)
         return Box(left, top, right, bottom)
 
-    def _span(self, cell: int, axis: int, dataset: h5py.Dataset) -> tuple[float, float]:
+    def _span(self, cell: int, axis: int, layout: MapLayout) -> tuple[float, float]:
         """First and last source pixel under a cell along one axis."""
-        stride, source, size = int(dataset.attrs["stride"]), self.source_size[axis], self.input_size[axis]
+        stride, source, size = layout.stride, self.source_size[axis], self.input_size[axis]
         first, last = cell, cell + 1
-        bins = dataset.shape[2 + axis]
+        bins = layout.shape[2 + axis]
         if self._store.config.get("pool", "none") != "none":  # adaptive pooling: bins over the valid cells
             cells = math.ceil(size / stride)
             first, last = cell * cells // bins, -(-(cell + 1) * cells // bins)
@@ -160,6 +169,10 @@ class Item:
     def _dataset(self, level: str) -> h5py.Dataset:
         self._store.check_level(level)
         return self._store._dataset_of(self._store.padded_sizes[self.index], level)
+
+    def _layout(self, level: str) -> MapLayout:
+        self._store.check_level(level)
+        return self._store._layout_of(self._store.padded_sizes[self.index], level)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self._store, self.index, self.path)
@@ -190,13 +203,16 @@ class Store:
         source_sizes, input_sizes: (N, 2) int32, (height, width) of the source and of the network input.
         padded_sizes: (height, width) of each image's network input with padding; None where it has none.
         nonfinite: (N, levels) int64, number of NaN and infinite values.
+        digests: (N, 16) uint8, content hash of each image file: the first bytes of its sha256; zeros where it is not
+            known, as for images that are not done, and in files of earlier versions.
+        has_digests: whether the file has a place for content hashes.
         shard_slice: which slice of which list this is, for a shard; else None.
         complete: whether this is a finished file (not a `.part`).
-        shards: the stores of all shards, for a set of shards; see `fpnx.store.shard_set`.
+        files: the stores of all files, where several are read as one; see `fpnx.store.shard_set`.
     """
 
-    shards: Sequence[Store] = ()
-    _full_path: Any  # for reopening: absolute, or a URL; those of all shards for a set
+    files: Sequence[Store] = ()
+    _full_path: Any  # for reopening: absolute, or a URL; those of all files where there are several
     _regions: Regions | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -241,7 +257,7 @@ class Store:
         read_table(images, "error", f"S{ERROR_BYTES}", (count,))
         self._pyramids = get_member(file, "pyramids", h5py.Group)
         self._index: NameIndex | None = None
-        self._checked: set[tuple[tuple[int, int], str]] = set()
+        self._layouts: dict[tuple[tuple[int, int], str], MapLayout] = {}  # of the datasets that were checked
         if self.has_regions:
             get_member(file, "regions", h5py.Group)
         self.refresh()
@@ -279,11 +295,16 @@ class Store:
             ) from error
 
     def each_file(self) -> Iterator[Store]:
-        """Yields the store of every file: this one; for a set, the shards in order, each opened when it is yielded."""
+        """Yields the store of every file: this one; or those of `files` in order, each opened when it is yielded."""
         yield self
 
+    def root_of(self, index: int) -> str:
+        """The folder, archive or URL that the name of image `index` is relative to: `root`, where there is one file."""
+        return self.root
+
     def refresh(self) -> None:
-        """Read again what changes during a run: status, source sizes, errors, counts of NaN and inf, regions.
+        """Read again what changes during a run: status, source sizes, errors, content hashes, counts of NaN and inf,
+        regions.
 
         The status is read first: everything of an image that is done was written before its status.
         """
@@ -292,6 +313,11 @@ class Store:
         self.source_sizes: np.ndarray = read_table(images, "source_size", np.int32, (count, 2))
         statistics = get_member(self._file, "stats", h5py.Group)
         self.nonfinite: np.ndarray = read_table(statistics, "nonfinite", np.int64, (count, len(self.levels)))
+        self.digests: np.ndarray = np.zeros((count, DIGEST_BYTES), np.uint8)
+        self.has_digests = "digest" in images
+        if self.has_digests:
+            self.digests = read_table(images, "digest", np.uint8, (count, DIGEST_BYTES))
+            self.digests[self.status != DONE] = 0
         self._regions = None
 
     @property
@@ -411,7 +437,7 @@ class Store:
             StoreError: where it is missing, or has another shape or dtype.
         """
         self._opened()
-        if (size, level) in self._checked:
+        if (size, level) in self._layouts:
             return self._pyramids[f"{format_size(size)}/{level}"]
         dataset = get_member(get_member(self._pyramids, format_size(size), h5py.Group), level, h5py.Dataset)
         dtype = str(self.config.get("dtype"))
@@ -424,7 +450,7 @@ class Store:
         stride = int(dataset.attrs.get("stride", 0))
         if stride < 1 or (level not in UNSTRIDED_LEVELS and level_of_stride(stride) != level_number(level)):
             raise StoreError(f"{escape(self.path)} is not a whole fpnx file: {dataset.name} has another stride")
-        self._checked.add((size, level))
+        self._layouts[size, level] = MapLayout(stride, dataset.shape)
         return dataset
 
     def _dataset_of(self, size: tuple[int, int] | None, level: str) -> h5py.Dataset:
@@ -432,6 +458,13 @@ class Store:
         if size is None:
             raise StoreError(f"{escape(self.path)} is not a whole fpnx file: an image that is done has no size")
         return self.dataset(size, level)
+
+    def _layout_of(self, size: tuple[int, int] | None, level: str) -> MapLayout:
+        """The layout of the dataset of images that are done and have this padded size, which is read once."""
+        if size is None or (size, level) not in self._layouts:
+            self._dataset_of(size, level)
+        assert size is not None
+        return self._layouts[size, level]
 
     def check(self) -> None:
         """Check all groups and levels now, and not on access.
@@ -453,7 +486,7 @@ class Store:
 
     def stride(self, level: str) -> int:
         """Stride of a level in input pixels."""
-        return int(self.dataset(self.sizes[0], level).attrs["stride"])
+        return self._layout_of(self.sizes[0], level).stride
 
     def index(self, path: str | bytes | os.PathLike[str]) -> int:
         """Row of a stored path in `/images`, or of the only one that differs in Unicode normalisation alone.

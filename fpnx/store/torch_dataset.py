@@ -27,7 +27,8 @@ class PyramidDataset(Dataset[dict[str, Any]]):
     whole batches with `Store.read`; the tensors of a batch then share memory: clone one that you keep alone.
 
     Args:
-        path: a file that `fpnx extract` wrote, or a run's shards as a glob or as paths in any order.
+        path: a file that `fpnx extract` wrote, or several as one, as a glob or as paths: those of a run's shards in any
+            order, or files with the same config. An image that is in several is taken once; see `fpnx.open`.
         levels: `"P2-P5"`, `"C3,P3"` or a sequence of names; None takes all levels in the file.
         target: the label of each stored path: a dict, or a function. For worker processes that are spawned it must be
             picklable: a dict, or a function at the top level of a module, not a lambda.
@@ -46,7 +47,7 @@ class PyramidDataset(Dataset[dict[str, Any]]):
         target: Callable[[str], Any] | Mapping[str, Any] | None = None,
         regions: bool = False,
     ) -> None:
-        self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(shard) for shard in path]
+        self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else [os.fspath(each) for each in path]
         if not (target is None or isinstance(target, Mapping) or callable(target)):
             raise FpnxError(f"target {target!r}: take a dict from stored paths to labels, or a function")
         if regions and levels is not None:

@@ -16,7 +16,7 @@ from fpnx.core.events import Listener
 from fpnx.core.text import escape
 from fpnx.core.validation import format_size, parse_pool
 from fpnx.store.reader import DONE, FAILED, PENDING, Store
-from fpnx.store.shard_set import ShardSet
+from fpnx.store.shard_set import JoinedStore
 
 __all__ = ["Verification", "describe_first", "verify_structure"]
 
@@ -28,11 +28,13 @@ class Verification:
     """Result of a verification.
 
     Attributes:
-        file: the file, or the pattern of a set of shards.
+        file: the file, or what stands for several.
         images, done, failed, pending: number of images, and of those with each status.
         values: number of stored values that were read.
         problems: one line for each problem; empty where the file verifies.
-        shards: number of files of a set of shards; 0 for a single file.
+        files: number of files that were read as one; 0 for a single file.
+        shards: number of shards among these.
+        hashed: number of images whose bytes were compared with the stored content hash.
         compared: number of images that were recomputed.
         largest_difference: between stored and recomputed values, relative to the largest value of their level.
     """
@@ -44,7 +46,9 @@ class Verification:
     pending: int
     values: int
     problems: tuple[str, ...]
+    files: int = 0
     shards: int = 0
+    hashed: int = 0
     compared: int = 0
     largest_difference: float = 0.0
 
@@ -63,11 +67,12 @@ def verify_structure(store: Store, listener: Listener | None = None) -> Verifica
     """Read everything in a store, and collect the problems.
 
     Args:
-        store: a file, or all shards of a run.
+        store: a file, or several as one; then all of each file is read, also images that others have, too.
         listener: receives the progress.
     """
     listener = listener or Listener()
     problems, values, images_before = [*_set_problems(store)], 0, 0
+    total = sum(map(len, store.files)) or len(store)
     for file in store.each_file():
         file.check()
         file_problems = [*_table_problems(file), *_dataset_problems(file)]
@@ -77,7 +82,7 @@ def verify_structure(store: Store, listener: Listener | None = None) -> Verifica
             for read, images, found in _region_problems(file) if file.has_regions else _value_problems(file):
                 values += read
                 file_problems += found
-                listener.progress("images", images_before + images, len(store))
+                listener.progress("images", images_before + images, total)
         images_before += len(file)
         prefix = "" if file is store else f"{escape(os.path.basename(file.path))}: "
         problems += [prefix + problem for problem in file_problems]
@@ -90,13 +95,14 @@ def verify_structure(store: Store, listener: Listener | None = None) -> Verifica
         pending=counts[PENDING],
         values=values,
         problems=tuple(problems),
-        shards=len(store.shards),
+        files=len(store.files),
+        shards=sum(file.shard_slice is not None for file in store.files),
     )
 
 
 def _set_problems(store: Store) -> Iterator[str]:
-    """Problems between the shards of a set."""
-    if isinstance(store, ShardSet):
+    """Problems between files that are read as one."""
+    if isinstance(store, JoinedStore):
         if problem := store.list_mismatch():
             yield problem
         if len(set(store.paths)) != len(store.paths):

@@ -16,18 +16,17 @@ from typing import Any, TypeVar
 import h5py
 import numpy as np
 
-from fpnx.core.config import fingerprint
 from fpnx.core.errors import FpnxError, StoreError
-from fpnx.core.files import OpenFile, disk_error, sync_folder
-from fpnx.core.image_list import ImageList
+from fpnx.core.files import SMALLER_FEATURES, OpenFile, disk_error, sync_folder
+from fpnx.core.image_list import DIGEST_BYTES
 from fpnx.core.provenance import Provenance
 from fpnx.core.text import escape
 from fpnx.store.file_layout import FileLayout, create_file, encode_reason
 from fpnx.store.hdf5 import open_hdf5
-from fpnx.store.reader import DONE, FAILED, PENDING, Store, different_fields
+from fpnx.store.reader import DONE, FAILED, PENDING
 from fpnx.store.regions import RegionBatch, first_rows
 
-__all__ = ["DatasetExtent", "Writer", "part_path", "check_same_run"]
+__all__ = ["DatasetExtent", "Writer", "part_path"]
 
 AnyWriter = TypeVar("AnyWriter", bound="Writer")
 
@@ -101,6 +100,8 @@ class Writer:
             self._levels: list[str] = json.loads(file.attrs["config"])["levels"]
             datasets = {name: file[name] for name in ("images/source_size", "images/error", "images/status")}
             datasets["stats/nonfinite"] = file["stats/nonfinite"]
+            if "digest" in images:  # a `.part` of an earlier version has none
+                datasets["images/digest"] = images["digest"]
             for group in dict.fromkeys(filter(None, self._groups)):
                 datasets |= {f"{group}/{level}": file[f"pyramids/{group}/{level}"] for level in self._levels}
             self._first_regions: np.ndarray | None = None  # of each image; None for a file of maps
@@ -135,14 +136,14 @@ class Writer:
             finally:
                 temporary.unlink(missing_ok=True)
         except (OSError, RuntimeError) as error:
-            raise disk_error(error, output, layout.total_bytes()) from error
+            raise disk_error(error, output, layout.total_bytes(), SMALLER_FEATURES) from error
         writer = cls(output)
         writer.space_is_reserved = reserved
         return writer
 
     @classmethod
     def reopen(cls: type[AnyWriter], output: Path) -> AnyWriter:
-        """Open the `.part` beside `output`, which `check_same_run` has accepted; failed images are pending again.
+        """Open the `.part` beside `output`, which is known to be of the same run; failed images are pending again.
 
         Raises:
             FpnxError: where it cannot be opened for writing, or writing fails.
@@ -165,6 +166,7 @@ class Writer:
         source_sizes: np.ndarray,
         nonfinite: Mapping[str, Sequence[int]],
         regions: RegionBatch | None = None,
+        digests: np.ndarray | None = None,
     ) -> None:
         """Write the features of images of one padded size.
 
@@ -174,12 +176,14 @@ class Writer:
             source_sizes: (len(indices), 2) height and width.
             nonfinite: level → number of NaN and infinite values of each image.
             regions: those of the images, for a file of regions.
+            digests: (len(indices), 16) uint8 content hashes; None where they are not known.
 
         Raises:
             FpnxError: where writing fails.
         """
         rows = self._rows[list(indices)].tolist()
         nonfinite_counts = np.array([nonfinite[level] for level in self._levels]).T
+        digests = np.zeros((len(indices), DIGEST_BYTES), np.uint8) if digests is None else digests
         with self._writing():
             for start, end in _runs(rows):
                 for level, values in features.items():
@@ -190,6 +194,7 @@ class Writer:
                 self._write("images/source_size", indices[start], source_sizes[start:end])
                 self._write("images/error", indices[start], np.full(end - start, b""))  # an earlier run may have failed
                 self._write("stats/nonfinite", indices[start], nonfinite_counts[start:end])
+                self._write_digests(indices[start], digests[start:end])
         self._uncommitted.update(dict.fromkeys(indices, DONE))
 
     def fail(self, index: int, reason: str) -> None:
@@ -208,6 +213,7 @@ class Writer:
             self._write("images/source_size", index, np.zeros((1, 2)))
             self._write("images/error", index, np.array([encode_reason(reason)]))
             self._write("stats/nonfinite", index, np.zeros((1, len(self._levels))))
+            self._write_digests(index, np.zeros((1, DIGEST_BYTES), np.uint8))
         self._uncommitted[index] = FAILED
 
     def reset_failed(self) -> None:
@@ -279,6 +285,10 @@ class Writer:
     def _write(self, name: str, first: int, values: np.ndarray) -> None:
         self._extents[name].write(self._disk, first, values)
 
+    def _write_digests(self, first: int, digests: np.ndarray) -> None:
+        if "images/digest" in self._extents:
+            self._write("images/digest", first, digests)
+
     def _mark(self, states: Mapping[int, int]) -> None:
         indices = sorted(states)
         self.status[indices] = [states[index] for index in indices]
@@ -295,50 +305,9 @@ class Writer:
         try:
             yield
         except OSError as error:
-            message = disk_error(error, self.output, self._bytes)
+            message = disk_error(error, self.output, self._bytes, SMALLER_FEATURES)
             self._failure = FpnxError(f"{message}; what was committed is kept: continue it with --resume")
             raise self._failure from error
-
-
-def check_same_run(store: Store, config: Mapping[str, Any], images: ImageList) -> None:
-    """Raise unless `store` was made with `config` from the images `images`.
-
-    Raises:
-        FpnxError: with the fields, or the number of images, that differ.
-        StoreError: where the file is damaged.
-    """
-    store.check()
-    fields = different_fields(store.config, config)
-    if fields or store.fingerprint != fingerprint(config):
-        raise FpnxError(
-            f"{escape(store.path)} was made with another config ({'; '.join(fields) or 'its fingerprint differs'}): "
-            f"repeat that one, take another output, or start over with --overwrite"
-        )
-    stored = dict(zip(store.paths, zip(store.bytes.tolist(), store.mtimes_ns.tolist(), strict=True), strict=True))
-    requested = {os.fsdecode(record.name): (record.bytes, record.mtime_ns) for record in images.records}
-    added, removed = len(requested.keys() - stored.keys()), len(stored.keys() - requested.keys())
-    changed = sum(_is_changed(stored[name], requested[name]) for name in requested.keys() & stored.keys())
-    reordered = not (added or removed or changed) and list(stored) != list(requested)
-    if added or removed or changed or reordered:
-        what = "in another order" if reordered else f"{added} added, {removed} removed, {changed} changed"
-        raise FpnxError(
-            f"{escape(store.path)} was made from other images ({what}): "
-            f"bring the same ones, take another output, or start over with --overwrite"
-        )
-    if store.shard_slice != images.shard:
-        old, new = (f"shard {shard}" if shard else "no shard" for shard in (store.shard_slice, images.shard))
-        what = "its list had other images outside this shard" if old == new else f"it is {old}, not {new}"
-        raise FpnxError(
-            f"{escape(store.path)} was cut from another list ({what}): bring the same one, take another output, or "
-            f"start over with --overwrite"
-        )
-
-
-def _is_changed(old: tuple[int, int], new: tuple[int, int]) -> bool:
-    """Whether (bytes, mtime_ns) are those of two versions of an image. At a URL either may be unknown (-1 and 0)."""
-    if min(old[0], new[0]) < 0:
-        return old[1] != new[1] and 0 not in (old[1], new[1])
-    return old != new
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

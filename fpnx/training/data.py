@@ -111,7 +111,7 @@ def open_data(
     """Find and read what a training is about.
 
     Args:
-        inputs: images, or a file of maps (all shards of one).
+        inputs: images, or a file of maps, or several as one.
         config: the options.
         listener: receives messages.
 

@@ -25,7 +25,7 @@ class TapBatches:
     """A `Source` of stored maps.
 
     Args:
-        store: the file, or all shards of a run.
+        store: the file, or several as one.
         rows: of the images in it, all of which are done.
         labels: of each of these images.
         make: makes the targets.

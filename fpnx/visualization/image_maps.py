@@ -119,18 +119,21 @@ def item_maps(item: Item, photo: Photo | None = None) -> ImageMaps:
 def find_photo(item: Item) -> Photo:
     """Read the source image of a stored image, if it is still there and has the stored size."""
     store, row = item.store, item.index
-    path = os.fsencode(os.path.join(store.root, item.path))
+    path = os.fsencode(os.path.join(store.root_of(row), item.path))
     try:
         source = locate(path)
     except (OSError, ValueError, FpnxError) as error:
         return Photo(None, f"source not found ({getattr(error, 'strerror', None) or error}): {escape(path)}")
-    changed = (source.bytes, source.mtime_ns) != (int(store.bytes[row]), int(store.mtimes_ns[row]))
+    digests: list[bytes] = []
     try:
-        picture = decode(source, InputConfig.max_pixels, _pixel_options(store))
+        picture = decode(source, InputConfig.max_pixels, _pixel_options(store), digest=digests.append)
     except ImageError as error:
         return Photo(None, f"source cannot be read ({error}): {escape(path)}")
     if (picture.height, picture.width) != item.source_size:
         return Photo(None, f"source is another picture now, {picture.width}×{picture.height} pixels: {escape(path)}")
+    changed = (source.bytes, source.mtime_ns) != (int(store.bytes[row]), int(store.mtimes_ns[row]))
+    if store.digests[row].any():
+        changed = digests != [store.digests[row].tobytes()]
     return Photo(picture, "file changed since extraction" if changed else "")
 
 

@@ -414,8 +414,8 @@ def change_nothing(_: Path) -> None:
     """No change."""
 
 
-def touch(folder: Path) -> None:
-    os.utime(folder / "1.png", ns=(1, 1))
+def replace(folder: Path) -> None:
+    noise_image(8, (50, 50)).save(folder / "1.png")
 
 
 def add(folder: Path) -> None:
@@ -442,7 +442,7 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (change_nothing, {"size": 96}, "(recipe.height 64 → 96; recipe.width 64 → 96)"),
         (change_nothing, {"dtype": "float16"}, "(dtype float32 → float16)"),
         (change_nothing, {"backbone": "vgg16", "channels": 8}, "backbone mobilenet_v2 → vgg16"),
-        (touch, {}, "made from other images (0 added, 0 removed, 1 changed)"),
+        (replace, {}, "made from other images (0 added, 0 removed, 1 changed)"),
         (add, {}, "(1 added, 0 removed, 0 changed)"),
         (lambda folder: (folder / "2.png").unlink(), {}, "(0 added, 1 removed, 0 changed)"),
     ],

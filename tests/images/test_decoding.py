@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import sys
 from pathlib import Path
@@ -54,6 +55,22 @@ def test_orientation(tmp_path: Path, orientation: int, name: str) -> None:
     assert difference.max() <= (8 if name.endswith("heic") else 0)
     assert upright_size(image_source(path), LIMIT) == (picture.height, picture.width)
     assert picture.size == ((20, 12) if orientation < 5 else (12, 20))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.heic", "bands.tif", "long.jpg"])
+def test_the_digest_is_that_of_all_bytes_of_the_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "bands.tif":  # which Pillow does not read
+        pytest.importorskip("tifffile").imwrite(path, np.zeros((8, 9, 3), np.uint16), photometric="rgb")
+    elif name == "a.heic":
+        pytest.importorskip("pillow_heif").from_pillow(noise_image(0, (40, 40))).save(path)
+    else:
+        noise_image(0, (40, 40)).save(path)
+    if name == "long.jpg":
+        path.write_bytes(path.read_bytes() + bytes(1 << 19))  # behind what is decoded
+    found: list[bytes] = []
+    decode(image_source(path), LIMIT, digest=found.append)
+    assert found == [hashlib.sha256(path.read_bytes()).digest()[:16]]
 
 
 def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:

@@ -390,6 +390,8 @@ def test_features_from_an_archive_are_those_of_the_files(tmp_path: Path, photos:
         assert archive.paths == files.paths
         assert archive.root == str(tmp_path / "x.tar")
         assert archive.bytes.tolist() == files.bytes.tolist()
+        assert files.digests.any(axis=1).all()
+        assert archive.digests.tolist() == files.digests.tolist()
         for path in files.paths:
             assert np.abs(archive[path]["P4"] - files[path]["P4"]).max() < 1e-5
     assert package.verify(tmp_path / "archive.h5", against=tmp_path / "x.tar", device="cpu").problems == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import multiprocessing
 import os
@@ -59,6 +60,7 @@ def test_datasets_and_attributes_of_a_file(made: Path, photos: Path) -> None:
             "status": ((7,), "uint8"),
             "error": ((7,), "|S240"),
             "row": ((7,), "int64"),
+            "digest": ((7, 16), "uint8"),
         }
         assert file["stats/nonfinite"].shape == (7, 5)
         assert list(file["pyramids"]) == ["64x96"]
@@ -73,6 +75,20 @@ def test_datasets_and_attributes_of_a_file(made: Path, photos: Path) -> None:
         assert plist.get_alloc_time() == h5py.h5d.ALLOC_TIME_EARLY
         assert plist.get_layout() == h5py.h5d.CONTIGUOUS
         assert file["images/bytes"][0] == (photos / "a.jpg").stat().st_size
+
+
+def test_digests_are_those_of_the_image_files(made: Path, photos: Path) -> None:
+    with fpnx.open(made) as store:
+        done = [path for path in store.paths if path != "bad.jpg"]
+        expected = {path: hashlib.sha256((photos / path).read_bytes()).digest()[:16] for path in done}
+        assert {path: digest.tobytes() for path, digest in zip(store.paths, store.digests, strict=True)} == {
+            **expected, "bad.jpg": bytes(16),
+        }  # fmt: skip
+    with h5py.File(made, "r+") as file:
+        del file["images/digest"]  # as in a file of an earlier version
+    with fpnx.open(made) as store:
+        assert not store.digests.any()
+        assert store.digests.shape == (7, 16)
 
 
 def test_reading(store: Store, photos: Path) -> None:
@@ -307,6 +323,19 @@ def test_images_that_cannot_be_read_together(tmp_path: Path) -> None:
             store.read("P4")
 
 
+def test_strides_and_cells_are_read_once_from_the_file(tmp_path: Path) -> None:
+    with fpnx.open(filled(tmp_path / "made.h5", ["64x64"] * 3)) as store:
+        before = [(item.stride("P4"), item.valid("P4"), item.box("P4", 1, 2)) for item in store]
+        store.close()  # nothing can be read from the file any more
+        item = fpnx.Item(store, 1)
+        assert (item.stride("P4"), item.valid("P4"), item.box("P4", 1, 2)) == before[1]
+        assert before[1][:2] == (16, (4, 4))
+        with pytest.raises(StoreError, match="has been closed"):
+            item.stride("P5")  # was never read
+        with pytest.raises(FpnxError, match="no level 'P9'"):
+            item.stride("P9")
+
+
 def test_invalid_indices_and_arrays_are_refused(tmp_path: Path) -> None:
     with fpnx.open(filled(tmp_path / "made.h5", ["64x64"] * 3)) as store:
         for beyond in (3, -4, 2**40):
@@ -314,9 +343,12 @@ def test_invalid_indices_and_arrays_are_refused(tmp_path: Path) -> None:
                 store.read("P4", [0, beyond])
         with pytest.raises(IndexError, match=r"a mask of 2 values: .*made\.h5 holds 3 images"):
             store.read("P4", [True, False])
-        for indices in (1, "0.png", ["0.png"], [0.0], [[0]], None):
+        mixed = ([True, 1, 0], (0, np.True_, 2), [False, 1])  # NumPy makes the numbers 1, 1, 0 of the first
+        for indices in (1, "0.png", ["0.png"], [0.0], [[0]], [[0], [1, 2]], [2**70], None, *mixed):
             with pytest.raises(TypeError, match="take a slice, a list of indices, or a boolean mask"):
                 store.read("P4", indices)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"images slice\(None, None, 0\): the step of a slice cannot be 0"):
+            store.read("P4", slice(None, None, 0))
         with pytest.raises(FpnxError, match=r"no level 'P9' in .*: it has P4, P5"):
             store.read("P9")
         fixed = np.zeros((3, 2, 4, 4), np.float32)

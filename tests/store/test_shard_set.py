@@ -30,20 +30,22 @@ from fpnx.core.image_list import ImageList, list_fingerprint
 from fpnx.core.sharding import Shard, ShardSlice, shard_path
 from fpnx.store.file_layout import FileLayout
 from fpnx.store.reader import DONE, FAILED
-from fpnx.store.shard_set import ShardSet, open_shard_set
+from fpnx.store.shard_set import JoinedStore, open_joined
 from fpnx.store.writer import Writer, part_path
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 from tests.helpers.process import document
 
 OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "channels": 8, "levels": "C4,P4-P6"}
-TABLES = ("bytes", "mtime_ns", "source_size", "input_size", "status", "error", "row", "path", "group")
+TABLES = ("bytes", "mtime_ns", "source_size", "input_size", "status", "error", "row", "path", "group", "digest")
 
 
 def part(layout: FileLayout, index: int, count: int) -> FileLayout:
     """The layout of a shard: a slice of the images, with rows numbered from 0."""
     records = layout.images.records
-    shard_slice = ShardSlice.of(Shard(index, count), len(records), list_fingerprint(records))
+    shard_slice = ShardSlice.of(
+        Shard(index, count), len(records), list_fingerprint(records), list_fingerprint(records, times=False)
+    )
     padded = [layout.padded_sizes[i] for i in shard_slice.slice]
     return replace(
         layout,
@@ -154,7 +156,7 @@ def assert_same_reading(one: fpnx.Store, other: fpnx.Store) -> None:
 def test_a_set_is_read_like_a_run_without_shards(made: list[Path], tmp_path: Path, order: int) -> None:
     with fpnx.open(made[::order]) as store, fpnx.open(tmp_path / "whole.h5") as whole:
         assert_same_reading(store, whole)
-        assert isinstance(store, ShardSet)
+        assert isinstance(store, JoinedStore)
         item = store["10.png"]
         assert item.index == store.index(b"10.png") == 10
         assert store[-1].path == "10.png"
@@ -176,20 +178,21 @@ def test_a_set_is_read_like_a_run_without_shards(made: list[Path], tmp_path: Pat
 def test_globs_and_single_shards(made: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with fpnx.open("out.shard-*.h5") as store:
-        assert (len(store), store.path, len(store.shards)) == (11, "out.shard-*.h5", 4)
+        assert (len(store), store.path, len(store.files)) == (11, "out.shard-*.h5", 4)
         store.release()
         monkeypatch.chdir("/")
         assert (store[10]["P4"] == 11).all()
     monkeypatch.chdir(tmp_path)
     with fpnx.open(made[1]) as store:
-        assert (len(store), store.shards) == (3, ())
+        assert (len(store), store.files) == (3, ())
         assert str(store.shard_slice) == "1/4: images 2 to 4 of 11"
     os.rename(made[1], "[1].h5")
     with fpnx.open("[1].h5") as store:  # a name of a file, though it looks like a pattern
-        assert store.shard_slice == ShardSlice.of(Shard(1, 4), 11, store.shard_slice.list if store.shard_slice else "")
+        assert store.shard_slice is not None
+        assert (store.shard_slice.shard, store.shard_slice.images) == (Shard(1, 4), 11)
     with pytest.raises(StoreError, match=r"no file is called none\*\.h5"):
         fpnx.open("none*.h5")
-    with pytest.raises(StoreError, match="no shards"):
+    with pytest.raises(StoreError, match="no files: name those that fpnx extract wrote"):
         fpnx.open([])
 
 
@@ -224,10 +227,6 @@ def pending(made: list[Path]) -> list[Path]:
     return made
 
 
-def no_shard(made: list[Path]) -> list[Path]:
-    return [*made, made[0].with_name("whole.h5")]
-
-
 def wrong_first(made: list[Path]) -> list[Path]:
     with h5py.File(made[2], "r+") as file:
         file.attrs["shard"] = json.dumps({**json.loads(file.attrs["shard"]), "first": 1})
@@ -252,12 +251,11 @@ def too_short(made: list[Path]) -> list[Path]:
         (unfinished, r"shards missing: 2/4 \(.*00002-of-00004\.h5\.part is unfinished: finish it with --resume\)"),
         (lambda made: [*unfinished(made), part_path(made[2])], r"00002-of-00004\.h5\.part \(shard 2/4\) is unfinished"),
         (pending, r"00002-of-00004\.h5 \(shard 2/4\) is unfinished: 1 images are pending"),
-        (no_shard, r"whole\.h5 is no shard: it was made without --shard"),
         (wrong_first, r"00002-of-00004\.h5 is not a whole fpnx file \(there is no shard 2/4 from 1 on of 11 images\)"),
         (too_short, r"00002-of-00004\.h5 is not a whole fpnx file: it has 3 images, and shard 2/4 of 16 has 4"),
         (lambda made: [*made[:3], made[3].with_name("gone.h5")], r"gone\.h5 does not exist"),
     ],
-    ids=["run", "list", "count", "missing", "twice", "part", "a part", "pending", "whole", "first", "short", "no file"],
+    ids=["run", "list", "count", "missing", "twice", "part", "a part", "pending", "first", "short", "no file"],
 )
 def test_invalid_sets_are_refused(
     made: list[Path], tmp_path: Path, spoil: Callable[[list[Path]], list[Path]], message: str
@@ -328,7 +326,7 @@ def test_an_existing_output_is_kept_until_the_merge_is_complete(made: list[Path]
     output.write_bytes(b"before")
     with pytest.raises(FpnxError, match=r"out\.h5 exists: replace it with --overwrite"):
         fpnx.merge(output, made)
-    with pytest.raises(FpnxError, match="is one of the shards"):
+    with pytest.raises(FpnxError, match="is one of the files to merge"):
         fpnx.merge(made[0], made, overwrite=True)
     with pytest.raises(FpnxError, match="fpnx keeps such names for itself"):
         fpnx.merge(tmp_path / "out.h5.part", made)
@@ -360,7 +358,7 @@ def test_a_merge_stops_at_a_shard_that_cannot_be_read(made: list[Path], tmp_path
 
 
 def test_a_shard_that_is_replaced_during_reading_is_refused(made: list[Path], tmp_path: Path) -> None:
-    with open_shard_set(made) as store:
+    with open_joined(made) as store:
         before = store[0]["P4"]
         store.release()
         assert np.array_equal(store[0]["P4"], before)
@@ -474,7 +472,7 @@ def test_shards_of_a_real_run(tmp_path: Path, size: str | int, count: int, image
             largest = max(float(np.abs(item[level]).max()) for item in whole)
             for item in whole:
                 assert np.abs(store[item.path][level] - item[level]).max() <= 1e-5 * largest
-    for shard in store.shards:
+    for shard in store.files:
         first = shard.shard_slice.first if shard.shard_slice else 0
         for row in range(len(shard)):
             for level in shard.levels if shard.padded_sizes[row] else ():
@@ -535,7 +533,7 @@ def test_an_interrupted_merge_leaves_no_file_that_looks_complete(tmp_path: Path,
         assert (merging.returncode, temporary.exists()) == (-signum, True)
     else:
         assert (merging.returncode, temporary.exists()) == (128 + signum, False)
-        assert "nothing was merged, and the shards are as they were" in rest
+        assert "nothing was merged, and the files are as they were" in rest
     fpnx.merge(tmp_path / "out.h5", made)
     assert_same_tables(tmp_path / "out.h5", tmp_path / "whole.h5")
     assert not temporary.exists()
@@ -668,7 +666,7 @@ def test_a_pickled_set_opens_its_files_again(made: list[Path]) -> None:
         pickled = pickle.dumps((store, store[0]))
         expected = store[0]["P4"]
     again, item = pickle.loads(pickled)
-    assert (type(again), again.paths, again.path) == (ShardSet, store.paths, store.path)
+    assert (type(again), again.paths, again.path) == (JoinedStore, store.paths, store.path)
     assert np.array_equal(item["P4"], expected)
     again.close()
     made[1].unlink()
