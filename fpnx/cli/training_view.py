@@ -41,7 +41,7 @@ def show_training_plan(plan: TrainingSummary) -> None:
         ("head", f"{plan.head}, {plan.task}"),
         ("parameters", f"{_count(plan.trained)} trained ({', '.join(trained)}); frozen: {', '.join(frozen) or 'none'}"),
         ("device", f"{plan.device}, {plan.precision}, batch {plan.batch_size}{processes}"),
-        ("epochs", f"{plan.epochs}{before}"),
+        ("epochs", f"{plan.epochs}{before}, learning rate up to {plan.learning_rate:g}"),
         ("output", plan.output),
     ]
     for name, value in rows:

@@ -58,7 +58,8 @@ def train(
     target = real_output(Path(output))
     if target.suffix != ".safetensors":
         raise FpnxError(
-            f"output {escape(output)}: trained weights are safetensors: name it {escape(output)}.safetensors"
+            f"output {escape(output)}: trained weights are safetensors: name it "
+            f"{escape(target.with_suffix('.safetensors'))}"
         )
     if config.log is not None or config.plot is not None:
         _check_folders(config.log, config.plot)
