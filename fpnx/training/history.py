@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -64,8 +65,10 @@ def draw_history(path: str, epochs: Sequence[Epoch]) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, fontsize=8)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=os.path.splitext(path)[1][1:].lower())
     try:
-        figure.savefig(path, format=os.path.splitext(path)[1][1:].lower())
+        replace_file(Path(path), [drawn.getvalue()])
     except OSError as error:
         raise FpnxError(f"plot {escape(path)}: {error.strerror or error}") from error
 

@@ -233,7 +233,11 @@ class _Run:
             scores={} if result.scores is None else result.scores.to_json(),
             facts=facts,
         )
-        save_trained(self._output, trained, parts=self._network.trained_parts)
+        try:
+            save_trained(self._output, trained, parts=self._network.trained_parts)
+        except FpnxError as error:
+            raise FpnxError(f"{error}: make room; nothing is lost, and the same command with --resume writes it") \
+                from error  # fmt: skip
         if self._config.plot is not None:
             draw_history(self._config.plot, trainer.history)
 
