@@ -38,10 +38,10 @@ def show_training_plan(plan: TrainingSummary) -> None:
         ("backbone", f"{plan.backbone}, {plan.weights.body}"),
         ("pyramid", f"{', '.join(plan.levels)}, {describe_pyramid(plan.pyramid, plan.weights.pyramid)}"),
         ("recipe", plan.recipe),
-        ("head", f"{plan.head}, {plan.task}"),
+        ("head", plan.head),
         ("parameters", f"{_count(plan.trained)} trained ({', '.join(trained)}); frozen: {', '.join(frozen) or 'none'}"),
         ("device", f"{plan.device}, {plan.precision}, batch {plan.batch_size}{processes}"),
-        ("epochs", f"{plan.epochs}{before}"),
+        ("epochs", f"{plan.epochs}{before}, learning rate up to {plan.learning_rate:g}"),
         ("output", plan.output),
     ]
     for name, value in rows:

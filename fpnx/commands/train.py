@@ -58,7 +58,8 @@ def train(
     target = real_output(Path(output))
     if target.suffix != ".safetensors":
         raise FpnxError(
-            f"output {escape(output)}: trained weights are safetensors: name it {escape(output)}.safetensors"
+            f"output {escape(output)}: trained weights are safetensors: name it "
+            f"{escape(target.with_suffix('.safetensors'))}"
         )
     if config.log is not None or config.plot is not None:
         _check_folders(config.log, config.plot)
@@ -75,8 +76,14 @@ def _check_folders(*files: str | None) -> None:
         if path is None:
             continue
         target = Path(path)
-        if target.is_dir() or not target.parent.is_dir():
-            why = "is a folder" if target.is_dir() else f"cannot be written: {escape(target.parent)} does not exist"
+        why = ""
+        if target.is_dir():
+            why = "is a folder"
+        elif not target.parent.is_dir():
+            why = f"cannot be written: {escape(target.parent)} does not exist"
+        elif not os.access(target.parent, os.W_OK):
+            why = f"cannot be written: nothing can be written in {escape(target.parent)}"
+        if why:
             raise FpnxError(f"{escape(path)} {why}: name another file")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from fpnx.core.errors import FpnxError
 from fpnx.core.option import like, option
 from fpnx.core.option_groups import TASKS, InputConfig, ModelConfig, OutputConfig, RunConfig
+from fpnx.core.text import escape
 from fpnx.core.validation import auto_or_whole, check_fields, check_plot, check_whole, freeze
 
 __all__ = ["HEAD_NAMES", "TrainConfig"]
@@ -121,6 +122,8 @@ class TrainConfig(InputConfig, ModelConfig):
             value = getattr(self, name)
             if value is not None and not (least < value < most and value >= 0):
                 raise FpnxError(f"{name.replace('_', ' ')} {value}: take a number from 0 to {most:g}, such as 0.01")
+        if self.log is not None and not self.log.endswith(".jsonl"):  # it is replaced, as labels must not be
+            raise FpnxError(f"log {escape(self.log)}: take a name that ends in .jsonl")
         if self.plot is not None:
             check_plot(self.plot)
         if self.resume and self.overwrite:

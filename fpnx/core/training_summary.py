@@ -28,6 +28,7 @@ class TrainingSummary:
         augmented: whether images are changed at random.
         parameters: part (`"backbone"`, `"pyramid"`, `"head"`) → numbers of `"frozen"` and `"trained"` parameters.
         device, precision, processes, batch_size: how it is computed.
+        learning_rate: its peak.
         epochs: how many, or `"auto"`.
         epochs_before: done by an earlier run.
     """
@@ -52,6 +53,7 @@ class TrainingSummary:
     precision: str
     processes: int
     batch_size: int
+    learning_rate: float
     epochs: int | str
     epochs_before: int
 
@@ -82,5 +84,6 @@ class TrainingSummary:
             "precision": self.precision,
             "processes": self.processes,
             "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
             "epochs": self.epochs,
         }

@@ -136,6 +136,13 @@ def _format_of_folder(source: LabelSource) -> str:
     if masks and is_class_mask(masks[0]):
         found["masks"] = masks[0]
     listed = ", ".join(f"{kind} ({escape(os.path.relpath(path, source.path))})" for kind, path in found.items())
+    stems = {os.path.splitext(os.path.basename(name))[0] for name in source.images}
+    coloured = [path for path in masks if os.path.splitext(os.path.basename(path))[0] in stems]
+    if not found and coloured:
+        raise FpnxError(
+            f"{where}: {escape(os.path.relpath(coloured[0], source.path))} has colours, and masks have one value for "
+            "each pixel, the number of its class (grey or palette)"
+        )
     if not found:
         raise FpnxError(
             f"{where}: a folder without labels (JSON, XML, YOLO's text files, PNG masks); for folders as classes give "

@@ -96,8 +96,9 @@ class LabelSummary:
 
     def lines(self) -> list[str]:
         """The same in words, for a terminal."""
+        task = "semantic segmentation" if self.task == "semantic" else self.task
         lines = [
-            f"labels   {FORMATS.get(self.format, self.format)} for {self.task}{' (multi-label)' * self.multi_label}, "
+            f"labels   {FORMATS.get(self.format, self.format)} for {task}{' (multi-label)' * self.multi_label}, "
             f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}: {escape(self.path)}",
             f"images   {self.images}, {self.labelled} labelled",
         ]

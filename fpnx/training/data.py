@@ -32,6 +32,7 @@ from fpnx.store.shard_set import open_store
 from fpnx.training.batches import Source
 from fpnx.training.image_batches import ImageBatches
 from fpnx.training.model import model_for_images, model_of_store
+from fpnx.training.notes import notes_on
 from fpnx.training.split import held_out
 from fpnx.training.tap_batches import TapBatches
 from fpnx.training.targets import TargetMaker
@@ -39,6 +40,8 @@ from fpnx.training.targets import TargetMaker
 __all__ = ["TrainingData", "is_store", "open_data"]
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+# Options that only some heads have.
+HEADS_WITH = {"convolutions": ("fcos", "retinanet"), "box_samples": ("faster_rcnn", "mask_rcnn")}
 
 
 @dataclass(kw_only=True)
@@ -118,7 +121,10 @@ def open_data(
     Raises:
         FpnxError: nothing fits, or cannot be trained.
     """
-    if any(map(is_store, inputs)):
+    stores = [path for path in inputs if is_store(path)]
+    if stores and len(stores) < len(inputs):
+        raise FpnxError(f"{escape(stores[0])} is a file of maps, and other inputs are not: give maps or images")
+    if stores:
         with open_store(inputs[0] if len(inputs) == 1 else list(inputs)) as store:
             yield _from_store(store, config, listener)
         return
@@ -130,12 +136,14 @@ def open_data(
 
 
 def is_store(path: str | os.PathLike[str]) -> bool:
-    """Whether an input is a file of maps: by its first bytes, or by its name where it cannot be read here."""
+    """Whether an input is a file of maps: by its name, or by its first bytes."""
+    if os.fsdecode(path).endswith(".h5"):
+        return not os.path.isdir(path)
     try:
         with open(path, "rb") as file:
             return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
     except (OSError, ValueError):
-        return os.fsdecode(path).endswith(".h5")
+        return False
 
 
 def _from_images(inputs: Sequence[str | os.PathLike[str]], config: TrainConfig, listener: Listener) -> TrainingData:
@@ -199,7 +207,11 @@ def _data(
     training = [i for i in usable if i not in kept]
     if not training:
         raise FpnxError("all labelled images are for validation, and none is left to train on: take other --labels")
-    lines, facts = found.described([None if isinstance(size, str) else size for size in sizes])
+    known = [None if isinstance(size, str) else size for size in sizes]
+    lines, facts = found.described(known)
+    notes = notes_on(found.labels, [(found.each[i], known[i]) for i in training], model)
+    lines = (*lines, *(f"note: {note}" for note in notes))
+    facts["remarks"] = [*facts["remarks"], *notes]
     return TrainingData(
         labels=found.labels,
         head=kind.kind,
@@ -236,6 +248,12 @@ def _head(config: TrainConfig, labels: LabelSet) -> type[Head]:
         raise FpnxError(
             f"head {kind.kind} needs outlines, and {escape(labels.path)} has boxes only: take --head faster_rcnn"
         )
+    for name, heads in HEADS_WITH.items():
+        value = getattr(config, name)
+        if value is not None and kind.kind not in heads:
+            raise FpnxError(
+                f"{name.replace('_', ' ')} {value} beside head {kind.kind}: it is for {' and '.join(heads)}"
+            )
     return kind
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -60,12 +61,14 @@ def draw_history(path: str, epochs: Sequence[Epoch]) -> None:
     for panel in panels:
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.05 * panel.dataLim.y1 if panel.dataLim.y1 > 0 else 1)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, fontsize=8)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=os.path.splitext(path)[1][1:].lower())
     try:
-        figure.savefig(path, format=os.path.splitext(path)[1][1:].lower())
+        replace_file(Path(path), [drawn.getvalue()])
     except OSError as error:
         raise FpnxError(f"plot {escape(path)}: {error.strerror or error}") from error
 

@@ -203,7 +203,7 @@ class Trainer:
                     totals[name] = totals.get(name, 0.0) + value * count
                 images += count
                 now = time.perf_counter()
-                if now - shown > PROGRESS_SECONDS:
+                if images and now - shown > PROGRESS_SECONDS:
                     shown = now
                     self._report(epoch, images, totals, now - started)
         finally:

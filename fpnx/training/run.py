@@ -45,7 +45,7 @@ from fpnx.training.tap_batches import TapBatches
 __all__ = ["run_training"]
 
 # Peaks of the learning rate by head, for batches of 8.
-LEARNING_RATES = {"fcos": 2e-3, "retinanet": 2e-3}
+LEARNING_RATES = {"fcos": 2e-3, "retinanet": 2e-3, "semantic": 2e-3}
 LEARNING_RATE = 1e-3
 AUTO_PRECISION = "bfloat16"
 
@@ -99,6 +99,7 @@ class _Run:
         self._data, self._output, self._config = data, output, config
         self._processes, self._listener, self._stop = processes, listener, stop
         self._precision = precision
+        self._learning_rate = config.learning_rate or LEARNING_RATES.get(data.head, LEARNING_RATE)
         if data.labels.task == "detection" and data.validation:
             coco_library()  # raises now where it is not installed, and not after the first epoch
         head = create_head(
@@ -118,7 +119,6 @@ class _Run:
     def finish(self) -> TrainResult:
         """Train, write the file, and tell how it ended."""
         config, data, first = self._config, self._data, self._processes.rank == 0
-        rate = config.learning_rate or LEARNING_RATES.get(data.head, LEARNING_RATE)
         trainer = Trainer(
             self._network,
             data.source,
@@ -127,7 +127,7 @@ class _Run:
             data.make,
             config,
             epochs=self._epochs(),
-            learning_rate=rate,
+            learning_rate=self._learning_rate,
             precision=self._precision,
             processes=self._processes,
             listener=self._listener,
@@ -213,8 +213,6 @@ class _Run:
 
     def _write(self, trainer: Trainer, result: TrainResult) -> None:
         self._network.load_trained(trainer.best_state)
-        if self._config.plot is not None:
-            draw_history(self._config.plot, trainer.history)
         facts = {
             "identity": self._identity,
             "best_epoch": trainer.best,
@@ -235,7 +233,13 @@ class _Run:
             scores={} if result.scores is None else result.scores.to_json(),
             facts=facts,
         )
-        save_trained(self._output, trained, parts=self._network.trained_parts)
+        try:
+            save_trained(self._output, trained, parts=self._network.trained_parts)
+        except FpnxError as error:
+            raise FpnxError(f"{error}: make room; nothing is lost, and the same command with --resume writes it") \
+                from error  # fmt: skip
+        if self._config.plot is not None:
+            draw_history(self._config.plot, trainer.history)
 
     def _interrupted(self, trainer: Trainer) -> Interrupted:
         signum = self._stop.signum or 2
@@ -270,6 +274,7 @@ class _Run:
             precision=self._precision,
             processes=self._processes.count,
             batch_size=config.batch_size,
+            learning_rate=self._learning_rate,
             epochs=config.epochs,
             epochs_before=len(trainer.history),
         )

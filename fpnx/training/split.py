@@ -26,13 +26,14 @@ def held_out(names: Sequence[str], labels: Sequence[ImageLabels], share: float, 
         rarest = min(set(each.classes.tolist()), key=lambda label: (counts[label], label), default=-1)
         groups.setdefault(int(rarest), []).append(i)
     chosen: list[int] = []
-    rest: list[tuple[float, int, int]] = []  # the next image of each group, by what the group still lacks
+    # The next image of each group, by what the group still lacks; the only image of a class comes last.
+    rest: list[tuple[bool, float, int, int]] = []
     for group in sorted(groups):
         ordered = sorted(groups[group], key=lambda i: (random_seed("split", seed, names[i]), names[i]))
         exact = share * len(ordered)
         taken = int(exact)
         chosen += ordered[:taken]
-        rest += [(exact - taken - place, group, i) for place, i in enumerate(ordered[taken:])]
-    rest.sort(key=lambda item: (-item[0], random_seed("split", seed, item[1]), item[1]))
-    chosen += [i for _, _, i in rest[: max(0, wanted - len(chosen))]]
+        rest += [(len(ordered) == 1, exact - taken - place, group, i) for place, i in enumerate(ordered[taken:])]
+    rest.sort(key=lambda item: (item[0], -item[1], random_seed("split", seed, item[2]), item[2]))
+    chosen += [i for *_, i in rest[: max(0, wanted - len(chosen))]]
     return sorted(chosen[:wanted])

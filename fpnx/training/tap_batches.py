@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fpnx.core.errors import FpnxError
+from fpnx.core.errors import ImageError
 from fpnx.core.text import escape
 from fpnx.labels.annotations import ImageLabels
-from fpnx.models.heads.base import Geometry
+from fpnx.models.heads.base import Geometry, Target
 from fpnx.store.reader import Store
-from fpnx.training.batches import Batch, Draw
+from fpnx.training.batches import Batch, Draw, empty_batch
 from fpnx.training.model import check_maps
 from fpnx.training.targets import TargetMaker, padded_target
 
@@ -51,22 +50,39 @@ class TapBatches:
         self.levels: tuple[str, ...] = ()
 
     def batch(self, indices: Sequence[int], draw: Draw | None) -> Batch:
-        """The batch of some images of one shape; stored maps cannot be augmented, and `draw` has no effect."""
+        """The batch of some images of one shape; those whose maps or labels cannot be used are in `failed`.
+
+        Stored maps cannot be augmented, and `draw` has no effect.
+        """
+        padded: Any = self.shapes[indices[0]]
         rows = [self._rows[index] for index in indices]
-        maps = {level: _as_tensor(self._store.read(level, rows)) for level in self.levels}
+        maps = {level: self._store.read(level, rows) for level in self.levels}
+        places: list[int] = []
+        targets: list[Target] = []
+        failed: list[tuple[int, str]] = []
         sizes = [_pair(self._store.input_sizes[row]) for row in rows]
         source_sizes = [_pair(self._store.source_sizes[row]) for row in rows]
-        padded: Any = self.shapes[indices[0]]
-        targets = tuple(
-            padded_target(self._make(self.labels[index], source, size), padded)
-            for index, source, size in zip(indices, source_sizes, sizes, strict=True)
-        )
+        for place, index in enumerate(indices):
+            try:
+                if not all(np.isfinite(values[place]).all() for values in maps.values()):
+                    raise ImageError("its maps have NaN or infinite values: extract it again with --dtype float32")
+                made = self._make(self.labels[index], source_sizes[place], sizes[place])
+            except ImageError as error:
+                failed.append((index, str(error)))
+                continue
+            places.append(place)
+            targets.append(padded_target(made, padded))
+        if not places:
+            return empty_batch(failed)
+        if failed:
+            maps = {level: values[places] for level, values in maps.items()}
         return Batch(
-            indices=tuple(indices),
-            inputs=maps,
-            geometry=Geometry(padded, tuple(sizes)),
-            targets=targets,
-            source_sizes=tuple(source_sizes),
+            indices=tuple(indices[place] for place in places),
+            inputs={level: torch.from_numpy(values.astype(np.float32, copy=False)) for level, values in maps.items()},
+            geometry=Geometry(padded, tuple(sizes[place] for place in places)),
+            targets=tuple(targets),
+            source_sizes=tuple(source_sizes[place] for place in places),
+            failed=tuple(failed),
         )
 
     def read_maps(self, levels: Sequence[str]) -> None:
@@ -80,13 +96,6 @@ class TapBatches:
 
     def close(self) -> None:
         """The store is closed by who opened it."""
-
-
-def _as_tensor(values: np.ndarray) -> Tensor:
-    """float32, whatever is stored."""
-    if not np.isfinite(values).all():
-        raise FpnxError("a stored map has NaN or infinite values: extract it again with --dtype float32")
-    return torch.from_numpy(values.astype(np.float32, copy=False))
 
 
 def _pair(values: np.ndarray) -> tuple[int, int]:

@@ -76,6 +76,9 @@ def test_folders_that_are_not_clear(tmp_path: Path) -> None:
     refused("a folder without labels .*; for folders as classes give folders", photos, ["cat/a.jpg"], photos)
     both = files(tmp_path / "both", {"x/a.xml": VOC, "y/a.txt": "0 .5 .5 .5 .5"})
     refused(r"labels of several formats, voc \(x/a.xml\), yolo \(y/a.txt\): name the file or folder", both, ["a.jpg"])
+    (tmp_path / "coloured").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "coloured/a.png")
+    refused("a.png has colours, and masks have one value for each pixel", tmp_path / "coloured", ["cat/a.jpg"], photos)
     coco_file(tmp_path / "photos/labels.json", [], {})
     refused(r"a folder; name the file, such as \S+photos/labels.json", photos, ["a.jpg"])
 

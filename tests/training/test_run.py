@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,7 +190,7 @@ def test_other_options_or_data_are_not_continued(scenes: Path, tmp_path: Path) -
     assert len(first.epochs) == 2
     written = output.stat().st_mtime_ns
     again = train(images, labels, output, resume=True, **MODEL, **ABOVE)  # which is complete
-    assert again.to_json() == first.to_json()
+    assert json.dumps(again.to_json()) == json.dumps(first.to_json())  # also the order of its scores
     assert output.stat().st_mtime_ns == written
     with pytest.raises(FpnxError, match=r"from a run with other options or data \(batch_size 8 → 4\)"):
         train(images, labels, output, resume=True, batch_size=4, **MODEL, **ABOVE)
@@ -312,14 +313,17 @@ def test_only_epochs_of_the_interval_and_the_last_are_validated(scenes: Path, tm
             r"neck variant no-lateral is for a new fpn",
         ),
         ({"labels": "gone.json"}, r"labels gone.json: there is no such file"),
-        ({"output": "a.pt"}, r"output a.pt: trained weights are safetensors: name it a.pt.safetensors"),
+        ({"output": "a.pt"}, r"output a.pt: trained weights are safetensors: name it .*a.safetensors"),
         ({"output": "gone/a.safetensors"}, r"output folder gone does not exist"),
         ({"log": "gone/log.jsonl"}, r"gone/log.jsonl cannot be written: gone does not exist"),
         ({"plot": "p.txt"}, r"plot p.txt: take a name that ends in .png, .svg, .pdf"),
         ({"learning_rate": 1e6}, r"learning rate 1000000.0: take a number from 0 to 10"),
         ({"device": "cuda:0,cuda:1"}, r"several: start with torchrun"),
         ({"val_interval": 0}, r"val interval 0: take a whole number from 1 to 10000"),
-        ({"box_samples": 64}, r"head fcos has no setting 'box_samples': it has channels, convolutions"),
+        ({"box_samples": 64}, r"box samples 64 beside head fcos: it is for faster_rcnn and mask_rcnn"),
+        ({"head": "faster_rcnn"}, r"convolutions 1 beside head faster_rcnn: it is for fcos and retinanet"),
+        ({"channels": 1}, r"channels 1: the head's norms need 2 at least"),
+        ({"log": "labels.json"}, r"log labels.json: take a name that ends in .jsonl"),
         ({"ema": 1.0}, r"ema 1.0: take a number from 0 to 1"),
         ({"epochs": 0}, r"epochs 0: take auto or a whole number from 1 to 10000"),
     ],
@@ -350,6 +354,11 @@ def test_odd_files_of_maps_are_one_line(scenes: Path, tmp_path: Path) -> None:
         run("pooled.h5")
     with pytest.raises(FpnxError, match=r"unfreeze 1 beside a file of maps, for which the backbone is not run"):
         run("c5.h5", unfreeze=1)
+    with pytest.raises(FpnxError, match=r"c5.h5 is a file of maps, and other inputs are not: give maps or images"):
+        train([tmp_path / "c5.h5", images], labels, tmp_path / "a.safetensors", **ABOVE)
+    (tmp_path / "junk.h5").write_text("junk")
+    with pytest.raises(FpnxError, match=r"junk.h5 is not an HDF5 file"):
+        run("junk.h5")
     with pytest.raises(FpnxError, match=r"backbone beside a file of maps, which has its own: leave backbone out"):
         run("c5.h5", backbone="resnet18")
     run("c5.h5", levels="C5")  # a head alone
@@ -365,8 +374,30 @@ def test_a_loss_that_is_not_finite_is_told(scenes: Path, tmp_path: Path) -> None
         train(tmp_path / "maps.h5", labels, tmp_path / "a.safetensors", **ABOVE)
     with h5py.File(tmp_path / "maps.h5", "r+") as file:
         file["pyramids/64x64/C5"][:] = np.nan
-    with pytest.raises(FpnxError, match=r"a stored map has NaN or infinite values: extract it again"):
+    with pytest.raises(FpnxError, match=r"no image of the training could be read: see the messages above"):
         train(tmp_path / "maps.h5", labels, tmp_path / "a.safetensors", **ABOVE)
+
+
+def test_an_image_whose_maps_or_mask_cannot_be_used_is_left_out(scenes: Path, tmp_path: Path) -> None:
+    images, labels = inputs(scenes, "semantic")
+    options = {**SETTINGS["semantic"], "levels": "P4-P5"}
+    extract(images, tmp_path / "maps.h5", levels="C4-C5", dtype="float16", device="cpu", **MODEL)
+    with h5py.File(tmp_path / "maps.h5", "r+") as file:
+        file["pyramids/64x64/C5"][3, 0, 0, 0] = np.inf
+    shutil.copytree(labels, tmp_path / "masks")
+    Image.new("L", (10, 10)).save(tmp_path / "masks" / "0005.png")
+    result = train(tmp_path / "maps.h5", tmp_path / "masks", tmp_path / "a.safetensors", **options)
+    assert result.exit_code == 1
+    assert result.failed == {
+        "0003.png": "its maps have NaN or infinite values: extract it again with --dtype float32",
+        "0005.png": "its mask has 10×10 pixels (height × width), and the image 96×64",
+    }
+    for mask in (tmp_path / "masks").iterdir():
+        Image.new("L", (10, 10)).save(mask)
+    for source in (tmp_path / "maps.h5", images):
+        model = MODEL if source == images else {}
+        with pytest.raises(FpnxError, match=r"no image of the training could be read: see the messages above"):
+            train(source, tmp_path / "masks", tmp_path / "a.safetensors", overwrite=True, **model, **options)
 
 
 @pytest.mark.slow

@@ -35,6 +35,12 @@ def test_the_order_of_images_does_not_matter() -> None:
     assert sorted(names[::-1][i] for i in turned) == [names[i] for i in held_out(names, labels, 0.25, seed=4)]
 
 
+def test_the_only_image_of_a_class_is_kept_to_train_on() -> None:
+    classes = [[i] for i in range(6)] + [[6]] * 2
+    for seed in range(5):
+        assert held_out(*images(classes), 0.15, seed=seed)[0] in (6, 7)
+
+
 def test_few_images() -> None:
     assert held_out(*images([]), 0.5, seed=0) == []
     assert held_out(*images([[0]]), 0.5, seed=0) == []

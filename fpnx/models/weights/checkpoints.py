@@ -389,7 +389,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], 
         raise FpnxError(f"weights file {escape(target)}: take a name that ends in .safetensors, .pt or .pth")
     # safetensors refuses tensors that share memory; contiguous copies on the CPU do not share any.
     copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    text = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **description}, sort_keys=True)
+    text = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **description})
     try:
         with atomic_write(target) as temporary:
             if target.suffix == ".safetensors":
