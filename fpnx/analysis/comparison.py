@@ -95,7 +95,10 @@ def compare_stores(stores: Sequence[Store], config: CompareConfig, listener: Lis
         kept.append([each[drawn[part][finite]] for each in vectors])
         listener.progress("images", part.stop, count)
     if similarity.count < LEAST_IMAGES:
-        raise FpnxError(f"{plural(similarity.count, 'image')} to compare: take files that have at least {LEAST_IMAGES}")
+        why = f" ({plural(nonfinite, 'image')} left out for NaN or infinite values)" if nonfinite else ""
+        raise FpnxError(
+            f"{plural(similarity.count, 'image')} to compare{why}: take files that have at least {LEAST_IMAGES}"
+        )
     constant = similarity.constant()
     rsa, rsa_images = _rsa([np.concatenate(each) for each in zip(*kept, strict=True)], len(levels[0]), len(stores) > 1)
     done = [int((store.status == DONE).sum()) for store in stores]

@@ -193,6 +193,11 @@ def _repeated_classes(samples: Samples, usable: np.ndarray, config: ProbeConfig)
     Raises:
         FpnxError: for fewer than two such classes, or fewer images than folds.
     """
+    if len(usable) and not usable.any():
+        raise FpnxError(
+            "every vector has NaN or infinite values at one of the levels: leave that level out with --levels (fpnx "
+            "info names it)"
+        )
     pairs = np.unique(np.stack([samples.images[usable], samples.classes[usable]]), axis=1)
     rare = np.bincount(pairs[1], minlength=len(samples.names)) == 1
     kept = usable & ~rare[samples.classes]

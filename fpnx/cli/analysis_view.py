@@ -23,8 +23,8 @@ __all__ = ["show_comparison", "show_exported", "show_probe"]
 
 CANNOT_HOLD = {  # why a name is another one in an export
     "npy": "are not UTF-8, or hold control characters",
-    "safetensors": "are not UTF-8, too long, or equal but for case",
-    "hloc": "hold spaces, or are not UTF-8: hloc finds these images only under the new names",
+    "safetensors": "are not UTF-8, hold control characters, are too long, or equal but for case",
+    "hloc": "hold spaces, are not UTF-8, or are no plain paths: hloc finds these images only under the new names",
 }
 
 

@@ -36,7 +36,7 @@ def show_training_plan(plan: TrainingSummary) -> None:
         ("source", f"{plan.source}: {stored}"),
         ("images", f"{plan.training} to train on{augmented}, {plan.validation} held out"),
         ("backbone", f"{plan.backbone}, {plan.weights.body}"),
-        ("pyramid", f"{', '.join(plan.levels)}, {describe_pyramid(plan.pyramid, plan.weights.pyramid)}"),
+        ("pyramid", f"{', '.join(plan.levels)}, {describe_pyramid(plan.pyramid, plan.weights)}"),
         ("recipe", plan.recipe),
         ("head", plan.head),
         ("parameters", f"{_count(plan.trained)} trained ({', '.join(trained)}); frozen: {', '.join(frozen) or 'none'}"),

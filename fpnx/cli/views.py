@@ -154,7 +154,7 @@ def show_info(store: Store) -> None:
         *([("files", str(facts["files"]))] if facts["files"] > facts["shards"] else []),
         ("root", escape(store.root)),
         ("backbone", f"{store.config['backbone']}, {provenance.weights.body}"),
-        ("pyramid", f"{', '.join(store.levels)}, {describe_pyramid(store.pyramid, provenance.weights.pyramid)}"),
+        ("pyramid", f"{', '.join(store.levels)}, {describe_pyramid(store.pyramid, provenance.weights)}"),
         *_checkpoint(provenance.weights),
         ("recipe", provenance.recipe),
         *([("regions", _regions_line(store.regions.summary()))] if store.has_regions else []),
@@ -208,7 +208,7 @@ def show_plan(plan: PlanSummary) -> None:
     engine = f"{config.engine}: shards {config.shards}, actors {config.actors}, processors of each {config.cpus}"
     pyramid = "none asked for"
     if plan.has_pyramid:
-        pyramid = f"{', '.join(plan.level_names)}, {describe_pyramid(plan.pyramid, weights.pyramid)}"
+        pyramid = f"{', '.join(plan.level_names)}, {describe_pyramid(plan.pyramid, weights)}"
         if plan.work != 1:
             pyramid += f", {plan.work:g} times the work of one pass"
     rows = [

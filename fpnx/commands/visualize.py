@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,11 @@ from fpnx.core.events import Listener
 from fpnx.core.interrupts import StopRequest, handle_signals
 from fpnx.core.names import normal_form
 from fpnx.core.plan_summary import PlanSummary
+from fpnx.core.provenance import WeightsInfo
 from fpnx.core.text import escape, plural
 from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
+from fpnx.prediction.outputs import run_path
 from fpnx.remote.client import connections
 from fpnx.store.reader import FAILED, Item, Store
 from fpnx.store.shard_set import open_store, refuse_separate_shards
@@ -193,6 +196,8 @@ class _Selection:
             listener.message(
                 f"{escape(str(config.predictions))} has boxes of {there} of {plural(len(self.rows), 'image')}"
             )
+            if other := _other_model(str(config.predictions), stores):
+                listener.message(other)
 
     def pictures(self, folder: Path) -> Iterator[Path]:
         """Draw and write each picture; yields its path."""
@@ -298,6 +303,23 @@ def _description(images: Sequence[ImageMaps], config: VisualizeConfig) -> str:
     models = "; ".join(dict.fromkeys(maps.model for maps in images))
     boxes = f"; boxes of {escape(config.predictions)}, score ≥ {config.threshold:g}" if config.predictions else ""
     return f"{mode_in_words(config)}; {models}{boxes}"
+
+
+def _other_model(predictions: str, stores: Sequence[Store]) -> str:
+    """Says that predictions are of another model than the maps, by what stands beside them; else empty."""
+    try:
+        document = json.loads(run_path(Path(predictions)).read_bytes())
+        predicted = WeightsInfo.from_json(document["provenance"]["weights"])
+    except (OSError, ValueError, LookupError, TypeError):  # plain results, or moved without that file
+        return ""
+    for store in stores:
+        weights = store.provenance.weights
+        if (weights.sha256, weights.name) != (predicted.sha256, predicted.name):
+            return (
+                f"the boxes of {escape(predictions)} are not of the model of {escape(os.path.basename(store.path))}: "
+                f"they were found with {escape(predicted.name)}, its maps were made with {escape(weights.name)}"
+            )
+    return ""
 
 
 def _same_image(item: Item, store: Store) -> tuple[Item | None, str]:

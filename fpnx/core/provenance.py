@@ -61,15 +61,6 @@ class ModelPart:
         return cls(trained, source)
 
 
-def describe_pyramid(kind: str, part: ModelPart) -> str:
-    """`"untrained (random, seed 0)"`, or `"pafpn, untrained (random, seed 0)"` for a pyramid that is no FPN.
-
-    Without a pyramid: `"none"`."""
-    if kind == "none":
-        return kind
-    return str(part) if kind == "fpn" else f"{escape(kind)}, {part}"
-
-
 class Setting(NamedTuple):
     """A setting that cannot be read from the parameters.
 
@@ -152,6 +143,17 @@ class WeightsInfo:
             },
             **texts,
         )
+
+
+def describe_pyramid(kind: str, weights: WeightsInfo) -> str:
+    """`"untrained (random, seed 0)"`, or `"pafpn, untrained (random, seed 0)"` for a pyramid that is no whole FPN.
+
+    Without a pyramid: `"none"`."""
+    if kind == "none":
+        return kind
+    variant = weights.settings.get("neck_variant")
+    named = [] if kind == "fpn" and variant is None else [kind if variant is None else f"{kind} {variant.value}"]
+    return ", ".join([*map(escape, named), str(weights.pyramid)])
 
 
 @dataclass(frozen=True, kw_only=True)

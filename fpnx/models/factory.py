@@ -15,7 +15,7 @@ from torch import nn
 from fpnx.core.config import ExtractConfig, InputConfig, ModelConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import UNSTRIDED_LEVELS, level_number, ordered_levels
-from fpnx.core.provenance import AS_GIVEN, NO_PARAMETERS, ModelPart
+from fpnx.core.provenance import AS_GIVEN, NO_PARAMETERS, ModelPart, Setting
 from fpnx.core.text import did_you_mean, escape
 from fpnx.core.validation import parse_blocks
 from fpnx.models.backbones.factory import (
@@ -239,8 +239,12 @@ def _build(config: ModelConfig, module: nn.Module | None, plan: NeckPlan | None,
     levels = _chosen_levels(config, neck, weights, backbone, plan)
     _check_levels(levels, backbone, neck, weights)
     neck.initialize(config.seed)
-    kept = weights.heads if keep_heads else {}
-    model = PyramidModel(backbone, neck, ordered_levels(levels), replace(weights, state={}, heads=kept))
+    kept, settings = weights.heads if keep_heads else {}, dict(weights.settings)
+    if isinstance(neck, FPN) and neck.variant != "full":
+        settings["neck_variant"] = Setting(neck.variant, "option" if weights.pyramid is None else "file")
+    model = PyramidModel(
+        backbone, neck, ordered_levels(levels), replace(weights, state={}, heads=kept, settings=settings)
+    )
     _fill(model, weights)
     model.note_parameters()
     return model.eval()

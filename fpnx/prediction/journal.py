@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,14 @@ __all__ = ["Journal", "check_settings"]
 
 FORMAT = "fpnx-predictions"
 VERSION = 1
+CHECKSUM = re.compile(rb',"crc32":(\d+)\}\n')  # at the end of a line, of the line without it
 
 
 class Journal:
     """A text file of JSON lines beside an output. The first line has the settings, each other one an image.
 
-    Of several lines about an image the last counts. A last line that is cut off, as after a crash, is dropped.
+    Each line has a checksum. Of several lines about an image the last counts. A last line that is cut off, as after a
+    crash, is dropped.
 
     Args:
         path: the file.
@@ -79,15 +84,16 @@ class Journal:
 
     def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The index and the entry of each image that is done, in the order of the images."""
-        self._file.flush()
+        self.commit()
         with open(self.path, "rb") as file:
             for index in np.flatnonzero(self.status == DONE).tolist():
                 file.seek(self._places[index])
                 yield index, json.loads(file.readline())
 
     def close(self) -> None:
-        """Close the file, which stays."""
-        self._file.close()
+        """Close the file, which stays. What is not committed may be lost, as on a full disk."""
+        with suppress(OSError):
+            self._file.close()
 
     def remove(self) -> None:
         """Close and delete the file: its output is complete."""
@@ -100,7 +106,8 @@ class Journal:
         self.status[index] = status
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps(entry, separators=(",", ":")).encode("ascii") + b"\n"
+        content = json.dumps(entry, separators=(",", ":")).encode("ascii")
+        line = content[:-1] + b',"crc32":%d}\n' % zlib.crc32(content)
         try:
             self._file.write(line)
         except OSError as error:
@@ -113,9 +120,7 @@ class Journal:
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
                 try:
-                    if not line.endswith(b"\n"):
-                        raise ValueError("a line that is cut off")
-                    entry = json.loads(line)
+                    entry = json.loads(_checked(line))
                     if number == 0:
                         self._check_first(entry)
                     else:
@@ -152,6 +157,21 @@ class Journal:
 
     def _failed(self, error: OSError) -> FpnxError:
         return FpnxError(f"cannot write {escape(self.path)}: {error.strerror or error}: --resume goes on from there")
+
+
+def _checked(line: bytes) -> bytes:
+    """A line without its checksum.
+
+    Raises:
+        ValueError: the line is cut off or damaged.
+    """
+    match = CHECKSUM.search(line, max(0, len(line) - 30))
+    if match is None or match.end() != len(line):
+        raise ValueError("a line that is cut off")
+    content = line[: match.start()] + b"}"
+    if zlib.crc32(content) != int(match[1]):
+        raise ValueError("a damaged line")
+    return content
 
 
 def check_settings(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -22,7 +22,15 @@ from fpnx.models.heads.base import Detections
 from fpnx.models.heads.base import Prediction as HeadPrediction
 from fpnx.visualization.predictions import DrawnObject, draw_class_map, draw_classes, draw_objects
 
-__all__ = ["Prediction", "Reading", "draw_prediction", "prediction_of", "prediction_of_results", "results_of"]
+__all__ = [
+    "Prediction",
+    "Reading",
+    "draw_prediction",
+    "prediction_of",
+    "prediction_of_results",
+    "results_of",
+    "rounded",
+]
 
 COORDINATE_DIGITS = 4  # of pixels
 
@@ -60,6 +68,7 @@ class Prediction:
         keypoints: (n, K, 3) float64 x, y, visibility; None without keypoints.
         keypoint_scores: (n, K) float64, as torchvision has them; None without keypoints.
         levels: (n,) names of the levels that the boxes come from; empty where that is not known.
+        proposals: (m, 4) float64 boxes that may be objects, best first, of detectors with two stages; else None.
         class_map: (H, W) int64, the number of the class of each pixel, for semantic segmentation; else None. `labels`
             and `names` are then the classes in it, and `scores` their shares of the pixels.
         photo: gives the upright RGB image, for drawing; None where it is not at hand.
@@ -76,6 +85,7 @@ class Prediction:
     keypoints: np.ndarray | None = None
     keypoint_scores: np.ndarray | None = None
     levels: tuple[str, ...] = ()
+    proposals: np.ndarray | None = None
     class_map: np.ndarray | None = None
     photo: Callable[[], Image.Image] | None = None
 
@@ -156,6 +166,7 @@ def prediction_of(
             keypoints=source.keypoints,
             keypoint_scores=source.keypoint_scores,
             levels=source.levels,
+            proposals=source.proposals,
         )
     if reading.task == "semantic":
         classes = class_map(found, input_size, source_size)
@@ -180,14 +191,12 @@ def results_of(prediction: Prediction) -> list[dict[str, Any]]:
         result: dict[str, Any] = {"category_id": label, "category_name": name}
         if prediction.boxes is not None:
             x1, y1, x2, y2 = prediction.boxes[i].tolist()
-            result["bbox"] = [round(value, COORDINATE_DIGITS) for value in (x1, y1, x2 - x1, y2 - y1)]
+            result["bbox"] = rounded(np.array((x1, y1, x2 - x1, y2 - y1)))
         result["score"] = float(str(np.float32(score)))  # the shortest text of the number
         if prediction.mask_runs is not None:
             result["segmentation"] = dict(prediction.mask_runs[i])
         if prediction.keypoints is not None:
-            result["keypoints"] = [
-                round(value, COORDINATE_DIGITS) for value in prediction.keypoints[i].ravel().tolist()
-            ]
+            result["keypoints"] = rounded(prediction.keypoints[i].ravel())
         if prediction.keypoint_scores is not None:
             result["keypoint_scores"] = [float(str(np.float32(v))) for v in prediction.keypoint_scores[i].tolist()]
         if prediction.levels:
@@ -199,7 +208,7 @@ def results_of(prediction: Prediction) -> list[dict[str, Any]]:
 def prediction_of_results(
     image: str, size: tuple[int, int], task: Task, results: Sequence[Mapping[str, Any]]
 ) -> Prediction:
-    """The prediction that `results_of` made plain, without its picture and class map."""
+    """The prediction that `results_of` made plain, without its picture, proposals and class map."""
     boxes = masks = keypoints = keypoint_scores = None
     if task == "detection":
         corners = np.array([result["bbox"] for result in results], np.float64).reshape(-1, 4)
@@ -223,6 +232,12 @@ def prediction_of_results(
         keypoint_scores=keypoint_scores,
         levels=tuple(result["level"] for result in results if "level" in result),
     )
+
+
+def rounded(pixels: np.ndarray) -> list[Any]:
+    """Coordinates as they are written."""
+    values: list[Any] = np.round(pixels, COORDINATE_DIGITS).tolist()
+    return values
 
 
 def draw_prediction(prediction: Prediction, picture: Image.Image, threshold: float) -> Image.Image:

@@ -25,13 +25,15 @@ from fpnx.models.heads.trained_file import load_trained
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
 from fpnx.models.weights.checkpoints import read_checkpoint, read_description
+from fpnx.models.weights.key_matching import first_names
 from fpnx.models.weights.resolve import is_weights_file
-from fpnx.models.weights.torchvision import detector_of, find_published
+from fpnx.models.weights.torchvision import best_weights, detector_of, find_published
 
 __all__ = ["NOT_CLASSES", "Predictor", "build_predictor"]
 
 COCO_CLASSES = 91  # of torchvision's detectors, with the background and the numbers that COCO does not use
 NOT_CLASSES = ("__background__", "N/A")  # torchvision's names of numbers that are no class
+AUXILIARY = ("aux", "AuxLogits")  # heads of GoogLeNet and Inception that are for training alone
 NO_HEAD = "take weights of a detector or a classifier, such as coco or imagenet, or a file of fpnx train"
 
 
@@ -188,28 +190,63 @@ def _detector_categories(detector: str | None, classes: int) -> tuple[Category, 
 
 
 def _classifier(model: PyramidModel) -> tuple[nn.Module, Sequence[str]] | None:
-    """torchvision's or timm's whole classifier of published weights, and the names of its classes; else None."""
+    """The whole classifier of torchvision or timm that the weights are of, with the names of its classes.
+
+    None where they have no head.
+
+    Raises:
+        FpnxError: they have another head than the network's own.
+    """
     weights = model.weights
     if weights.file is None or weights.framework not in (None, "torchvision", "timm"):
         return None
-    backbone = weights.backbone
-    if backbone.startswith(TIMM):
-        return _timm_classifier(weights.name, Path(weights.file)) if weights.name.startswith(TIMM) else None
-    published = find_published(weights.name, backbone)
-    if published is None or published.trains != ("backbone",):
+    if weights.framework is None and not weights.name.startswith(TIMM):
         return None
+    if weights.name.startswith(TIMM):
+        return _timm_classifier(weights.name, Path(weights.file))
+    backbone = weights.backbone
+    checkpoint = read_checkpoint(Path(weights.file), weights.key or None, averages_first=backbone.startswith(TIMM))
+    state = {
+        name[len(weights.prefix) :]: value
+        for name, value in checkpoint.state.items()
+        if name.startswith(weights.prefix) and not name.endswith("num_batches_tracked")
+    }
     with isolated_torch_state():
-        network = build_network(backbone)
-        own = network.state_dict()
-        state = {
-            key if key in own else re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value
-            for key, value in read_checkpoint(Path(weights.file)).state.items()
+        plain = build_network(backbone, meta=True, classifier=True).state_dict()
+        state = {  # published DenseNets have older names
+            key if key in plain else re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): value
+            for key, value in state.items()
         }
-        missing = sorted(key for key in set(own) - set(state) if not key.endswith("num_batches_tracked"))
-        if missing:
-            raise FpnxError(f"{escape(weights.file)} has no {missing[0]}: download it again")
-        network.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
-    return network, published.entry.meta["categories"]
+        last = [name for name, value in plain.items() if value.dim() > 1][-1]  # the layer with the classes
+        if last not in state:
+            _refuse_other_head(weights.name, backbone, last, state)
+            return None
+        classes = state[last].shape[0]
+        network = build_network(backbone, classifier=True, options={"num_classes": classes})
+        own = {name: v for name, v in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+        unfit = [name for name, v in own.items() if name not in state or state[name].shape != v.shape]
+        if wrong := [name for name in unfit if not name.startswith(AUXILIARY)]:
+            what = "lacks" if wrong[0] not in state else "has another shape of"
+            raise FpnxError(f"{escape(weights.name)} {what} {wrong[0]}: save or download it again")
+        used = {name: state[name] for name in own if name not in unfit}
+        network.load_state_dict(used, strict=False)
+    tensors = [name for name in checkpoint.state if not name.endswith("num_batches_tracked")]
+    model.weights = replace(weights, ignored=len(tensors) - len(used))
+    known: Sequence[str] = ()
+    if not backbone.startswith(TIMM):
+        published = find_published(weights.name, backbone)
+        known = (best_weights(backbone) if published is None else published.entry).meta["categories"]
+    return network, known if len(known) == classes else [f"class {i}" for i in range(classes)]
+
+
+def _refuse_other_head(name: str, backbone: str, last: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse a head where the network has its own, but with other layers."""
+    others = [key for key in state if key.startswith(f"{last.partition('.')[0]}.")]
+    if others:
+        raise FpnxError(
+            f"{escape(name)}: its head ({first_names(others)}) is not the one of {backbone} ({last}): rename its "
+            f"tensors, or train a head with fpnx train"
+        )
 
 
 def _timm_classifier(name: str, file: Path) -> tuple[nn.Module, Sequence[str]] | None:

@@ -40,6 +40,7 @@ from fpnx.prediction.predictor import NOT_CLASSES, Predictor
 from fpnx.prediction.scoring import RunLabels, Worst, score_run
 from fpnx.prediction.sink import PredictionSink, Target
 from fpnx.remote.client import connections
+from fpnx.store.output_path import refuse_input
 from fpnx.store.reader import DONE
 from fpnx.store.writer import part_path
 
@@ -118,6 +119,7 @@ def run_prediction(
         target = resolve_output(DEFAULT_OUTPUTS[predictor.task] if output is None else output)
         target = target if run.shard is None else shard_path(target, run.shard)
         check_target(target, predictor.task, config)
+        refuse_input(target, [config.weights, config.labels or "", *(source.path for source in listing.sources)])
         names = [os.fsdecode(source.name) for source in listing.sources]
         if config.draw is not None:
             check_pictures(Path(config.draw), names, config)
@@ -130,7 +132,7 @@ def run_prediction(
             if not locked:
                 listener.message("files cannot be locked here: see to it that no second run writes this output")
             check_target(target, predictor.task, config)  # again: another run may have ended in the meantime
-            settings = _settings(predictor, listing, run, config)
+            settings = _settings(predictor, listing, run, config, labels)
             finished = _finished(target, config, settings)
             plan = make_plan(target, run, listing, listener, cache, stored=False)
             plan = replace(plan, head=_head_in_words(predictor))
@@ -191,7 +193,9 @@ def _compute(
         journal.close()
 
 
-def _settings(predictor: Predictor, listing: Listing, run: ExtractConfig, config: PredictConfig) -> dict[str, Any]:
+def _settings(
+    predictor: Predictor, listing: Listing, run: ExtractConfig, config: PredictConfig, labels: RunLabels | None
+) -> dict[str, Any]:
     """Everything that the output depends on, in plain values."""
     model = predictor.model
     identity = fingerprint_fields(model, model.recipe.sized(run), run)
@@ -202,6 +206,7 @@ def _settings(predictor: Predictor, listing: Listing, run: ExtractConfig, config
         "classes": fingerprint({"classes": predictor.identity()["classes"]}),
         "top": config.top,
         "labels": None if config.labels is None else os.path.abspath(config.labels),
+        "content of labels": None if labels is None else labels.content_hash(),
         "images": list_fingerprint(listing.records.records),
         "shard": None if shard is None else shard.to_json(),
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -89,7 +92,7 @@ class RunLabels:
         labels = read_labels(path, names, root, predictor.task)
         matched = match_labels(labels, names, root)
         predicted, places = _joined(predictor.categories, labels)
-        remarks = [*labels.remarks]
+        remarks = [*labels.remarks, *_left_out({reason: each.count for reason, each in labels.dropped.items()})]
         unlabelled, absent = len(matched.unlabelled), len(matched.absent) + len(matched.ambiguous)
         if unlabelled:
             remarks.append(
@@ -111,6 +114,18 @@ class RunLabels:
             places=places,
             remarks=tuple(remarks),
         )
+
+    def content_hash(self) -> str:
+        """sha256 (hex) of the classes and of the labels of the run's images."""
+        digest = hashlib.sha256(json.dumps([[each.id, each.name] for each in self.labels.categories]).encode())
+        for image in self.of_image:
+            if image is None:
+                digest.update(b"none")
+                continue
+            arrays = [None if each is None else each.tolist() for each in (image.classes, image.boxes, image.crowd)]
+            values = [image.id, image.size, image.relative, image.mask_file, *arrays, image.segments]
+            digest.update(json.dumps(values, default=lambda mapping: dict(mapping)).encode())
+        return digest.hexdigest()
 
     def image_ids(self, first: int) -> list[int | str]:
         """The number of each image in the label file; images without one are counted on from the largest.
@@ -149,8 +164,6 @@ def score_run(
         image = labels.of_image[index]
         assert image is not None, "it is among those with labels"
         scorer.add(index, image, entry)
-    for remark in scorer.remarks:
-        listener.message(remark)
     worst = sorted(scorer.errors, key=lambda each: (-each.weight, each.index))[:SHOWN]
     folder = None if target.pictures is None else target.pictures / "worst"
     shown = []
@@ -160,7 +173,10 @@ def score_run(
         if path is not None and not _draw(scorer, each.index, sink, path, name):
             path = None
         shown.append(Worst(name, each.text, None if path is None else str(path)))
-    return scorer.scores(), tuple(shown)
+    scores = scorer.scores()
+    for remark in scorer.remarks:
+        listener.message(remark)
+    return scores, tuple(shown)
 
 
 @dataclass(frozen=True)
@@ -199,11 +215,14 @@ class _Detections(_Scorer):
         self._truth: list[ImageLabels] = []
         self._found: list[SourceDetections] = []
         self._drawn: dict[int, list[DrawnObject]] = {}
+        self._left_out: Counter[str] = Counter()
 
     def add(self, index: int, image: ImageLabels, entry: Mapping[str, Any]) -> None:
         size = (entry["size"][0], entry["size"][1])
         prediction = prediction_of_results(self._target.names[index], size, "detection", entry["results"])
-        truth = fit_to_image(image, size).labels
+        fitted = fit_to_image(image, size)
+        truth = fitted.labels
+        self._left_out.update({reason: len(positions) for reason, positions in fitted.dropped.items()})
         places, boxes = self._labels.places, prediction.boxes
         assert boxes is not None, "objects have boxes"
         known = [i for i, label in enumerate(prediction.labels.tolist()) if label in places]
@@ -217,6 +236,7 @@ class _Detections(_Scorer):
                 scores=prediction.scores[known],
                 classes=classes,
                 masks=None if prediction.mask_runs is None else tuple(prediction.mask_runs[i] for i in known),
+                proposals=np.array(entry["proposals"]).reshape(-1, 4) if "proposals" in entry else None,
             )
         )
         sure = [i for i in range(len(known)) if prediction.scores[known[i]] >= self._target.drawn_from]
@@ -252,6 +272,7 @@ class _Detections(_Scorer):
 
     def scores(self) -> Scores | None:
         masks = [image.masks is not None for image in self._found]
+        self.remarks += _left_out(self._left_out)
         if any(masks) and not self._labels.labels.has_segments:
             self.remarks.append("the labels have no outlines: boxes are scored, masks are not")
         return detection_scores(self._labels.labels.categories, self._truth, self._prepared())
@@ -348,6 +369,11 @@ class _Pixels(_Scorer):
         return labelled.astype(np.int64), predicted
 
 
+def _left_out(counts: Mapping[str, int]) -> list[str]:
+    """What of the labels is not scored, a line each."""
+    return [f"labels left out: {reason} ({count})" for reason, count in counts.items()]
+
+
 def _joined(predicted: Sequence[Category], labels: LabelSet) -> tuple[tuple[Category, ...], dict[int, int]]:
     """The predicted classes with the numbers of the labels, and the position of each of these in the labels.
 
@@ -360,10 +386,10 @@ def _joined(predicted: Sequence[Category], labels: LabelSet) -> tuple[tuple[Cate
     if [each.name for each in predicted] == [each.name for each in categories]:
         pairs: list[int | None] = list(range(len(categories)))
     elif all(UNNAMED.fullmatch(each.name) for each in predicted):
-        shift = len(predicted) - len(categories)  # 1 where the first is the background
-        if shift not in (0, 1):
+        shift = len(predicted) - len(categories)
+        if shift not in (0, labels.task == "detection"):  # 1 where the first is the background
             raise FpnxError(
-                f"labels {escape(labels.path)}: {plural(len(categories), 'class')}, and the weights have "
+                f"labels {escape(labels.path)}: {len(categories)} {'class' if len(categories) == 1 else 'classes'}, and the weights have "
                 f"{len(predicted)} without names: nothing says which is which"
             )
         pairs = [i - shift if i >= shift else None for i in range(len(predicted))]

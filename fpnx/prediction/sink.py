@@ -26,6 +26,7 @@ from fpnx.prediction.predictions import (
     prediction_of,
     prediction_of_results,
     results_of,
+    rounded,
 )
 from fpnx.store.reader import DONE, FAILED
 from fpnx.store.regions import RegionBatch
@@ -42,7 +43,7 @@ class Target:
         output: the file, or for masks the folder.
         names: of the images.
         image_ids: their numbers in COCO results.
-        scored: by index, whether all scores of an image's classes are kept, for scoring.
+        scored: by index, whether an image is scored, so that all that scores need of it is kept.
         pictures: folder for pictures; None draws none.
         drawn_from: least score of an object in a picture.
     """
@@ -97,6 +98,8 @@ class PredictionSink:
             entry: dict[str, Any] = {"size": [height, width], "results": results_of(prediction)}
             if self._reading.task == "classification" and self._target.scored[index]:
                 entry["logits"] = [float(str(value)) for value in found.numpy().astype(np.float32)]
+            if prediction.proposals is not None and self._target.scored[index]:
+                entry["proposals"] = rounded(prediction.proposals)
             if self._masks is not None:
                 assert prediction.class_map is not None, "segmentation gives a class map"
                 save_mask(self._masks, name, prediction.class_map)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.text import escape
 from fpnx.store.writer import part_path
 
-__all__ = ["DEFAULT_OUTPUTS", "check_output", "real_output"]
+__all__ = ["DEFAULT_OUTPUTS", "check_output", "real_output", "refuse_input"]
 
 DEFAULT_OUTPUTS = {"h5": "out.h5", "png": "out_png"}  # by format
 RESERVED_SUFFIXES = (".part", ".part.new", ".lock")
@@ -66,6 +67,23 @@ def check_output(
             f"{escape(existing[0])} {what}: continue it with --resume, replace it with --overwrite, or name another "
             f"with -o"
         )
+
+
+def refuse_input(output: Path, inputs: Iterable[str | bytes]) -> None:
+    """Refuse an output that is one of a run's own inputs, which `overwrite` would replace.
+
+    Args:
+        output: the file; a link is resolved.
+        inputs: paths of files that the run reads; those that are no local files are passed over.
+
+    Raises:
+        FpnxError: with the input.
+    """
+    if not output.exists():
+        return
+    for path in map(os.fsdecode, inputs):
+        if os.path.basename(path) == output.name and os.path.exists(path) and os.path.samefile(path, output):
+            raise FpnxError(f"output {escape(output)} is read by this run, and would be lost: name another with -o")
 
 
 def real_output(output: Path) -> Path:

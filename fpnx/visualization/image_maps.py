@@ -146,7 +146,7 @@ def _pixel_options(store: Store) -> PixelOptions:
 
 def describe_model(backbone: str, pyramid: str, levels: tuple[str, ...], weights: WeightsInfo) -> str:
     """`"resnet50: trained (…) · pyramid: untrained (random, seed 0)"`: which parts of a model are trained."""
-    text = describe_pyramid(pyramid, weights.pyramid)
+    text = describe_pyramid(pyramid, weights)
     if all(level.startswith("C") for level in levels):
         text = "none in this file"
     return f"{escape(backbone)}: {weights.body} · pyramid: {text}"

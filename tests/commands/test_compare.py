@@ -81,6 +81,12 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert result.cka[0, 0] == pytest.approx(1)
 
 
+def test_nothing_but_nan_is_said(tmp_path: Path) -> None:
+    file = stored(tmp_path / "a.h5", {"P3": np.full((12, 6), np.nan), "P4": X[:12]})
+    with pytest.raises(FpnxError, match=r"0 images to compare \(12 images left out for NaN or infinite values\)"):
+        fpnx.compare(file)
+
+
 def test_a_level_without_differences(tmp_path: Path, fpnx: Run) -> None:
     stored(tmp_path / "a.h5", {"P3": X, "P4": np.ones((40, 2))})
     code, out, _ = fpnx("compare", "a.h5")

@@ -229,6 +229,8 @@ def test_mistakes_are_one_line(animals: Path, tmp_path: Path, fpnx: Run) -> None
     scenes(tmp_path)
     (tmp_path / "one.csv").write_text("path,label\n" + "".join(f"cat/{i}.jpg,cat\n" for i in range(0, 30, 3)))
     sizes = [(64, 128)] * 12
+    animals_named = [f"{kind}/{i}.jpg" for kind in "ab" for i in range(5)]
+    stored(tmp_path / "nan.h5", {"P3": np.full((10, 2), np.nan), "P4": np.ones((10, 2))}, animals_named)
     stored(tmp_path / "pooled.h5", {"P3": np.zeros((12, 2, 1, 1))}, pool="avg", source_sizes=sizes)
     stored(tmp_path / "few.h5", {"P3": np.zeros((4, 2))}, ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"])
     for arguments, message in [
@@ -246,6 +248,8 @@ def test_mistakes_are_one_line(animals: Path, tmp_path: Path, fpnx: Run) -> None
         assert code == 2, arguments
         assert message in error
         assert len(error.splitlines()) == 1
+    with pytest.raises(FpnxError, match="every vector has NaN or infinite values at one of the levels: leave"):
+        package_probe("nan.h5", labels="folders")
     with pytest.raises(FpnxError, match="no files"):
         package_probe([], labels="folders")
 

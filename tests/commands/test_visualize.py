@@ -309,6 +309,13 @@ def test_boxes_of_a_trained_detector(here: Path, fpnx: Run) -> None:
     )
     assert code == 0
     assert "p.json has boxes of 4 of 4 images" in err
+    assert "not of the model" not in err
+    code, _, err = fpnx("visualize", "a.h5", "--predictions", "p.json", "-o", "other")
+    assert code == 0
+    assert (
+        "the boxes of p.json are not of the model of a.h5: they were found with model.safetensors, its maps were made "
+        "with random" in err
+    )
     index = json.loads(re.findall(r'id="index">(.*?)</script>', (here / "d.html").read_text())[0])
     assert set(index["boxes"]["levels"]) == {each["level"] for each in results} <= {"P3", "P4", "P5", "P6", "P7"}
     first = json.loads(re.findall(r'id="image-0">(.*?)</script>', (here / "d.html").read_text())[0])

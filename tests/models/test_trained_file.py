@@ -18,6 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 import fpnx
 from fpnx.core.config import ModelConfig
 from fpnx.core.errors import FpnxError
+from fpnx.core.provenance import describe_pyramid
 from fpnx.labels.annotations import Category
 from fpnx.models.factory import NeckPlan, build_model
 from fpnx.models.heads.base import Detections, Geometry, Target
@@ -146,6 +147,9 @@ def test_the_pyramid_and_the_head_come_back(
     for name, value in neck.items():
         found = min(model.fpn.in_channels) if name == "first_level" else getattr(model.fpn, name)
         assert found == value, name
+    said = describe_pyramid(options.get("pyramid", "fpn"), model.weights.info)
+    assert said.endswith("trained (fpnx train)")
+    assert ("variant" in neck) == said.startswith(f"fpn {neck.get('variant')}, ")
     assert str(model.weights.fpn) == "trained (fpnx train)"
     assert str(model.weights.body) == "untrained (random, seed 0)"
     assert model.weights.framework == "fpnx"

@@ -106,6 +106,7 @@ def test_the_description_states_the_first_level(tmp_path):
         ({"norm_eps": "0"}, "description has norm_eps"),
         ({"recipe": {"sizing": "fold"}}, "not a recipe"),
         ({"backbone": "resnet5"}, "backbone 'resnet5' is unknown"),
+        ({"backbone": [1]}, r"its description has backbone \[1\], which fpnx never wrote"),
         ({"version": 99}, "is of version 99"),
         ({"format": "other"}, "description that is not fpnx's"),
     ],

@@ -87,6 +87,9 @@ def test_results_equal_torchvisions(name: str, hub: Path, tmp_path: Path) -> Non
         (expected,) = found_by(network, [image])
         compare(found[f"{i}.png"], expected, least=15)
     names = models.get_model_weights(name).DEFAULT.meta["categories"]
+    # MobileNetV3's detectors pool all boxes from the first of two levels of one stride.
+    levels = {"0"} if "mobilenet" in name else {f"P{k}" for k in range(2, 8)}
+    assert {each["level"] for results in found.values() for each in results} <= levels
     for results in found.values():
         assert all(each["category_name"] == names[each["category_id"]] for each in results)
     if name.startswith(("maskrcnn", "keypointrcnn")):
@@ -129,6 +132,31 @@ def test_a_detectors_own_file_needs_no_name(small: nn.Module, hub: Path, tmp_pat
     )
     (expected,) = found_by(network, [image])
     compare(results_by_image(tmp_path / "out.json")["0.png"], expected, least=20)
+
+
+def test_a_fine_tuned_detector_has_its_own_number_of_classes(small: nn.Module, hub: Path, tmp_path: Path) -> None:
+    network = copy.deepcopy(small)
+    network.rpn.score_thresh, network.rpn._pre_nms_top_n["testing"] = 0.0, 1000
+    network.rpn._post_nms_top_n["testing"] = 1000
+    predictor, boxes = network.roi_heads.box_predictor, network.roi_heads.box_predictor.bbox_pred
+    predictor.cls_score = cut(predictor.cls_score, 3)
+    predictor.bbox_pred = cut(boxes, 12)
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    (image,) = save_images(tmp_path / "images", ((96, 128),))
+    predict_to_file(
+        tmp_path / "images", tmp_path / "out.json", weights=str(tmp_path / "own.pth"), short_side=96, long_side=160
+    )
+    (expected,) = found_by(network, [image])
+    results = results_by_image(tmp_path / "out.json")["0.png"]
+    compare(results, expected, least=20)
+    assert {each["category_name"] for each in results} == {"class 1", "class 2"}
+
+
+def cut(layer: nn.Module, rows: int) -> nn.Linear:
+    """The first outputs of a linear layer."""
+    smaller = nn.Linear(layer.in_features, rows)
+    smaller.load_state_dict({name: value[:rows] for name, value in layer.state_dict().items()})
+    return smaller
 
 
 def test_a_head_that_torchvision_does_not_build_is_refused(small: nn.Module, hub: Path, tmp_path: Path) -> None:

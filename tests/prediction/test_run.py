@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import box_iou
 
 from fpnx.commands.predict import predict_to_file
 from fpnx.core.errors import FpnxError
+from fpnx.core.events import Listener
 from fpnx.core.mask_runs import decode_mask
 from fpnx.evaluation.detections import to_source
 from fpnx.evaluation.semantic import class_map
@@ -217,6 +219,58 @@ def test_a_damaged_journal_is_refused(models: Path, tmp_path: Path) -> None:
         assert part.read_bytes() == content
 
 
+def test_a_line_that_was_changed_is_found(models: Path, tmp_path: Path) -> None:
+    images = write_images(tmp_path, draw_scenes(2))
+    part = tmp_path / "out.json.part"
+    options = {"weights": models / "fcos.safetensors", **SMALL}
+    (tmp_path / "out.run.json").mkdir()  # so that the run cannot end
+    with pytest.raises(FpnxError):
+        predict_to_file(images, tmp_path / "out.json", overwrite=True, **options)
+    first, one, *others = part.read_bytes().splitlines(keepends=True)
+    for changed in (
+        one.replace(b'"bbox":[', b'"bbox":["x",', 1),
+        one.replace(b'"score":0.', b'"score":NaN', 1),
+        b'{"image":0}\n',
+    ):
+        assert changed != one
+        part.write_bytes(b"".join((first, changed, *others)))
+        with pytest.raises(FpnxError, match="damaged in line 2: start over with --overwrite"):
+            predict_to_file(images, tmp_path / "out.json", resume=True, **options)
+    part.write_bytes(first + one + others[0].replace(b"0.", b"1.", 1))  # the last line: that image is computed again
+    (tmp_path / "out.run.json").rmdir()
+    assert predict_to_file(images, tmp_path / "out.json", resume=True, **options).run.computed == 1
+
+
+@pytest.mark.parametrize("limit", [3_000, 8_000])
+def test_a_full_disk_is_one_line_and_nothing_is_lost(limit: int, models: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    images = write_images(tmp_path, draw_scenes(6))
+    options = {"weights": models / "fcos.safetensors", "batch_size": 1, "commit_every": 0, **SMALL}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(FpnxError, match=r"cannot write .*out\.json.*: File too large"):
+            predict_to_file(images, tmp_path / "out.json", **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    result = predict_to_file(images, tmp_path / "out.json", resume=True, **options)
+    predict_to_file(images, tmp_path / "whole.json", **options)
+    assert result.run.done == 6
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_an_input_is_not_replaced(models: Path, tmp_path: Path) -> None:
+    labels = write_coco(tmp_path, draw_scenes(2))
+    weights = shutil.copy(models / "fcos.safetensors", tmp_path / "model.safetensors")
+    options = {"weights": weights, "labels": labels, "overwrite": True, **SMALL}
+    (tmp_path / "link.json").symlink_to(labels)
+    for output in (weights, labels, tmp_path / "link.json", tmp_path / "images" / "0001.png"):
+        before = Path(output).read_bytes()
+        with pytest.raises(FpnxError, match="is read by this run, and would be lost: name another with -o"):
+            predict_to_file(tmp_path / "images", output, **options)
+        assert Path(output).read_bytes() == before
+
+
 def test_shards_together_are_the_whole(models: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path, draw_scenes(5))
     weights = models / "fcos.safetensors"
@@ -301,6 +355,57 @@ def test_scores_are_those_of_pycocotools_on_the_written_file(models: Path, tmp_p
     assert result.worst
     assert all(Path(each.picture).is_file() for each in result.worst)
     assert "wrong" in result.worst[0].errors
+
+
+def test_proposals_are_scored(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faster_coco_eval")
+    labels = write_coco(tmp_path, draw_scenes(4))
+    weights = models / "mask_rcnn.safetensors"
+    result = predict_to_file(tmp_path / "images", tmp_path / "out.json", weights=weights, labels=labels, **SMALL)
+    objects = recalled = 0
+    for i, scene in enumerate(draw_scenes(4)):
+        found, _, picture = predicted_alone(weights, tmp_path / "images" / f"{i:04}.png")
+        proposals = to_source("", found, (SIDE, SIDE), (picture.height, picture.width)).proposals
+        truth = torch.from_numpy(np.array([shape.box for shape in scene.shapes], np.float64))
+        best = torch.from_numpy(proposals[:20]), truth
+        overlap = box_iou(*best).max(dim=0).values
+        objects += len(truth)
+        recalled += sum(float((overlap >= t).sum()) for t in np.arange(0.5, 1, 0.05))
+    assert result.scores is not None
+    # Greedy matching gives an object at most one proposal, and a proposal at most one object.
+    assert result.scores.values["proposal_AR20"] == pytest.approx(recalled / objects / 10, abs=0.02)
+    assert "proposals" not in (tmp_path / "out.json").read_text()
+
+
+def test_labels_that_changed_are_not_taken_for_those_of_the_run(models: Path, tmp_path: Path) -> None:
+    labels = write_coco(tmp_path, draw_scenes(2))
+    options = {"weights": models / "fcos.safetensors", "labels": labels, "resume": True, **SMALL}
+    predict_to_file(tmp_path / "images", tmp_path / "out.json", **options)
+    document = json.loads(labels.read_text())
+    document["annotations"][0]["bbox"][2] += 1
+    labels.write_text(json.dumps(document))
+    with pytest.raises(FpnxError, match=r"of a run with other settings .*content of labels"):
+        predict_to_file(tmp_path / "images", tmp_path / "out.json", **options)
+
+
+def test_labels_that_are_left_out_are_said(models: Path, tmp_path: Path) -> None:
+    labels = write_coco(tmp_path, draw_scenes(2))
+    document = json.loads(labels.read_text())
+    for box in ([1, 1, 0, 5], [900, 900, 5, 5]):
+        document["annotations"].append({**document["annotations"][0], "id": 90 + len(box) * box[0], "bbox": box})
+    labels.write_text(json.dumps(document))
+    said: list[str] = []
+
+    class Ear(Listener):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    predict_to_file(
+        tmp_path / "images", tmp_path / "out.json", weights=models / "fcos.safetensors", labels=labels,
+        listener=Ear(), **SMALL,
+    )  # fmt: skip
+    assert "labels left out: empty boxes (1)" in said
+    assert "labels left out: boxes outside of their image (1)" in said
 
 
 def test_classes_are_scored_with_folders_as_labels(models: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, 
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign, batched_nms
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from fpnx.core.errors import FpnxError
@@ -32,6 +33,7 @@ from fpnx.models.heads.base import (
     checked_settings,
     norm_groups,
 )
+from fpnx.models.heads.one_stage import keep_all_candidates, one_stage_detections
 
 __all__ = ["FasterRcnnHead", "FcosHead", "MaskRcnnHead", "RetinaNetHead"]
 
@@ -113,27 +115,10 @@ class _OneStageHead(_DetectionHead):
         outputs["cls_logits"][..., 0] = -math.inf  # the background, which is no class
         (detector,) = self._detector
         detector.score_thresh = self.score_threshold
-        candidates: list[list[dict[str, Tensor]]] = []
+        limits = self.nms_threshold, self.max_detections
         with _float32(anchors[0].device):
-            for i in range(len(self.levels)):
-                of_level = {name: [value.split(counts, 1)[i]] for name, value in outputs.items()}
-                boxes = [[each.split(counts)[i]] for each in anchors]
-                candidates.append(detector.postprocess_detections(of_level, boxes, list(geometry.sizes)))
-            return [self._best([level[i] for level in candidates]) for i in range(len(geometry.sizes))]
-
-    def _best(self, candidates: list[dict[str, Tensor]]) -> Detections:
-        """The best of the candidates of all levels of an image, after non-maximum suppression over all levels."""
-        boxes, scores, labels = (
-            torch.cat([each[name] for each in candidates]) for name in ("boxes", "scores", "labels")
-        )
-        names = [name for name, each in zip(self.levels, candidates, strict=True) for _ in each["scores"]]
-        keep = batched_nms(boxes, scores, labels, self.nms_threshold)[: self.max_detections]
-        return Detections(
-            boxes=boxes[keep],
-            scores=scores[keep],
-            labels=labels[keep] - 1,
-            levels=tuple(names[i] for i in keep.tolist()),
-        )
+            found = one_stage_detections(detector, outputs, anchors, counts, geometry.sizes, self.levels, limits)
+        return [replace(each, labels=each.labels - 1) for each in found]
 
     def _outputs(
         self, levels: Mapping[str, Tensor], geometry: Geometry
@@ -149,10 +134,8 @@ class _OneStageHead(_DetectionHead):
 
     def _keep(self, detector: nn.Module) -> None:
         """Keep torchvision's detector, with its defaults, out of the modules of this one: it has `head` again."""
-        self.score_threshold, self.nms_threshold = detector.score_thresh, detector.nms_thresh
-        self.max_detections = detector.detections_per_img
-        # For the candidates of one level: these come when all levels are joined.
-        detector.nms_thresh, detector.detections_per_img = math.inf, None
+        self.score_threshold = detector.score_thresh
+        self.nms_threshold, self.max_detections = keep_all_candidates(detector)
         self._detector = (detector,)
 
     def _losses(

@@ -24,6 +24,7 @@ from torchvision.ops.poolers import LevelMapper
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_of_stride
 from fpnx.models.heads.base import Detections, Geometry, Head, Prediction, Pyramid
+from fpnx.models.heads.one_stage import keep_all_candidates, one_stage_detections
 from fpnx.models.torch_state import isolated_torch_state, on_meta_device
 
 __all__ = ["DetectorHead", "detector_head", "has_detector_head"]
@@ -65,6 +66,7 @@ class DetectorHead(Head):
         super().__init__(pyramid, classes)
         self.network = network
         self._limits: Any = network.roi_heads if isinstance(network, FasterRCNN) else network
+        self._overlap, self._most = (0.0, 0) if isinstance(network, FasterRCNN) else keep_all_candidates(network)
 
     @property
     def score_threshold(self) -> float:
@@ -78,24 +80,51 @@ class DetectorHead(Head):
     @property
     def max_detections(self) -> int:
         """At most so many boxes of an image."""
-        return int(self._limits.detections_per_img)
+        return self._most or int(self._limits.detections_per_img)
 
     @max_detections.setter
     def max_detections(self, value: int) -> None:
-        self._limits.detections_per_img = value
+        if self._most:
+            self._most = value
+        else:
+            self._limits.detections_per_img = value
 
     def predict(self, levels: Mapping[str, Tensor], geometry: Geometry) -> list[Prediction]:
-        """The detections of each image."""
+        """The detections of each image, each with the level of its anchor, or that it is pooled from."""
         features = {name: levels[name].float() for name in self.levels}
         # Only the shape of the images is read.
         images = ImageList(torch.empty((len(geometry.sizes), 3, *geometry.padded), device="meta"), list(geometry.sizes))
         network: Any = self.network
-        if isinstance(network, FasterRCNN):
-            proposals, _ = network.rpn(images, features)
-            found, _ = network.roi_heads(features, proposals, images.image_sizes)
-        else:
-            found = _one_stage(network, images, list(features.values()))
-        return [_detections(each) for each in found]
+        if not isinstance(network, FasterRCNN):
+            return list(self._one_stage(images, list(features.values())))
+        proposals, _ = network.rpn(images, features)
+        found, _ = network.roi_heads(features, proposals, images.image_sizes)
+        return [self._two_stage(each, boxes) for each, boxes in zip(found, proposals, strict=True)]
+
+    def _one_stage(self, images: ImageList, features: list[Tensor]) -> list[Detections]:
+        """What RetinaNet and FCOS do behind their backbone."""
+        network: Any = self.network
+        outputs, anchors = network.head(features), network.anchor_generator(images, features)
+        per_cell = network.anchor_generator.num_anchors_per_location()
+        counts = [n * level.shape[2] * level.shape[3] for n, level in zip(per_cell, features, strict=True)]
+        limits = self._overlap, self._most
+        return one_stage_detections(network, outputs, anchors, counts, images.image_sizes, self.levels, limits)
+
+    def _two_stage(self, found: Mapping[str, Tensor], proposals: Tensor) -> Detections:
+        """What Faster, Mask or Keypoint R-CNN finds in an image, with the level by Eq. 1 for each box."""
+        network: Any = self.network
+        places = network.roi_heads.box_roi_pool.map_levels([found["boxes"]]).tolist()
+        cells = found.get("masks")
+        return Detections(
+            boxes=found["boxes"],
+            scores=found["scores"],
+            labels=found["labels"],
+            mask_cells=None if cells is None else cells[:, 0],
+            keypoints=found.get("keypoints"),
+            keypoint_scores=found.get("keypoints_scores"),
+            proposals=proposals,
+            levels=tuple(self.levels[i] for i in places),
+        )
 
 
 def has_detector_head(names: Iterable[str]) -> bool:
@@ -231,29 +260,6 @@ def _fcos(state: Mapping[str, Tensor], pyramid: Pyramid) -> tuple[nn.Module, int
     head = FCOSHead(channels, 1, classes, num_convs=depth)
     anchors = _anchors([(2**k,) for k in range(3, 8)], (1.0,))
     return FCOS(_Levels(_width(pyramid)), classes, anchor_generator=anchors, head=head), classes
-
-
-def _one_stage(network: Any, images: ImageList, features: list[Tensor]) -> list[dict[str, Tensor]]:
-    """What RetinaNet and FCOS do behind their backbone."""
-    outputs, anchors = network.head(features), network.anchor_generator(images, features)
-    per_cell = network.anchor_generator.num_anchors_per_location()
-    counts = [n * level.shape[2] * level.shape[3] for n, level in zip(per_cell, features, strict=True)]
-    by_level = {name: list(values.split(counts, dim=1)) for name, values in outputs.items()}
-    split = [list(each.split(counts)) for each in anchors]
-    found: list[dict[str, Tensor]] = network.postprocess_detections(by_level, split, images.image_sizes)
-    return found
-
-
-def _detections(found: Mapping[str, Tensor]) -> Detections:
-    cells = found.get("masks")
-    return Detections(
-        boxes=found["boxes"],
-        scores=found["scores"],
-        labels=found["labels"],
-        mask_cells=None if cells is None else cells[:, 0],
-        keypoints=found.get("keypoints"),
-        keypoint_scores=found.get("keypoints_scores"),
-    )
 
 
 def _anchors(sides: Sequence[tuple[int, ...]], ratios: tuple[float, ...]) -> AnchorGenerator:

@@ -262,7 +262,7 @@ class _TwoStage(_FrameworkHead):
                 logits.split(counts), deltas.split(counts), proposals, geometry.sizes, strict=True
             )
         ]
-        return [self._detections(each, [f[i : i + 1] for f in features]) for i, each in enumerate(found)]
+        return [self._detections(each, [f[i : i + 1] for f in features], proposals[i]) for i, each in enumerate(found)]
 
     def _proposals(self, features: list[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Boxes that may be objects, of each image."""
@@ -293,13 +293,13 @@ class _TwoStage(_FrameworkHead):
         rows, labels = torch.where(scores > self.score_threshold)
         return self._best(boxes[rows, labels], scores[rows, labels], labels, size)
 
-    def _detections(self, found: dict[str, Tensor], features: list[Tensor]) -> Detections:
+    def _detections(self, found: dict[str, Tensor], features: list[Tensor], proposals: Tensor) -> Detections:
         levels = tuple(self.levels[i] for i in self._places(found["boxes"]).tolist())
         cells = None
         if self.mask_head is not None and self.mask_predictor is not None:
             logits = self.mask_predictor(self.mask_head(self._pooled(features, [found["boxes"]], MASK_SIDE)))
             cells = logits[torch.arange(len(logits), device=logits.device), found["labels"]].sigmoid()
-        return Detections(**found, levels=levels, mask_cells=cells, masks_at_centres=True)
+        return Detections(**found, levels=levels, mask_cells=cells, masks_at_centres=True, proposals=proposals)
 
     def _pooled(self, features: list[Tensor], boxes: list[Tensor], side: int) -> Tensor:
         """The features of boxes of all images, (n, C, side, side), each from the level for its size."""

@@ -521,6 +521,7 @@ def _check_description(description: Mapping[str, Any]) -> Mapping[str, Any]:
     parts = description.get("parts", {})
     eps = description.get("norm_eps")
     valid = {
+        "backbone": isinstance(description.get("backbone", ""), str),
         "first_level": description.get("first_level", 2) in range(8),
         "levels": isinstance(description.get("levels", []), list),
         "norm_eps": eps is None or (isinstance(eps, float) and 0 <= eps < 1),
