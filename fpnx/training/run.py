@@ -198,6 +198,8 @@ class _Run:
             settings["convolutions"] = self._config.convolutions
         if self._data.labels.multi_label and self._data.head == "classify":
             settings["multi_label"] = True
+        if self._config.channels is not None and self._data.head != "classify" and not self._data.model.has_neck:
+            settings["channels"] = self._config.channels
         return settings
 
     def _epochs(self) -> int | str:
