@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, overload
 
@@ -65,12 +65,12 @@ class Predictor:
         self.classes = {each.id: each.name for each in task_model.categories if each.name not in NOT_CLASSES}
 
     @overload
-    def __call__(self, images: Image.Image | np.ndarray | Tensor) -> Prediction: ...
-    @overload
-    def __call__(self, images: Sequence[ImageLike]) -> list[Prediction]: ...
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[Prediction]: ...
     @overload
     def __call__(self, images: str | os.PathLike[str]) -> Prediction | list[Prediction]: ...
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Prediction | list[Prediction]:
+    @overload
+    def __call__(self, images: Image.Image | np.ndarray | Tensor) -> Prediction: ...
+    def __call__(self, images: Any) -> Prediction | list[Prediction]:
         """The prediction for an image, or a list of them for a list, a tuple or a folder.
 
         Args:
