@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fpnx.extraction.run import Result
     from fpnx.models.factory import create_model, save_weights
     from fpnx.models.pyramid_model import PyramidModel
+    from fpnx.prediction.in_memory import Predictor
     from fpnx.prediction.predictions import Prediction
     from fpnx.prediction.run import PredictResult
     from fpnx.store.reader import Item, Store
@@ -58,6 +59,7 @@ __all__ = [
     "PredictConfig",
     "PredictResult",
     "Prediction",
+    "Predictor",
     "Probe",
     "Provenance",
     "PyramidDataset",
@@ -102,6 +104,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "PredictConfig": "core.predict_config",
     "PredictResult": "prediction.run",
     "Prediction": "prediction.predictions",
+    "Predictor": "prediction.in_memory",
     "Probe": "analysis.probing",
     "Provenance": "core.provenance",
     "PyramidDataset": "store.torch_dataset",

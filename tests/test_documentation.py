@@ -35,7 +35,16 @@ from fpnx.models.necks.image_pyramid import ImagePyramid
 from fpnx.models.necks.registry import NECKS
 from fpnx.models.preprocessing import Recipe
 from tests.helpers.boxes import label_pictures
-from tests.helpers.documentation import PAGES, blocks, command_lines, lines_of, text_of, without_blocks
+from tests.helpers.documentation import (
+    BLOCK,
+    PAGES,
+    blocks,
+    command_lines,
+    fpnx_command,
+    lines_of,
+    text_of,
+    without_blocks,
+)
 from tests.helpers.files import ROOT, copied, noise_image
 from tests.helpers.trained import CATEGORIES, trained_file
 from tests.test_architecture import LAYERS
@@ -47,6 +56,8 @@ OTHER_TOOLS = {"--index-url", "--array"}  # options in running text that are not
 RUN_ELSEWHERE = ".ci/run"  # runs the README's two commands for a fresh machine
 README = "README.md"
 TRAINED = "fpnx extract sample_images/ -o trained.h5"
+TUTORIAL = ROOT / "docs" / "tutorial.md"  # its blocks follow from each other: one test runs them in order
+ELSEWHERE = [page for page in PAGES if page != TUTORIAL]
 
 
 @pytest.fixture
@@ -182,7 +193,7 @@ def names_weights(arguments: list[str]) -> bool:
 
 @pytest.mark.parametrize(
     "line",
-    [pytest.param(line, marks=pytest.mark.slow if is_slow(line) else ()) for line in command_lines()],
+    [pytest.param(line, marks=pytest.mark.slow if is_slow(line) else ()) for line in command_lines(ELSEWHERE)],
 )
 def test_command_lines(
     line: str, place: Path, fpnx: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -208,7 +219,9 @@ def test_the_trained_command_is_that_of_the_readme() -> None:
     assert TRAINED in command_lines([ROOT / README])
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in ELSEWHERE if any(blocks(page, "python"))], ids=lambda page: page.name
+)
 def test_python(page: Path, place: Path, fpnx: Callable[..., Any]) -> None:
     assert fpnx("extract", "sample_images", "--weights", "random")[0] == 0
     if "animals.h5" in page.read_text():
@@ -221,6 +234,59 @@ def test_python(page: Path, place: Path, fpnx: Callable[..., Any]) -> None:
         exec(block, names)
     for name, check in EXPECTED.get(page.name, {}).items():
         assert check(names[name]), name
+
+
+# What makes the tutorial quick and keeps it off the network. The images stay as large as they are drawn.
+QUICK_TUTORIAL = {
+    'weights="imagenet"': 'weights="random"',
+    "--backbone timm/tf_efficientnet_lite0": "--backbone mobilenet_v2 --weights random --size 64",
+    "--backbone resnet50 --backbone vgg16 ": "",  # visualization.md has several
+    "--weights random --levels": "--weights random --size 64 --levels",
+    'make("shapes/train", 160': 'make("shapes/train", 6',
+    'make("shapes/test", 40': 'make("shapes/test", 8',  # with objects of all sizes, which have scores
+    "range(200)": "range(18)",
+    "034.jpg": "001.jpg",
+    "--epochs 12": "--epochs 1",
+    "--epochs 20": "--epochs 1",
+    '"epochs": 12': '"epochs": 1',
+    "--channels 64": "--channels 8",
+    '"channels": 64': '"channels": 8',
+}
+
+
+LAST_PART = "## Four pyramids"  # trains four times
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["most", "whole"])
+def test_the_tutorial_in_order(
+    whole: bool, place: Path, fpnx: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TUTORIAL.read_text()
+    for written, quicker in QUICK_TUTORIAL.items():
+        assert written in text
+        text = text.replace(written, quicker)
+    first, part, last = text.partition(LAST_PART)
+    assert part
+    names: dict[str, Any] = {"__name__": "snippet"}
+    printed, shown = [], []
+    for language, block in BLOCK.findall(first + last if whole else first):
+        if language == "python":
+            exec(block, names)
+            printed.append(capsys.readouterr().out)
+        elif language == "sh":
+            for line in filter(None, map(fpnx_command, block.splitlines())):
+                code, _, error = fpnx(*shlex.split(line)[1:])
+                assert code == 0, error
+        else:
+            shown.append(block)
+    assert printed[:3] == shown[:3]  # shapes, and that P4 is what the page computes
+    assert names["predictor"].classes == {1: "circle", 2: "square", 3: "triangle"}
+    for name in ("three/chelsea.jpg.png", "found/001.jpg.png", "levels/001.jpg.png", "probe.png", "kinds.csv"):
+        assert Path(name).is_file(), name
+    if whole:
+        assert [line.split()[:3] for line in printed[-1].splitlines()] == [
+            line.split()[:3] for line in shown[-1].splitlines()
+        ]
 
 
 # What the variables of a page's snippets must hold in the end.

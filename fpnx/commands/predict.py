@@ -30,6 +30,7 @@ def predict(
 
     Without `output`, the prediction for an image, or a list of them for a list or a folder. With `output`, they are
     written to this file, as `fpnx predict` does it: for many images, which are then decoded and computed side by side.
+    Without `output` the model is built at each call; `fpnx.Predictor` keeps it.
 
     Args:
         images: one or a list, each a path, a Pillow image, a uint8 array (H, W, 3) or a uint8 tensor (3, H, W); a
@@ -47,10 +48,10 @@ def predict(
     """
     if output is not None:
         return predict_to_file(images, output, listener=listener, **options)
-    config = PredictConfig(**options)
+    PredictConfig(**options)  # refuses wrong ones before torch is loaded, which takes seconds
     from fpnx.prediction.in_memory import predict_in_memory
 
-    return predict_in_memory(images, config)
+    return predict_in_memory(images, options)
 
 
 def predict_to_file(

@@ -88,6 +88,11 @@ class TrainConfig(InputConfig, ModelConfig):
     levels: str | Iterable[str] | None = like(
         ModelConfig, "levels", help="Such as P3-P5 or C4 (default: those that the head takes)."
     )
+    channels: int | None = like(
+        ModelConfig,
+        "channels",
+        help="Channels of every P level; of the head, where there is no neck (default 256; bifpn 64).",
+    )
     seed: int = like(ModelConfig, "seed", help="Of what is drawn: new parameters, split, order, augmentation.")
     resume: bool = like(OutputConfig, "resume", help="Continue an earlier run after its last epoch, or start.")
     overwrite: bool = like(OutputConfig, "overwrite")

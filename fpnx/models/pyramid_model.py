@@ -73,6 +73,11 @@ class PyramidModel(nn.Module):
         return {name: self.fpn.scales[name] for name in self.levels if name in self.fpn.scales}
 
     @property
+    def has_neck(self) -> bool:
+        """Whether `levels` has any that the neck's parameters give, and not taps alone."""
+        return not self.scales and bool(set(self.levels) & set(self.fpn.levels))
+
+    @property
     def largest_scale(self) -> float:
         """The largest of `scales`; 1 where there are none."""
         return max(self.scales.values(), default=1.0)

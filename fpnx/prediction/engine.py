@@ -18,7 +18,7 @@ from fpnx.models.heads.base import Detections, Geometry, Prediction
 from fpnx.models.preprocessing import Recipe, scaled_size
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.models.torch_state import isolated_torch_state
-from fpnx.prediction.predictor import Predictor, build_predictor
+from fpnx.prediction.task_model import TaskModel, build_task_model
 
 __all__ = ["FOUND", "PredictionCache", "PredictionEngine"]
 
@@ -32,14 +32,14 @@ class PredictionEngine(Engine):
     time.
 
     Args:
-        predictor: the model and its head, which are not changed.
+        task_model: the model and its head, which are not changed.
         recipe, config, device: as for `Engine`.
     """
 
-    def __init__(self, predictor: Predictor, recipe: Recipe, config: ExtractConfig, device: torch.device) -> None:
-        self._network = None if predictor.network is None else _on_device(predictor.network, device)
-        super().__init__(predictor.model, recipe, config, device)
-        self._head: Any = None if predictor.head is None else _on_device(predictor.head, device)
+    def __init__(self, task_model: TaskModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> None:
+        self._network = None if task_model.network is None else _on_device(task_model.network, device)
+        super().__init__(task_model.model, recipe, config, device)
+        self._head: Any = None if task_model.head is None else _on_device(task_model.head, device)
 
     def __call__(self, pixels: Sequence[Any], boxes: Sequence[Any] | None = None) -> Features:
         """Predictions of images of one padded size, with pixels as `PyramidModel.resize` gives them.
@@ -83,18 +83,18 @@ class PredictionCache(EngineCache):
     def __init__(self, config: PredictConfig) -> None:
         super().__init__()
         self._config = config
-        self.predictor: Predictor | None = None
+        self.task_model: TaskModel | None = None
 
     def build(self, config: ExtractConfig) -> PyramidModel:
         """Build the model, and the head with it."""
-        self.predictor = build_predictor(config)
-        self.predictor.limit(self._config)
-        return self.predictor.model
+        self.task_model = build_task_model(config)
+        self.task_model.limit(self._config)
+        return self.task_model.model
 
     def make(self, model: PyramidModel, recipe: Recipe, config: ExtractConfig, device: torch.device) -> Engine:
         """Make the engine that runs the model and the head on `device`."""
-        assert self.predictor is not None, "the model is built first"
-        return PredictionEngine(self.predictor, recipe, config, device)
+        assert self.task_model is not None, "the model is built first"
+        return PredictionEngine(self.task_model, recipe, config, device)
 
 
 class _Logits(nn.Module):

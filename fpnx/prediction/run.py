@@ -36,9 +36,9 @@ from fpnx.prediction.outputs import (
     write_document,
 )
 from fpnx.prediction.predictions import Reading
-from fpnx.prediction.predictor import NOT_CLASSES, Predictor
 from fpnx.prediction.scoring import RunLabels, Worst, score_run
 from fpnx.prediction.sink import PredictionSink, Target
+from fpnx.prediction.task_model import NOT_CLASSES, TaskModel
 from fpnx.remote.client import connections
 from fpnx.store.output_path import refuse_input
 from fpnx.store.reader import DONE
@@ -114,41 +114,41 @@ def run_prediction(
             listener.message(remark)
         cache = PredictionCache(config)
         cache.model(run)
-        predictor = cache.predictor
-        assert predictor is not None, "it is built with the model"
-        target = resolve_output(DEFAULT_OUTPUTS[predictor.task] if output is None else output)
+        task_model = cache.task_model
+        assert task_model is not None, "it is built with the model"
+        target = resolve_output(DEFAULT_OUTPUTS[task_model.task] if output is None else output)
         target = target if run.shard is None else shard_path(target, run.shard)
-        check_target(target, predictor.task, config)
+        check_target(target, task_model.task, config)
         refuse_input(target, [config.weights, config.labels or "", *(source.path for source in listing.sources)])
         names = [os.fsdecode(source.name) for source in listing.sources]
         if config.draw is not None:
             check_pictures(Path(config.draw), names, config)
         labels = None
         if config.labels is not None:
-            labels = RunLabels.read(config.labels, names, os.fsdecode(listing.root), predictor)
+            labels = RunLabels.read(config.labels, names, os.fsdecode(listing.root), task_model)
             for remark in labels.remarks:
                 listener.message(remark)
         with nullcontext(True) if config.dry_run else lock(target) as locked:
             if not locked:
                 listener.message("files cannot be locked here: see to it that no second run writes this output")
-            check_target(target, predictor.task, config)  # again: another run may have ended in the meantime
-            settings = _settings(predictor, listing, run, config, labels)
+            check_target(target, task_model.task, config)  # again: another run may have ended in the meantime
+            settings = _settings(task_model, listing, run, config, labels)
             finished = _finished(target, config, settings)
             plan = make_plan(target, run, listing, listener, cache, stored=False)
-            plan = replace(plan, head=_head_in_words(predictor))
+            plan = replace(plan, head=_head_in_words(task_model))
             if config.dry_run or finished is not None:
                 listener.planned(plan.summary)
             if config.dry_run:
-                return PredictResult(planned_result(plan), target, predictor.task, 0)
+                return PredictResult(planned_result(plan), target, task_model.task, 0)
             if finished is not None:
-                return _earlier(finished, plan, target, predictor, labels)
-            return _compute(plan, target, predictor, labels, settings, config, stop, listener)
+                return _earlier(finished, plan, target, task_model, labels)
+            return _compute(plan, target, task_model, labels, settings, config, stop, listener)
 
 
 def _compute(
     plan: Plan,
     output: Path,
-    predictor: Predictor,
+    task_model: TaskModel,
     labels: RunLabels | None,
     settings: Mapping[str, Any],
     config: PredictConfig,
@@ -165,16 +165,16 @@ def _compute(
         pictures=None if config.draw is None else Path(config.draw),
         drawn_from=config.drawn_from,
     )
-    categories = predictor.categories if labels is None else labels.predicted
-    reading = Reading(predictor.task, categories, predictor.multi_label, config.top)
+    categories = task_model.categories if labels is None else labels.predicted
+    reading = Reading(task_model.task, categories, task_model.multi_label, config.top)
     journal = Journal(part_path(output), settings, len(names), resume=config.resume)
     try:
         plan = replace(plan, done_before=int((journal.status == DONE).sum()))
         listener.planned(plan.summary)
-        sink = PredictionSink(plan, journal, reading, target, f"{predictor.kind}, {plan.model.weights.name}")
+        sink = PredictionSink(plan, journal, reading, target, f"{task_model.kind}, {plan.model.weights.name}")
         result = compute(plan, sink, stop, listener)
         found = sum(len(entry["results"]) for _, entry in journal.entries())
-        outcome = PredictResult(result, output, predictor.task, found, target.pictures)
+        outcome = PredictResult(result, output, task_model.task, found, target.pictures)
         if not result.complete:
             return outcome
         if labels is not None:
@@ -194,16 +194,16 @@ def _compute(
 
 
 def _settings(
-    predictor: Predictor, listing: Listing, run: ExtractConfig, config: PredictConfig, labels: RunLabels | None
+    task_model: TaskModel, listing: Listing, run: ExtractConfig, config: PredictConfig, labels: RunLabels | None
 ) -> dict[str, Any]:
     """Everything that the output depends on, in plain values."""
-    model = predictor.model
+    model = task_model.model
     identity = fingerprint_fields(model, model.recipe.sized(run), run)
     shard = listing.shard_slice
     return {
         **{name: value for name, value in identity.items() if name not in ("dtype", "pool")},
-        **predictor.identity(),
-        "classes": fingerprint({"classes": predictor.identity()["classes"]}),
+        **task_model.identity(),
+        "classes": fingerprint({"classes": task_model.identity()["classes"]}),
         "top": config.top,
         "labels": None if config.labels is None else os.path.abspath(config.labels),
         "content of labels": None if labels is None else labels.content_hash(),
@@ -233,7 +233,7 @@ def _finished(output: Path, config: PredictConfig, settings: Mapping[str, Any]) 
 
 
 def _earlier(
-    stored: Mapping[str, Any], plan: Plan, output: Path, predictor: Predictor, labels: RunLabels | None
+    stored: Mapping[str, Any], plan: Plan, output: Path, task_model: TaskModel, labels: RunLabels | None
 ) -> PredictResult:
     """The result of an earlier run, which has ended."""
     try:
@@ -242,13 +242,13 @@ def _earlier(
         scores = None if labels is None or stored["scores"] is None else Scores.from_json(stored["scores"])
         pictures = None if stored["pictures"] is None else Path(stored["pictures"])
         worst = tuple(Worst(**each) for each in stored["worst"])
-        return PredictResult(result, output, predictor.task, int(stored["found"]), pictures, scores, worst)
+        return PredictResult(result, output, task_model.task, int(stored["found"]), pictures, scores, worst)
     except (LookupError, TypeError, ValueError) as error:
         raise FpnxError(f"{escape(run_path(output))} is damaged: start over with --overwrite") from error
 
 
-def _head_in_words(predictor: Predictor) -> str:
-    if predictor.task == "classification" and predictor.head is None:
-        return f"{predictor.kind}, {len(predictor.categories)} classes"
-    named = [each for each in predictor.categories if each.name not in NOT_CLASSES]
-    return f"{predictor.kind}, {len(named)} classes"
+def _head_in_words(task_model: TaskModel) -> str:
+    if task_model.task == "classification" and task_model.head is None:
+        return f"{task_model.kind}, {len(task_model.categories)} classes"
+    named = [each for each in task_model.categories if each.name not in NOT_CLASSES]
+    return f"{task_model.kind}, {len(named)} classes"

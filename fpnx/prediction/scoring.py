@@ -32,8 +32,8 @@ from fpnx.labels.reading import read_labels
 from fpnx.labels.semantic import class_map
 from fpnx.prediction.journal import Journal
 from fpnx.prediction.predictions import prediction_of_results
-from fpnx.prediction.predictor import NOT_CLASSES, Predictor
 from fpnx.prediction.sink import PredictionSink, Target
+from fpnx.prediction.task_model import NOT_CLASSES, TaskModel
 from fpnx.visualization.png_files import PngPaths
 from fpnx.visualization.predictions import DrawnObject, Mark, draw_classes, draw_objects, draw_wrong_pixels
 
@@ -83,15 +83,15 @@ class RunLabels:
     remarks: tuple[str, ...]
 
     @classmethod
-    def read(cls, path: str, names: Sequence[str], root: str, predictor: Predictor) -> RunLabels:
+    def read(cls, path: str, names: Sequence[str], root: str, task_model: TaskModel) -> RunLabels:
         """Read labels, and find the images and the classes of a run in them.
 
         Raises:
             FpnxError: they are not for this task, or have none of the images or classes.
         """
-        labels = read_labels(path, names, root, predictor.task)
+        labels = read_labels(path, names, root, task_model.task)
         matched = match_labels(labels, names, root)
-        predicted, places = _joined(predictor.categories, labels)
+        predicted, places = _joined(task_model.categories, labels)
         remarks = [*labels.remarks, *_left_out({reason: each.count for reason, each in labels.dropped.items()})]
         unlabelled, absent = len(matched.unlabelled), len(matched.absent) + len(matched.ambiguous)
         if unlabelled:

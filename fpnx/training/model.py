@@ -93,4 +93,6 @@ def check_maps(store: Store, levels: tuple[str, ...]) -> None:
 
 def _built(config: Any, head: type[Head], variant: str) -> PyramidModel:
     plan = NeckPlan(levels=head.default_levels, top_block=head.default_top_block, variant=variant)
+    if config.pyramid == "image" and head.kind != "classify":
+        config = replace(config, channels=None)  # they are those of the head
     return build_model(config, plan=plan)

@@ -51,7 +51,7 @@ class Network(nn.Module):
         self._pyramid_levels = tuple(name for name in model.levels if name in model.fpn.levels)
         self.requires_grad_(False)
         self.head.requires_grad_(True)
-        self._trains_neck = not freeze_pyramid and not model.scales and bool(self._pyramid_levels)
+        self._trains_neck = not freeze_pyramid and model.has_neck
         if self._trains_neck:
             for name in self._neck_parameters():
                 model.fpn.get_parameter(name).requires_grad_(True)

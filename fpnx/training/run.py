@@ -200,6 +200,8 @@ class _Run:
             settings["box_samples"] = self._config.box_samples
         if self._data.labels.multi_label and self._data.head == "classify":
             settings["multi_label"] = True
+        if self._config.channels is not None and self._data.head != "classify" and not self._data.model.has_neck:
+            settings["channels"] = self._config.channels
         return settings
 
     def _epochs(self) -> int | str:

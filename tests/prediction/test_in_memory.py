@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 import fpnx
 from fpnx.core.errors import FpnxError, ImageError
 from tests.helpers.shapes import draw_scenes, write_images
-from tests.helpers.trained import SIDE, trained_file
+from tests.helpers.trained import CATEGORIES, SIDE, trained_file
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,38 @@ def test_a_folder_gives_a_list_as_written_to_a_file(weights: Path, images: Path,
     assert [each["file_name"] for each in written] == [each.image for each in found for _ in range(len(each))]
     scores = np.concatenate([each.scores for each in found])
     np.testing.assert_allclose([each["score"] for each in written], scores, atol=1e-4)
+
+
+def test_a_predictor_is_built_once_and_gives_the_same(weights: Path, images: Path) -> None:
+    options = {"weights": weights, "size": SIDE, "max_detections": 5}
+    predictor = fpnx.Predictor(**options)
+    assert (predictor.task, predictor.classes) == ("detection", {each.id: each.name for each in CATEGORIES})
+    weights_file = weights.rename(weights.with_suffix(".moved"))
+    try:
+        first, again = predictor(images), predictor([Image.open(images / "0001.png")])
+        alone = predictor(images / "0000.png")
+    finally:
+        weights_file.rename(weights)
+    expected = fpnx.predict(images, **options)
+    for found, each in zip([*first, alone, *again], [*expected, expected[0], expected[1]], strict=True):
+        np.testing.assert_array_equal(found.boxes, each.boxes)
+        np.testing.assert_array_equal(found.scores, each.scores)
+
+
+def test_a_predictor_is_called_from_several_threads(weights: Path, images: Path) -> None:
+    predictor = fpnx.Predictor(weights=weights, size=SIDE, max_detections=5)
+    paths = [images / "0000.png", images / "0001.png"] * 4
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(predictor, paths))
+    for found, path in zip(together, paths, strict=True):
+        np.testing.assert_allclose(found.boxes, predictor(path).boxes, atol=1e-3)
+
+
+def test_a_predictor_takes_no_options_of_files(weights: Path) -> None:
+    with pytest.raises(FpnxError, match="draw is for a run that writes a file"):
+        fpnx.Predictor(weights=weights, draw="found")
+    with pytest.raises(TypeError, match="nonsense"):
+        fpnx.Predictor(weights=weights, nonsense=1)
 
 
 def test_a_notebook_shows_the_picture(weights: Path, images: Path) -> None:

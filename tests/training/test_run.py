@@ -400,6 +400,17 @@ def test_an_image_whose_maps_or_mask_cannot_be_used_is_left_out(scenes: Path, tm
             train(source, tmp_path / "masks", tmp_path / "a.safetensors", overwrite=True, **model, **options)
 
 
+@pytest.mark.parametrize(
+    "levels", [{"levels": "C4-C5"}, {"levels": "P4-P5", "pyramid": "image"}], ids=["taps", "image"]
+)
+def test_channels_are_those_of_the_head_where_there_is_no_neck(levels: dict, scenes: Path, tmp_path: Path) -> None:
+    images, labels = inputs(scenes, "fcos")
+    train(images, labels, tmp_path / "a.safetensors", **MODEL, **{**ABOVE, **levels, "epochs": 1}, val=0)
+    trained = load_trained(tmp_path / "a.safetensors")
+    assert trained.head.settings()["channels"] == ABOVE["channels"]
+    assert set(trained.head.adapters) == set(trained.model.levels)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["retinanet", "faster_rcnn", "mask_rcnn"])
 def test_other_heads_are_trained_scored_and_saved(head: str, scenes: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torchvision import models
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.text import did_you_mean
-from fpnx.core.warning_filters import ignored_warnings
+from fpnx.core.warning_filters import ignored_warnings, logging_disabled
 from fpnx.models.backbones.huggingface import HF, HfMaps, hf_digest, hf_network, load_hf_config
 
 __all__ = [
@@ -159,7 +159,8 @@ def _timm_network(
     if loaded is not None:
         # timm renames and reshapes published parameters when it loads them.
         options["pretrained_cfg_overlay"] = {"state_dict": loaded, "custom_load": False}
-    return timm.create_model(timm_name, pretrained=loaded is not None, **options)
+    with logging_disabled("timm"):  # it names the parameters of a classifier that are not used
+        return timm.create_model(timm_name, pretrained=loaded is not None, **options)
 
 
 @functools.cache

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from fpnx.core.errors import FpnxError
 from fpnx.core.system import downloads_forbidden
+from fpnx.core.warning_filters import logging_disabled
 from fpnx.models.backbones.factory import has_one_stride
 from fpnx.models.backbones.one_stride import build_blocks
 from fpnx.models.backbones.registry import TIMM, build_network, no_warnings, timm_library
@@ -122,7 +121,7 @@ def cached_timm_file(weights: TimmWeights, offline: bool) -> Path:
     try:
         if not weights.hub_id:
             raise FileNotFoundError("it is not at Hugging Face")
-        with no_warnings(), _logging_disabled("huggingface_hub"):
+        with no_warnings(), logging_disabled("huggingface_hub"):
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(weights.hub_id, weights.file_name, local_files_only=offline))
@@ -135,18 +134,6 @@ def cached_timm_file(weights: TimmWeights, offline: bool) -> Path:
             f"weights {weights.name} cannot be had ({reason}): put {weights.file_name} from {weights.url} at "
             f"{weights.file}, or take --weights random or --weights FILE"
         ) from error
-
-
-@contextmanager
-def _logging_disabled(name: str) -> Iterator[None]:
-    """Suppress messages of the logger `name` below CRITICAL: fpnx reports errors itself, in one line."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def features_only_state(weights: TimmWeights, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from fpnx.models.weights.key_matching import first_names
 from fpnx.models.weights.resolve import is_weights_file
 from fpnx.models.weights.torchvision import best_weights, detector_of, find_published
 
-__all__ = ["NOT_CLASSES", "Predictor", "build_predictor"]
+__all__ = ["NOT_CLASSES", "TaskModel", "build_task_model"]
 
 COCO_CLASSES = 91  # of torchvision's detectors, with the background and the numbers that COCO does not use
 NOT_CLASSES = ("__background__", "N/A")  # torchvision's names of numbers that are no class
@@ -38,7 +38,7 @@ NO_HEAD = "take weights of a detector or a classifier, such as coco or imagenet,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictor:
+class TaskModel:
     """A model and what it predicts.
 
     Attributes:
@@ -79,8 +79,8 @@ class Predictor:
         }
 
 
-def build_predictor(config: ExtractConfig) -> Predictor:
-    """The predictor that the weights make, in eval mode on the CPU.
+def build_task_model(config: ExtractConfig) -> TaskModel:
+    """The model that the weights make, in eval mode on the CPU.
 
     Raises:
         FpnxError: they have no head, or one that cannot be computed as it was trained.
@@ -96,7 +96,7 @@ def build_predictor(config: ExtractConfig) -> Predictor:
         return _framework_detector(model, heads, weights.framework)
     if (found := _classifier(model)) is not None:
         network, names = found
-        return Predictor(
+        return TaskModel(
             model=model,
             head=None,
             network=network.eval(),
@@ -108,7 +108,7 @@ def build_predictor(config: ExtractConfig) -> Predictor:
     raise FpnxError(f"{escape(weights.name)} has no head, so that nothing can be predicted: {NO_HEAD}")
 
 
-def _trained(config: ExtractConfig) -> Predictor | None:
+def _trained(config: ExtractConfig) -> TaskModel | None:
     """The model in a file of `fpnx train`; None for other weights."""
     file = Path(config.weights)
     if not is_weights_file(config.weights) or not file.is_file():
@@ -118,7 +118,7 @@ def _trained(config: ExtractConfig) -> Predictor | None:
     trained = load_trained(file, config)
     weights = trained.model.weights
     trained.model.weights = replace(weights, heads={}, ignored=max(0, weights.ignored - len(trained.head.state_dict())))
-    return Predictor(
+    return TaskModel(
         model=trained.model,
         head=trained.head,
         network=None,
@@ -129,7 +129,7 @@ def _trained(config: ExtractConfig) -> Predictor | None:
     )
 
 
-def _detector(model: PyramidModel, heads: Mapping[str, Tensor]) -> Predictor:
+def _detector(model: PyramidModel, heads: Mapping[str, Tensor]) -> TaskModel:
     """A detector in torchvision's layout."""
     name = model.weights.name
     detector = detector_of(name)
@@ -139,7 +139,7 @@ def _detector(model: PyramidModel, heads: Mapping[str, Tensor]) -> Predictor:
         raise FpnxError(f"{escape(name)}: {error}") from error
     loaded = sum(key.startswith(("rpn.", "roi_heads.", "head.")) for key in heads)
     model.weights = replace(model.weights, ignored=model.weights.ignored - loaded)
-    return Predictor(
+    return TaskModel(
         model=model,
         head=head,
         network=None,
@@ -150,7 +150,7 @@ def _detector(model: PyramidModel, heads: Mapping[str, Tensor]) -> Predictor:
     )
 
 
-def _framework_detector(model: PyramidModel, heads: Mapping[str, Tensor], framework: str) -> Predictor:
+def _framework_detector(model: PyramidModel, heads: Mapping[str, Tensor], framework: str) -> TaskModel:
     """A detector of detectron2 or mmdetection."""
     name = model.weights.name
     try:
@@ -160,7 +160,7 @@ def _framework_detector(model: PyramidModel, heads: Mapping[str, Tensor], framew
     model.weights = replace(model.weights, ignored=model.weights.ignored - len(heads))
     known = [each for each in _detector_categories(None, COCO_CLASSES) if each.name not in NOT_CLASSES]
     numbered = tuple(Category(i, f"class {i}") for i in range(1, head.classes + 1))
-    return Predictor(
+    return TaskModel(
         model=model,
         head=head,
         network=None,
