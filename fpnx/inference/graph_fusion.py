@@ -21,7 +21,7 @@ from fpnx.inference.neck_fusion import FusedNeck, fuse_neck
 from fpnx.inference.packed_conv import SIZES_PACKED, PackedConv2d, can_pack, is_activation, is_norm, packing
 from fpnx.models.backbones.local_tracer import LocalTracer
 from fpnx.models.backbones.one_stride import BlockMaps
-from fpnx.models.backbones.tracing import on_meta, run_on_meta
+from fpnx.models.backbones.tracing import for_shapes, run_on_meta
 from fpnx.models.pyramid_model import PyramidModel
 
 __all__ = ["FusedModel", "fuse_model"]
@@ -259,7 +259,7 @@ def _fuse_addition(
 
 def _shapes(body: fx.GraphModule, size: tuple[int, int]) -> dict[str, Any]:
     """Shape of each node's result for an image of `size`, by the node's name; None where it is no tensor."""
-    meta: Any = on_meta(body)
+    meta: Any = for_shapes(body)
     run_on_meta(ShapeProp(meta).propagate, size)
     return {node.name: getattr(node.meta.get("tensor_meta"), "shape", None) for node in meta.graph.nodes}
 

@@ -49,15 +49,7 @@ def isolated_torch_state(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: of the generator.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # turns gradients on, too
-        for device in AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        generator = torch.Generator(device="cpu")
-        if seed is not None:
-            generator.manual_seed(seed)
-        stack.enter_context(_Defaults("cpu", generator))
+    with _isolated("cpu", seed):
         yield
 
 
@@ -67,14 +59,28 @@ def on_meta_device() -> Iterator[None]:
 
     `torch.device("meta")` as a context would be visible to compiled code in other threads.
     """
-    with isolated_torch_state(), torch.no_grad(), _Defaults("meta"):
+    with _isolated("meta"), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _isolated(device: str, seed: int | None = None) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # turns gradients on, too
+        for kind in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        generator = torch.Generator(device="cpu")
+        if seed is not None:
+            generator.manual_seed(seed)
+        stack.enter_context(_Defaults(device, generator))
         yield
 
 
 class _Defaults(TorchFunctionMode):
     """Gives the functions above a device, float32 and a generator where they are called without."""
 
-    def __init__(self, device: str, generator: torch.Generator | None = None) -> None:
+    def __init__(self, device: str, generator: torch.Generator) -> None:
         super().__init__()
         self.device, self.generator = device, generator
 
@@ -93,7 +99,7 @@ class _Defaults(TorchFunctionMode):
                 kwargs["device"] = self.device
             if func in FLOAT_FACTORIES and kwargs.get("dtype") is None:
                 kwargs["dtype"] = torch.float32
-        if func in RANDOM and self.generator is not None and kwargs.get("generator") is None:
+        if func in RANDOM and kwargs.get("generator") is None:
             device = tensors[0].device if tensors else torch.device(kwargs.get("device") or self.device)
             if device.type == "cpu" and not any(isinstance(value, torch.Generator) for value in args):
                 kwargs["generator"] = self.generator

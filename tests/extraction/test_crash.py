@@ -10,8 +10,8 @@ import re
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,112 +28,57 @@ from fpnx.core.events import Listener
 from fpnx.core.files import lock
 from fpnx.inference.engine import Features, SplittingEngine
 from fpnx.store.reader import DONE, FAILED
-from tests.helpers.files import ROOT, noise_image
-from tests.helpers.process import SMALL
+from tests.helpers.files import noise_image
+from tests.helpers.process import COMMAND_LINE, SMALL, Forked, forked
 
 QUICK: dict[str, Any] = {**SMALL, "workers": 2, "batch_size": 2, "commit_every": 0.0}
 LINE = [word for name, value in QUICK.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
-# One process that has loaded everything, and forks a child for each command line.
-HARNESS = r"""
-import json, os, resource, signal, sys, time
-import torch
-torch.set_num_threads(1)
-import fpnx.cli.main, fpnx.cli.console, fpnx.extraction.run
-
-def child(job):
-    for descriptor, name in ((1, job["stdout"]), (2, job["stderr"])):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.chdir(job["cwd"])
-    if job.get("limit") is not None:
-        original = fpnx.cli.console.Terminal.progress
-        def progress(self, what, done, total):
-            if what == "images" and done >= job["limit_at"]:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], -1))
-            original(self, what, done, total)
-        fpnx.cli.console.Terminal.progress = progress
-        if job["limit_at"] < 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], -1))
-    code = 71
-    try:
-        code = fpnx.cli.main.main(job["arguments"])
-        sys.stdout.flush()
-    finally:
-        os._exit(code)
-
-for line in sys.stdin:
-    jobs = json.loads(line)
-    children = []
-    for job in jobs:
-        started = os.fork()
-        if not started:
-            child(job)
-        children.append(started)
-    codes = []
-    for job, started in zip(jobs, children):
-        ended = 0
-        while job.get("once_there") and not os.path.exists(job["once_there"]) and not ended:
-            time.sleep(0.0005)
-            ended, status = os.waitpid(started, os.WNOHANG)
-        for after, signum in job.get("signals", []):
-            if not ended:
-                time.sleep(after)
-                os.kill(started, signum)
-        if not ended:
-            _, status = os.waitpid(started, 0)
-        codes.append(os.waitstatus_to_exitcode(status))
-    print(json.dumps(codes), flush=True)
-"""
+# The command line with files limited to LIMIT bytes once a number of images is done, or from the start.
+LIMITED = f"""
+import resource, sys
+import fpnx.cli.console
+limit, limit_at = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+original = fpnx.cli.console.Terminal.progress
+def progress(self, what, done, total):
+    if what == "images" and done >= limit_at:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    original(self, what, done, total)
+fpnx.cli.console.Terminal.progress = progress
+if limit_at < 0:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+{COMMAND_LINE}"""
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 
 
+def finished(running: Forked) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    out, err = running.communicate()
+    assert running.returncode is not None
+    return running.returncode, out, err
+
+
 class Runs:
-    """Runs command lines as real processes, forked from one that has torch loaded."""
+    """Runs command lines as real processes, in a folder."""
 
     def __init__(self, cwd: Path) -> None:
         self.cwd = cwd
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", HARNESS],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
-        )
 
-    def start(self, *lines: Sequence[object], **job: Any) -> None:
-        jobs = [
-            {"arguments": [*map(str, line)], "cwd": str(self.cwd), **self._files(i), **job}
-            for i, line in enumerate(lines)
-        ]
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(jobs) + "\n")
-        self.process.stdin.flush()
+    def start(self, *line: object) -> Forked:
+        return forked(*line, cwd=self.cwd, COLUMNS="200")
 
-    def codes(self) -> list[int]:
-        assert self.process.stdout
-        codes: list[int] = json.loads(self.process.stdout.readline())
-        return codes
-
-    def __call__(self, *line: object, **job: Any) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr."""
-        self.start(line, **job)
-        (code,) = self.codes()
-        return code, self.output(0, "stdout"), self.output(0, "stderr")
-
-    def output(self, i: int, stream: str) -> str:
-        return Path(self._files(i)[stream]).read_text()
-
-    def _files(self, i: int) -> dict[str, str]:
-        return {stream: str(self.cwd / f"{stream}.{i}") for stream in ("stdout", "stderr")}
-
-    def close(self) -> None:
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+    def __call__(
+        self, *line: object, once_there: Path | None = None, signals: Sequence[tuple[float, int]] = ()
+    ) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr. Signals are sent one after the other, each after a time, once a file exists."""
+        running = self.start(*line)
+        while once_there and not once_there.exists() and running.poll() is None:
+            time.sleep(0.0005)
+        for after, signum in signals:
+            time.sleep(after)
+            running.send_signal(signum)
+        return finished(running)
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +100,8 @@ def reference(many: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    started = Runs(tmp_path_factory.mktemp("runs"))
-    yield started
-    started.close()
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 def check_same(output: Path, reference: Path) -> None:
@@ -196,8 +139,8 @@ def killed_at_random(runs: Runs, many: Path, reference: Path, count: int, seed: 
     chance, output, seen = random.Random(seed), runs.cwd / "killed.h5", []
     line = ("extract", many, "-o", output, "--resume", "--max-failed", "1", *LINE)
     for i in range(count):
-        whole = {"once_there": str(part_of(output))} if chance.random() < 0.7 else {}
-        code, _, stderr = runs(*line, signals=[(chance.random() * 1.0, signal.SIGKILL)], **whole)
+        there = part_of(output) if chance.random() < 0.7 else None
+        code, _, stderr = runs(*line, once_there=there, signals=[(chance.random() * 1.0, signal.SIGKILL)])
         assert code in (0, -signal.SIGKILL), stderr
         if part_of(output).exists():
             assert not output.exists()
@@ -207,7 +150,7 @@ def killed_at_random(runs: Runs, many: Path, reference: Path, count: int, seed: 
             assert code == 0, stderr
             check_same(output, reference)
             output.unlink()
-    assert {p.name for p in runs.cwd.iterdir()} <= {"stdout.0", "stderr.0", "stdout.1", "stderr.1"}
+    assert not list(runs.cwd.iterdir())
     return seen
 
 
@@ -228,7 +171,7 @@ def test_an_interrupt_keeps_what_was_done(
 ) -> None:
     output = runs.cwd / "stopped.h5"
     line = ("extract", many, "-o", output, "--resume", "--max-failed", "1", *LINE, "--batch-size", 1)
-    ended, _, stderr = runs(*line, "--commit-every", 1000, once_there=str(part_of(output)), signals=[(0.1, signum)])
+    ended, _, stderr = runs(*line, "--commit-every", 1000, once_there=part_of(output), signals=[(0.1, signum)])
     assert ended == code
     assert "stopping after this batch (again to stop at once)" in stderr
     kept = check_part(part_of(output), reference)
@@ -242,7 +185,7 @@ def test_an_interrupt_keeps_what_was_done(
 def test_a_second_interrupt_stops_at_once(runs: Runs, many: Path) -> None:
     output = runs.cwd / "at_once.h5"
     line = ("extract", many, "-o", output, "--json", *LINE, "--size", 800, "--batch-size", 24)
-    there = str(part_of(output))
+    there = part_of(output)
     code, out, stderr = runs(*line, once_there=there, signals=[(0.5, signal.SIGINT), (0.6, signal.SIGINT)])
     assert code == 130
     assert json.loads(out) == {"error": "interrupted at once: what was committed is kept: continue with --resume"}
@@ -301,14 +244,15 @@ def test_two_runs_started_together_ten_times(runs: Runs, many: Path, reference: 
     output = runs.cwd / "both.h5"
     line = ("extract", many, "-o", output, "--max-failed", "1", *LINE)
     for _ in range(10):
-        runs.start(line, line)
-        codes = runs.codes()
+        running = [runs.start(*line) for _ in range(2)]
+        ended = [finished(each) for each in running]
+        codes = [code for code, _, _ in ended]
         assert sorted(codes) == [0, 2]
-        stderr = runs.output(codes.index(2), "stderr")
+        stderr = ended[codes.index(2)][2]
         by = re.search(r"being written by another run \(process (\d+) on (.+?)\): wait for it", stderr)
         assert by, stderr
         assert by[2] == socket.gethostname()
-        assert int(by[1]) not in (os.getpid(), runs.process.pid)
+        assert int(by[1]) == running[codes.index(0)].pid
         check_same(output, reference)
         output.unlink()
     assert not output.with_name("both.h5.lock").exists()
@@ -348,16 +292,16 @@ def test_locks(tmp_path: Path, many: Path) -> None:
 
 def test_readers_see_complete_images_during_a_run(runs: Runs, many: Path, reference: Path) -> None:
     output = runs.cwd / "read.h5"
-    runs.start(("extract", many, "-o", output, "--max-failed", "1", *LINE, "--batch-size", 1))
+    running = runs.start("extract", many, "-o", output, "--max-failed", "1", *LINE, "--batch-size", 1)
     seen: set[int] = set()
     look = runs.cwd / "look.h5.part"
-    while not output.exists() and runs.process.poll() is None:
+    while not output.exists() and running.poll() is None:
         if part_of(output).exists():
             with contextlib.suppress(FileNotFoundError):  # renamed between the two looks
                 os.link(part_of(output), look)
                 seen.add(check_part(look, reference))
                 look.unlink()
-    assert runs.codes() == [0]
+    assert finished(running)[0] == 0
     assert len(seen) > 1
     check_same(output, reference)
     output.unlink()
@@ -371,7 +315,7 @@ def test_readers_see_complete_images_during_a_run(runs: Runs, many: Path, refere
 def test_a_disk_that_cannot_be_written(runs: Runs, many: Path, reference: Path, limit_at: int, message: str) -> None:
     output = runs.cwd / "full.h5"
     line = ("extract", many, "-o", output, "--resume", "--max-failed", "1", *LINE, "--commit-every", "1000")
-    code, _, stderr = runs(*line, limit=4096, limit_at=limit_at)
+    code, _, stderr = finished(Forked(LIMITED, 4096, limit_at, *line, cwd=runs.cwd))
     assert code == 2, stderr
     assert message in stderr
     assert "Traceback" not in stderr

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +29,8 @@ from fpnx.inference.engine_cache import EngineCache
 from fpnx.inference.region_pooling import joined_regions
 from fpnx.store.reader import DONE, FAILED
 from tests.helpers.boxes import CLASSES, coco_file, labelled_pictures, random_boxes
-from tests.helpers.files import ROOT, noise_image
+from tests.helpers.files import noise_image
+from tests.helpers.process import forked
 
 TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "weights": "random", "channels": 8, "device": "cpu"}
 COUNTS = (3, 0, 7, 1, 2, 4, 5)
@@ -247,9 +246,8 @@ def test_a_killed_run_is_resumed_to_the_same_file(
     line = "--backbone mobilenet_v2 --weights random --channels 8 --device cpu --size native"
     timing = ["--boxes", str(pictures.with_suffix(".json")), "--batch-size", "1", "--commit-every", "0"]
     output, part = tmp_path / "out.h5", tmp_path / "out.h5.part"
-    command = [sys.executable, "-m", "fpnx", "extract", str(pictures), "-o", str(output), *line.split(), *timing]
     done = 0
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with forked("extract", pictures, "-o", output, *line.split(), *timing, cwd=tmp_path) as process:
         while process.poll() is None and not done:
             if part.exists():
                 with fpnx.open(part) as store:

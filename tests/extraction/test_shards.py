@@ -21,7 +21,7 @@ from fpnx.core.sharding import Shard, ShardSlice, parse_shard, shard_path
 from fpnx.images.listing import Listing, find_images, list_lines
 from fpnx.images.manifest import is_manifest, read_manifest
 from tests.helpers.files import noise_image
-from tests.helpers.process import document, process
+from tests.helpers.process import document, forked
 
 OPTIONS: dict[str, Any] = {
     "weights": "random", "backbone": "mobilenet_v2", "channels": 8, "levels": "P5", "size": 64
@@ -339,9 +339,10 @@ def test_a_plain_list_can_be_cut_too(photos: Path, tmp_path: Path) -> None:
 def test_the_tasks_of_an_array(
     photos: Path, tmp_path: Path, fpnx: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = process("list", photos, cwd=tmp_path)
+    made = forked("list", photos, cwd=tmp_path)
+    listed, _ = made.communicate()
     assert made.returncode == 0
-    (tmp_path / "list.txt").write_text(made.stdout)
+    (tmp_path / "list.txt").write_text(listed)
     for name, value in {"TASK_ID": "2", "TASK_MIN": "1", "TASK_MAX": "2"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
     code, _, error = fpnx("extract", "@list.txt", "--shard", "auto/2", *LINE)

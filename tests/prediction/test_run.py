@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +23,7 @@ from fpnx.evaluation.detections import to_source
 from fpnx.evaluation.semantic import class_map
 from fpnx.models.heads.base import Geometry
 from fpnx.models.heads.trained_file import load_trained
-from tests.helpers.files import ROOT
+from tests.helpers.process import forked
 from tests.helpers.shapes import draw_scenes, write_coco, write_folders, write_images, write_masks
 from tests.helpers.trained import SIDE, trained_file
 
@@ -192,12 +189,11 @@ def test_a_run_killed_twice_and_resumed_gives_what_an_uninterrupted_one_gives(
 
 def killed_after(command: list[object], part: Path, images: int) -> None:
     """Run a command line until its journal has so many images, and kill it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen([sys.executable, "-m", "fpnx", *map(str, command)], env=environment)
-    while started.poll() is None and lines_of(part) < images:
-        time.sleep(0.002)
-    started.kill()
-    assert started.wait() == -signal.SIGKILL, "it ended before it was killed"
+    with forked(*command, cwd=part.parent) as started:
+        while started.poll() is None and lines_of(part) < images:
+            time.sleep(0.002)
+        started.kill()
+    assert started.returncode == -signal.SIGKILL, "it ended before it was killed"
 
 
 def lines_of(part: Path) -> int:

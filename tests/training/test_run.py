@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +23,7 @@ from fpnx.commands.extract import extract
 from fpnx.commands.train import train
 from fpnx.core.errors import FpnxError
 from fpnx.models.heads.trained_file import load_trained
-from tests.helpers.files import ROOT
-from tests.helpers.process import document
+from tests.helpers.process import document, forked
 from tests.helpers.shapes import draw_scenes, write_coco, write_folders, write_masks
 from tests.helpers.training import ABOVE, MODEL, assert_same_weights
 
@@ -123,11 +119,9 @@ def test_a_killed_run_continues_to_the_same_weights(scenes: Path, tmp_path: Path
     images, labels = inputs(scenes, "fcos")
     options = {**MODEL, **ABOVE, "epochs": 4}
     train(images, labels, tmp_path / "whole.safetensors", log=tmp_path / "whole.jsonl", **options)
-    arguments = [sys.executable, "-m", "fpnx", *command(scenes, "cut.safetensors", "--log", "cut.jsonl", "--resume")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = command(scenes, "cut.safetensors", "--log", "cut.jsonl", "--resume")
     output, part = tmp_path / "cut.safetensors", tmp_path / "cut.safetensors.part"
-    with subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
+    with forked(*arguments, cwd=tmp_path) as running:
         for line in running.stderr:
             if line.startswith("fpnx: epoch 2 of"):
                 time.sleep(0.1 * random.random())
@@ -148,10 +142,7 @@ def test_a_killed_run_continues_to_the_same_weights(scenes: Path, tmp_path: Path
 
 
 def test_ctrl_c_keeps_the_best_so_far(scenes: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "-m", "fpnx", *command(scenes, "cut.safetensors", "--epochs", "200")]
-    with subprocess.Popen(arguments, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
+    with forked(*command(scenes, "cut.safetensors", "--epochs", "200"), cwd=tmp_path) as running:
         lines = []
         for line in running.stderr:
             lines.append(line)

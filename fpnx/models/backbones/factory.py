@@ -278,11 +278,14 @@ def _create(
 ) -> Backbone:
     with no_warnings():
         body = create_feature_extractor(network, stages)
+    channels = {level: tap.channels for level, tap in stages.taps.items()}
+    if not all(channels.values()):
+        channels = {int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, size or PROBE_SIZES[0]).items()}
     return Backbone(
         name=name,
         body=body,
         nodes={level: tap.node for level, tap in stages.taps.items()},
-        channels={int(tap[1:]): shape[0] for tap, shape in tap_shapes(body, size or PROBE_SIZES[0]).items()},
+        channels=channels,
         size=size,
         side=side,
     )

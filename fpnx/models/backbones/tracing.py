@@ -13,17 +13,24 @@ from weakref import WeakKeyDictionary
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from fpnx.core.warning_filters import ignored_warnings
 from fpnx.models.backbones.local_tracer import LocalTracer
 from fpnx.models.torch_state import on_meta_device
 
-__all__ = ["Trace", "leaves", "meta_copy", "on_meta", "run_on_meta"]
+__all__ = ["Trace", "for_shapes", "leaves", "meta_copy", "on_meta", "run_on_meta"]
 
 # Traced as single nodes: torchvision's own blocks, as in `torchvision.models.feature_extraction`.
 LEAF_MODULES = tuple(
     block for block in vars(torchvision.ops).values() if isinstance(block, type) and issubclass(block, nn.Module)
 )
+
+# Their results have the shapes of their inputs. On the meta device they take most of the time of a network.
+SHAPE_KEEPING = frozenset({
+    nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d, nn.Dropout, StochasticDepth,
+    nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU, nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.SiLU,
+})  # fmt: skip
 
 
 class Trace:
@@ -103,10 +110,23 @@ def on_meta(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
+def for_shapes(network: nn.Module) -> nn.Module:
+    """A copy of `network` on the meta device that gives the shapes of its results only: it skips `SHAPE_KEEPING`."""
+    copied = on_meta(network)
+    for module in copied.modules():
+        if type(module) in SHAPE_KEEPING:
+            module.forward = _unchanged
+    return copied
+
+
+def _unchanged(value: Tensor) -> Tensor:
+    return value
+
+
 def meta_copy(network: nn.Module) -> nn.Module:
-    """The copy of `network` that `on_meta` makes, made once, for running only."""
+    """The copy of `network` that `for_shapes` makes, made once, for running only."""
     if network not in _META_COPIES:
-        _META_COPIES[network] = on_meta(network)
+        _META_COPIES[network] = for_shapes(network)
     return _META_COPIES[network]
 
 
