@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import openvino
 import torch
 from torch import Tensor, nn
 
 from fpnx.benchmark.baseline_script import PlainModel, main
 
-__all__: list[str] = []
+__all__ = ["OpenVinoModel"]
 
 
 class OpenVinoModel(nn.Module):
@@ -22,6 +21,8 @@ class OpenVinoModel(nn.Module):
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
+        import openvino
+
         super().__init__()
         self.levels = list(request["levels"])
         self._shape = (request["batch_size"], 3, *request["size"])
