@@ -116,6 +116,8 @@ class TrainConfig(InputConfig, ModelConfig):
         freeze(self, "workers", auto_or_whole("workers", self.workers, 1024))
         freeze(self, "unfreeze", _stages(self.unfreeze))
         freeze(self, "val", _validation(self.val))
+        if self.channels == 1:  # of a map of one cell, which other widths allow
+            raise FpnxError("channels 1: the norms of the heads need 2 at least")
         if self.convolutions is not None:
             check_whole("convolutions", self.convolutions, 1, 16)
         if self.box_samples is not None:

@@ -136,7 +136,7 @@ def test_a_large_png_is_refused_without_reading_it(tmp_path: Path) -> None:
 
 def test_no_mask_at_all(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    with pytest.raises(FpnxError, match="a folder without labels"):
+    with pytest.raises(FpnxError, match=r"a.png has colours, and masks have one value for each pixel"):
         read_labels(tmp_path, ["a.jpg"], tmp_path / "images")
     save(tmp_path / "values/a.png", np.arange(300).reshape(2, 150), "I;16")
     with pytest.raises(FpnxError, match="the masks have 299 different values: they are no classes"):

@@ -313,7 +313,7 @@ def test_only_epochs_of_the_interval_and_the_last_are_validated(scenes: Path, tm
         ({"val_interval": 0}, r"val interval 0: take a whole number from 1 to 10000"),
         ({"box_samples": 64}, r"box samples 64 beside head fcos: it is for faster_rcnn and mask_rcnn"),
         ({"head": "faster_rcnn"}, r"convolutions 1 beside head faster_rcnn: it is for fcos and retinanet"),
-        ({"channels": 1}, r"channels 1: the head's norms need 2 at least"),
+        ({"channels": 1}, r"channels 1: the norms of the heads need 2 at least"),
         ({"log": "labels.json"}, r"log labels.json: take a name that ends in .jsonl"),
         ({"ema": 1.0}, r"ema 1.0: take a number from 0 to 1"),
         ({"epochs": 0}, r"epochs 0: take auto or a whole number from 1 to 10000"),

@@ -194,11 +194,6 @@ def norm_groups(channels: int) -> int:
     """Number of groups of a group norm: 32, or for other widths the largest divisor of 32 with equal groups.
 
     A group has two channels at least, since a map of one cell would be 0 with one.
-
-    Raises:
-        FpnxError: there is one channel only.
     """
-    if channels < 2:
-        raise FpnxError(f"channels {channels}: the head's norms need 2 at least")
     groups = math.gcd(GROUPS, channels)
-    return groups if groups < channels else channels // 2
+    return groups if groups < channels else max(1, channels // 2)
