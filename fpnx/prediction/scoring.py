@@ -389,8 +389,8 @@ def _joined(predicted: Sequence[Category], labels: LabelSet) -> tuple[tuple[Cate
         shift = len(predicted) - len(categories)
         if shift not in (0, labels.task == "detection"):  # 1 where the first is the background
             raise FpnxError(
-                f"labels {escape(labels.path)}: {len(categories)} {'class' if len(categories) == 1 else 'classes'}, and the weights have "
-                f"{len(predicted)} without names: nothing says which is which"
+                f"labels {escape(labels.path)} have {len(categories)} of the {len(predicted)} classes of the weights, "
+                f"which have no names: nothing says which is which"
             )
         pairs = [i - shift if i >= shift else None for i in range(len(predicted))]
     else:
