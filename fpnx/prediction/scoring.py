@@ -388,10 +388,9 @@ def _joined(predicted: Sequence[Category], labels: LabelSet) -> tuple[tuple[Cate
     elif all(UNNAMED.fullmatch(each.name) for each in predicted):
         shift = len(predicted) - len(categories)
         if shift not in (0, labels.task == "detection"):  # 1 where the first is the background
-            count = f"{len(categories)} class{'' if len(categories) == 1 else 'es'}"
             raise FpnxError(
-                f"labels {escape(labels.path)}: {count}, and the weights have {len(predicted)} without names: nothing "
-                "says which is which"
+                f"labels {escape(labels.path)} have {len(categories)} of the {len(predicted)} classes of the weights, "
+                f"which have no names: nothing says which is which"
             )
         pairs = [i - shift if i >= shift else None for i in range(len(predicted))]
     else:

@@ -151,19 +151,19 @@ class Reference:
             candidates = [(scores[a, c], a, c) for a, c in zip(*np.nonzero(scores > 0.05), strict=True)]
             for score, anchor, label in sorted(candidates, key=lambda each: -each[0])[:1000]:
                 box = self.decode(changes[anchor : anchor + 1], anchors[anchor : anchor + 1], (1, 1, 1, 1))[0]
-                found.append((box, score, label))
+                found.append((box, score, label, 3 + i))
         return self.finish(found, size)
 
     def finish(self, found: list[tuple], size: tuple[int, int]) -> dict[str, np.ndarray]:
         boxes = np.array([each[0] for each in found]).reshape(-1, 4)
-        scores, labels = (np.array([each[i] for each in found]) for i in (1, 2))
+        scores, labels, levels = (np.array([each[i] for each in found]) for i in (1, 2, 3))
         if self.clips_before_nms:
             boxes = clip(boxes, size)
-            boxes, scores, labels = (values[area(boxes) > 0] for values in (boxes, scores, labels))
+            boxes, scores, labels, levels = (values[area(boxes) > 0] for values in (boxes, scores, labels, levels))
         kept = nms(boxes, scores, labels, 0.5)[:100]
-        boxes, scores, labels = clip(boxes[kept], size), scores[kept], labels[kept]
+        boxes, scores, labels, levels = clip(boxes[kept], size), scores[kept], labels[kept], levels[kept]
         filled = area(boxes) > 0
-        return {"boxes": boxes[filled], "scores": scores[filled], "labels": labels[filled]}
+        return {"boxes": boxes[filled], "scores": scores[filled], "labels": labels[filled], "levels": levels[filled]}
 
     def two_stage(self, state: dict[str, Tensor], levels: list[Tensor], size: tuple[int, int]) -> dict[str, np.ndarray]:
         proposals = self.proposals(state, levels, size)
@@ -182,7 +182,8 @@ class Reference:
         kept = nms(boxes, values, labels, 0.5)[:100]
         if self.drops_empty:
             kept = [i for i in kept if area(boxes[i : i + 1])[0] > 0]
-        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept]}
+        levels = np.array([self.level(box) for box in boxes[kept]])
+        return {"boxes": boxes[kept], "scores": values[kept], "labels": labels[kept], "levels": levels}
 
     def proposals(self, state: dict[str, Tensor], levels: list[Tensor], size: tuple[int, int]) -> np.ndarray:
         boxes, scores, places = [], [], []
@@ -200,9 +201,12 @@ class Reference:
         joined = np.concatenate(boxes)
         return joined[nms(joined, np.concatenate(scores), np.concatenate(places), 0.7)[:1000]]
 
-    def pool(self, levels: list[Tensor], box: np.ndarray, side: int) -> np.ndarray:
+    def level(self, box: np.ndarray) -> int:
         scale = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
-        k = min(max(math.floor(4 + math.log2(scale / 224 + 1e-8)), 2), 5)
+        return min(max(math.floor(4 + math.log2(scale / 224 + 1e-8)), 2), 5)
+
+    def pool(self, levels: list[Tensor], box: np.ndarray, side: int) -> np.ndarray:
+        k = self.level(box)
         return roi_align(levels[k - 2].double().numpy(), box, 2**k, side)
 
     def masks(self, state: dict[str, Tensor], levels: list[Tensor], found: dict[str, np.ndarray]) -> np.ndarray:

@@ -86,7 +86,7 @@ def test_classes_of_ones_own_classifier_take_the_names_of_labels(tmp_path: Path)
     assert {row["label"] for row in rows} == {"circle", "square", "triangle"}  # in this order
     assert {(row["label"], row["category_id"]) for row in rows} == {("circle", "0"), ("square", "1"), ("triangle", "2")}
     shutil.rmtree(folder / "square")  # which of the three has no images, nothing says
-    with pytest.raises(FpnxError, match="2 classes, and the weights have 3 without names: nothing says which is which"):
+    with pytest.raises(FpnxError, match="have 2 of the 3 classes of the weights, which have no names: nothing says"):
         fpnx.predict(folder, tmp_path / "other.csv", **options)
 
 

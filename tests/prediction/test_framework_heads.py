@@ -81,6 +81,7 @@ def test_detections_equal_the_references(framework: str, kind: str) -> None:
         {name: torch.from_numpy(values) for name, values in expected.items()},
     )
     assert len(pairs) == len(expected["scores"])
+    assert [found[0].levels[ours] for ours, _ in pairs] == [f"P{expected['levels'][theirs]}" for _, theirs in pairs]
     assert head.kind == kind
     if kind == "mask_rcnn":
         cells = reference.masks(state, single, expected)
@@ -90,6 +91,23 @@ def test_detections_equal_the_references(framework: str, kind: str) -> None:
         for ours, theirs in pairs[:5]:
             mask = paste(cells[theirs], 2 * expected["boxes"][theirs], (120, 180))
             assert (decode_mask(source.masks[ours]) != mask).mean() < 1e-3
+
+
+@pytest.mark.parametrize("framework", REFERENCES)
+def test_boxes_of_retinanet_have_the_level_of_their_anchor(framework: str) -> None:
+    state, reference, levels = state_of(framework, "retinanet"), REFERENCES[framework], levels_of(3)
+    levels["P3"] = 0.3 * levels["P3"]  # which would have most of the best boxes
+    expected = reference.retinanet(state, [level[0] for level in levels.values()], SIZE)
+    with torch.no_grad():
+        (found,) = framework_head(framework, state, pyramid_of(3)).predict(
+            levels, Geometry(padded=PADDED, sizes=(SIZE,))
+        )
+    assert isinstance(found, Detections)
+    tensors = {name: torch.from_numpy(values) for name, values in expected.items()}
+    pairs = matched(found.boxes.numpy(), found.scores.numpy(), found.labels.numpy(), tensors)
+    assert len(pairs) == len(found.scores) >= 30
+    assert {found.levels[ours] for ours, _ in pairs} >= {"P3", "P4"}
+    assert [found.levels[ours] for ours, _ in pairs] == [f"P{expected['levels'][theirs]}" for _, theirs in pairs]
 
 
 @pytest.mark.parametrize("framework", REFERENCES)

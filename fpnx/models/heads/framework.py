@@ -176,14 +176,15 @@ class _FrameworkHead(Head):
             anchors.append((shifts + cells).reshape(-1, 4))
         return anchors
 
-    def _best(self, boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        """The best boxes of an image, after non-maximum suppression."""
+    def _best(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The best boxes of an image, after non-maximum suppression, and their positions in what was given."""
         keep = batched_nms(boxes, scores, labels, NMS)[: self.max_detections]
-        found = {"boxes": clip_boxes_to_image(boxes[keep], size), "scores": scores[keep], "labels": labels[keep]}
         if self._rules.drops_empty:
-            filled = _has_area(found["boxes"])
-            found = {name: values[filled] for name, values in found.items()}
-        return found
+            keep = keep[_has_area(clip_boxes_to_image(boxes[keep], size))]
+        found = {"boxes": clip_boxes_to_image(boxes[keep], size), "scores": scores[keep], "labels": labels[keep]}
+        return found, keep
 
 
 class _RetinaNet(_FrameworkHead):
@@ -210,21 +211,23 @@ class _RetinaNet(_FrameworkHead):
     def _of_image(
         self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], size: tuple[int, int]
     ) -> Detections:
-        boxes, scores, labels = [], [], []
-        for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors, strict=True):
+        boxes, scores, labels, places = [], [], [], []
+        for level, (level_logits, level_deltas, level_anchors) in enumerate(zip(logits, deltas, anchors, strict=True)):
             probabilities = level_logits.sigmoid().flatten()
-            places = torch.where(probabilities > self.score_threshold)[0]
-            values, order = probabilities[places].topk(min(BEFORE_NMS, len(places)))
-            cells = torch.div(places[order], self.classes, rounding_mode="floor")
+            sure = torch.where(probabilities > self.score_threshold)[0]
+            values, order = probabilities[sure].topk(min(BEFORE_NMS, len(sure)))
+            cells = torch.div(sure[order], self.classes, rounding_mode="floor")
             decoded = _decoded(level_deltas[cells], level_anchors[cells], (1.0,) * 4, self._rules)
             boxes.append(clip_boxes_to_image(decoded, size) if self._rules.clips_first else decoded)
             scores.append(values)
-            labels.append(places[order] % self.classes)
-        joined = [torch.cat(each) for each in (boxes, scores, labels)]
+            labels.append(sure[order] % self.classes)
+            places.append(torch.full_like(order, level))
+        joined = [torch.cat(each) for each in (boxes, scores, labels, places)]
         if self._rules.clips_first:
             filled = _has_area(joined[0])
             joined = [values[filled] for values in joined]
-        return Detections(**self._best(joined[0], joined[1], joined[2], size))
+        found, keep = self._best(joined[0], joined[1], joined[2], size)
+        return Detections(**found, levels=tuple(self.levels[i] for i in joined[3][keep].tolist()))
 
 
 class _TwoStage(_FrameworkHead):
@@ -291,7 +294,8 @@ class _TwoStage(_FrameworkHead):
         boxes = _decoded(changes.reshape(-1, 4), proposals.repeat_interleave(self.classes, 0), BOX_WEIGHTS, self._rules)
         boxes = clip_boxes_to_image(boxes, size).reshape(-1, self.classes, 4)
         rows, labels = torch.where(scores > self.score_threshold)
-        return self._best(boxes[rows, labels], scores[rows, labels], labels, size)
+        found, _ = self._best(boxes[rows, labels], scores[rows, labels], labels, size)
+        return found
 
     def _detections(self, found: dict[str, Tensor], features: list[Tensor], proposals: Tensor) -> Detections:
         levels = tuple(self.levels[i] for i in self._places(found["boxes"]).tolist())
