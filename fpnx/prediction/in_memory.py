@@ -19,7 +19,7 @@ from fpnx.images.listing import find_images
 from fpnx.images.reading import ImageSource
 from fpnx.inference.devices import arithmetic, resolve_device, resolve_precision
 from fpnx.labels.annotations import Task
-from fpnx.models.pictures import ImageLike, to_picture
+from fpnx.models.pictures import to_picture
 from fpnx.prediction.engine import FOUND, PredictionCache
 from fpnx.prediction.predictions import Prediction, Reading, prediction_of
 from fpnx.prediction.task_model import NOT_CLASSES
