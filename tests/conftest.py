@@ -40,8 +40,11 @@ CHROMIUM_OPTIONS = [  # for containers, and without requests of its own
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder for these tests alone: what was measured before is measured again, and no home is written to."""
-    home = tmp_path_factory.mktemp("cache")
+    """A cache folder for these tests alone, of all workers: what was measured before is measured again, and no home is
+    written to."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    home.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
         yield home

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from fpnx.analysis.classifiers import (
     stratified_folds,
 )
 from tests.helpers.files import ROOT
+from tests.helpers.process import Forked
 
 RANDOM = np.random.default_rng(3)
 
@@ -195,7 +194,7 @@ predicted = linear_predictions(problem, 0.01)
 near = neighbor_predictions(problem, 10, np.arange(0, count, 5000))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, (predicted == labels).mean())
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    megabytes, share = map(float, done.stdout.split())
+    out, _ = Forked(code, cwd=ROOT).communicate()
+    megabytes, share = map(float, out.split())
     assert megabytes < 400  # the vectors are 1 GB
     assert share > 0.5

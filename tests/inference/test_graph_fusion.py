@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -24,6 +22,8 @@ from fpnx.models.backbones.stage_search import Stages, TapPoint
 from fpnx.models.factory import create_model
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.pyramid_model import PyramidModel
+from tests.helpers.files import ROOT
+from tests.helpers.process import Forked
 from tests.models.test_backbones import FAMILIES
 
 EQUAL = 1e-5  # of each level's greatest magnitude
@@ -378,5 +378,6 @@ assert not cudnn.benchmark
 with arithmetic(torch.device("cuda"), {precision!r}, steady=False):
     assert not cudnn.benchmark
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    running = Forked("import warnings\nwarnings.simplefilter('error')\n" + script, cwd=ROOT)
+    _, err = running.communicate()
+    assert running.returncode == 0, err

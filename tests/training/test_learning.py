@@ -147,7 +147,7 @@ def test_a_head_learns(head: str, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "corrupt"),
     [
-        pytest.param("fcos", shift_boxes, id="boxes"),
+        pytest.param("fcos", shift_boxes, id="boxes", marks=pytest.mark.slow),
         pytest.param("fcos", shift_classes, id="classes of boxes", marks=pytest.mark.slow),
         pytest.param("fcos", exchange_images, id="other images", marks=pytest.mark.slow),
         pytest.param("classify", shift_classes, id="classes of images", marks=pytest.mark.slow),
