@@ -7,6 +7,7 @@ import os
 # Before torch is loaded: tests run side by side, and more threads than cores would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -36,6 +37,12 @@ CHROMIUM_OPTIONS = [  # for containers, and without requests of its own
     "--disable-sync",
     "--disable-dev-shm-usage",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """Take what the modules hold, which stays until the end, out of the garbage collector's sight."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

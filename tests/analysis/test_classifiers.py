@@ -119,7 +119,7 @@ def test_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(neighbor_predictions(parts, 5, everything), expected[1])
 
 
-def test_classes_that_cannot_be_told_apart_are_guessed() -> None:
+def test_classes_with_the_same_vectors_are_guessed() -> None:
     x, labels = RANDOM.normal(size=(600, 4)), np.arange(600) % 3
     problem = Folds(features_of(x), labels, stratified_folds(labels, np.arange(600), 5, 0))
     assert abs((linear_predictions(problem, 0.01) == labels).mean() - 1 / 3) < 0.08

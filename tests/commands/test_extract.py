@@ -81,7 +81,7 @@ def test_features_equal_those_of_torchvision(fpnx: Run, backbone: str) -> None:
 def test_features_do_not_depend_on_the_other_images_of_a_batch(fpnx: Run, samples: Path, batch_size: str) -> None:
     """The same image alone, among eight, and among images of other sizes."""
     copied(samples, Path("many"), 9)
-    options = ("--weights", "random", "--backbone", "resnet50", "--channels", "16", "--short-side", "96")
+    options = ("--weights", "random", "--backbone", "resnet18", "--channels", "16", "--short-side", "96")
     assert fpnx("extract", "many/00002.jpg", *options, "-o", "alone.h5")[0] == 0
     assert fpnx("extract", "many", *options, "-o", "many.h5", "--batch-size", batch_size)[0] == 0
     with package.open("alone.h5") as alone, package.open("many.h5") as many:
@@ -202,7 +202,7 @@ def test_facts_without_a_value_are_not_shown(fpnx: Run, photos: Path) -> None:
 
 
 def test_float16(fpnx: Run, photos: Path) -> None:
-    options = ("--weights", "random", "--backbone", "resnet50", "--size", "64", "--channels", "8")
+    options = ("--weights", "random", "--backbone", "resnet18", "--size", "64", "--channels", "8")
     assert fpnx("extract", photos, *options, "-o", "single.h5")[0] == 0
     assert fpnx("extract", photos, *options, "-o", "half.h5", "--dtype", "float16")[0] == 0
     with package.open("single.h5") as single, package.open("half.h5") as half:
@@ -246,7 +246,7 @@ def test_limit(fpnx: Run, photos: Path) -> None:
         assert store.paths == ["a.jpg", "b.JPG"]
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_lower_precision_gives_nearly_the_same(fpnx: Run, photos: Path, precision: str) -> None:
     options = ("--weights", "random", "--backbone", "vgg16", "--size", "64", "--channels", "8")
     assert fpnx("extract", photos, *options, "-o", "single.h5")[0] == 0

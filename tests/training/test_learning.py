@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "faster_rcnn": {"levels": "P2-P4", "epochs": 18, "learning_rate": 5e-3},
 }
 SCORES = {"classify": "accuracy", "semantic": "mIoU"}
-SLOW = ("retinanet", "faster_rcnn")
+SLOW = ("semantic", "retinanet", "faster_rcnn")
 Corruption = Callable[[dict[str, Any]], None]
 
 
