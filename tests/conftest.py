@@ -7,6 +7,7 @@ import os
 # Before torch is loaded: tests run side by side, and more threads than cores would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -38,10 +39,19 @@ CHROMIUM_OPTIONS = [  # for containers, and without requests of its own
 ]
 
 
+def pytest_collection_finish() -> None:
+    """Take what the modules hold, which stays until the end, out of the garbage collector's sight."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder for these tests alone: what was measured before is measured again, and no home is written to."""
-    home = tmp_path_factory.mktemp("cache")
+    """A cache folder for these tests alone, of all workers: what was measured before is measured again, and no home is
+    written to."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    home.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
         yield home

@@ -139,7 +139,7 @@ def test_help_does_not_load_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_mistakes_that_are_told_at_once_do_not_load_torch(tmp_path: Path) -> None:
+def test_mistakes_in_arguments_are_found_without_torch(tmp_path: Path) -> None:
     (tmp_path / "there.h5").write_text("")
     (tmp_path / "a.png").write_text("")
     mistakes = [

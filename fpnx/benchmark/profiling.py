@@ -18,7 +18,7 @@ from fpnx.benchmark.timers import StageTimer
 from fpnx.core.levels import level_number
 from fpnx.inference.graph_fusion import FusedModel
 from fpnx.models.backbones.local_tracer import LocalTracer
-from fpnx.models.backbones.tracing import on_meta, run_on_meta
+from fpnx.models.backbones.tracing import for_shapes, on_meta, run_on_meta
 from fpnx.models.preprocessing import scaled_size
 from fpnx.models.pyramid_model import PyramidModel
 
@@ -77,7 +77,7 @@ def peak_bytes(model: PyramidModel, size: tuple[int, int]) -> int:
         return 0
     levels = model.fpn.taps_for(model.levels) if model.scales else model.levels
     size = scaled_size(size, model.largest_scale)
-    meta_model = _on_meta(model)
+    meta_model = _copy(model, on_meta)
     meta_model.levels = levels
     graph = fx.GraphModule(meta_model, LocalTracer().trace(meta_model))
     graph.graph.eliminate_dead_code()
@@ -86,10 +86,10 @@ def peak_bytes(model: PyramidModel, size: tuple[int, int]) -> int:
     return interpreter.peak
 
 
-def _on_meta(model: PyramidModel) -> PyramidModel:
-    """A copy of `model` on the meta device, which nothing else uses."""
+def _copy(model: PyramidModel, of: Callable[[nn.Module], nn.Module]) -> PyramidModel:
+    """A copy of `model` with copies `of` its parts, which nothing else uses."""
     copied = copy.copy(model)
-    copied.__dict__["_modules"] = {"body": on_meta(model.body), "fpn": on_meta(model.fpn)}
+    copied.__dict__["_modules"] = {"body": of(model.body), "fpn": of(model.fpn)}
     return copied
 
 
@@ -171,7 +171,7 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
     Raises:
         RuntimeError: where the network does not accept that size.
     """
-    meta_model, flops = _on_meta(model), Counter[nn.Module]()
+    meta_model, flops = _copy(model, for_shapes), Counter[nn.Module]()
     parts = meta_model.fpn.parts() if set(model.levels) & set(model.fpn.levels) else {}
     with _FlopCounter() as counter:
         for module in itertools.chain.from_iterable(parts.values()):

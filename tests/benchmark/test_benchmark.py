@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,20 @@ from fpnx.core.errors import FpnxError, Interrupted
 from fpnx.core.events import Listener
 from fpnx.core.plan_summary import LevelShape
 from fpnx.inference.graph_fusion import fuse_model
+from tests.helpers.measuring import measure_briefly
 from tests.helpers.process import document
 
 TINY: dict[str, Any] = {"backbone": "mobilenet_v2", "size": 64, "channels": 8, "repeats": 2, "workers": 2}
 READING = ["decode", "resize + normalise", "copy to device"]
 NETWORK = ["C2", "C3", "C4", "C5", "lateral + top-down", "output P2", "output P5", "top block"]
 WRITING = ["copy back", "write"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _briefly() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        measure_briefly(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from fpnx.cli.models_view import show_overview
 from fpnx.commands import models as models_command
 from fpnx.core.config import PYRAMIDS
 from tests.helpers.files import DATA
-from tests.helpers.process import document, process
+from tests.helpers.process import document, forked
 
 TABLE = json.loads((DATA / "stages.json").read_text())
 Command = Callable[..., tuple[int, str, str]]
@@ -167,7 +167,8 @@ def test_timm_backbones(fpnx: Command) -> None:
 
 
 def test_the_command_in_a_separate_process(tmp_path: Path) -> None:
-    done = process("models", "squeezenet", "--json", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    running = forked("models", "squeezenet", "--json", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
+    out, err = running.communicate()
+    assert running.returncode == 0, err
+    result = json.loads(out)
     assert [row["name"] for row in result["backbones"]] == ["squeezenet1_0", "squeezenet1_1"]

@@ -272,7 +272,7 @@ def test_objects_without_an_outline_do_not_count_for_masks() -> None:
     assert scores.values["AP"] == pytest.approx(51 / 101)
 
 
-def test_the_missing_library_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_missing_library_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(FpnxError, match=r"^scores of boxes .* not installed: pip install 'fpnx\[train\]'$"):
         one(labels(SQUARE), detections(SQUARE))

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import tempfile
 import threading
 import zlib
@@ -25,7 +23,7 @@ from fpnx.core.errors import FpnxError, StoreError
 from fpnx.images.decoding import PixelBudget
 from fpnx.images.listing import find_images
 from tests.helpers.files import noise_image
-from tests.helpers.process import SMALL, unprivileged
+from tests.helpers.process import SMALL, Forked, unprivileged
 
 LINE = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 ESCAPE = "\x1b[31mred\x07\u202e"
@@ -160,15 +158,8 @@ def test_memory_for_damaged_and_unusual_files_is_bounded(odd_files: Path, tmp_pa
         "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; code = main(sys.argv[1:]); "
         "print(code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, "extract", str(odd_files), *LINE],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=240,
-    )
-    code, mebibytes = map(int, done.stdout.splitlines()[-1].split())
+    out, _ = Forked(program, "extract", odd_files, *LINE, cwd=tmp_path).communicate()
+    code, mebibytes = map(int, out.splitlines()[-1].split())
     assert code == 1
     assert mebibytes < 1000, "a bomb was unpacked"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -24,6 +22,8 @@ from fpnx.models.backbones.stage_search import Stages, TapPoint
 from fpnx.models.factory import create_model
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.pyramid_model import PyramidModel
+from tests.helpers.files import ROOT
+from tests.helpers.process import Forked
 from tests.models.test_backbones import FAMILIES
 
 EQUAL = 1e-5  # of each level's greatest magnitude
@@ -74,7 +74,9 @@ def model_of(network: nn.Module, nodes: dict[int, str], levels: tuple[str, ...])
     return PyramidModel(Backbone("own", body, nodes, channels), fpn, levels, weights).eval()
 
 
-@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    "packs", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="packed")]
+)
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "vgg16"])
 def test_equals_the_model(name, packs):
     model = unsettled(
@@ -83,7 +85,7 @@ def test_equals_the_model(name, packs):
     made = fuse_model(model)
     for size in SIZES:
         with torch.inference_mode():
-            if packs:
+            if packs:  # and computes on the way
                 assert_equal_levels(made.pack(images(2, size)), model(images(2, size)))
                 assert (size in made.packed) is can_pack(torch.float32)
             assert_equal_levels(made(images(2, size)), model(images(2, size)))
@@ -278,7 +280,7 @@ def test_types_that_onednn_does_not_pack_are_computed_plainly():
         assert_equal_levels(made(images(1, (64, 64)).double()), model(images(1, (64, 64))))
 
 
-def test_a_precision_that_the_processor_lacks_is_told():
+def test_a_precision_that_the_processor_lacks_is_called_slow():
     cpu = torch.device("cpu")
     assert slow_precision(cpu, "float32") is None
     assert slow_precision(torch.device("cuda"), "float16") is None
@@ -378,5 +380,6 @@ assert not cudnn.benchmark
 with arithmetic(torch.device("cuda"), {precision!r}, steady=False):
     assert not cudnn.benchmark
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    running = Forked("import warnings\nwarnings.simplefilter('error')\n" + script, cwd=ROOT)
+    _, err = running.communicate()
+    assert running.returncode == 0, err

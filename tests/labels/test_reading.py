@@ -60,7 +60,7 @@ def test_a_file_on_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         refused("no_such.json: ", f"{server.url}/no_such.json", ["a.jpg"])
 
 
-def test_folders_are_told_by_what_is_in_them(tmp_path: Path) -> None:
+def test_the_format_of_a_folder_follows_from_its_content(tmp_path: Path) -> None:
     files(tmp_path / "voc", {"a.xml": VOC, "notes.txt": "hello"})
     files(tmp_path / "yolo", YOLO)
     files(tmp_path / "named", {**YOLO, "data.yaml": "names: [cat]", "labels/b.xml": "<x/>"})

@@ -7,8 +7,6 @@ import json
 import logging
 import pickle
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from fpnx.models.backbones import factory
 from fpnx.models.backbones.registry import no_warnings
 from fpnx.models.preprocessing import Recipe
 from tests.helpers.files import DATA, ROOT, noise_image
+from tests.helpers.process import Forked
 
 # Strides, nodes and channels, measured with another implementation of the method.
 TABLE = json.loads((DATA / "stages.json").read_text())
@@ -404,8 +403,8 @@ def test_another_process_reads_the_cache(cache_home: Path, detect_c2: Callable[[
     code = (
         "from fpnx.models.backbones.factory import detect_stages; print(detect_stages('resnet18').stages.taps[2].node)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout.strip(), detect_c2()) == ("cached", "cached")
+    out, _ = Forked(code, cwd=ROOT).communicate()
+    assert (out.strip(), detect_c2()) == ("cached", "cached")
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,10 @@ IN_CHANNELS = {
     "vgg16": [256, 512, 512, 512],
     "mobilenet_v2": [24, 32, 96, 1280],
 }
-SIZES = [(224, 224), (225, 301), (97, 131), (480, 640)]
+SIZES = [(224, 224), (225, 301), (97, 131), pytest.param((480, 640), marks=pytest.mark.slow)]
 
 
-@pytest.fixture(scope="module", params=NODES)
+@pytest.fixture(scope="module", params=["resnet50", "mobilenet_v2", pytest.param("vgg16", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> fpnx.PyramidModel:
     return with_statistics(fpnx.create_model(request.param, weights="random", levels="C2-C5,P2-P7", seed=1))
 
@@ -99,7 +99,7 @@ def test_only_taps_means_only_their_stages() -> None:
     assert not any(name.startswith(("body.layer3", "body.layer4", "fpn")) for name in ran)
 
 
-@pytest.mark.parametrize("backbone", NODES)
+@pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2", pytest.param("vgg16", marks=pytest.mark.slow)])
 def test_seeds(backbone: str) -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -249,7 +249,7 @@ def test_what_cannot_be_made(options: dict[str, object], message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_the_smallest_size_is_told() -> None:
+def test_a_smaller_size_is_refused_with_the_smallest_one() -> None:
     model = fpnx.create_model("vgg16", weights="random")
     with pytest.raises(FpnxError, match=r"vgg16 cannot take an input of 16×16: the smallest square it takes is 32×32"):
         model.shapes((16, 16))

@@ -165,7 +165,7 @@ def test_a_foreign_file_is_not_taken_for_a_finished_run(models: Path, tmp_path: 
     assert (tmp_path / "out.json").read_text() == "[]"
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_run_killed_twice_and_resumed_gives_what_an_uninterrupted_one_gives(
     count: int, models: Path, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from tests.helpers.files import ROOT
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 
 SIZE = (64, 64)
-SETTINGS = (None, "TRUE", "FALSE", "BEST_EFFORT")
+SETTINGS = (None, "TRUE", *(pytest.param(each, marks=pytest.mark.slow) for each in ("FALSE", "BEST_EFFORT")))
 
 
 def put(writer: Writer, index: int) -> None:

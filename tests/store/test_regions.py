@@ -175,7 +175,7 @@ def test_the_dataset_gives_regions(finished: Path) -> None:
     assert [len(sample["regions"]) for sample in data.__getitems__([2, 0, 1])] == [3, 2, 0]
 
 
-def test_a_dataset_of_maps_and_one_of_regions_are_told_apart(finished: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_maps_refuses_a_file_of_regions_and_the_reverse(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(FpnxError, match=r"no maps of P4 in .*, which has regions: in Python read item\.regions"):
         fpnx.PyramidDataset(finished)
     with pytest.raises(FpnxError, match="leave out levels, or regions=True"):

@@ -34,7 +34,7 @@ from fpnx.store.shard_set import JoinedStore, open_joined
 from fpnx.store.writer import Writer, part_path
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
-from tests.helpers.process import document
+from tests.helpers.process import Forked, document
 
 OPTIONS: dict[str, Any] = {"weights": "random", "backbone": "mobilenet_v2", "channels": 8, "levels": "C4,P4-P6"}
 TABLES = ("bytes", "mtime_ns", "source_size", "input_size", "status", "error", "row", "path", "group", "digest")
@@ -634,15 +634,10 @@ print(merged.shards, merged.images, merged.done)
 def test_more_shards_than_open_files(tmp_path: Path, count: int, files: int) -> None:
     layout = layout_of(["64x64"] * (count + count // 2))
     fill_set(tmp_path, layout, count)
-    done = subprocess.run(
-        [sys.executable, "-c", FEW_FILES, str(files)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(count), str(len(layout.images)), str(len(layout.images))]
+    running = Forked(FEW_FILES, files, cwd=tmp_path)
+    out, err = running.communicate()
+    assert running.returncode == 0, err
+    assert out.split() == [str(count), str(len(layout.images)), str(len(layout.images))]
     assert_same_tables(tmp_path / "out.h5", tmp_path / "whole.h5")
     assert verify(tmp_path / "out.h5").problems == ()
 

@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mask_rcnn": {"levels": "P2-P4", "epochs": 8, "learning_rate": 5e-3, "box_samples": 32, "val_interval": 8},
 }
 SCORES = {"classify": ("accuracy",), "semantic": ("mIoU",), "mask_rcnn": ("AP50", "mask_AP50")}
-SLOW = ("retinanet", "faster_rcnn", "mask_rcnn")
+SLOW = ("semantic", "retinanet", "faster_rcnn", "mask_rcnn")
 Corruption = Callable[[dict[str, Any]], None]
 
 
@@ -147,7 +147,7 @@ def test_a_head_learns(head: str, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "corrupt"),
     [
-        pytest.param("fcos", shift_boxes, id="boxes"),
+        pytest.param("fcos", shift_boxes, id="boxes", marks=pytest.mark.slow),
         pytest.param("fcos", shift_classes, id="classes of boxes", marks=pytest.mark.slow),
         pytest.param("fcos", exchange_images, id="other images", marks=pytest.mark.slow),
         pytest.param("classify", shift_classes, id="classes of images", marks=pytest.mark.slow),

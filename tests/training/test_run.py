@@ -356,7 +356,7 @@ def test_odd_files_of_maps_are_one_line(scenes: Path, tmp_path: Path) -> None:
     assert load_trained(tmp_path / "a.safetensors").model.levels == ("C5",)
 
 
-def test_a_loss_that_is_not_finite_is_told(scenes: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_an_error_that_says_what_to_do(scenes: Path, tmp_path: Path) -> None:
     images, labels = inputs(scenes, "fcos")
     extract(images, tmp_path / "maps.h5", levels="C4-C5", device="cpu", **MODEL)
     with h5py.File(tmp_path / "maps.h5", "r+") as file:
