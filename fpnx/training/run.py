@@ -45,7 +45,7 @@ from fpnx.training.tap_batches import TapBatches
 __all__ = ["run_training"]
 
 # Peaks of the learning rate by head, for batches of 8.
-LEARNING_RATES = {"fcos": 2e-3, "retinanet": 2e-3, "semantic": 2e-3}
+LEARNING_RATES = {"fcos": 2e-3, "semantic": 2e-3}
 LEARNING_RATE = 1e-3
 AUTO_PRECISION = "bfloat16"
 
