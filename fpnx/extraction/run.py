@@ -37,7 +37,7 @@ from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
 from fpnx.inference.engine_cache import EngineCache
 from fpnx.remote.client import connections
-from fpnx.store.output_path import check_output
+from fpnx.store.output_path import check_output, refuse_input
 from fpnx.store.reader import PENDING, Store, open_store_file
 from fpnx.store.writer import part_path
 
@@ -164,6 +164,8 @@ def run_extraction(
                 listing = replace(listing, sources=sources)
             for remark in (*listing.remarks, *listing.truncated):
                 listener.message(remark)
+            if not png:
+                refuse_input(output, [config.weights, config.boxes or "", *(source.path for source in listing.sources)])
             with nullcontext(True) if config.dry_run else lock(output) as locked:
                 if not locked:
                     listener.message("files cannot be locked here: see to it that no second run writes this output")

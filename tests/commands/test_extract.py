@@ -100,6 +100,14 @@ def test_two_runs_give_the_same_file(fpnx: Run, photos: Path) -> None:
         assert all(np.array_equal(a[level], b[level]) for a, b in zip(one, two, strict=True) for level in one.levels)
 
 
+def test_an_image_is_not_replaced_by_the_output(fpnx: Run, photos: Path) -> None:
+    before = (photos / "a.jpg").read_bytes()
+    code, _, error = fpnx("extract", "photos", "--weights", "random", "-o", "photos/a.jpg", "--overwrite")
+    assert code == 2
+    assert "output photos/a.jpg is read by this run, and would be lost: name another with -o" in error
+    assert (photos / "a.jpg").read_bytes() == before
+
+
 def test_ragged_sizes(fpnx: Run, photos: Path) -> None:
     (photos / "broken.jpg").write_bytes(b"no image")
     code, out, _ = fpnx(
