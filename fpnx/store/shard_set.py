@@ -32,8 +32,17 @@ try:
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
-__all__ = ["JoinedDataset", "ShardSet", "open_store", "open_shard_set", "refuse_separate_shards"]
+__all__ = [
+    "STORE_ENDINGS",
+    "JoinedDataset",
+    "ShardSet",
+    "is_store",
+    "open_store",
+    "open_shard_set",
+    "refuse_separate_shards",
+]
 
+STORE_ENDINGS = (".h5", ".hdf5", ".part")
 MAX_OPEN = 64  # open files of a set; an eighth of the process's limit, where that is less
 MAX_NAMED = 5  # missing shards that a message names
 SHARD_NAME = re.compile(r"\.shard-\d{5}-of-\d{5}(?=\.|$)")
@@ -272,6 +281,12 @@ class JoinedDataset:
         for position, parts in by_shard.items():
             number, _, count = self._pieces[position]
             self._shard_set.read_shard(number, self._find, (count, *self.shape[1:]), parts)
+
+
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Whether an input is a file of features, and not an image: by its name, else by its content."""
+    name = os.fsdecode(path)
+    return name.endswith(STORE_ENDINGS) or (os.path.isfile(name) and os.access(name, os.R_OK) and h5py.is_hdf5(name))
 
 
 def open_store(path: Paths) -> Store:
