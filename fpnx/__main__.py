@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 __all__ = ["run"]
 
 
@@ -12,6 +14,7 @@ def run() -> int:
 
         return main()
     except KeyboardInterrupt:
+        print("fpnx: interrupted while loading: nothing was written", file=sys.stderr)
         return 130
 
 

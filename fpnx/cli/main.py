@@ -18,6 +18,7 @@ from fpnx.cli.streams import robust_streams
 from fpnx.core.analysis_config import CompareConfig, ExportConfig, ProbeConfig
 from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
+from fpnx.core.interrupts import while_loading
 from fpnx.core.predict_config import PredictConfig
 from fpnx.core.text import escape
 from fpnx.core.train_config import TrainConfig
@@ -78,8 +79,9 @@ def extract(
 
     [dim]fpnx extract photos/ -o p.h5 --backbone vgg16 --levels C4,P4 --dtype float16[/dim]
     """
-    from fpnx.cli import console, views
-    from fpnx.commands.extract import extract as run
+    with while_loading():
+        from fpnx.cli import console, views
+        from fpnx.commands.extract import extract as run
 
     with console.Terminal(json) as terminal:
         result = run(images, output, listener=terminal, **options)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fpnx.core.config import ExtractConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
+from fpnx.core.interrupts import while_loading
 from fpnx.extraction.upload import resolve_destination
 from fpnx.images.listing import as_paths, refuse_missing
 from fpnx.store.output_path import DEFAULT_OUTPUTS, check_output
@@ -65,8 +66,9 @@ def extract(
         destination = resolve_destination(DEFAULT_OUTPUTS[config.format] if output is None else output, config)
         if destination.url is None and config.format == "h5":
             check_output(destination.local, config, may_exist=config.update)
-        from fpnx.extraction.run import run_extraction
-        from fpnx.inference.engine_cache import EngineCache
+        with while_loading():
+            from fpnx.extraction.run import run_extraction
+            from fpnx.inference.engine_cache import EngineCache
 
         return run_extraction(paths, destination, config, listener=listener, engine_cache=EngineCache(module))
     if module is not None:

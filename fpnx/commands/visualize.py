@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from fpnx._version import __version__
 from fpnx.core.config import ExtractConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted, NotDoneError
@@ -27,7 +25,7 @@ from fpnx.images.listing import find_images
 from fpnx.prediction.outputs import run_path
 from fpnx.remote.client import connections
 from fpnx.store.reader import FAILED, Item, Store
-from fpnx.store.shard_set import open_store, refuse_separate_shards
+from fpnx.store.shard_set import STORE_ENDINGS, is_store, open_store, refuse_separate_shards
 from fpnx.visualization.color_scale import ColorScales, measure_scales
 from fpnx.visualization.figure import chosen_levels, draw, mode_in_words, rendered
 from fpnx.visualization.html.page import Page, write_page
@@ -39,7 +37,6 @@ from fpnx.visualization.selection import select
 
 __all__ = ["VisualizeResult", "visualize"]
 
-STORE_ENDINGS = (".h5", ".hdf5", ".part")
 DEFAULT_STEM = "out"  # where the path of the photographs has no name, such as /
 PHOTOGRAPH_OPTIONS = (
     "backbone",
@@ -350,22 +347,19 @@ def _are_stores(paths: Sequence[str], config: VisualizeConfig) -> bool:
     """Whether the inputs are feature files; otherwise they are photographs."""
     if not paths:
         raise FpnxError("nothing to draw: name files that fpnx extract wrote, or photographs")
-    is_store = [
-        path.endswith(STORE_ENDINGS) or (os.path.isfile(path) and os.access(path, os.R_OK) and h5py.is_hdf5(path))
-        for path in paths
-    ]
-    if any(is_store) and not all(is_store):
+    stores = list(map(is_store, paths))
+    if any(stores) and not all(stores):
         raise FpnxError(
-            f"{escape(paths[is_store.index(True)])} is a file of features and "
-            f"{escape(paths[is_store.index(False)])} is not: name the one or the other"
+            f"{escape(paths[stores.index(True)])} is a file of features and "
+            f"{escape(paths[stores.index(False)])} is not: name the one or the other"
         )
     photograph_options = [name for name in PHOTOGRAPH_OPTIONS if getattr(config, name) is not None]
-    if all(is_store) and photograph_options:
+    if all(stores) and photograph_options:
         flag = "--" + photograph_options[0].replace("_", "-")
         raise FpnxError(f"{flag} is for photographs: {escape(paths[0])} holds features that are computed already")
-    if not all(is_store) and config.images is not None:
+    if not all(stores) and config.images is not None:
         raise FpnxError("--images picks from a file of features: name the photographs themselves")
-    return all(is_store)
+    return all(stores)
 
 
 def _extract_photographs(paths: Sequence[str], folder: Path, config: VisualizeConfig, listener: Listener) -> list[str]:

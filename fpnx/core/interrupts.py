@@ -12,7 +12,7 @@ from types import FrameType
 from fpnx.core.errors import Interrupted
 from fpnx.core.events import Listener
 
-__all__ = ["StopRequest", "handle_signals"]
+__all__ = ["StopRequest", "handle_signals", "while_loading"]
 
 DUPLICATE_SECONDS = 0.3  # a second signal within this time is ignored: `timeout` sends its signal twice
 
@@ -32,6 +32,15 @@ class StopRequest:
     def begin(self) -> None:
         """Mark the start of the work that must be kept."""
         self.begun = True
+
+
+@contextmanager
+def while_loading() -> Iterator[None]:
+    """Within the block, in which modules are loaded, Ctrl-C raises Interrupted, which says that nothing was written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted while loading: nothing was written", signal.SIGINT) from None
 
 
 @contextmanager

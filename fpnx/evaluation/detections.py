@@ -55,8 +55,7 @@ def to_source(
     """Detections in pixels of the source image. Those with numbers that are not finite are left out.
 
     Boxes are scaled by the ratios of width and height and clipped to the image. The cells of masks are pasted into the
-    scaled boxes as torchvision does it, or sampled at the centres of pixels; masks of the network's input are resized
-    without the padding, bilinearly. All are cut at 0.5.
+    scaled boxes as torchvision does it, or sampled at the centres of pixels, and cut at 0.5.
 
     Args:
         image: name of the image.
@@ -72,8 +71,6 @@ def to_source(
         scaled = torch.from_numpy(_scaled(boxes, input_size, source_size)).float()
         paste = _sampled if detections.masks_at_centres else _pasted
         masks = tuple(paste(detections.mask_cells[i].cpu(), scaled[i], source_size) for i in kept)
-    elif detections.masks is not None:
-        masks = tuple(_mask_runs(detections.masks[i], input_size, source_size) for i in kept)
     if detections.proposals is not None:
         proposals = _array(detections.proposals)
         proposals = _scaled(proposals[np.isfinite(proposals).all(axis=1)], input_size, source_size)
@@ -102,13 +99,6 @@ def _scaled(boxes: np.ndarray, input_size: tuple[int, int], source_size: tuple[i
     ratios = np.array([width / input_width, height / input_height] * 2)
     clipped: np.ndarray = np.clip(boxes * ratios, 0, [width, height, width, height])
     return clipped
-
-
-def _mask_runs(mask: Tensor, input_size: tuple[int, int], source_size: tuple[int, int]) -> MaskRuns:
-    """(H, W) probabilities of the padded input → the mask of the source image."""
-    cut = mask[: input_size[0], : input_size[1]].float()[None, None]
-    resized = F.interpolate(cut, size=source_size, mode="bilinear", align_corners=False)[0, 0]
-    return encode_mask((resized > MASK_THRESHOLD).cpu().numpy(), 0, 0, source_size)
 
 
 def _pasted(cells: Tensor, box: Tensor, size: tuple[int, int]) -> MaskRuns:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fpnx.core.config import ExtractConfig
-from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.errors import ImageError
 from fpnx.core.events import Listener
 from fpnx.core.files import SMALLER_FEATURES, check_space, free_bytes
 from fpnx.core.plan_summary import LevelShape, PlanSummary
@@ -316,15 +316,13 @@ def _padded_sizes(
     rows = np.full(len(sizes), -1, np.int64)
     last_rows: dict[tuple[int, int], int] = {}
     for i, size in enumerate(sizes.tolist()):
-        padded = recipe.padded((size[0], size[1])) if i not in errors else None
-        if padded is not None:
+        padded = None
+        if i not in errors:
             try:
-                model.shapes(padded)
+                padded = model.padded_size((size[0], size[1]), recipe)
                 rows[i] = last_rows[padded] = last_rows.get(padded, -1) + 1
-            except FpnxError as error:
-                if recipe.fixed_size is not None:
-                    raise
-                errors[i], padded = str(error), None
+            except ImageError as error:
+                errors[i] = str(error)
         padded_sizes.append(padded)
     return padded_sizes, rows
 

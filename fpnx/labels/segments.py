@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.mask_runs import encode_mask
 from fpnx.labels.annotations import Segment
 
-__all__ = ["is_drawable", "mask_rle", "scale_segment", "segment_box", "segment_mask", "segment_rle"]
+__all__ = ["is_drawable", "scale_segment", "segment_box", "segment_mask", "segment_rle"]
 
 MIN_POLYGON = 6  # numbers: three points
 FAR = 4  # sizes of the image: coordinates farther off are moved there, since drawing takes time by length
@@ -57,7 +58,7 @@ def scale_segment(segment: Segment, x: float, y: float, size: tuple[int, int]) -
     if not isinstance(segment, Mapping):
         factors = np.array([x, y])
         return [(np.reshape(polygon, (-1, 2)) * factors).ravel().tolist() for polygon in segment]
-    return segment if tuple(segment["size"]) == size else mask_rle(_resized(_decoded(segment), size))
+    return segment if tuple(segment["size"]) == size else encode_mask(_resized(_decoded(segment), size), 0, 0, size)
 
 
 def segment_mask(segment: Segment, size: tuple[int, int]) -> np.ndarray:
@@ -96,16 +97,6 @@ def segment_rle(segment: Segment, size: tuple[int, int]) -> dict[str, Any]:
     near = np.array([[-FAR * width, -FAR * height], [(1 + FAR) * width, (1 + FAR) * height]], np.float64)
     polygons = [np.clip(np.reshape(each, (-1, 2)), *near).ravel().tolist() for each in segment]
     runs: dict[str, Any] = _functions().merge(_functions().frPyObjects(polygons, height, width))
-    return runs
-
-
-def mask_rle(mask: np.ndarray) -> dict[str, Any]:
-    """A (H, W) mask as COCO's compressed run-length encoding, `{"size": [H, W], "counts": bytes}`.
-
-    Raises:
-        FpnxError: where faster-coco-eval is not installed.
-    """
-    runs: dict[str, Any] = _functions().encode(np.asfortranarray(mask, np.uint8))
     return runs
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, fx, nn
 
-from fpnx.core.errors import FpnxError
+from fpnx.core.errors import FpnxError, ImageError
 from fpnx.core.levels import level_number
 from fpnx.core.provenance import AS_GIVEN, ModelPart
 from fpnx.models.backbones.factory import (
@@ -200,6 +200,22 @@ class PyramidModel(nn.Module):
             if least and least <= min(size) and self._takes(rounded):
                 hint = f": it takes {rounded[0]}×{rounded[1]}"
             raise FpnxError(f"{self.backbone} cannot take an input of {size[0]}×{size[1]}{hint}") from error
+
+    def padded_size(self, size: tuple[int, int], recipe: Recipe) -> tuple[int, int]:
+        """(height, width) to which `recipe` pads an image of `size` after resizing.
+
+        Raises:
+            ImageError: the backbone cannot take that size, and other images may have another.
+            FpnxError: it cannot take that size, which all images have.
+        """
+        padded = recipe.padded(size)
+        try:
+            self.shapes(padded)
+        except FpnxError as error:
+            if recipe.fixed_size is not None:
+                raise
+            raise ImageError(str(error)) from error
+        return padded
 
     def stride(self, level: str) -> int:
         """Stride of a level in input pixels."""

@@ -33,8 +33,18 @@ try:
 except ImportError:  # Windows has no such limit
     resource = None  # type: ignore[assignment]
 
-__all__ = ["JoinedDataset", "JoinedStore", "open_joined", "open_store", "refuse_separate_shards"]
+__all__ = [
+    "STORE_ENDINGS",
+    "JoinedDataset",
+    "JoinedStore",
+    "is_store",
+    "open_joined",
+    "open_store",
+    "refuse_separate_shards",
+]
 
+STORE_ENDINGS = (".h5", ".hdf5", ".part")
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 MAX_OPEN = 64  # open files of a store; an eighth of the process's limit, where that is less
 MAX_NAMED = 5  # missing shards that a message names
 SHARD_NAME = re.compile(r"\.shard-\d{5}-of-\d{5}(?=\.|$)")
@@ -327,6 +337,18 @@ class JoinedDataset:
                 position, done = position + 1, end
         for file, parts in by_file.items():
             self._store.read_file(file, self._find, self.shape[1:], parts)
+
+
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Whether an input is a file of features, and not an image: by its name, else by its first bytes."""
+    name = os.fsdecode(path)
+    if name.endswith(STORE_ENDINGS):
+        return not os.path.isdir(name)
+    try:
+        with open(name, "rb") as file:
+            return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
+    except (OSError, ValueError):
+        return False
 
 
 def open_store(path: Paths) -> Store:

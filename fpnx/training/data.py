@@ -28,7 +28,7 @@ from fpnx.models.heads.base import Head
 from fpnx.models.heads.registry import default_head, find_head
 from fpnx.models.pyramid_model import PyramidModel
 from fpnx.store.reader import DONE, Store
-from fpnx.store.shard_set import open_store
+from fpnx.store.shard_set import is_store, open_store
 from fpnx.training.batches import Source
 from fpnx.training.image_batches import ImageBatches
 from fpnx.training.model import model_for_images, model_of_store
@@ -37,9 +37,8 @@ from fpnx.training.split import held_out
 from fpnx.training.tap_batches import TapBatches
 from fpnx.training.targets import TargetMaker
 
-__all__ = ["TrainingData", "is_store", "open_data"]
+__all__ = ["TrainingData", "open_data"]
 
-HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 # Options that only some heads have.
 HEADS_WITH = {"convolutions": ("fcos", "retinanet"), "box_samples": ("faster_rcnn", "mask_rcnn")}
 
@@ -133,17 +132,6 @@ def open_data(
         yield data
     finally:
         data.source.close()
-
-
-def is_store(path: str | os.PathLike[str]) -> bool:
-    """Whether an input is a file of maps: by its name, or by its first bytes."""
-    if os.fsdecode(path).endswith(".h5"):
-        return not os.path.isdir(path)
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
-    except (OSError, ValueError):
-        return False
 
 
 def _from_images(inputs: Sequence[str | os.PathLike[str]], config: TrainConfig, listener: Listener) -> TrainingData:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fpnx.core.errors import FpnxError, ImageError
+from fpnx.core.errors import ImageError
 from fpnx.core.text import escape
 from fpnx.images.decoding import PixelBudget, decode
 from fpnx.images.reading import ImageSource
@@ -104,14 +104,11 @@ class ImageBatches:
             self.left_out[name] = size
             return None
         try:
-            padded = self._recipe.padded(self._recipe.input_size(size, self._max_pixels, self._model.largest_scale))
-            self._model.shapes(padded)
-        except FpnxError as error:
-            if self._recipe.fixed_size is not None:
-                raise
+            resized = self._recipe.input_size(size, self._max_pixels, self._model.largest_scale)
+            return self._model.padded_size(resized, self._recipe)
+        except ImageError as error:
             self.left_out[name] = str(error)
             return None
-        return padded
 
     def _load(self, index: int, draw: Draw | None) -> _Sample | tuple[int, str]:
         try:

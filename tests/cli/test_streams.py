@@ -71,7 +71,7 @@ def test_characters_that_cannot_be_encoded_are_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["typer", "fpnx.core.config", "fpnx.cli.views", "torch"])
-def test_an_interrupt_while_modules_are_loaded_prints_no_traceback(tmp_path: Path, module: str) -> None:
+def test_an_interrupt_while_modules_are_loaded_says_that_nothing_was_written(tmp_path: Path, module: str) -> None:
     noise_image(0, (40, 40)).save(tmp_path / "a.png")
     code = f"""
 import signal, sys
@@ -89,4 +89,5 @@ raise SystemExit(run())
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr in ("", "fpnx: interrupted\n")
+    assert done.stderr == "fpnx: interrupted while loading: nothing was written\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

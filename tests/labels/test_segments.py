@@ -10,7 +10,8 @@ import pytest
 from pycocotools import mask as reference
 
 from fpnx.core.errors import ImageError
-from fpnx.labels.segments import mask_rle, scale_segment, segment_box, segment_mask, segment_rle
+from fpnx.core.mask_runs import encode_mask
+from fpnx.labels.segments import scale_segment, segment_box, segment_mask, segment_rle
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 
@@ -31,7 +32,7 @@ def test_polygons_are_filled_as_pycocotools_does(seed: int) -> None:
     np.testing.assert_array_equal(mask, expected)
     runs = segment_rle(polygons, size)
     np.testing.assert_array_equal(reference.decode(runs), expected)
-    for same in (runs, mask_rle(mask), {**runs, "counts": runs["counts"].decode()}):
+    for same in (runs, encode_mask(mask, 0, 0, size), {**runs, "counts": runs["counts"].decode()}):
         np.testing.assert_array_equal(segment_mask(same, size), expected)
 
 

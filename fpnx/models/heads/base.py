@@ -57,12 +57,10 @@ class Detections:
         boxes: (n, 4) float32, x1, y1, x2, y2.
         scores: (n,) float32, 0 to 1.
         labels: (n,) int64, class indices from 0.
-        masks: (n, H, W) float32 probabilities of the padded input's size; None for heads without masks, or where there
-            are `mask_cells`.
         proposals: (m, 4) float32 boxes of the region proposal network, best first; None for heads without one.
         levels: (n,) names of the levels that the boxes come from; empty where the head does not say.
         mask_cells: (n, M, M) float32 probabilities of the cells of each box, from which a mask of any size is made;
-            None for heads without them.
+            None for heads without masks.
         masks_at_centres: whether a pixel's value is that at its centre within the box, as detectron2 and mmdetection
             have it; else cells are resized to whole pixels and pasted, as torchvision does it.
         keypoints: (n, K, 3) float32 x, y, visibility; None for heads without keypoints.
@@ -72,7 +70,6 @@ class Detections:
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    masks: Tensor | None = None
     mask_cells: Tensor | None = None
     masks_at_centres: bool = False
     keypoints: Tensor | None = None
