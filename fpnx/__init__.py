@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from fpnx.prediction.in_memory import Predictor
     from fpnx.prediction.predictions import Prediction
     from fpnx.prediction.run import PredictResult
+    from fpnx.store.joined_store import open_store as open
     from fpnx.store.reader import Item, Store
     from fpnx.store.regions import Regions
-    from fpnx.store.shard_set import open_store as open
     from fpnx.store.torch_dataset import PyramidDataset
     from fpnx.store.verify import Verification
     from fpnx.training.result import TrainResult

@@ -12,7 +12,7 @@ from fpnx.core.analysis_config import CompareConfig, checked_picture
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.remote.client import connections
-from fpnx.store.shard_set import open_store, refuse_separate_shards
+from fpnx.store.joined_store import open_store, refuse_separate_shards
 
 __all__ = ["compare"]
 

@@ -13,8 +13,8 @@ from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.core.text import escape
 from fpnx.remote.client import connections
+from fpnx.store.joined_store import open_store
 from fpnx.store.output_path import real_output
-from fpnx.store.shard_set import open_store
 
 __all__ = ["export"]
 

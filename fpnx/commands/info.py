@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fpnx.store.joined_store import open_store
 from fpnx.store.reader import Store
-from fpnx.store.shard_set import open_store
 
 __all__ = ["info"]
 
@@ -15,6 +15,6 @@ def info(files: Sequence[str]) -> Store:
 
     Raises:
         StoreError: a file that is not readable as one of fpnx, or files that are not read as one; see
-            `fpnx.store.shard_set.open_store`.
+            `fpnx.store.joined_store.open_store`.
     """
     return open_store(files[0] if len(files) == 1 else list(files))

@@ -24,10 +24,10 @@ from fpnx.core.text import escape, plural
 from fpnx.core.validation import format_size
 from fpnx.store.file_layout import FileLayout, create_file
 from fpnx.store.hdf5 import open_hdf5
+from fpnx.store.joined_store import JoinedDataset, JoinedStore, open_joined
 from fpnx.store.output_path import check_output, real_output
 from fpnx.store.reader import DONE, FAILED, Store
 from fpnx.store.regions import RegionLayout
-from fpnx.store.shard_set import JoinedDataset, JoinedStore, open_joined
 from fpnx.store.writer import DatasetExtent, part_path
 
 __all__ = ["Merged", "merge"]

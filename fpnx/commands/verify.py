@@ -11,7 +11,7 @@ from fpnx.core.config import SAMPLE, ExtractConfig
 from fpnx.core.errors import FpnxError
 from fpnx.core.events import Listener
 from fpnx.remote.client import connections
-from fpnx.store.shard_set import open_store
+from fpnx.store.joined_store import open_store
 from fpnx.store.verify import Verification, verify_structure
 
 if TYPE_CHECKING:

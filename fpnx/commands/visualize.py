@@ -24,8 +24,8 @@ from fpnx.images.decoding import pillow_limits
 from fpnx.images.listing import find_images
 from fpnx.prediction.outputs import run_path
 from fpnx.remote.client import connections
+from fpnx.store.joined_store import STORE_ENDINGS, is_store, open_store, refuse_separate_shards
 from fpnx.store.reader import FAILED, Item, Store
-from fpnx.store.shard_set import STORE_ENDINGS, is_store, open_store, refuse_separate_shards
 from fpnx.visualization.color_scale import ColorScales, measure_scales
 from fpnx.visualization.figure import chosen_levels, draw, mode_in_words, rendered
 from fpnx.visualization.html.page import Page, write_page

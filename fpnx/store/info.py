@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fpnx.core.plan_summary import LevelShape
-from fpnx.store.shard_set import JoinedStore
+from fpnx.store.joined_store import JoinedStore
 
 if TYPE_CHECKING:
     from fpnx.store.reader import Store

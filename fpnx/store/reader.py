@@ -208,7 +208,7 @@ class Store:
         has_digests: whether the file has a place for content hashes.
         shard_slice: which slice of which list this is, for a shard; else None.
         complete: whether this is a finished file (not a `.part`).
-        files: the stores of all files, where several are read as one; see `fpnx.store.shard_set`.
+        files: the stores of all files, where several are read as one; see `fpnx.store.joined_store`.
     """
 
     files: Sequence[Store] = ()

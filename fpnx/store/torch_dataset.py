@@ -13,8 +13,8 @@ from torch.utils.data import Dataset, Sampler
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import parse_levels
 from fpnx.core.text import escape
+from fpnx.store.joined_store import open_store
 from fpnx.store.reader import DONE, Store
-from fpnx.store.shard_set import open_store
 
 __all__ = ["PyramidDataset", "ShapeBatchSampler"]
 

@@ -15,8 +15,8 @@ from fpnx.core.config import fingerprint
 from fpnx.core.events import Listener
 from fpnx.core.text import escape
 from fpnx.core.validation import format_size, parse_pool
+from fpnx.store.joined_store import JoinedStore
 from fpnx.store.reader import DONE, FAILED, PENDING, Store
-from fpnx.store.shard_set import JoinedStore
 
 __all__ = ["Verification", "describe_first", "verify_structure"]
 

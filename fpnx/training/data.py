@@ -27,8 +27,8 @@ from fpnx.labels.summary import summarize
 from fpnx.models.heads.base import Head
 from fpnx.models.heads.registry import default_head, find_head
 from fpnx.models.pyramid_model import PyramidModel
+from fpnx.store.joined_store import is_store, open_store
 from fpnx.store.reader import DONE, Store
-from fpnx.store.shard_set import is_store, open_store
 from fpnx.training.batches import Source
 from fpnx.training.image_batches import ImageBatches
 from fpnx.training.model import model_for_images, model_of_store

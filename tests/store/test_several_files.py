@@ -19,8 +19,8 @@ import fpnx
 from fpnx.core.errors import FpnxError, StoreError
 from fpnx.core.events import Listener
 from fpnx.core.image_list import ImageList, ImageRecord
+from fpnx.store.joined_store import JoinedStore
 from fpnx.store.regions import RegionBatch, RegionLayout
-from fpnx.store.shard_set import JoinedStore
 from fpnx.store.writer import Writer, part_path
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
 from tests.helpers.process import document
@@ -117,7 +117,7 @@ def test_several_files_are_merged_like_one_run_over_all_images(several: list[Pat
 def test_several_files_are_read_like_one_run_over_all_images(
     several: list[Path], tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpnx.store.shard_set.MAX_OPEN", most)
+    monkeypatch.setattr("fpnx.store.joined_store.MAX_OPEN", most)
     with fpnx.open(several) as store, fpnx.open(tmp_path / "whole.h5") as whole:
         assert isinstance(store, JoinedStore)
         whole.mtimes_ns = store.mtimes_ns  # those of several files

@@ -29,8 +29,8 @@ from fpnx.core.files import lock
 from fpnx.core.image_list import ImageList, list_fingerprint
 from fpnx.core.sharding import Shard, ShardSlice, shard_path
 from fpnx.store.file_layout import FileLayout
+from fpnx.store.joined_store import JoinedStore, open_joined
 from fpnx.store.reader import DONE, FAILED
-from fpnx.store.shard_set import JoinedStore, open_joined
 from fpnx.store.writer import Writer, part_path
 from tests.helpers.files import ROOT, noise_image
 from tests.helpers.layouts import LEVELS, PROVENANCE, features_of, layout_of
@@ -644,7 +644,7 @@ def test_more_shards_than_open_files(tmp_path: Path, count: int, files: int) -> 
 
 def test_reading_many_images_of_a_set(made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """As from the file of a run without shards, also with one file open at a time."""
-    monkeypatch.setattr("fpnx.store.shard_set.MAX_OPEN", 1)
+    monkeypatch.setattr("fpnx.store.joined_store.MAX_OPEN", 1)
     with fpnx.open(made) as store, fpnx.open(made[0].parent / "whole.h5") as whole:
         for size in store.sizes:
             indices = [item.index for item in store if store.padded_sizes[item.index] == size]
