@@ -124,7 +124,7 @@ _MODULES = {  # where each public name is defined, below fpnx
     "figure": "visualization.figure",
     "heatmap": "visualization.heatmaps",
     "merge": "commands.merge",
-    "open": "store.shard_set",
+    "open": "store.joined_store",
     "predict": "commands.predict",
     "probe": "commands.probe",
     "save_weights": "models.factory",
