@@ -171,6 +171,8 @@ def quick(arguments: list[str]) -> list[str]:
     command = arguments[0]
     if command == "extract" and "--weights" not in arguments:
         arguments = [*arguments, "--weights", "random"]
+    if command == "extract" and "--backbone" not in arguments and value_of("--weights", arguments) == "random":
+        arguments = [*arguments, "--backbone", "mobilenet_v2"]
     if command == "extract" and not {"--size", "--short-side"} & set(arguments):
         arguments = [*arguments, "--size", "64"]
     if command == "predict":
