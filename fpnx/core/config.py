@@ -244,7 +244,7 @@ class BenchmarkConfig:
     )
     baseline: str | Iterable[str] | None = option(
         None,
-        "Also measure a plain script of torchvision and h5py, or one with OpenVINO; several with commas.",
+        "Also measure a plain script of torchvision and h5py, or one of OpenVINO.",
         "Run",
         metavar="plain|openvino",
         complete=BASELINES,

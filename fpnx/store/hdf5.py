@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import h5py
@@ -25,6 +26,7 @@ __all__ = [
     "attribute_int",
     "attribute_json",
     "check_bytes",
+    "damage_named",
     "file_identity",
     "get_member",
     "open_hdf5",
@@ -131,6 +133,15 @@ def _open_remote(path: str) -> h5py.File:
         raise StoreError(f"{escape(path)} {what} ({reason}): send it again") from error
 
 
+@contextmanager
+def damage_named(path: str, name: str) -> Iterator[None]:
+    """Inside, what h5py raises for a damaged object is a `StoreError` that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise StoreError(f"{escape(path)} is damaged: {escape(name)} cannot be read ({_reason(error)})") from error
+
+
 def get_member(parent: h5py.Group, name: str, kind: type[Kind]) -> Kind:
     """The group or dataset `name` of `parent`, of type `kind`, whose data are in this file.
 
@@ -139,12 +150,13 @@ def get_member(parent: h5py.Group, name: str, kind: type[Kind]) -> Kind:
             read (or, on resuming, write) any other file.
     """
     full_name = f"{parent.name.rstrip('/')}/{name}"
-    link = parent.get(name, getlink=True)
+    with damage_named(_path(parent), full_name):
+        link = parent.get(name, getlink=True)
+        result = parent[name] if isinstance(link, h5py.HardLink) else None
     if link is None:
         raise StoreError(f"{_file(parent)} is not a whole fpnx file: {escape(full_name)} is missing")
     if not isinstance(link, h5py.HardLink):
         raise StoreError(f"{_file(parent)} is not to be trusted: {escape(full_name)} is a link to another place")
-    result = parent[name]
     if not isinstance(result, kind):
         raise StoreError(f"{_file(parent)} is not a whole fpnx file: {escape(full_name)} is no {kind.__name__.lower()}")
     if isinstance(result, h5py.Dataset) and (result.is_virtual or result.external):

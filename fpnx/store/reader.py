@@ -29,6 +29,7 @@ from fpnx.store.hdf5 import (
     attribute_int,
     attribute_json,
     check_bytes,
+    damage_named,
     file_identity,
     get_member,
     open_hdf5,
@@ -428,7 +429,8 @@ class Store:
     def sizes(self) -> list[tuple[int, int]]:
         """The padded network-input sizes in this file, (height, width)."""
         self._opened()
-        return sorted(size for size in map(parse_size, self._pyramids) if size is not None)
+        with damage_named(self.path, "/pyramids"):
+            return sorted(size for size in map(parse_size, self._pyramids) if size is not None)
 
     def dataset(self, size: tuple[int, int], level: str) -> h5py.Dataset:
         """The (n, C, H, W) dataset of one padded size and level; attrs stride, channels, valid.
@@ -437,6 +439,10 @@ class Store:
             StoreError: where it is missing, or has another shape or dtype.
         """
         self._opened()
+        with damage_named(self.path, f"{format_size(size)}/{level}"):
+            return self._checked_dataset(size, level)
+
+    def _checked_dataset(self, size: tuple[int, int], level: str) -> h5py.Dataset:
         if (size, level) in self._layouts:
             return self._pyramids[f"{format_size(size)}/{level}"]
         dataset = get_member(get_member(self._pyramids, format_size(size), h5py.Group), level, h5py.Dataset)
