@@ -22,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-__all__ = ["PlainModel", "main"]
+__all__ = ["PlainModel", "SelectedLevels", "main"]
 
 
 class Images(Dataset):
@@ -68,6 +68,18 @@ class PlainModel(torch.nn.Module):
         taps = self.body(images)
         pyramid = self.fpn({name: taps[name] for name in sorted(taps) if int(name[1:]) >= self.first})
         return taps | dict(zip((f"P{k}" for k in range(self.first, 8)), pyramid.values(), strict=False))
+
+
+class SelectedLevels(torch.nn.Module):
+    """The plain model with only the requested levels as outputs."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.levels = PlainModel(request), request["levels"]
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        levels = self.model(images)
+        return tuple(levels[name] for name in self.levels)
 
 
 def extract(request: dict[str, Any], model: Any) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fpnx.benchmark.baseline_script import PlainModel, main
+from fpnx.benchmark.baseline_script import SelectedLevels, main
 
 __all__ = ["OpenVinoModel"]
 
@@ -26,7 +26,7 @@ class OpenVinoModel(nn.Module):
         super().__init__()
         self.levels = list(request["levels"])
         self._shape = (request["batch_size"], 3, *request["size"])
-        plain = _SelectedLevels(request).eval()
+        plain = SelectedLevels(request).eval()
         converted = openvino.convert_model(plain, example_input=torch.zeros(self._shape), input=[self._shape])
         options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f32"}
         self._compiled = openvino.Core().compile_model(converted, "CPU", options)
@@ -51,18 +51,6 @@ class OpenVinoModel(nn.Module):
 
     def _keep(self, request: Any, number: int) -> None:
         self._found[number] = [request.get_output_tensor(i).data.copy() for i in range(len(self.levels))]
-
-
-class _SelectedLevels(nn.Module):
-    """The plain model with only the requested levels as outputs."""
-
-    def __init__(self, request: dict[str, Any]) -> None:
-        super().__init__()
-        self.model, self.levels = PlainModel(request), request["levels"]
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        levels = self.model(images)
-        return tuple(levels[name] for name in self.levels)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def merge(
             _write(target, store, layout, stop, listener)
     return Merged(
         output=target,
-        shards=sum(file.shard_slice is not None for file in store.files),
+        shards=store.shard_count,
         images=len(store),
         done=int((store.status == DONE).sum()),
         failed=int((store.status == FAILED).sum()),

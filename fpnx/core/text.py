@@ -37,8 +37,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def plural(number: int, what: str) -> str:
-    """`"1 image"`, `"2 images"`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    """`"1 image"`, `"2 images"`, `"2 classes"`."""
+    ending = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{'' if number == 1 else ending}"
 
 
 def other_files(kinds: Mapping[str, int]) -> str:

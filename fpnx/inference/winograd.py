@@ -24,7 +24,7 @@ POINTS = tuple(Fraction(*each) for each in ((0, 1), (2, 3), (-2, 3), (3, 2), (-3
 
 # Measured on two processors with one thread: below these it is no faster than oneDNN's direct convolution.
 LEAST_CHANNELS = 128
-LEAST_TILES = 16  # of a map, and at least 4 along each side
+LEAST_TILES = 4  # along each side of a map
 MOST_WASTE = 1.45  # computed outputs by those that are needed, where sides are no multiples of 4
 TILES_AT_ONCE = 112  # enough for fast matrix products, few enough for the cache
 
@@ -59,7 +59,7 @@ class WinogradConvolution:
             return False
         tiles = [math.ceil(side / OUTPUT) for side in sides]
         computed = math.prod(tiles) * OUTPUT**2
-        return min(tiles) >= 4 and math.prod(tiles) >= LEAST_TILES and computed <= MOST_WASTE * math.prod(sides)
+        return min(tiles) >= LEAST_TILES and computed <= MOST_WASTE * math.prod(sides)
 
     def __call__(
         self,
@@ -102,7 +102,7 @@ class WinogradConvolution:
 
     def _strip(self, pixels: Tensor, strip: slice, padding: tuple[int, int], work: _Buffers) -> Tensor:
         """Rows of the output of some images: (images, rows, width up to the last tile, out), in a buffer."""
-        inputs, _, outputs = _products()
+        inputs, outputs = _products()
         images, height, width, inner = pixels.shape
         outer, rows = self.matrices.shape[2], math.ceil((strip.stop - strip.start) / OUTPUT)
         above, left = strip.start - padding[0], padding[1]
@@ -167,10 +167,10 @@ def _transforms() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def _products() -> tuple[Tensor, Tensor, Tensor]:
-    """The transforms of two axes at once: (36, 36) of inputs, (36, 9) of kernels, (16, 36) of outputs, float32."""
-    inputs, kernel, outputs = (torch.kron(each, each).float().contiguous() for each in _transforms())
-    return inputs, kernel, outputs
+def _products() -> tuple[Tensor, Tensor]:
+    """The transforms of two axes at once: (36, 36) of inputs and (16, 36) of outputs, float32."""
+    inputs, _, outputs = _transforms()
+    return torch.kron(inputs, inputs).float(), torch.kron(outputs, outputs).float()
 
 
 def _cook_toom(points: Sequence[Fraction]) -> tuple[Matrix, Matrix, Matrix]:

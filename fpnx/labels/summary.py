@@ -99,7 +99,7 @@ class LabelSummary:
         task = "semantic segmentation" if self.task == "semantic" else self.task
         lines = [
             f"labels   {FORMATS.get(self.format, self.format)} for {task}{' (multi-label)' * self.multi_label}, "
-            f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}: {escape(self.path)}",
+            f"{plural(len(self.classes), 'class')}: {escape(self.path)}",
             f"images   {self.images}, {self.labelled} labelled",
         ]
         if self.without_objects:
@@ -140,7 +140,7 @@ class LabelSummary:
             totals = [sum(getattr(each, head) for each in present) for head in heads[:-1]]
             table.append(f"  {'all':<{width}}" + "".join(f"{total:>9}" for total in [*totals, self.labelled]))
         if rest := len(present) - len(shown):
-            table.insert(len(shown) + 1, f"  and {rest} more class{'es' * (rest != 1)}")
+            table.insert(len(shown) + 1, f"  and {plural(rest, 'more class')}")
         absent = [each.category.name for each in self.classes if not each.images]
         if self.task == "semantic" and self.format != "masks":  # what no outline covers: it occurs, uncounted
             absent = [name for name in absent if name != BACKGROUND]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fpnx.core.errors import FpnxError
-from fpnx.core.text import escape
+from fpnx.core.text import escape, plural
 from fpnx.labels.annotations import Category, LabelSet, Segment
 from fpnx.labels.class_names import CLASS_FILES, find_class_names
 from fpnx.labels.dropped import UNKNOWN_CLASS, DropCounter, box_problem
@@ -172,8 +172,8 @@ def _refuse_from_one(where: str, named_by: str, names: dict[int, str], ids: set[
     count = len(names)
     if min(ids) >= 1 and max(ids) == count and count not in names:
         raise FpnxError(
-            f"{where}: classes are counted from 1: they are {min(ids)} to {count}, and {named_by} names {count} "
-            f"class{'es' * (count != 1)}, 0 to {count - 1}; YOLO counts from 0, so subtract 1 from each"
+            f"{where}: classes are counted from 1: they are {min(ids)} to {count}, and {named_by} names "
+            f"{plural(count, 'class')}, 0 to {count - 1}; YOLO counts from 0, so subtract 1 from each"
         )
 
 

@@ -39,7 +39,7 @@ def store_facts(store: Store) -> dict[str, Any]:
         "complete": store.complete,
         "images": {"total": len(store), **counts},
         "shard": store.shard_slice.to_json() if store.shard_slice else None,
-        "shards": sum(file.shard_slice is not None for file in store.files),
+        "shards": store.shard_count,
         "files": len(store.files),
         "root": store.root,
         "duplicates": duplicate_count(store),

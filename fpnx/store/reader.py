@@ -299,6 +299,11 @@ class Store:
         """Yields the store of every file: this one; or those of `files` in order, each opened when it is yielded."""
         yield self
 
+    @property
+    def shard_count(self) -> int:
+        """Number of shards among `files`."""
+        return sum(file.shard_slice is not None for file in self.files)
+
     def root_of(self, index: int) -> str:
         """The folder, archive or URL that the name of image `index` is relative to: `root`, where there is one file."""
         return self.root

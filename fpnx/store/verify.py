@@ -96,7 +96,7 @@ def verify_structure(store: Store, listener: Listener | None = None) -> Verifica
         values=values,
         problems=tuple(problems),
         files=len(store.files),
-        shards=sum(file.shard_slice is not None for file in store.files),
+        shards=store.shard_count,
     )
 
 

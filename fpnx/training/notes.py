@@ -66,7 +66,7 @@ def _on_classes(labels: LabelSet, counts: np.ndarray) -> list[str]:
     if not missing:
         return []
     named = ", ".join(map(escape, missing[:NAMED])) + (", …" if len(missing) > NAMED else "")
-    return [f"{len(missing)} class{'es' * (len(missing) != 1)} without an image to train on: {named}"]
+    return [f"{plural(len(missing), 'class')} without an image to train on: {named}"]
 
 
 def _on_sizes(objects: int, small: int, finest: int) -> list[str]:

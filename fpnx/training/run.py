@@ -238,8 +238,8 @@ class _Run:
         try:
             save_trained(self._output, trained, parts=self._network.trained_parts)
         except FpnxError as error:
-            raise FpnxError(f"{error}: make room; nothing is lost, and the same command with --resume writes it") \
-                from error  # fmt: skip
+            advice = "make room; nothing is lost, and the same command with --resume writes it"
+            raise FpnxError(f"{error}: {advice}") from error
         if self._config.plot is not None:
             draw_history(self._config.plot, trainer.history)
 

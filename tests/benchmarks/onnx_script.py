@@ -8,19 +8,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from fpnx.benchmark.baseline_script import PlainModel, main
-
-
-class SelectedLevels(nn.Module):
-    """The plain model with only the requested levels as outputs."""
-
-    def __init__(self, request: dict[str, Any]) -> None:
-        super().__init__()
-        self.model, self.levels = PlainModel(request), request["levels"]
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        levels = self.model(images)
-        return tuple(levels[name] for name in self.levels)
+from fpnx.benchmark.baseline_script import SelectedLevels, main
 
 
 class OnnxModel(nn.Module):

@@ -1,4 +1,4 @@
-"""`--update`, and images that are told by their bytes: what is computed, copied, accepted and refused."""
+"""`--update`, and images that are recognised by their bytes: what is computed, copied, accepted and refused."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from fpnx.models.heads.base import (
     checked_settings,
     norm_groups,
 )
-from fpnx.models.heads.one_stage import keep_all_candidates, one_stage_detections
+from fpnx.models.heads.one_stage import anchor_counts, keep_all_candidates, one_stage_detections
 
 __all__ = ["FasterRcnnHead", "FcosHead", "MaskRcnnHead", "RetinaNetHead"]
 
@@ -127,10 +127,8 @@ class _OneStageHead(_DetectionHead):
         features = list(self._features(levels).values())
         outputs = {name: value.float() for name, value in self.head(features).items()}
         (detector,) = self._detector
-        generator = detector.anchor_generator
-        per_cell = generator.num_anchors_per_location()
-        counts = [n * x.shape[-2] * x.shape[-1] for n, x in zip(per_cell, features, strict=True)]
-        return outputs, generator(_image_list(geometry, features[0].device), features), counts
+        anchors = detector.anchor_generator(_image_list(geometry, features[0].device), features)
+        return outputs, anchors, anchor_counts(detector, features)
 
     def _keep(self, detector: nn.Module) -> None:
         """Keep torchvision's detector, with its defaults, out of the modules of this one: it has `head` again."""

@@ -24,7 +24,7 @@ from torchvision.ops.poolers import LevelMapper
 from fpnx.core.errors import FpnxError
 from fpnx.core.levels import level_of_stride
 from fpnx.models.heads.base import Detections, Geometry, Head, Prediction, Pyramid
-from fpnx.models.heads.one_stage import keep_all_candidates, one_stage_detections
+from fpnx.models.heads.one_stage import anchor_counts, keep_all_candidates, one_stage_detections
 from fpnx.models.torch_state import isolated_torch_state, on_meta_device
 
 __all__ = ["DetectorHead", "detector_head", "has_detector_head"]
@@ -105,8 +105,7 @@ class DetectorHead(Head):
         """What RetinaNet and FCOS do behind their backbone."""
         network: Any = self.network
         outputs, anchors = network.head(features), network.anchor_generator(images, features)
-        per_cell = network.anchor_generator.num_anchors_per_location()
-        counts = [n * level.shape[2] * level.shape[3] for n, level in zip(per_cell, features, strict=True)]
+        counts = anchor_counts(network, features)
         limits = self._overlap, self._most
         return one_stage_detections(network, outputs, anchors, counts, images.image_sizes, self.levels, limits)
 

@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms
 
 from fpnx.models.heads.base import Detections
 
-__all__ = ["keep_all_candidates", "one_stage_detections"]
+__all__ = ["anchor_counts", "keep_all_candidates", "one_stage_detections"]
 
 
 def keep_all_candidates(detector: Any) -> tuple[float, int]:
@@ -24,6 +24,12 @@ def keep_all_candidates(detector: Any) -> tuple[float, int]:
     limits = float(detector.nms_thresh), int(detector.detections_per_img)
     detector.nms_thresh, detector.detections_per_img = math.inf, None
     return limits
+
+
+def anchor_counts(detector: Any, features: Sequence[Tensor]) -> list[int]:
+    """Number of anchors, or locations, of each level."""
+    per_cell = detector.anchor_generator.num_anchors_per_location()
+    return [n * level.shape[-2] * level.shape[-1] for n, level in zip(per_cell, features, strict=True)]
 
 
 def one_stage_detections(
@@ -41,16 +47,19 @@ def one_stage_detections(
         detector: a `RetinaNet` or `FCOS` of torchvision, after `keep_all_candidates`.
         outputs: of its head, (B, anchors of all levels, …) by name.
         anchors: of each image, (anchors of all levels, 4).
-        counts: number of anchors of each level.
+        counts: number of anchors of each level, see `anchor_counts`.
         sizes: (height, width) of each image.
         levels: their names.
         limits: the largest overlap, and the number of boxes of an image.
     """
-    candidates: list[list[dict[str, Tensor]]] = []
-    for i in range(len(levels)):
-        of_level = {name: [value.split(list(counts), 1)[i]] for name, value in outputs.items()}
-        boxes = [[each.split(list(counts))[i]] for each in anchors]
-        candidates.append(detector.postprocess_detections(of_level, boxes, list(sizes)))
+    values = {name: value.split(list(counts), 1) for name, value in outputs.items()}
+    boxes = [each.split(list(counts)) for each in anchors]
+    candidates: list[list[dict[str, Tensor]]] = [
+        detector.postprocess_detections(
+            {name: [each[i]] for name, each in values.items()}, [[each[i]] for each in boxes], list(sizes)
+        )
+        for i in range(len(levels))
+    ]
     return [_best([level[i] for level in candidates], levels, limits) for i in range(len(sizes))]
 
 
