@@ -6,19 +6,19 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fpnx.benchmark.timers import StageTimer
 from fpnx.core.levels import level_number
 from fpnx.inference.graph_fusion import FusedModel
 from fpnx.models.backbones.local_tracer import LocalTracer
 from fpnx.models.backbones.tracing import for_shapes, on_meta, run_on_meta
+from fpnx.models.flop_counter import FlopCounter
 from fpnx.models.preprocessing import scaled_size
 from fpnx.models.pyramid_model import PyramidModel
 
@@ -173,16 +173,16 @@ def count_costs(model: PyramidModel, size: tuple[int, int]) -> tuple[Cost, ...]:
     """
     meta_model, flops = _copy(model, for_shapes), Counter[nn.Module]()
     parts = meta_model.fpn.parts() if set(model.levels) & set(model.fpn.levels) else {}
-    with _FlopCounter() as counter:
+    with FlopCounter() as counter:
         for module in itertools.chain.from_iterable(parts.values()):
-            module.register_forward_pre_hook(lambda module, *_: flops.subtract({module: counter.get_total_flops()}))
-            module.register_forward_hook(lambda module, *_: flops.update({module: counter.get_total_flops()}))
-        run_on_meta(meta_model, size)
+            module.register_forward_pre_hook(lambda module, *_: flops.subtract({module: counter.flops}))
+            module.register_forward_hook(lambda module, *_: flops.update({module: counter.flops}))
+        run_on_meta(meta_model, size, counted=True)
     costs = [
         Cost(part, sum(map(_parameters, modules)), sum(flops[module] for module in modules))
         for part, modules in parts.items()
     ]
-    backbone = counter.get_total_flops() - sum(cost.flops for cost in costs)
+    backbone = counter.flops - sum(cost.flops for cost in costs)
     return (Cost("backbone", _parameters(model.body), backbone), *costs)
 
 
@@ -192,28 +192,11 @@ def count_executed(executable: FusedModel, sizes: Iterable[tuple[int, int]]) -> 
 
     Counted as in `count_costs`, by computing one image; convolutions with packed weights are not counted.
     """
-    with torch.no_grad(), _FlopCounter() as counter:
+    with torch.no_grad(), FlopCounter() as counter:
         for size in sizes:
             image = torch.zeros(1, 3, *size, device=executable.device, dtype=executable.dtype)
             executable(image.contiguous(memory_format=torch.channels_last))
-    return int(counter.get_total_flops())
-
-
-class _FlopCounter(FlopCounterMode):
-    """torch's counter without its hooks, which all modules of the process would call."""
-
-    def __init__(self) -> None:
-        super().__init__(display=False)
-        self.mod_tracker = _NoModules()
-
-
-class _NoModules(nullcontext[None]):
-    """Stands for torch's record of the modules that are running."""
-
-    parents = frozenset({"Global"})
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    return counter.flops
 
 
 def _parameters(module: nn.Module) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from fpnx.core.errors import FpnxError
@@ -14,9 +13,11 @@ from fpnx.models.backbones.factory import StageDetection, cached_detection, crea
 from fpnx.models.backbones.huggingface import HF
 from fpnx.models.backbones.registry import TIMM, build_network, timm_library, torchvision_names
 from fpnx.models.backbones.stage_search import Stages
-from fpnx.models.backbones.tracing import on_meta, run_on_meta
+from fpnx.models.backbones.tracing import meta_copy, on_meta, run_on_meta
+from fpnx.models.flop_counter import FlopCounter
 from fpnx.models.necks.fpn import FPN
 from fpnx.models.necks.registry import NECKS
+from fpnx.models.torch_state import on_meta_device
 from fpnx.models.weights.huggingface import hf_weights
 from fpnx.models.weights.timm import timm_weights
 from fpnx.models.weights.torchvision import COCO, best_weights, native_recipe, published_weights
@@ -107,11 +108,11 @@ def details(name: str) -> dict[str, Any]:
     blocks = stages.blocks if stages is not None else 0
     backbone = create_backbone(name, 0, size=size if detect_stages(name).keyword else None, meta=True)
     size = backbone.size or size
-    with FlopCounterMode(display=False) as body_counter:
-        taps = run_on_meta(backbone.body, size)
+    with FlopCounter() as body_counter:
+        taps = run_on_meta(meta_copy(backbone.body), size, counted=True)
     pyramid = None if backbone.one_stride else on_meta(FPN(backbone.pyramid_channels, FPN_CHANNELS))
     if pyramid is not None:
-        with FlopCounterMode(display=False) as pyramid_counter:
+        with on_meta_device(counted=True), FlopCounter() as pyramid_counter:
             pyramid(taps)
     return {
         "name": name,
@@ -130,8 +131,8 @@ def details(name: str) -> dict[str, Any]:
             "published": None if name.startswith((TIMM, HF)) else _count(build_network(name, meta=True)),
         },
         "gflops": {
-            "body": body_counter.get_total_flops() / 1e9,
-            "pyramid": None if pyramid is None else pyramid_counter.get_total_flops() / 1e9,
+            "body": body_counter.flops / 1e9,
+            "pyramid": None if pyramid is None else pyramid_counter.flops / 1e9,
             "multiply_add_counts_as": 2,
         },
         "pyramid_channels": FPN_CHANNELS,

@@ -178,10 +178,11 @@ class _UpsampledConvolution(nn.Module):
         super().__init__()
         self.scale = scale
         self.parts = nn.ModuleDict()
+        kernel = kernel.contiguous()
         kinds = ("ends",) if scale == 2 else ("ends", "middle")
         for rows in kinds:
             for columns in kinds:
-                weight = torch.cat([_summed(_summed(kernel, 2, y), 3, x) for y in _ROWS[rows] for x in _ROWS[columns]])
+                weight = torch.cat([_summed(kernel, y, x) for y in _ROWS[rows] for x in _ROWS[columns]])
                 padding = (int(rows == "ends"), int(columns == "ends"))
                 self.parts[f"{rows}_{columns}"] = PackedConv2d.of(weight.float(), None, padding)
 
@@ -201,14 +202,14 @@ class _UpsampledConvolution(nn.Module):
 _ROWS = {"ends": ("first", "last"), "middle": ("middle",)}
 
 
-def _summed(kernel: Tensor, axis: int, kind: str) -> Tensor:
-    """A kernel of three cells along one axis, summed where the upsampled map repeats its cells."""
-    a, b, c = kernel.split(1, dim=axis)
-    return {
-        "first": lambda: torch.cat([a, b + c], axis),
-        "middle": lambda: a + b + c,
-        "last": lambda: torch.cat([a + b, c], axis),
-    }[kind]()
+# Which of three cells are summed to each cell of a kernel on the small map, where the upsampled map repeats its cells.
+_SUMS = {"first": [[1, 0, 0], [0, 1, 1]], "middle": [[1, 1, 1]], "last": [[1, 1, 0], [0, 0, 1]]}
+
+
+def _summed(kernel: Tensor, rows: str, columns: str) -> Tensor:
+    """A kernel (out, in, 3, 3), float64, for the first, middle or last of the rows and columns that repeat a cell."""
+    down, across = (torch.tensor(_SUMS[kind], dtype=torch.float64) for kind in (rows, columns))
+    return (kernel.flatten(2) @ torch.kron(down, across).T).unflatten(2, (len(down), len(across)))
 
 
 def _begin(kind: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import threading
 from collections import deque
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation, StochasticDepth
 
 from fpnx.core.system import release_freed_memory
@@ -191,8 +191,7 @@ def _held(body: nn.Module, graph: fx.Graph) -> dict[str, Any]:
             module = body.get_submodule(node.target)
             held[node.target] = PackedConv2d(module) if PackedConv2d.takes(module) else copy.deepcopy(module)
         elif node.op == "get_attr":
-            path, _, name = node.target.rpartition(".")
-            held[node.target] = copy.deepcopy(getattr(body.get_submodule(path), name))
+            held[node.target] = copy.deepcopy(_attribute(body, node.target))
     return held
 
 
@@ -207,8 +206,8 @@ def _fuse(body: fx.GraphModule, size: tuple[int, int]) -> fx.GraphModule:
         if convolution is None or uses[node.target] > 1:
             continue
         after = _only_user(node)
-        if after is not None and is_norm(_module(body, after)):
-            convolution.fold(body.get_submodule(str(after.target)))
+        if after is not None and (norm := _norm(body, after)) is not None:
+            convolution.fold(norm)
             _replace(after, node)
             after = _only_user(node)
         if after is not None and (activation := _activation(body, after)) is not None:
@@ -218,6 +217,7 @@ def _fuse(body: fx.GraphModule, size: tuple[int, int]) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs:
             _fuse_addition(body, node, uses, shapes, order)
+    _drop_unused_attributes(body)
     graph.lint()
     body.recompile()
     body.delete_all_unused_submodules()
@@ -257,11 +257,35 @@ def _fuse_addition(
         _replace(after, last)
 
 
-def _shapes(body: fx.GraphModule, size: tuple[int, int]) -> dict[str, Any]:
-    """Shape of each node's result for an image of `size`, by the node's name; None where it is no tensor."""
-    meta: Any = for_shapes(body)
-    run_on_meta(ShapeProp(meta).propagate, size)
-    return {node.name: getattr(node.meta.get("tensor_meta"), "shape", None) for node in meta.graph.nodes}
+def _shapes(body: fx.GraphModule, size: tuple[int, int]) -> dict[str, torch.Size]:
+    """Shape of each node's result for an image of `size`, by the node's name, where it is a tensor."""
+    interpreter = _ShapeInterpreter(for_shapes(body))
+    run_on_meta(interpreter.run, size)
+    return interpreter.shapes
+
+
+class _ShapeInterpreter(fx.Interpreter):
+    def __init__(self, body: Any) -> None:
+        super().__init__(body)
+        self.shapes: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = value.shape
+        return value
+
+
+def _drop_unused_attributes(body: fx.GraphModule) -> None:
+    """Delete parameters and buffers that no node reads any longer, such as those of norms that were functions."""
+    nodes = body.graph.find_nodes(op="get_attr")
+    read = {node.target for node in nodes if node.users}
+    for node in nodes:
+        if not node.users:
+            body.graph.erase_node(node)
+    for path in {node.target for node in nodes} - read:
+        holder, _, name = path.rpartition(".")
+        delattr(body.get_submodule(holder), name)
 
 
 def _replace(node: fx.Node, by: fx.Node) -> None:
@@ -280,6 +304,30 @@ def _module(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def _convolution(body: fx.GraphModule, node: fx.Node) -> PackedConv2d | None:
     module = _module(body, node)
     return module if isinstance(module, PackedConv2d) else None
+
+
+def _norm(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The batch norm that `node` applies with the statistics of training, as a module; None for any other node."""
+    if node.op == "call_function" and node.target is F.batch_norm:
+        call = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+        call.apply_defaults()
+        _, *tensors = list(call.arguments.values())[:5]
+        given = [each for each in tensors if each is not None]
+        if call.arguments["training"] is not False or any(getattr(each, "op", "") != "get_attr" for each in given):
+            return None
+        mean, variance, weight, bias = (None if each is None else _attribute(body, each.target) for each in tensors)
+        assert mean is not None, "F.batch_norm needs statistics where it does not compute them"
+        norm = nn.BatchNorm2d(len(mean), call.arguments["eps"], device="meta").eval()
+        norm.running_mean, norm.running_var, norm.weight, norm.bias = mean, variance, weight, bias
+        return norm
+    module = _module(body, node)
+    return module if is_norm(module) else None
+
+
+def _attribute(body: nn.Module, path: str) -> Any:
+    """The parameter or buffer of this path."""
+    holder, _, name = path.rpartition(".")
+    return getattr(body.get_submodule(holder), name)
 
 
 def _activation(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:

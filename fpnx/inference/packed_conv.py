@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class PackedConv2d(nn.Module):
         self.bias = None if convolution.bias is None else convolution.bias.detach().float().clone()
         self.stride, self.dilation, self.groups = convolution.stride, convolution.dilation, convolution.groups
         self.padding: Any = convolution.padding
+        self._padded_for = convolution.kernel_size if _pads_as_tensorflow(convolution) else None
         self.activation: nn.Module | None = None
         self.accumulates = False
         self._fused: tuple[str, list[float], str] = ("none", [], "")
@@ -79,7 +81,8 @@ class PackedConv2d(nn.Module):
     @staticmethod
     def takes(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether `module` is a convolution that this class computes exactly."""
-        return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        known = type(module) is nn.Conv2d or _pads_as_tensorflow(module)
+        return known and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
     @property
     def weight(self) -> Tensor:
@@ -116,6 +119,8 @@ class PackedConv2d(nn.Module):
         self.bias = None if self.bias is None else self.bias.to(device, dtype)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if self._padded_for is not None:
+            x = self._padded(x, self._padded_for)
         size = (x.shape[2], x.shape[3])
         weight = self._packed.get(size)
         if weight is None and getattr(_PACKING, "on", False):
@@ -128,6 +133,16 @@ class PackedConv2d(nn.Module):
         if other is not None:
             y = y.add_(other)
         return y if self.activation is None else self.activation(y)
+
+    def _padded(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        """`x` with zeros around it, so that the result has ceil(side / stride) rows and columns; of an odd number the
+        end has one more."""
+        edges: list[int] = []
+        for side, length, stride, dilation in zip(x.shape[2:], kernel, self.stride, self.dilation, strict=True):
+            needed = (math.ceil(side / stride) - 1) * stride + (length - 1) * dilation + 1
+            missing = max(needed - side, 0)
+            edges = [missing // 2, missing - missing // 2, *edges]
+        return F.pad(x, edges) if any(edges) else x
 
     def _forward_packed(self, weight: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
         geometry = (weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
@@ -161,6 +176,12 @@ class PackedConv2d(nn.Module):
         return (
             plain and x.dtype is torch.float32 and WinogradConvolution.is_faster(self.weight.shape, self.padding, size)
         )
+
+
+def _pads_as_tensorflow(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether `module` is timm's convolution with TensorFlow's padding "SAME", which depends on the image's size."""
+    kind = type(module)
+    return isinstance(module, nn.Conv2d) and kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.")
 
 
 @contextmanager

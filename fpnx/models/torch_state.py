@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fpnx.models.meta_shapes import MetaShapes
+
 __all__ = ["isolated_torch_state", "on_meta_device"]
 
 # Functions that make tensors on the default device: of the default dtype, or of one that follows from the values.
@@ -54,12 +56,15 @@ def isolated_torch_state(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def on_meta_device() -> Iterator[None]:
+def on_meta_device(*, counted: bool = False) -> Iterator[None]:
     """As `isolated_torch_state`, but new tensors are on the meta device, and no gradients are recorded.
 
     `torch.device("meta")` as a context would be visible to compiled code in other threads.
+
+    Args:
+        counted: let a `TorchDispatchMode` within the context see convolutions.
     """
-    with _isolated("meta"), torch.no_grad():
+    with _isolated("meta"), torch.no_grad(), MetaShapes(convolutions=not counted):
         yield
 
 

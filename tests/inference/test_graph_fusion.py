@@ -47,7 +47,7 @@ def unsettled(model: PyramidModel) -> PyramidModel:
     """The model with norms and biases that are not those of a fresh one, so that losing them would show."""
     generator = torch.Generator().manual_seed(7)
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+        if getattr(module, "running_mean", None) is not None:  # a norm, or what a graph holds of one
             module.running_mean.normal_(0, 0.3, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
             module.weight.data.uniform_(0.5, 1.5, generator=generator)
@@ -122,6 +122,25 @@ def test_folds_and_fuses_everything_in_a_resnet():
     called = [made.body.get_submodule(node.target) for node in made.body.graph.nodes if node.op == "call_module"]
     assert [type(module) for module in called if not isinstance(module, PackedConv2d)] == [nn.MaxPool2d]
     assert sum(module.accumulates for module in called if isinstance(module, PackedConv2d)) == 16
+
+
+@pytest.mark.parametrize("name", ["timm/tf_efficientnet_lite0", "timm/efficientnet_b0"])
+def test_folds_norms_that_are_functions_and_padding_that_depends_on_the_size(name):
+    """timm's norms with an activation call F.batch_norm; its convolutions from TensorFlow pad by the image's size."""
+    pytest.importorskip("timm")
+    model = unsettled(create_model(name, weights="random", levels="P2-P5", channels=16))
+    made = fuse_model(model)
+    assert not any(node.target is F.batch_norm or node.op == "get_attr" for node in made.body.graph.nodes)
+    assert not list(made.body.parameters()), "what is not read is not held"
+    called = [made.body.get_submodule(node.target) for node in made.body.graph.nodes if node.op == "call_module"]
+    assert all(isinstance(module, PackedConv2d) for module in called)
+    exact = copy.deepcopy(model).double()
+    for size in SIZES:
+        with torch.inference_mode():
+            wanted = exact(images(2, size).double())
+            assert_equal_levels(made(images(2, size)), wanted)
+            assert_equal_levels(made.pack(images(2, size)), wanted)
+            assert_equal_levels(made(images(2, size)), wanted)
 
 
 def test_leaves_the_model_as_it_was():

@@ -46,7 +46,7 @@ __all__ = [
     "tap_shapes",
 ]
 
-CACHE_VERSION = 2  # of stage detection and its cache entries; another version makes entries on disk void
+CACHE_VERSION = 3  # of stage detection and its cache entries; another version makes entries on disk void
 # Builders' arguments for the input size. timm's name is first: timm before 1.0.31 takes the others and ignores them.
 SIZE_KEYWORDS = ("img_size", "input_size", "image_size")
 

@@ -35,6 +35,7 @@ __all__ = [
 TIMM = "timm/"
 DEFAULT_SIDE = 224  # input side in pixels of torchvision's classifiers
 TENSOR_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+DRAWN_IN_PLACE = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
 @functools.cache
@@ -138,15 +139,18 @@ def no_warnings() -> AbstractContextManager[None]:
 
 
 class _ParametersOnMeta(TorchFunctionMode):
-    """Makes `TENSOR_FACTORIES`, of which parameters are made, create meta tensors.
+    """Makes `TENSOR_FACTORIES`, of which parameters are made, create meta tensors, which are not filled with numbers.
 
-    Other functions still return data, since some networks compute with it while they are built.
+    Other functions still return data, since some networks compute with it while they are built. To draw numbers for a
+    meta tensor torch imports its compiler, which takes longer than to build the network.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in TENSOR_FACTORIES and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
+        if func in DRAWN_IN_PLACE and args and args[0].is_meta:
+            return args[0]
         return func(*args, **kwargs)
 
 

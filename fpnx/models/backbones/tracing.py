@@ -25,6 +25,8 @@ __all__ = ["Trace", "for_shapes", "leaves", "meta_copy", "on_meta", "run_on_meta
 LEAF_MODULES = tuple(
     block for block in vars(torchvision.ops).values() if isinstance(block, type) and issubclass(block, nn.Module)
 )
+# So are subclasses of these, such as timm's Conv2dSame, whose padding is computed from the size of the image.
+LEAF_BASES = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 # Their results have the shapes of their inputs. On the meta device they take most of the time of a network.
 SHAPE_KEEPING = frozenset({
@@ -65,7 +67,7 @@ class _Tracer(LocalTracer):
         self._creation_order: dict[fx.Node, int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAF_MODULES) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*LEAF_MODULES, *LEAF_BASES)) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         outer, self._module = self._module, self.path_of_module(m)
@@ -133,9 +135,13 @@ def meta_copy(network: nn.Module) -> nn.Module:
 _META_COPIES: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
-def run_on_meta(network: Callable[[Tensor], Any], size: tuple[int, int]) -> Any:
-    """Run `network`, which is on the meta device, on one image (1, 3, H, W) of `size` (height, width)."""
-    with on_meta_device():
+def run_on_meta(network: Callable[[Tensor], Any], size: tuple[int, int], *, counted: bool = False) -> Any:
+    """Run `network`, which is on the meta device, on one image (1, 3, H, W) of `size` (height, width).
+
+    Args:
+        counted: as for `on_meta_device`.
+    """
+    with on_meta_device(counted=counted):
         return network(torch.empty(1, 3, *size))
 
 
