@@ -1,6 +1,7 @@
 """Compare fpnx with the plain script, and with ONNX Runtime where it is installed: medians and ratios.
 
-Run: python tests/benchmarks/compare.py [--images 300] [--pairs 5] [--backbone NAME ...] [--folder DIR] [--json FILE]
+Run: python tests/benchmarks/compare.py [--images 300] [--pairs 5] [--backbone NAME ...] [--without NAME ...]
+     [--folder DIR] [--json FILE]
 
 Measurements are interleaved, so drift affects all equally. The images are synthetic photographs of 1024×768. Steady
 images/s count from the second batch (plain script, ONNX Runtime) or from the first progress event with at least 8
@@ -67,11 +68,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--backbone", nargs="*", default=["resnet50", "mobilenet_v2", "vgg16"])
+    parser.add_argument("--without", nargs="*", default=[], help="such as 'fpnx bfloat16', where it is slow")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fpnx-benchmark")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     images = image_folder(options.folder, options.images)
     names = ["plain", *(["onnx"] if importlib.util.find_spec("onnxruntime") else []), *EXTRACTIONS]
+    names = [name for name in names if name not in options.without]
     report = {}
     for backbone in options.backbone:
         request = plain_request(backbone, images, options.images, options.folder)
@@ -210,7 +213,7 @@ def summary(runs: dict[str, list[dict]]) -> dict:
             }
     for base in SCRIPTS:
         for name in EXTRACTIONS:
-            if base in runs:
+            if base in runs and name in runs:
                 pairs = zip(runs[name], runs[base], strict=True)
                 ratios = sorted(a["images_per_second"] / b["images_per_second"] for a, b in pairs)
                 result[f"{name} over {base}"] = {
