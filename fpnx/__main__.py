@@ -11,7 +11,9 @@ def run() -> int:
     """The command line as a program: its exit code."""
     try:
         from fpnx.cli.main import main
+        from fpnx.cli.torchvision_import import without_compiler
 
+        without_compiler()
         return main()
     except KeyboardInterrupt:
         print("fpnx: interrupted while loading: nothing was written", file=sys.stderr)

@@ -15,7 +15,6 @@ from fpnx._version import __version__
 from fpnx.cli.completion import completer
 from fpnx.cli.options import config_options
 from fpnx.cli.streams import robust_streams
-from fpnx.cli.torchvision_import import without_compiler
 from fpnx.core.analysis_config import CompareConfig, ExportConfig, ProbeConfig
 from fpnx.core.config import SAMPLE, BenchmarkConfig, ExtractConfig, OutputConfig, VisualizeConfig
 from fpnx.core.errors import FpnxError, Interrupted
@@ -429,7 +428,6 @@ def list_images(images: Images, **options: Any) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code. Every error becomes one line on stderr here."""
     command_line = list(sys.argv[1:] if arguments is None else arguments)
-    without_compiler()
     with robust_streams() as streams:
         code = _exit_code(command_line, "--json" in command_line)
         # A reader that closed its pipe early, as `head` does, is no error: the exit code stays.

@@ -207,8 +207,8 @@ _SUMS = {"first": [[1, 0, 0], [0, 1, 1]], "middle": [[1, 1, 1]], "last": [[1, 1,
 
 
 def _summed(kernel: Tensor, rows: str, columns: str) -> Tensor:
-    """A kernel (out, in, 3, 3), float64, for the first, middle or last of the rows and columns that repeat a cell."""
-    down, across = (torch.tensor(_SUMS[kind], dtype=torch.float64) for kind in (rows, columns))
+    """A kernel (out, in, 3, 3) for the first, middle or last of the rows and columns that repeat a cell."""
+    down, across = (torch.tensor(_SUMS[kind], dtype=kernel.dtype, device=kernel.device) for kind in (rows, columns))
     return (kernel.flatten(2) @ torch.kron(down, across).T).unflatten(2, (len(down), len(across)))
 
 

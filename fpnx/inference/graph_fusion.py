@@ -8,6 +8,7 @@ import operator
 import threading
 from collections import deque
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -277,15 +278,17 @@ class _ShapeInterpreter(fx.Interpreter):
 
 
 def _drop_unused_attributes(body: fx.GraphModule) -> None:
-    """Delete parameters and buffers that no node reads any longer, such as those of norms that were functions."""
+    """Delete parameters and buffers that nothing reads any longer, such as those of norms that were functions."""
     nodes = body.graph.find_nodes(op="get_attr")
+    called = {str(node.target) for node in body.graph.find_nodes(op="call_module")}
     read = {node.target for node in nodes if node.users}
     for node in nodes:
         if not node.users:
             body.graph.erase_node(node)
     for path in {node.target for node in nodes} - read:
-        holder, _, name = path.rpartition(".")
-        delattr(body.get_submodule(holder), name)
+        *holders, name = path.split(".")
+        if not any(".".join(holders[:end]) in called for end in range(1, len(holders) + 1)):
+            delattr(body.get_submodule(".".join(holders)), name)
 
 
 def _replace(node: fx.Node, by: fx.Node) -> None:
@@ -306,20 +309,23 @@ def _convolution(body: fx.GraphModule, node: fx.Node) -> PackedConv2d | None:
     return module if isinstance(module, PackedConv2d) else None
 
 
-def _norm(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The batch norm that `node` applies with the statistics of training, as a module; None for any other node."""
+def _norm(body: fx.GraphModule, node: fx.Node) -> Any:
+    """The batch norm that `node` applies with the statistics of training, for `PackedConv2d.fold`; None for any other
+    node."""
     if node.op == "call_function" and node.target is F.batch_norm:
         call = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
         call.apply_defaults()
-        _, *tensors = list(call.arguments.values())[:5]
-        given = [each for each in tensors if each is not None]
-        if call.arguments["training"] is not False or any(getattr(each, "op", "") != "get_attr" for each in given):
+        names = ("running_mean", "running_var", "weight", "bias")
+        given = {name: call.arguments[name] for name in names}
+        known = all(each is None or getattr(each, "op", "") == "get_attr" for each in given.values())
+        if (
+            call.arguments["training"] is not False
+            or not known
+            or None in (given["running_mean"], given["running_var"])
+        ):
             return None
-        mean, variance, weight, bias = (None if each is None else _attribute(body, each.target) for each in tensors)
-        assert mean is not None, "F.batch_norm needs statistics where it does not compute them"
-        norm = nn.BatchNorm2d(len(mean), call.arguments["eps"], device="meta").eval()
-        norm.running_mean, norm.running_var, norm.weight, norm.bias = mean, variance, weight, bias
-        return norm
+        values = {name: None if each is None else _attribute(body, each.target) for name, each in given.items()}
+        return SimpleNamespace(**values, eps=call.arguments["eps"])
     module = _module(body, node)
     return module if is_norm(module) else None
 

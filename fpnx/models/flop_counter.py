@@ -29,6 +29,8 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is None and func is not torch.ops.prim.device.default:
             with self:

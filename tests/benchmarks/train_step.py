@@ -93,6 +93,8 @@ def measured(options: argparse.Namespace, head: str) -> dict[str, float]:
         ):
             if code := command_line([*command, *shlex.split(options.options)]):
                 sys.exit(code)
+    if not samples:
+        sys.exit(f"{options.labels} has images for {counts['steps']} steps only: more than {WARM_UP + 1} are needed")
     times = {name: statistics.median(values) for name, values in samples.items()}
     flops = counts["flops"] / counts["images"] / (times["forward"] + times["backward"]) / 1e-3
     best = times.pop("product")

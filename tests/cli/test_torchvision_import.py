@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.files import ROOT, noise_image
 
 
@@ -17,9 +19,10 @@ def python(*arguments: object, cwd: Path, path: Path = ROOT) -> subprocess.Compl
     )
 
 
-def test_a_small_extraction_imports_neither(tmp_path):
+@pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2"])
+def test_a_small_extraction_imports_neither(tmp_path, backbone):
     noise_image(0, (40, 50)).save(tmp_path / "a.png")
-    options = ["--backbone", "resnet50", "--weights", "random", "--size", 64, "--channels", 8, "-o", "out.h5"]
+    options = ["--backbone", backbone, "--weights", "random", "--size", 64, "--channels", 8, "-o", "out.h5"]
     for _ in range(2):  # the first may have to find the stages of the backbone
         done = python("-X", "importtime", "-m", "fpnx", "extract", "a.png", "--overwrite", *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -43,18 +46,20 @@ def packages(folder: Path, torchvision: str) -> None:
 
 
 IMPORT = """
+import importlib.util
 import sys
 from fpnx.cli.torchvision_import import without_compiler
 without_compiler()
 without_compiler()
+assert importlib.util.find_spec("torchvision") is not None
 import torchvision
 print(len(sys.meta_path), "torch._dynamo" in sys.modules)
 """
 
 
 def test_the_compiler_is_imported_when_it_is_asked(tmp_path):
-    packages(tmp_path, "from torch._dynamo.utils import is_compile_supported as supported")
-    code = IMPORT + "print(torchvision.ops.supported('cpu'), torchvision.ops.supported('tpu'))\n"
+    packages(tmp_path, "from torch._dynamo.utils import is_compile_supported")
+    code = IMPORT + "print(torchvision.ops.is_compile_supported('cpu'), torchvision.ops.is_compile_supported('tpu'))\n"
     code += "import torch._dynamo; print(torch._dynamo.config)"
     done = python("-c", code, cwd=tmp_path, path=tmp_path)
     assert done.stdout.split()[1:] == ["False", "True", "False", "5"], done.stderr
@@ -64,6 +69,13 @@ def test_a_torchvision_that_needs_more_of_the_compiler_gets_it(tmp_path):
     packages(tmp_path, "from torch._dynamo import config\nfrom torch._dynamo.utils import is_compile_supported")
     done = python("-c", IMPORT + "print(torchvision.ops.config)", cwd=tmp_path, path=tmp_path)
     assert done.stdout.split()[1:] == ["True", "5"], done.stderr
+
+
+def test_the_loader_is_the_usual_one_afterwards(tmp_path):
+    packages(tmp_path, "from torch._dynamo.utils import is_compile_supported")
+    code = IMPORT + "import pkgutil; print(pkgutil.get_data('torchvision', 'ops.py').decode())"
+    done = python("-c", code, cwd=tmp_path, path=tmp_path)
+    assert done.stdout.splitlines()[1:] == ["from torch._dynamo.utils import is_compile_supported"], done.stderr
 
 
 def test_an_error_of_torchvision_stays_what_it_is(tmp_path):

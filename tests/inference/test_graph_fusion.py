@@ -131,7 +131,7 @@ def test_folds_norms_that_are_functions_and_padding_that_depends_on_the_size(nam
     model = unsettled(create_model(name, weights="random", levels="P2-P5", channels=16))
     made = fuse_model(model)
     assert not any(node.target is F.batch_norm or node.op == "get_attr" for node in made.body.graph.nodes)
-    assert not list(made.body.parameters()), "what is not read is not held"
+    assert not [*made.body.parameters(), *made.body.buffers()], "what is not read is not held"
     called = [made.body.get_submodule(node.target) for node in made.body.graph.nodes if node.op == "call_module"]
     assert all(isinstance(module, PackedConv2d) for module in called)
     exact = copy.deepcopy(model).double()
@@ -141,6 +141,45 @@ def test_folds_norms_that_are_functions_and_padding_that_depends_on_the_size(nam
             assert_equal_levels(made(images(2, size)), wanted)
             assert_equal_levels(made.pack(images(2, size)), wanted)
             assert_equal_levels(made(images(2, size)), wanted)
+
+
+class NormsAsFunctions(nn.Module):
+    """Norms that are called as functions: with parameters that are buffers, with statistics that a module uses, too,
+    without weight and bias, and with the statistics of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (
+            nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 8), (8, 8), (8, 16), (16, 24))
+        )
+        for name in ("mean", "var", "weight", "bias"):
+            self.register_buffer(name, torch.linspace(0.5, 1.5, 8))
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.batch_norm(self.first(x), self.mean, self.var, self.weight, self.bias, training=False, eps=0.1)
+        x = self.bn(x * 2)
+        c2 = F.batch_norm(self.second(x), self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+        c3 = self.third(F.batch_norm(c2, self.mean, self.var))
+        return self.fourth(F.batch_norm(c3, None, None, training=True))
+
+
+def test_folds_norms_whatever_their_parameters_are():
+    model = unsettled(model_of(NormsAsFunctions(), {3: "third", 4: "fourth"}, ("C3", "C4")))
+    made = fuse_model(model)
+    assert sum(node.target is F.batch_norm for node in made.body.graph.nodes) == 2, (
+        "after no convolution, and of the batch"
+    )
+    with torch.inference_mode():
+        assert_equal_levels(made(images(2, (64, 96))), model(images(2, (64, 96))))
+
+
+def test_does_not_depend_on_the_default_device():
+    model = create_model("mobilenet_v2", weights="random", levels="P2-P5")
+    with torch.device("meta"):
+        made = fuse_model(model)
+    with torch.inference_mode():
+        assert_equal_levels(made(images(1, (64, 64))), model(images(1, (64, 64))))
 
 
 def test_leaves_the_model_as_it_was():

@@ -35,7 +35,7 @@ __all__ = [
 TIMM = "timm/"
 DEFAULT_SIDE = 224  # input side in pixels of torchvision's classifiers
 TENSOR_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
-DRAWN_IN_PLACE = (torch.Tensor.normal_, torch.Tensor.uniform_)
+DRAWN_IN_PLACE = (torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_)
 
 
 @functools.cache
@@ -149,8 +149,10 @@ class _ParametersOnMeta(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in TENSOR_FACTORIES and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
-        if func in DRAWN_IN_PLACE and args and args[0].is_meta:
-            return args[0]
+        if func in DRAWN_IN_PLACE:
+            drawn = args[0] if args else kwargs["tensor"]
+            if drawn.is_meta:
+                return drawn
         return func(*args, **kwargs)
 
 

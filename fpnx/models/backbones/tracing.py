@@ -25,8 +25,6 @@ __all__ = ["Trace", "for_shapes", "leaves", "meta_copy", "on_meta", "run_on_meta
 LEAF_MODULES = tuple(
     block for block in vars(torchvision.ops).values() if isinstance(block, type) and issubclass(block, nn.Module)
 )
-# So are subclasses of these, such as timm's Conv2dSame, whose padding is computed from the size of the image.
-LEAF_BASES = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 # Their results have the shapes of their inputs. On the meta device they take most of the time of a network.
 SHAPE_KEEPING = frozenset({
@@ -67,7 +65,7 @@ class _Tracer(LocalTracer):
         self._creation_order: dict[fx.Node, int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*LEAF_MODULES, *LEAF_BASES)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, LEAF_MODULES) or _pads_by_size(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         outer, self._module = self._module, self.path_of_module(m)
@@ -96,6 +94,12 @@ class _Tracer(LocalTracer):
     def _numbered(self, name: str) -> str:
         count = self._call_counts[name] = self._call_counts.get(name, 0) + 1
         return name if count == 1 else f"{name}_{count - 1}"
+
+
+def _pads_by_size(module: nn.Module) -> bool:
+    """Whether `module` is a convolution or pooling of timm that pads as TensorFlow does, by the size of its input."""
+    kind = type(module)
+    return kind.__module__.startswith("timm.") and kind.__name__ in ("Conv2dSame", "MaxPool2dSame", "AvgPool2dSame")
 
 
 def on_meta(network: nn.Module) -> nn.Module:
