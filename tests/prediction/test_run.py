@@ -337,6 +337,7 @@ def test_scores_are_those_of_pycocotools_on_the_written_file(models: Path, tmp_p
         **SMALL,
     )
     truth = coco.COCO(str(labels))
+    truth.dataset.setdefault("info", {})  # pycocotools before 2.0.11 wants it
     found = truth.loadRes(str(tmp_path / "out.json"))
     assert result.scores is not None
     for kind, prefix in (("bbox", ""), ("segm", "mask_")):

@@ -27,7 +27,7 @@ CELL = 8  # pixels: of P3
 COMMON: dict[str, Any] = {"learning_rate": 1e-2, "batch_size": 4, "ema": 0.9, "channels": 32, "device": "cpu"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "classify": {"levels": "P2-P3", "epochs": 30},
-    "fcos": {"levels": "P2-P4", "epochs": 12, "convolutions": 2},
+    "fcos": {"levels": "P2-P4", "epochs": 16, "convolutions": 2},
     "semantic": {"levels": "P2-P3", "epochs": 18},
     "retinanet": {"levels": "P2-P4", "epochs": 45, "convolutions": 2},
     "faster_rcnn": {"levels": "P2-P4", "epochs": 8, "learning_rate": 5e-3, "box_samples": 64, "val_interval": 8},
