@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from fpnx.inference.winograd import WinogradConvolution
+from fpnx.models.backbones.tracing import pads_by_size
 
 __all__ = [
     "SIZES_PACKED",
@@ -64,7 +65,7 @@ class PackedConv2d(nn.Module):
         self.bias = None if convolution.bias is None else convolution.bias.detach().float().clone()
         self.stride, self.dilation, self.groups = convolution.stride, convolution.dilation, convolution.groups
         self.padding: Any = convolution.padding
-        self._padded_for = convolution.kernel_size if _pads_as_tensorflow(convolution) else None
+        self._padded_for = convolution.kernel_size if pads_by_size(convolution) else None
         self.activation: nn.Module | None = None
         self.accumulates = False
         self._fused: tuple[str, list[float], str] = ("none", [], "")
@@ -81,7 +82,7 @@ class PackedConv2d(nn.Module):
     @staticmethod
     def takes(module: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether `module` is a convolution that this class computes exactly."""
-        known = type(module) is nn.Conv2d or _pads_as_tensorflow(module)
+        known = type(module) is nn.Conv2d or (isinstance(module, nn.Conv2d) and pads_by_size(module))
         return known and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
     @property
@@ -176,12 +177,6 @@ class PackedConv2d(nn.Module):
         return (
             plain and x.dtype is torch.float32 and WinogradConvolution.is_faster(self.weight.shape, self.padding, size)
         )
-
-
-def _pads_as_tensorflow(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether `module` is timm's convolution with TensorFlow's padding "SAME", which depends on the image's size."""
-    kind = type(module)
-    return isinstance(module, nn.Conv2d) and kind.__name__ == "Conv2dSame" and kind.__module__.startswith("timm.")
 
 
 @contextmanager

@@ -29,9 +29,7 @@ class MetaShapes(TorchFunctionMode):
 
     def __init__(self, *, convolutions: bool = True) -> None:
         super().__init__()
-        self._rules = (
-            RULES if convolutions else {func: rule for func, rule in RULES.items() if rule is not _convolution}
-        )
+        self._rules = {func: rule for func, rule in RULES.items() if convolutions or rule is not _convolution}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

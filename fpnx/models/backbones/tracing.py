@@ -19,7 +19,7 @@ from fpnx.core.warning_filters import ignored_warnings
 from fpnx.models.backbones.local_tracer import LocalTracer
 from fpnx.models.torch_state import on_meta_device
 
-__all__ = ["Trace", "for_shapes", "leaves", "meta_copy", "on_meta", "run_on_meta"]
+__all__ = ["Trace", "for_shapes", "leaves", "meta_copy", "on_meta", "pads_by_size", "run_on_meta"]
 
 # Traced as single nodes: torchvision's own blocks, as in `torchvision.models.feature_extraction`.
 LEAF_MODULES = tuple(
@@ -65,7 +65,7 @@ class _Tracer(LocalTracer):
         self._creation_order: dict[fx.Node, int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAF_MODULES) or _pads_by_size(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, LEAF_MODULES) or pads_by_size(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         outer, self._module = self._module, self.path_of_module(m)
@@ -96,7 +96,7 @@ class _Tracer(LocalTracer):
         return name if count == 1 else f"{name}_{count - 1}"
 
 
-def _pads_by_size(module: nn.Module) -> bool:
+def pads_by_size(module: nn.Module) -> bool:
     """Whether `module` is a convolution or pooling of timm that pads as TensorFlow does, by the size of its input."""
     kind = type(module)
     return kind.__module__.startswith("timm.") and kind.__name__ in ("Conv2dSame", "MaxPool2dSame", "AvgPool2dSame")
